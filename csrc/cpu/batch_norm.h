@@ -1,0 +1,24 @@
+// The operators of the CPU backend. Shapes, formulas and errors are those of tsbn_kernels/ops.py.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace tsbn::cpu {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                    int64_t num_tasks, double eps, std::string gate,
+                                                    std::string stacking);
+
+Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
+                    double eps, std::string gate, std::string stacking);
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
+                                            int64_t num_tasks, double eps, std::string gate, std::string stacking,
+                                            bool training, bool need_dx, bool need_dweight, bool need_dbias);
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,87 @@
+// From sums over a slab to the statistics, the gradients of the parameters, and the factors that apply() uses.
+// Included inside an instruction set's namespace, after simd.h. Loops over [T*C]; sums and quotients in double.
+
+// e^x for x <= 0, to 2 units in the last place; below -87 it stays at e^-87.
+TSBN_INLINE F exp_of(F x) {
+  x = x < -87.0f ? F{} - 87.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const F n = (x * 1.44269504088896f + kRound) - kRound;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440054691e-4f;  // ln 2 in two parts
+  F p = F{} + 1.0f / 5040;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  typedef int32_t I __attribute__((vector_size(TSBN_VECTOR_BYTES)));
+  return p * bit_cast<F>((__builtin_convertvector(n, I) + 127) << 23);
+}
+TSBN_INLINE D exp_of(D x) {
+  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class T>
+struct Coefficients {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+
+  template <class Pointer> static A* vector(Pointer p) { return static_cast<A*>(const_cast<void*>(p)); }
+
+  // gate = sigmoid(weight) and slope = gate * (1 - gate), both from e^-|weight|: neither cancels.
+  static void gates(const Work& w) {
+    const A* weight = vector(w.vectors.weight);
+    A *gate = vector(w.vectors.gate), *slope = vector(w.vectors.slope);
+    const int64_t size = w.T * w.C;
+    for (int64_t i = 0; i < size; i += L) {
+      const int lanes = size - i < L ? int(size - i) : L;
+      const V g = load_up_to(weight + i, lanes, V{});
+      const V e = exp_of(g < 0 ? g : -g), inverse = 1 / (1 + e);
+      store_up_to(gate + i, lanes, g < 0 ? e * inverse : inverse);
+      if (slope != nullptr) store_up_to(slope + i, lanes, e * inverse * inverse);
+    }
+  }
+
+  // total: mean, sum of squared deviations. The rounding error of the stored mean goes into the shift.
+  static void forward(const Work& w, int64_t group, const double* total) {
+    const int64_t channels = w.channels(), first = group * channels;
+    const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias) + first;
+    A *mean = vector(w.vectors.center) + first, *var = vector(w.vectors.var) + first,
+      *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
+    const double eps = w.eps, inverse = 1 / w.positions;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double variance = total[channels + c] * inverse, factor = gate[c] / __builtin_sqrt(variance + eps);
+      mean[c] = A(total[c]);
+      var[c] = A(variance);
+      scale[c] = A(factor);
+      shift[c] = A(bias[c] - factor * (total[c] - double(mean[c])));
+    }
+  }
+
+  // From given statistics, for all of [T*C].
+  static void eval(const Work& w) {
+    const A *gate = vector(w.vectors.gate), *bias = vector(w.vectors.bias), *var = vector(w.vectors.var);
+    A *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift);
+    for (int64_t i = 0; i < w.T * w.C; ++i) {
+      scale[i] = A(gate[i] / __builtin_sqrt(double(var[i]) + w.eps));
+      shift[i] = bias[i];
+    }
+  }
+
+  // total: sum dy, sum dy * (x - mean). dx = gate * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
+  static void backward(const Work& w, int64_t group, const double* total) {
+    const int64_t channels = w.channels(), first = group * channels;
+    const A *gate = vector(w.vectors.gate) + first, *slope = vector(w.vectors.slope) + first,
+            *var = vector(w.vectors.var) + first;
+    A *dweight = vector(w.vectors.dweight) + first, *dbias = vector(w.vectors.dbias) + first,
+      *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first,
+      *dy_scale = vector(w.vectors.dy_scale) + first;
+    const double eps = w.eps, inverse = 1 / w.positions;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double rstd = 1 / __builtin_sqrt(double(var[c]) + eps), dot = total[channels + c] * rstd;
+      const double factor = gate[c] * rstd;
+      dweight[c] = A(slope[c] * dot);
+      dbias[c] = A(total[c]);
+      dy_scale[c] = A(factor);
+      scale[c] = A(-factor * rstd * dot * inverse);
+      shift[c] = A(-factor * total[c] * inverse);
+    }
+  }
+};

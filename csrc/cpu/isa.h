@@ -1,0 +1,24 @@
+// The kernels of one instruction set. A source file sets TSBN_ISA and TSBN_VECTOR_BYTES (and the target pragma), then
+// includes this once. All standard headers come before the pragma: see simd.h.
+
+#define TSBN_LAMBDA __attribute__((always_inline))
+
+namespace tsbn::cpu::TSBN_ISA {
+namespace {
+#include "simd.h"
+#include "rows.h"
+#include "columns.h"
+#include "coefficients.h"
+
+template <template <class> class Slabs, class T>
+constexpr Kernels kernels_of{Slabs<T>::kernels,
+                             {Coefficients<T>::gates, Coefficients<T>::eval, Coefficients<T>::forward, Coefficients<T>::backward}};
+}  // namespace
+
+const Kernels& kernels(Family family, DType dtype) {
+  static constexpr Kernels table[kFamilies][kDTypes] = {
+      {kernels_of<Rows, f32>, kernels_of<Rows, f64>, kernels_of<Rows, f16>, kernels_of<Rows, bf16>},
+      {kernels_of<Columns, f32>, kernels_of<Columns, f64>, kernels_of<Columns, f16>, kernels_of<Columns, bf16>}};
+  return table[int(family)][int(dtype)];
+}
+}  // namespace tsbn::cpu::TSBN_ISA

@@ -1,0 +1,89 @@
+// [T,C] tensors of any floating dtype and strides as contiguous vectors of the accumulate type.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <deque>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "work.h"
+
+namespace tsbn::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: STD_TORCH_CHECK(false, "tsbn: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// Calls f with a value of the element type of `tensor`.
+template <class F>
+void with_element_type(const Tensor& tensor, F f) {
+  switch (dtype_of(tensor)) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::f16: return f(c10::Half{});
+    case DType::bf16: return f(c10::BFloat16{});
+  }
+}
+
+// Owns vectors of `size` values for the length of one operator.
+template <class A>
+class Workspace {
+ public:
+  explicit Workspace(int64_t T, int64_t C) : T_(T), C_(C) {}
+
+  A* zeros() { return vectors_.emplace_back(size_t(T_ * C_)).data(); }
+
+  // The values of `tensor`: its own memory where that fits, else converted.
+  const A* values(const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == T_ && tensor.size(1) == C_, "tsbn: ", name,
+                    " must have shape [", T_, ", ", C_, "]");
+    const A* result = nullptr;
+    with_element_type(tensor, [&](auto zero) {
+      using E = decltype(zero);
+      const E* data = static_cast<const E*>(tensor.const_data_ptr());
+      if constexpr (std::is_same_v<E, A>) {
+        if (tensor.is_contiguous()) {
+          result = data;
+          return;
+        }
+      }
+      A* converted = zeros();
+      for (int64_t t = 0; t < T_; ++t) {
+        for (int64_t c = 0; c < C_; ++c) converted[t * C_ + c] = A(data[t * tensor.stride(0) + c * tensor.stride(1)]);
+      }
+      result = converted;
+    });
+    return result;
+  }
+
+  const A* values_or_zeros(const std::optional<Tensor>& tensor, const char* name) {
+    return tensor ? values(*tensor, name) : zeros();
+  }
+
+  // Rounds `values` to the dtype of the contiguous `tensor`.
+  void write(Tensor& tensor, const A* values) const {
+    with_element_type(tensor, [&](auto zero) {
+      using E = decltype(zero);
+      E* data = static_cast<E*>(tensor.mutable_data_ptr());
+      for (int64_t i = 0; i < T_ * C_; ++i) data[i] = static_cast<E>(values[i]);
+    });
+  }
+
+ private:
+  int64_t T_, C_;
+  std::deque<std::vector<A>> vectors_;
+};
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,41 @@
+// Large outputs come from huge-page blocks that are reused once their tensor is gone.
+//
+// A fresh output costs more in page faults (one per 4 KiB, each zeroed) than the arithmetic that fills it. The pool
+// asks for 2 MiB pages and keeps freed blocks, up to a limit. Idle neighbours are joined and blocks are split to fit, and
+// a new mapping replaces as many idle bytes: live and idle blocks together stay near the most that was ever live.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+
+namespace tsbn::cpu {
+
+class BlockPool {
+ public:
+  // Never destroyed: tensors may outlive static destruction.
+  static BlockPool& instance();
+
+  // Tensors below this many bytes use PyTorch's allocator.
+  static constexpr size_t kSmallest = size_t(1) << 20;
+
+  // A block of at least `bytes`, aligned to a huge page; nullptr when the system has none left.
+  void* allocate(size_t bytes);
+  void release(void* data, size_t bytes);
+
+  // Gives idle memory back to the system until at most `keep` bytes are idle. Returns the bytes freed.
+  size_t trim(size_t keep);
+  size_t idle_bytes();
+  size_t limit();
+  void set_limit(size_t bytes);  // 0: no reuse, and large outputs use PyTorch's allocator
+
+ private:
+  BlockPool();
+  size_t trim_locked(size_t keep);
+
+  std::mutex mutex_;
+  std::map<char*, size_t> idle_;  // start and bytes; no two are adjacent
+  size_t idle_bytes_ = 0, limit_ = 0;
+};
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,102 @@
+// Runs the kernels of a Work over PyTorch's threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <vector>
+
+#include "work.h"
+
+namespace tsbn::cpu {
+
+// Merges `partial` (of `other_count` positions) into `total` (of `count` positions): two vectors of `channels` doubles.
+using Merge = void (*)(double* total, double count, const double* partial, double other_count, int64_t channels);
+
+inline void merge_all_moments(double* total, double count, const double* partial, double other, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    merge_moments(total[c], total[channels + c], count, partial[c], partial[channels + c], other);
+  }
+}
+
+inline void merge_sums(double* total, double, const double* partial, double, int64_t channels) {
+  for (int64_t c = 0; c < 2 * channels; ++c) total[c] += partial[c];
+}
+
+constexpr int64_t kSerialElements = 16384;  // below this, waking threads costs more than they save
+
+inline int64_t threads_for(const Work& w) {
+  return w.T * w.N * w.C * w.S <= kSerialElements ? 1 : int64_t(torch::stable::get_num_threads());
+}
+
+// Calls body(i) for i in [0, count). Threads take the next few indices as they finish: a thread that the machine holds
+// up does not hold up the rest. `make_body()` gives each thread a body with buffers of its own.
+template <class MakeBody>
+void parallel_each(int64_t count, int64_t threads, MakeBody make_body) {
+  std::atomic<int64_t> next{0};
+  const int64_t stride = std::max<int64_t>(1, count / (threads * 64));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto body = make_body();
+    for (int64_t i = next.fetch_add(stride); i < count; i = next.fetch_add(stride)) {
+      for (int64_t j = i; j < std::min(count, i + stride); ++j) body(j);
+    }
+  });
+}
+
+// Calls apply(group, chunk) for every chunk.
+template <class Apply>
+void apply_all(const Work& w, Apply apply) {
+  const int64_t chunks = w.partition.chunks;
+  parallel_each(w.groups() * chunks, threads_for(w), [&] {
+    return [&](int64_t i) { apply(i / chunks, i % chunks); };
+  });
+}
+
+// Reduces each group over its chunks in order, calls finish, then apply(group, chunk) if there is an output.
+// Many groups: one thread takes a group from reduction to output, while its slab is cached. Few: chunks are spread over
+// the threads. The sums are the same to the bit.
+template <class Apply>
+void reduce_then_apply(const Work& w, Reduce reduce, Merge merge, Finish finish, Apply apply) {
+  const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = 2 * w.channels();
+  const size_t scratch_size = size_t(5 * (w.channels() + 64));
+  const auto add_chunk = [&, merge](double* total, double& count, const double* partial, int64_t chunk) {
+    const double positions = double(w.partition.positions(chunk));
+    if (chunk == 0) std::copy(partial, partial + width, total);
+    else merge(total, count, partial, positions, w.channels());
+    count += positions;
+  };
+
+  if (groups >= 4 * threads || chunks == 1 || threads == 1) {
+    parallel_each(groups, threads, [&] {
+      return [&, total = std::vector<double>(width), partial = std::vector<double>(width),
+              scratch = std::vector<double>(scratch_size)](int64_t group) mutable {
+        double count = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          reduce(w, group, chunk, partial.data(), scratch.data());
+          add_chunk(total.data(), count, partial.data(), chunk);
+        }
+        finish(w, group, total.data());
+        if (w.out.data == nullptr) return;
+        for (int64_t chunk = chunks; chunk-- > 0;) apply(group, chunk);
+      };
+    });
+    return;
+  }
+
+  std::vector<double> partials(size_t(groups * chunks * width));
+  parallel_each(groups * chunks, threads, [&] {
+    return [&, scratch = std::vector<double>(scratch_size)](int64_t i) mutable {
+      reduce(w, i / chunks, i % chunks, partials.data() + i * width, scratch.data());
+    };
+  });
+  std::vector<double> total(width);
+  for (int64_t group = 0; group < groups; ++group) {
+    double count = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      add_chunk(total.data(), count, partials.data() + (group * chunks + chunk) * width, chunk);
+    }
+    finish(w, group, total.data());
+  }
+  if (w.out.data != nullptr) apply_all(w, apply);
+}
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,122 @@
+// What a kernel is told: the view, the operands, the coefficients, and how the slabs are cut.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace tsbn::cpu {
+
+enum class Family { rows, columns };            // positions contiguous (NCHW) | channels contiguous (NHWC, [N,C])
+enum class DType { f32, f64, f16, bf16 };
+inline constexpr int kFamilies = 2, kDTypes = 4;
+
+// A tensor seen as [T,N,C,S]; strides in elements.
+struct Operand {
+  void* data = nullptr;
+  int64_t t = 0, n = 0, c = 0, s = 0;
+};
+
+// A range of one slab: samples [n0,n1) by positions [s0,s1). Either several whole samples or a piece of one.
+struct Block {
+  int64_t n0, n1, s0, s1;
+  int64_t positions() const { return (n1 - n0) * (s1 - s0); }
+};
+
+// A slab's N*S positions are cut into blocks (short enough for fp32 partial sums and the L1 cache), and blocks into
+// chunks (the unit of parallel work). The cut depends on the shape alone, so the order of every sum does too: the
+// result is bitwise the same for any number of threads.
+struct Partition {
+  int64_t N = 0, S = 0;
+  int64_t samples_per_block = 1, piece = 1, pieces = 1;
+  int64_t blocks = 0, blocks_per_chunk = 1, chunks = 0;
+
+  Partition() = default;
+  Partition(int64_t N, int64_t S, int64_t block_positions, int64_t chunk_positions) : N(N), S(S) {
+    if (N == 0 || S == 0) return;
+    samples_per_block = std::max<int64_t>(1, block_positions / S);
+    pieces = (S + block_positions - 1) / block_positions;
+    piece = (S + pieces - 1) / pieces;
+    blocks = pieces > 1 ? N * pieces : (N + samples_per_block - 1) / samples_per_block;
+    const int64_t per_block = pieces > 1 ? piece : samples_per_block * S;
+    blocks_per_chunk = std::max<int64_t>(1, chunk_positions / per_block);
+    chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
+  }
+
+  Block block(int64_t b) const {
+    if (pieces > 1) {
+      const int64_t n = b / pieces, s0 = (b % pieces) * piece;
+      return {n, n + 1, std::min(S, s0), std::min(S, s0 + piece)};
+    }
+    return {b * samples_per_block, std::min(N, (b + 1) * samples_per_block), 0, S};
+  }
+  int64_t first_block(int64_t chunk) const { return chunk * blocks_per_chunk; }
+  int64_t last_block(int64_t chunk) const { return std::min(blocks, (chunk + 1) * blocks_per_chunk); }
+  int64_t positions(int64_t chunk) const {
+    int64_t total = 0;
+    for (int64_t b = first_block(chunk); b < last_block(chunk); ++b) total += block(b).positions();
+    return total;
+  }
+};
+
+// Vectors over [T*C] in the accumulate type: float, or double for f64.
+struct Vectors {
+  const void *weight = nullptr, *bias = nullptr;
+  void *gate = nullptr, *slope = nullptr, *center = nullptr, *var = nullptr;
+  void *scale = nullptr, *shift = nullptr, *dy_scale = nullptr;
+  void *dweight = nullptr, *dbias = nullptr;
+};
+
+// A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels.
+struct Work {
+  Family family = Family::rows;
+  DType dtype = DType::f32;
+  int64_t T = 0, N = 0, C = 0, S = 0;
+  double positions = 0, eps = 0;  // positions: N * S
+  Operand x, dy, out;
+  Vectors vectors;
+  Partition partition;
+  bool stream = false;  // write `out` past the caches
+
+  int64_t groups() const { return family == Family::rows ? T * C : T; }
+  int64_t channels() const { return family == Family::rows ? 1 : C; }
+};
+
+// Sums over one chunk of one group. `partial` takes two vectors of channels() doubles; `scratch` lends five vectors
+// of channels() + 64 doubles.
+using Reduce = void (*)(const Work&, int64_t group, int64_t chunk, double* partial, void* scratch);
+// Writes one chunk of one group of `out`.
+using Apply = void (*)(const Work&, int64_t group, int64_t chunk);
+// From one group's sums to its vectors.
+using Finish = void (*)(const Work&, int64_t group, const double* total);
+
+struct SlabKernels {
+  Reduce moments;        // of x: mean, sum of squared deviations
+  Reduce products;       // sum dy, sum dy * (x - center)
+  Apply affine;          // out = (x - center) * scale + shift
+  Apply affine_with_dy;  // out = (x - center) * scale + shift + dy * dy_scale
+};
+
+struct VectorKernels {
+  void (*gates)(const Work&);  // weight -> gate, slope (where wanted)
+  void (*eval)(const Work&);   // gate, bias, var -> scale, shift
+  Finish forward;              // moments -> center, var, scale, shift
+  Finish backward;             // products -> dweight, dbias, scale, shift, dy_scale
+};
+
+struct Kernels {
+  SlabKernels slabs;
+  VectorKernels vectors;
+};
+
+// Chan, Golub and LeVeque (1983): merges the mean and the sum of squared deviations of two sets of values.
+inline void merge_moments(double& mean, double& m2, double count, double other_mean, double other_m2,
+                          double other_count) {
+  const double share = other_count / (count + other_count), delta = other_mean - mean;
+  mean += delta * share;
+  m2 += other_m2 + delta * delta * count * share;
+}
+
+// Whether sums around an origin `offset` away from the mean lose too much: their relative error grows by
+// offset^2 / variance.
+inline bool is_far(double offset, double variance) { return offset * offset > 4 * variance; }
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,86 @@
+"""Which backends exist, which are usable here, and which one runs.
+
+The dispatcher picks a backend by the device of ``x``. ``TSBN_BACKEND`` or :func:`use_backend` override it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tsbn_kernels.backends import cpu
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels: the device types it runs on (empty: any), and whether it is usable here and why."""
+
+    name: str
+    device_types: tuple[str, ...]
+    available: bool
+    detail: str
+
+    def runs_on(self, device_type: str) -> bool:
+        return not self.device_types or device_type in self.device_types
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, the preferred ones first."""
+    return (
+        Backend("cpu", ("cpu",), cpu.available, cpu.detail()),
+        Backend("reference", (), True, "eager PyTorch, any device"),
+    )
+
+
+def _checked(name: str) -> str:
+    known = {backend.name: backend for backend in backends()}
+    if name not in known:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(known)}")
+    if not known[name].available:
+        raise RuntimeError(f"backend {name!r} is not available: {known[name].detail}")
+    return name
+
+
+_override: str | None = _checked(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
+
+
+def override() -> str | None:
+    """The backend forced by ``TSBN_BACKEND`` or :func:`use_backend`, or None."""
+    return _override
+
+
+def select(device_type: str) -> Backend:
+    """The backend that runs tensors of ``device_type``.
+
+    Raises:
+        RuntimeError: the backend that was forced does not run on that device.
+    """
+    if _override is not None:
+        forced = next(backend for backend in backends() if backend.name == _override)
+        if not forced.runs_on(device_type):
+            raise RuntimeError(
+                f"backend {forced.name!r} was chosen by TSBN_BACKEND or use_backend, but it runs on "
+                f"{', '.join(forced.device_types)} and the input is on {device_type}; move the input or choose another"
+            )
+        return forced
+    return next(backend for backend in backends() if backend.available and backend.runs_on(device_type))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs everything inside on the backend ``name``, in all threads of the process.
+
+    A backward pass runs on the backend of its forward pass, wherever it is called.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it is not available here; the message says why.
+    """
+    global _override
+    previous, _override = _override, _checked(name)
+    try:
+        yield
+    finally:
+        _override = previous

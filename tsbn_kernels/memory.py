@@ -1,0 +1,39 @@
+"""Control of the memory that large CPU outputs live in.
+
+The CPU backend takes outputs of 1 MiB and more from a pool of huge-page blocks and keeps freed blocks for the next
+output: the page faults of fresh memory cost more than the arithmetic. ``TSBN_POOL_LIMIT_MB`` sets the limit at start
+(0 turns the pool off); without it, a quarter of the machine's memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tsbn_kernels.backends import cpu
+
+
+def empty_cache() -> int:
+    """Gives all idle blocks back to the system; returns how many bytes that were."""
+    return int(torch.ops.tsbn._pool_trim(0)) if cpu.available else 0
+
+
+def cached_bytes() -> int:
+    """Bytes of idle blocks that wait for the next output."""
+    return int(torch.ops.tsbn._pool_idle_bytes()) if cpu.available else 0
+
+
+def cache_limit() -> int:
+    """The most bytes that may lie idle."""
+    return int(torch.ops.tsbn._pool_limit()) if cpu.available else 0
+
+
+def set_cache_limit(num_bytes: int) -> None:
+    """Sets the most bytes that may lie idle and frees what is above; 0 turns the pool off.
+
+    Raises:
+        ValueError: ``num_bytes`` is negative.
+    """
+    if num_bytes < 0:
+        raise ValueError(f"num_bytes must be 0 or more, got {num_bytes}")
+    if cpu.available:
+        torch.ops.tsbn._pool_set_limit(num_bytes)

@@ -1,0 +1,105 @@
+"""The operators ``torch.ops.tsbn.*``: schemas, fake kernels, and which backend implements them on which device.
+
+All are functional. ``x`` is a stacked activation that :func:`tsbn_kernels.layout.family` accepts; parameters and
+statistics are ``[T, C]``; statistics are float64 for float64 input, else float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels import layout, reference
+from tsbn_kernels.backends import cpu
+from tsbn_kernels.reference import accumulate_dtype
+
+_library = torch.library.Library("tsbn", "DEF")
+
+_library.define(
+    "forward_training(Tensor x, Tensor weight, Tensor? bias, int num_tasks, float eps, str gate, str stacking)"
+    " -> (Tensor y, Tensor mean, Tensor var)"
+)
+_library.define(
+    "forward_eval(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
+    " str stacking) -> Tensor"
+)
+_library.define(
+    "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
+    " str stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+# The reference serves every device for which no backend registers kernels of its own.
+for _name in ("forward_training", "forward_eval", "backward"):
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+cpu.load()
+
+
+class Operators(NamedTuple):
+    """The functions that every backend implements."""
+
+    forward_training: Callable[..., Any]
+    forward_eval: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+_dispatched = Operators(
+    torch.ops.tsbn.forward_training.default, torch.ops.tsbn.forward_eval.default, torch.ops.tsbn.backward.default
+)
+_reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
+
+
+def operators(backend: str | None) -> Operators:
+    """The operators of the backend that the dispatcher picks (None), or of the reference."""
+    return _reference if backend == "reference" else _dispatched
+
+
+def _empty_like(x: Tensor, stacking: str) -> Tensor:
+    return torch.empty_strided(x.shape, layout.dense_strides(x, stacking), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("tsbn::forward_training", lib=_library)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
+    return _empty_like(x, stacking), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("tsbn::forward_eval", lib=_library)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+) -> Tensor:
+    return _empty_like(x, stacking)
+
+
+@torch.library.register_fake("tsbn::backward", lib=_library)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    training: bool,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = _empty_like(x, stacking) if need_dx else x.new_empty(0)
+    dweight, dbias = (weight.new_empty(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
+    return dx, dweight, dbias
