@@ -63,18 +63,21 @@ def task_batch_norm(
         backends.select(x.device.type)
     y, mean, var = TaskBatchNorm.apply(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, backend)
     if training and x.numel() > 0:
+        count = x.numel() // weight.numel()
         if running_mean is not None:
-            _update(running_mean, mean, momentum)
+            _update(running_mean, mean, 1.0, momentum)
         if running_var is not None:
-            count = x.numel() // weight.numel()
-            _update(running_var, var * (count / (count - 1)), momentum)
+            _update(running_var, var, count / (count - 1), momentum)
     return y
 
 
 @torch.no_grad()
-def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    batch = batch.to(running.dtype)
-    running.lerp_(batch, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+def _update(running: Tensor, batch: Tensor, factor: float, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * factor * batch``, without a temporary for a plain momentum."""
+    if isinstance(momentum, Tensor):
+        running.lerp_((batch * factor).to(running.dtype), momentum.to(running.dtype))
+    else:
+        running.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
 
 
 def _check(

@@ -99,7 +99,7 @@ void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::st
   const A* values = space.values(weight, "weight");
   if (gate == "sigmoid") {
     w.vectors.weight = values;
-    w.vectors.gate = space.zeros();
+    w.vectors.gate = space.vector();
     kernels(w.family, w.dtype).vectors.gates(w);
   } else {
     w.vectors.gate = const_cast<A*>(values);
@@ -133,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
     w.vectors.bias = space.values_or_zeros(bias, "bias");
     w.vectors.center = mean.mutable_data_ptr();
     w.vectors.var = var.mutable_data_ptr();
-    w.vectors.scale = space.zeros();
-    w.vectors.shift = space.zeros();
+    w.vectors.scale = space.vector();
+    w.vectors.shift = space.vector();
     reduce_then_apply(w, kernel.slabs.moments, merge_all_moments, kernel.vectors.forward,
                       [&](int64_t group, int64_t chunk) { kernel.slabs.affine(w, group, chunk); });
   });
@@ -157,8 +157,8 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
     w.vectors.bias = space.values_or_zeros(bias, "bias");
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
-    w.vectors.scale = space.zeros();
-    w.vectors.shift = space.zeros();
+    w.vectors.scale = space.vector();
+    w.vectors.shift = space.vector();
     kernel.vectors.eval(w);
     apply_all(w, [&](int64_t group, int64_t chunk) { kernel.slabs.affine(w, group, chunk); });
   });
@@ -191,19 +191,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
     Workspace<A> space(w.T, w.C);
-    w.vectors.slope = space.zeros();
+    w.vectors.slope = space.vector();
     set_gates(w, space, weight, gate);
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
     for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale, &w.vectors.dweight, &w.vectors.dbias}) {
-      *v = space.zeros();
+      *v = space.vector();
     }
     Work scaling = w;  // in evaluation dx = gate * rstd * dy, and x is not read
     if (!training) {
       scaling.x = w.dy;
-      scaling.vectors.bias = scaling.vectors.center = space.zeros();
-      scaling.vectors.scale = space.zeros();
-      scaling.vectors.shift = space.zeros();
+      scaling.vectors.bias = scaling.vectors.center = space.filled(0);
+      scaling.vectors.scale = space.vector();
+      scaling.vectors.shift = space.vector();
       kernel.vectors.eval(scaling);
     }
     const auto apply = [&](int64_t group, int64_t chunk) {

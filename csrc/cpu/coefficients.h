@@ -1,5 +1,8 @@
 // From sums over a slab to the statistics, the gradients of the parameters, and the factors that apply() uses.
-// Included inside an instruction set's namespace, after simd.h. Loops over [T*C]; sums and quotients in double.
+// Included inside an instruction set's namespace, after simd.h.
+
+// The vectors never overlap; GCC gives up on a loop over this many pointers unless it is told so.
+#define TSBN_NO_OVERLAP _Pragma("GCC ivdep")
 
 // e^x for x <= 0, to 2 units in the last place; below -87 it stays at e^-87.
 TSBN_INLINE F exp_of(F x) {
@@ -23,6 +26,9 @@ struct Coefficients {
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
+  static TSBN_INLINE float root(float v) { return __builtin_sqrtf(v); }
+  static TSBN_INLINE double root(double v) { return __builtin_sqrt(v); }
+
   template <class Pointer> static A* vector(Pointer p) { return static_cast<A*>(const_cast<void*>(p)); }
 
   // gate = sigmoid(weight) and slope = gate * (1 - gate), both from e^-|weight|: neither cancels.
@@ -45,13 +51,16 @@ struct Coefficients {
     const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias) + first;
     A *mean = vector(w.vectors.center) + first, *var = vector(w.vectors.var) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
-    const double eps = w.eps, inverse = 1 / w.positions;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double variance = total[channels + c] * inverse, factor = gate[c] / __builtin_sqrt(variance + eps);
+    const double inverse = 1 / w.positions;
+    TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
       mean[c] = A(total[c]);
-      var[c] = A(variance);
-      scale[c] = A(factor);
-      shift[c] = A(bias[c] - factor * (total[c] - double(mean[c])));
+      shift[c] = A(total[c] - double(mean[c]));
+      var[c] = A(total[channels + c] * inverse);
+    }
+    const A eps = A(w.eps);
+    TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
+      scale[c] = gate[c] / root(var[c] + eps);
+      shift[c] = bias[c] - scale[c] * shift[c];
     }
   }
 
@@ -59,8 +68,8 @@ struct Coefficients {
   static void eval(const Work& w) {
     const A *gate = vector(w.vectors.gate), *bias = vector(w.vectors.bias), *var = vector(w.vectors.var);
     A *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift);
-    for (int64_t i = 0; i < w.T * w.C; ++i) {
-      scale[i] = A(gate[i] / __builtin_sqrt(double(var[i]) + w.eps));
+    TSBN_NO_OVERLAP for (int64_t i = 0; i < w.T * w.C; ++i) {
+      scale[i] = gate[i] / root(var[i] + A(w.eps));
       shift[i] = bias[i];
     }
   }
@@ -68,20 +77,20 @@ struct Coefficients {
   // total: sum dy, sum dy * (x - mean). dx = gate * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
   static void backward(const Work& w, int64_t group, const double* total) {
     const int64_t channels = w.channels(), first = group * channels;
-    const A *gate = vector(w.vectors.gate) + first, *slope = vector(w.vectors.slope) + first,
-            *var = vector(w.vectors.var) + first;
+    const A *gate = vector(w.vectors.gate) + first, *slope = vector(w.vectors.slope) + first;
+    const A* var = vector(w.vectors.var) + first;
     A *dweight = vector(w.vectors.dweight) + first, *dbias = vector(w.vectors.dbias) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first,
       *dy_scale = vector(w.vectors.dy_scale) + first;
-    const double eps = w.eps, inverse = 1 / w.positions;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double rstd = 1 / __builtin_sqrt(double(var[c]) + eps), dot = total[channels + c] * rstd;
-      const double factor = gate[c] * rstd;
-      dweight[c] = A(slope[c] * dot);
-      dbias[c] = A(total[c]);
-      dy_scale[c] = A(factor);
-      scale[c] = A(-factor * rstd * dot * inverse);
-      shift[c] = A(-factor * total[c] * inverse);
+    const A eps = A(w.eps), inverse = A(1 / w.positions);
+    TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
+      const A rstd = 1 / root(var[c] + eps), dot = A(total[channels + c]) * rstd, sum = A(total[c]);
+      const A factor = gate[c] * rstd;
+      dweight[c] = slope[c] * dot;
+      dbias[c] = sum;
+      dy_scale[c] = factor;
+      scale[c] = -factor * rstd * dot * inverse;
+      shift[c] = -factor * sum * inverse;
     }
   }
 };

@@ -63,14 +63,15 @@ struct Columns {
 
   // mean, m2 of the block just added; true where a shift was too far off (see Rows::moments).
   static bool block_moments(const Scratch& k, int64_t C, double size, double* mean, double* m2) {
-    bool far = false;
+    const double inverse = 1 / size;
+    int64_t far = 0;  // a count, not a flag: the loop stays a vector loop
     for (int64_t c = 0; c < C; ++c) {
-      const double sum = k.sum[c], offset = sum / size;
+      const double sum = k.sum[c], offset = sum * inverse;
       mean[c] = k.shift[c] + offset;
       m2[c] = k.squares[c] - sum * offset;
-      far |= is_far(offset, m2[c] / size);
+      far += is_far(offset, m2[c] * inverse);
     }
-    return far;
+    return far > 0;
   }
 
   static void moments(const Work& w, int64_t task, int64_t chunk, double* partial, void* memory) {

@@ -4,11 +4,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <deque>
+#include <algorithm>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
+#include "pool.h"
 #include "work.h"
 
 namespace tsbn::cpu {
@@ -37,13 +37,26 @@ void with_element_type(const Tensor& tensor, F f) {
   }
 }
 
-// Owns vectors of `size` values for the length of one operator.
+// Vectors over [T*C] for the length of one operator, from one block of the pool: fresh memory would cost page faults.
 template <class A>
 class Workspace {
  public:
-  explicit Workspace(int64_t T, int64_t C) : T_(T), C_(C) {}
+  static constexpr int kVectors = 12;  // the most that an operator takes
 
-  A* zeros() { return vectors_.emplace_back(size_t(T_ * C_)).data(); }
+  Workspace(int64_t T, int64_t C)
+      : T_(T), C_(C), memory_(kVectors * size_t(T * C) * sizeof(A)), next_(static_cast<A*>(memory_.data())) {}
+
+  A* vector() {
+    A* result = next_;
+    next_ += T_ * C_;
+    return result;
+  }
+
+  A* filled(A value) {
+    A* result = vector();
+    std::fill_n(result, T_ * C_, value);
+    return result;
+  }
 
   // The values of `tensor`: its own memory where that fits, else converted.
   const A* values(const Tensor& tensor, const char* name) {
@@ -59,7 +72,7 @@ class Workspace {
           return;
         }
       }
-      A* converted = zeros();
+      A* converted = vector();
       for (int64_t t = 0; t < T_; ++t) {
         for (int64_t c = 0; c < C_; ++c) converted[t * C_ + c] = A(data[t * tensor.stride(0) + c * tensor.stride(1)]);
       }
@@ -69,7 +82,7 @@ class Workspace {
   }
 
   const A* values_or_zeros(const std::optional<Tensor>& tensor, const char* name) {
-    return tensor ? values(*tensor, name) : zeros();
+    return tensor ? values(*tensor, name) : filled(0);
   }
 
   // Rounds `values` to the dtype of the contiguous `tensor`.
@@ -83,7 +96,8 @@ class Workspace {
 
  private:
   int64_t T_, C_;
-  std::deque<std::vector<A>> vectors_;
+  PooledMemory memory_;
+  A* next_;
 };
 
 }  // namespace tsbn::cpu

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <new>
 
 namespace tsbn::cpu {
 
@@ -36,6 +37,26 @@ class BlockPool {
   std::mutex mutex_;
   std::map<char*, size_t> idle_;  // start and bytes; no two are adjacent
   size_t idle_bytes_ = 0, limit_ = 0;
+};
+
+// Memory for the length of a scope: from the pool, or from the heap where the pool is off or the system has none.
+class PooledMemory {
+ public:
+  explicit PooledMemory(size_t bytes) : bytes_(bytes) {
+    if (BlockPool::instance().limit() > 0) pooled_ = BlockPool::instance().allocate(bytes);
+    data_ = pooled_ != nullptr ? pooled_ : ::operator new(bytes, std::align_val_t(64));
+  }
+  ~PooledMemory() {
+    if (pooled_ != nullptr) BlockPool::instance().release(pooled_, bytes_);
+    else ::operator delete(data_, std::align_val_t(64));
+  }
+  PooledMemory(const PooledMemory&) = delete;
+  PooledMemory& operator=(const PooledMemory&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  size_t bytes_;
+  void *pooled_ = nullptr, *data_;
 };
 
 }  // namespace tsbn::cpu
