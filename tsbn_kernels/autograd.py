@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ class TaskBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def forward(
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -33,17 +33,20 @@ class TaskBatchNorm(torch.autograd.Function):
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
-        training = mean is None
+        compute = operators(backend)
         if mean is None or var is None:
-            y, mean, var = operators(backend).forward_training(x, weight, bias, num_tasks, eps, gate, stacking)
-        else:
-            y = operators(backend).forward_eval(x, weight, bias, mean, var, num_tasks, eps, gate, stacking)
+            return compute.forward_training(x, weight, bias, num_tasks, eps, gate, stacking)  # type: ignore[no-any-return]
+        y = compute.forward_eval(x, weight, bias, mean, var, num_tasks, eps, gate, stacking)
+        return y, mean.detach(), var.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, _, given_mean, _, *ctx.options, ctx.backend = inputs
+        _, mean, var = output
+        ctx.training = given_mean is None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.options = num_tasks, eps, gate, stacking, training
-        ctx.backend = backend
-        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -51,11 +54,17 @@ class TaskBatchNorm(torch.autograd.Function):
         if dy is None or not any(needed):
             return (None,) * 10
         x, weight, mean, var = ctx.saved_tensors
-        num_tasks, eps, gate, stacking, training = ctx.options
+        *_, stacking = ctx.options
         compute = operators(ctx.backend).backward
         if torch.is_grad_enabled():
             compute = reference.backward
         else:
             dy = layout.gradient_like(dy, x, stacking)
-        grads = compute(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, training, *needed)
+        grads = compute(dy, x, weight, mean, var, *ctx.options, ctx.training, *needed)
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 7
+
+
+# apply() binds its arguments to forward's signature on every call, which costs more than all else that it does. All of
+# ours are given by position, so there is nothing to bind.
+_POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+TaskBatchNorm.forward.__signature__ = _POSITIONAL  # type: ignore[attr-defined]

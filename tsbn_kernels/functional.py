@@ -130,7 +130,7 @@ def _check(
             raise TypeError(f"{name} must be a floating point tensor, got {vector.dtype}")
         if vector.device != x.device:
             raise RuntimeError(f"{name} is on {vector.device} and x on {x.device}; move one of them with .to()")
-    if training and x.numel() == num_tasks * x.shape[axis]:
+    if training and x.numel() == num_tasks * x.shape[axis] > 0:
         raise ValueError(
             f"Expected more than 1 value per task and channel when training, got input size {list(x.shape)} with "
             f"num_tasks={num_tasks}; use a larger batch or eval()"

@@ -48,6 +48,8 @@ def from_task_view(view: Tensor, like: Tensor, stacking: str) -> Tensor:
 
 def family(x: Tensor, stacking: str) -> Family | None:
     """The kernel family that reads ``x`` in place; None where neither does."""
+    if x.numel() == 0:
+        return "rows"
     axis = channel_axis(stacking)
     shape, stride = x.shape, x.stride()
     positions, step = 1, 1
@@ -82,7 +84,7 @@ def gradient_like(dy: Tensor, x: Tensor, stacking: str) -> Tensor:
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
     """Strides of a fresh tensor like ``x``: its own where ``x`` is dense, else dense ones in its family's order."""
     shape, stride = x.shape, x.stride()
-    expected, dense = 1, True
+    expected, dense = 1, x.numel() > 0
     for distance, size in sorted((d, s) for d, s in zip(stride, shape, strict=True) if s != 1):
         dense = dense and distance == expected
         expected *= size

@@ -40,7 +40,7 @@ View require_view(const Tensor& x, int64_t num_tasks, const std::string& stackin
   STD_TORCH_CHECK(leading == 2 ? x.size(0) == num_tasks : x.size(0) % num_tasks == 0,
                   "tsbn: the first dimension of x does not hold ", num_tasks, " tasks");
   const auto view = view_of(x, num_tasks, stacking);
-  STD_TORCH_CHECK(view && (view->rows() || view->columns() || x.numel() == 0),
+  STD_TORCH_CHECK(view && (view->rows() || view->columns()),
                   "tsbn: neither the positions nor the channels of x are contiguous; pass x.contiguous()");
   return *view;
 }
@@ -63,7 +63,7 @@ bool should_stream(const Work& w, size_t element) {
   const int64_t size = int64_t(element);
   const bool aligned = reinterpret_cast<uintptr_t>(w.out.data) % line == 0 && w.out.t * size % line == 0 &&
                        (w.N == 1 || w.out.n * size % line == 0);
-  if (w.family == Family::rows) return (aligned && w.out.c * size % line == 0) || w.S * size >= 8 * line;
+  if (w.family == Family::rows) return w.S * size >= (aligned && w.out.c * size % line == 0 ? 4 : 8) * line;
   return aligned && (w.S == 1 || w.out.s * size % line == 0);
 }
 
@@ -209,9 +209,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
     const auto apply = [&](int64_t group, int64_t chunk) {
       training ? kernel.slabs.affine_with_dy(w, group, chunk) : kernel.slabs.affine(scaling, group, chunk);
     };
-    if (need_dweight || need_dbias || training) {
+    if (need_dweight || need_dbias || (training && need_dx)) {
       reduce_then_apply(w, kernel.slabs.products, merge_sums, kernel.vectors.backward, apply);
-    } else {
+    } else if (need_dx) {
       apply_all(w, apply);
     }
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));

@@ -38,6 +38,11 @@ struct Columns {
       shift = squares + padded;
       for (int64_t c = 0; c < padded; ++c) shift[c] = 0;
     }
+    template <class Values>
+    void set_shift(int64_t C, Values values) {
+      for (int64_t c = 0; c < C; ++c) shift[c] = A(values(c));
+      for (int64_t c = 0; c < padded; c += L) store(shift + c, rounded<T>(load(shift + c)));
+    }
     void clear_sums() {
       for (int64_t c = 0; c < padded; ++c) sum[c] = squares[c] = 0;
     }
@@ -85,18 +90,18 @@ struct Columns {
     Block b = w.partition.block(begin);
     const Block few{b.n0, b.n0 + 1, b.s0, b.s1 - b.s0 < kFew ? b.s1 : b.s0 + kFew};
     add_block(w, x, few, k);
-    for (int64_t c = 0; c < w.C; ++c) k.shift[c] = A(k.sum[c] / A(few.positions()));
+    k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return k.sum[c] / A(few.positions()); });
     add_block(w, x, b, k);
     double count = double(b.positions());
     if (block_moments(k, w.C, count, mean, m2)) {
-      for (int64_t c = 0; c < w.C; ++c) k.shift[c] = A(mean[c]);
+      k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return mean[c]; });
       add_block(w, x, b, k);
       block_moments(k, w.C, count, mean, m2);
     }
     for (int64_t index = begin + 1; index < end; ++index) {
       b = w.partition.block(index);
       const double size = double(b.positions());
-      for (int64_t c = 0; c < w.C; ++c) k.shift[c] = A(mean[c]);
+      k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return mean[c]; });
       add_block(w, x, b, k);
       block_moments(k, w.C, size, block_mean, block_m2);
       for (int64_t c = 0; c < w.C; ++c) merge_moments(mean[c], m2[c], count, block_mean[c], block_m2[c], size);

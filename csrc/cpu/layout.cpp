@@ -45,6 +45,10 @@ std::optional<View> view_of(const Tensor& x, int64_t num_tasks, const std::strin
   }
   view.S = 1;
   o.s = 1;
+  if (x.numel() == 0) {
+    view.S = 0;
+    return view;
+  }
   for (int64_t axis = int64_t(sizes.size()); --axis > channel;) {
     if (sizes[axis] == 1) continue;
     if (view.S == 1) o.s = strides[axis];
@@ -56,7 +60,7 @@ std::optional<View> view_of(const Tensor& x, int64_t num_tasks, const std::strin
 
 std::vector<int64_t> dense_strides(const Tensor& x, Family family, const std::string& stacking) {
   const auto sizes = x.sizes(), strides = x.strides();
-  if (is_dense(x)) return {strides.begin(), strides.end()};
+  if (x.numel() > 0 && is_dense(x)) return {strides.begin(), strides.end()};
   std::vector<int64_t> axes(sizes.size());  // outermost first
   std::iota(axes.begin(), axes.end(), 0);
   if (family == Family::columns) {

@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 struct View {
   int64_t T = 0, N = 0, C = 0, S = 0;
   Operand operand;
-  bool rows() const { return S > 1 && operand.s == 1; }
+  bool rows() const { return S != 1 && operand.s == 1; }  // an empty tensor counts as rows
   bool columns() const { return C == 1 || operand.c == 1; }
 };
 

@@ -19,14 +19,15 @@ struct Rows {
   };
 
   // Calls add(offset, lane_count, accumulator) for every vector of a contiguous run; lane_count < L only at its end.
+  // What is left over of a run goes to accumulators in turn, from `turn` on, so that short runs fill all of them.
   template <class Add>
-  static TSBN_INLINE void each_vector(int64_t length, Add add) {
+  static TSBN_INLINE void each_vector(int64_t length, int64_t turn, Add add) {
     int64_t i = 0;
     for (; i + kUnroll * L <= length; i += kUnroll * L) {
       for (int j = 0; j < kUnroll; ++j) add(i + j * L, L, j);
     }
-    for (; i + L <= length; i += L) add(i, L, 0);
-    if (i < length) add(i, int(length - i), 1);
+    for (; i + L <= length; i += L) add(i, L, turn++ % kUnroll);
+    if (i < length) add(i, int(length - i), turn % kUnroll);
   }
 
   struct BlockMoments {
@@ -34,18 +35,18 @@ struct Rows {
   };
 
   static BlockMoments block_moments(const T* x, const Operand& o, const Block& b, A origin) {
-    const V shift = V{} + origin;
+    const V shift = rounded<T>(V{} + origin);
     Sums sums;
     for (int64_t n = b.n0; n < b.n1; ++n) {
       const T* p = x + n * o.n + b.s0;
-      each_vector(b.s1 - b.s0, [&](int64_t i, int lanes, int j) TSBN_LAMBDA {
+      each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
         const V d = load_up_to(p + i, lanes, shift) - shift;
         sums.first[j] += d;
         sums.second[j] += d * d;
       });
     }
     const double sum = Sums::total(sums.first), offset = sum / double(b.positions());
-    return {double(origin) + offset, Sums::total(sums.second) - sum * offset};
+    return {double(shift[0]) + offset, Sums::total(sums.second) - sum * offset};
   }
 
   // The first block is summed around the mean of its first few values, and again around its own mean where that was
@@ -82,7 +83,7 @@ struct Rows {
       Sums sums;
       for (int64_t n = b.n0; n < b.n1; ++n) {
         const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0;
-        each_vector(b.s1 - b.s0, [&](int64_t i, int lanes, int j) TSBN_LAMBDA {
+        each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
           const V g = load_up_to(q + i, lanes, V{});
           sums.first[j] += g;
           sums.second[j] += g * (load_up_to(p + i, lanes, center) - center);
@@ -93,6 +94,14 @@ struct Rows {
     }
     partial[0] = total;
     partial[1] = dot;
+  }
+
+  // The head of the next channel's row: rows are too short for the processor to have seen the stride, and their first
+  // lines would otherwise be waited for, slab after slab.
+  static TSBN_INLINE void prefetch_row(const T* row, int64_t length) {
+    constexpr int64_t kHead = 512;
+    const int64_t bytes = length * int64_t(sizeof(T)) < kHead ? length * int64_t(sizeof(T)) : kHead;
+    for (int64_t i = 0; i < bytes; i += int64_t(kLine)) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
   }
 
   // Blocks are walked backwards: the reduction has just left the last ones in the cache.
@@ -112,6 +121,8 @@ struct Rows {
         const T* q = kWithDy ? dy + n * w.dy.n + b.s0 : nullptr;
         T* r = out + n * w.out.n + b.s0;
         const int64_t length = b.s1 - b.s0;
+        prefetch_row(p + w.x.c, length);
+        if constexpr (kWithDy) prefetch_row(q + w.dy.c, length);
         const auto value = [&](int64_t i, int lanes) TSBN_LAMBDA {
           V v = (load_up_to(p + i, lanes, center) - center) * scale + shift;
           if constexpr (kWithDy) v += load_up_to(q + i, lanes, V{}) * dy_scale;

@@ -113,6 +113,12 @@ TSBN_INLINE void store(f32* p, F v) { store_bits(p, v); }
 TSBN_INLINE void store(f64* p, D v) { store_bits(p, v); }
 template <class T> TSBN_INLINE void store(T* p, F v) { store_bits(p, narrow(v, (T*)nullptr)); }
 
+// The nearest value of storage type T. x - origin of such an origin is exact for most halves: with a full fp32 origin
+// all differences share their low bits, and every add of a sum rounds the same way.
+template <class T> TSBN_INLINE F rounded(F v) { return widen(narrow(v, (T*)nullptr), (T*)nullptr); }
+template <> TSBN_INLINE F rounded<f32>(F v) { return v; }
+template <class T> TSBN_INLINE D rounded(D v) { return v; }
+
 // Streaming stores write whole cache lines past the caches: the line is not read first. `p` is aligned to the store.
 #if TSBN_VECTOR_BYTES == 64
 TSBN_INLINE void stream_bits(void* p, F v) { _mm512_stream_ps((float*)p, (__m512)v); }

@@ -25,6 +25,7 @@ struct Block {
 // chunks (the unit of parallel work). The cut depends on the shape alone, so the order of every sum does too: the
 // result is bitwise the same for any number of threads.
 struct Partition {
+  static constexpr int64_t kMostSamples = 256;  // bounds the terms of one fp32 sum where samples are short
   int64_t N = 0, S = 0;
   int64_t samples_per_block = 1, piece = 1, pieces = 1;
   int64_t blocks = 0, blocks_per_chunk = 1, chunks = 0;
@@ -32,7 +33,7 @@ struct Partition {
   Partition() = default;
   Partition(int64_t N, int64_t S, int64_t block_positions, int64_t chunk_positions) : N(N), S(S) {
     if (N == 0 || S == 0) return;
-    samples_per_block = std::max<int64_t>(1, block_positions / S);
+    samples_per_block = std::clamp<int64_t>(block_positions / S, 1, kMostSamples);
     pieces = (S + block_positions - 1) / block_positions;
     piece = (S + pieces - 1) / pieces;
     blocks = pieces > 1 ? N * pieces : (N + samples_per_block - 1) / samples_per_block;
