@@ -58,9 +58,7 @@ def task_batch_norm(
     _check(x, weight, bias, running_mean, running_var, num_tasks, training, gate, stacking)
     x = layout.supported(x, stacking)
     mean, var = (None, None) if training else (running_mean, running_var)
-    backend = backends.override()
-    if backend is not None:
-        backends.select(x.device.type)
+    backend = backends.override(x.device.type)
     y, mean, var = TaskBatchNorm.apply(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, backend)
     if training and x.numel() > 0:
         count = x.numel() // weight.numel()

@@ -41,7 +41,7 @@ void* map_aligned(size_t bytes) {
 
 }  // namespace
 
-BlockPool::BlockPool() : limit_(default_limit()) {}
+BlockPool::BlockPool() { set_limit(default_limit()); }
 
 BlockPool& BlockPool::instance() {
   static BlockPool* pool = new BlockPool;
@@ -119,7 +119,7 @@ size_t BlockPool::limit() {
 
 void BlockPool::set_limit(size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  limit_ = bytes;
+  limit_ = bytes / kHugePage * kHugePage;
   trim_locked(limit_);
 }
 

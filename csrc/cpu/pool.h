@@ -28,7 +28,8 @@ class BlockPool {
   size_t trim(size_t keep);
   size_t idle_bytes();
   size_t limit();
-  void set_limit(size_t bytes);  // 0: no reuse, and large outputs use PyTorch's allocator
+  // In whole blocks of 2 MiB. 0: no reuse, and large outputs use PyTorch's allocator.
+  void set_limit(size_t bytes);
 
  private:
   BlockPool();
@@ -42,8 +43,10 @@ class BlockPool {
 // Memory for the length of a scope: from the pool, or from the heap where the pool is off or the system has none.
 class PooledMemory {
  public:
+  static constexpr size_t kSmallest = size_t(64) << 10;  // the heap keeps smaller ones without page faults
+
   explicit PooledMemory(size_t bytes) : bytes_(bytes) {
-    if (BlockPool::instance().limit() > 0) pooled_ = BlockPool::instance().allocate(bytes);
+    if (bytes >= kSmallest && BlockPool::instance().limit() > 0) pooled_ = BlockPool::instance().allocate(bytes);
     data_ = pooled_ != nullptr ? pooled_ : ::operator new(bytes, std::align_val_t(64));
   }
   ~PooledMemory() {

@@ -34,38 +34,37 @@ def backends() -> tuple[Backend, ...]:
     )
 
 
-def _checked(name: str) -> str:
+def _available(name: str) -> Backend:
     known = {backend.name: backend for backend in backends()}
     if name not in known:
         raise ValueError(f"unknown backend {name!r}; known are {', '.join(known)}")
     if not known[name].available:
         raise RuntimeError(f"backend {name!r} is not available: {known[name].detail}")
-    return name
+    return known[name]
 
 
-_override: str | None = _checked(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
+_override: Backend | None = _available(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
 
 
-def override() -> str | None:
-    """The backend forced by ``TSBN_BACKEND`` or :func:`use_backend`, or None."""
-    return _override
-
-
-def select(device_type: str) -> Backend:
-    """The backend that runs tensors of ``device_type``.
+def override(device_type: str) -> str | None:
+    """Name of the backend forced by ``TSBN_BACKEND`` or :func:`use_backend`; None where the dispatcher chooses.
 
     Raises:
-        RuntimeError: the backend that was forced does not run on that device.
+        RuntimeError: the forced backend does not run on ``device_type``.
     """
-    if _override is not None:
-        forced = next(backend for backend in backends() if backend.name == _override)
-        if not forced.runs_on(device_type):
-            raise RuntimeError(
-                f"backend {forced.name!r} was chosen by TSBN_BACKEND or use_backend, but it runs on "
-                f"{', '.join(forced.device_types)} and the input is on {device_type}; move the input or choose another"
-            )
-        return forced
-    return next(backend for backend in backends() if backend.available and backend.runs_on(device_type))
+    if _override is None:
+        return None
+    if not _override.runs_on(device_type):
+        raise RuntimeError(
+            f"backend {_override.name!r} was chosen by TSBN_BACKEND or use_backend, but it runs on "
+            f"{', '.join(_override.device_types)} and the input is on {device_type}; move the input or choose another"
+        )
+    return _override.name
+
+
+def select(device_type: str) -> str:
+    """Name of the backend that runs tensors of ``device_type``; raises as :func:`override` does."""
+    return override(device_type) or next(b.name for b in backends() if b.available and b.runs_on(device_type))
 
 
 @contextmanager
@@ -79,7 +78,7 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: it is not available here; the message says why.
     """
     global _override
-    previous, _override = _override, _checked(name)
+    previous, _override = _override, _available(name)
     try:
         yield
     finally:
