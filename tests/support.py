@@ -55,8 +55,8 @@ STATISTICS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-6, to
 def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance, in float64, between neighbours of ``dtype`` around ``values``."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(values.double().abs().clamp_min(info.smallest_normal)).exponent - 1
-    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+    values = values.double().abs().clamp_min(info.smallest_normal)
+    return torch.ldexp(torch.full_like(values, info.eps), torch.frexp(values).exponent - 1)
 
 
 def assert_within(actual: Tensor, expected: Tensor, tolerance: Tolerance, scale: float | Tensor = 1.0) -> None:

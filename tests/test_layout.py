@@ -168,7 +168,8 @@ def test_strides_of_outputs_agree(
         assert strides == torch.empty_like(x, memory_format=torch.preserve_format).stride()
     fresh = torch.empty_strided(x.shape, strides)
     assert dense(fresh)
-    assert layout.family(fresh, stacking) == layout.family(x, stacking)
+    if sizes[1] > 1:  # both families read a single channel
+        assert layout.family(fresh, stacking) == layout.family(x, stacking)
     assert native_strides(x, 2, stacking) == strides
     assert reference_strides(x, 2, stacking) == strides
 
