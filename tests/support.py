@@ -1,4 +1,4 @@
-"""What the tests share: inputs in every layout, loud uninitialised memory, tolerances, comparison with the definition."""
+"""What the tests share: inputs in every layout, tolerances, comparison with the definition, fresh interpreters."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tolerance, scale:
         worst = int(torch.where(error.isnan(), torch.inf, error / bound).argmax())
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
         raise AssertionError(
-            f"{int(bad.sum())} of {bad.numel()} values are out of bounds; worst at {index}: got {actual[index].item()!r}, "
-            f"expected {wanted[index].item()!r}, error {error[index].item():.3g}"
+            f"{int(bad.sum())} of {bad.numel()} values are out of bounds; worst at {index}: "
+            f"got {actual[index].item()!r}, expected {wanted[index].item()!r}, error {error[index].item():.3g}"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import (
     DTYPES,
     FORMATS,
@@ -23,6 +22,7 @@ from support import (
     stack,
 )
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 from tsbn_kernels.functional import task_batch_norm
 
@@ -34,28 +34,88 @@ ONES = torch.ones(3, 5)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: task_batch_norm(X, W, num_tasks=3, gate="tanh"), ValueError, "gate must be one of sigmoid, identity, got 'tanh'"),
-        (lambda: task_batch_norm(X, W, num_tasks=3, stacking="TNC"), ValueError, "stacking must be one of task_major, sample_major, task_axis, got 'TNC'"),
+        (
+            lambda: task_batch_norm(X, W, num_tasks=3, gate="tanh"),
+            ValueError,
+            "gate must be one of sigmoid, identity, got 'tanh'",
+        ),
+        (
+            lambda: task_batch_norm(X, W, num_tasks=3, stacking="TNC"),
+            ValueError,
+            "stacking must be one of task_major, sample_major, task_axis, got 'TNC'",
+        ),
         (lambda: task_batch_norm(X, W, num_tasks=0), ValueError, "num_tasks must be 1 or more, got 0"),
         (lambda: task_batch_norm(X.int(), W, num_tasks=3), TypeError, "got torch.int32; convert it with x.float()"),
         (lambda: task_batch_norm(X.cfloat(), W, num_tasks=3), TypeError, "got torch.complex64"),
-        (lambda: task_batch_norm(X[:, 0, 0, 0], W, num_tasks=3), ValueError, "x must have at least 2 dimensions [T*N, C, ...], got shape [6]"),
-        (lambda: task_batch_norm(X[:, :, 0, 0], W, num_tasks=3, stacking="task_axis"), ValueError, "at least 3 dimensions [T, N, C, ...], got shape [6, 5]"),
-        (lambda: task_batch_norm(X, W, num_tasks=3, stacking="task_axis"), ValueError, "has 6 tasks along its first dimension, expected num_tasks=3; for a stacked batch pass stacking='task_major' or 'sample_major'"),
-        (lambda: task_batch_norm(X[:5], W, num_tasks=3), ValueError, "the first dimension of x, 5, is not a multiple of num_tasks=3"),
-        (lambda: task_batch_norm(X, W[:2], num_tasks=3), ValueError, "weight must have shape [num_tasks, channels] = [3, 5] for x of shape [6, 5, 4, 4], got [2, 5]"),
-        (lambda: task_batch_norm(X, W[0], num_tasks=3), ValueError, "weight must have shape [num_tasks, channels] = [3, 5]"),
-        (lambda: task_batch_norm(X, W, W.t(), num_tasks=3), ValueError, "bias must have shape [num_tasks, channels] = [3, 5]"),
+        (
+            lambda: task_batch_norm(X[:, 0, 0, 0], W, num_tasks=3),
+            ValueError,
+            "x must have at least 2 dimensions [T*N, C, ...], got shape [6]",
+        ),
+        (
+            lambda: task_batch_norm(X[:, :, 0, 0], W, num_tasks=3, stacking="task_axis"),
+            ValueError,
+            "at least 3 dimensions [T, N, C, ...], got shape [6, 5]",
+        ),
+        (
+            lambda: task_batch_norm(X, W, num_tasks=3, stacking="task_axis"),
+            ValueError,
+            "expected num_tasks=3; for a stacked batch pass stacking='task_major' or 'sample_major'",
+        ),
+        (
+            lambda: task_batch_norm(X[:5], W, num_tasks=3),
+            ValueError,
+            "the first dimension of x, 5, is not a multiple of num_tasks=3",
+        ),
+        (
+            lambda: task_batch_norm(X, W[:2], num_tasks=3),
+            ValueError,
+            "weight must have shape [num_tasks, channels] = [3, 5] for x of shape [6, 5, 4, 4], got [2, 5]",
+        ),
+        (
+            lambda: task_batch_norm(X, W[0], num_tasks=3),
+            ValueError,
+            "weight must have shape [num_tasks, channels] = [3, 5]",
+        ),
+        (
+            lambda: task_batch_norm(X, W, W.t(), num_tasks=3),
+            ValueError,
+            "bias must have shape [num_tasks, channels] = [3, 5]",
+        ),
         (lambda: task_batch_norm(X, W, None, W[:, :4], ONES, num_tasks=3), ValueError, "running_mean must have shape"),
         (lambda: task_batch_norm(X, W, None, W, ONES[:, :4], num_tasks=3), ValueError, "running_var must have shape"),
-        (lambda: task_batch_norm(X, W.int(), num_tasks=3), TypeError, "weight must be a floating point tensor, got torch.int32"),
-        (lambda: task_batch_norm(X, W, W.long(), num_tasks=3), TypeError, "bias must be a floating point tensor, got torch.int64"),
-        (lambda: task_batch_norm(X, W, num_tasks=3, training=False), ValueError, "evaluation needs running_mean; pass it, or training=True to use the batch's statistics"),
-        (lambda: task_batch_norm(X, W, None, W, None, num_tasks=3, training=False), ValueError, "evaluation needs running_var"),
-        (lambda: task_batch_norm(X, W.to("meta"), num_tasks=3), RuntimeError, "weight is on meta and x on cpu; move one of them with .to()"),
-        (lambda: task_batch_norm(X[:3, :, :1, :1], W, num_tasks=3), ValueError, "Expected more than 1 value per task and channel when training, got input size [3, 5, 1, 1] with num_tasks=3; use a larger batch or eval()"),
+        (
+            lambda: task_batch_norm(X, W.int(), num_tasks=3),
+            TypeError,
+            "weight must be a floating point tensor, got torch.int32",
+        ),
+        (
+            lambda: task_batch_norm(X, W, W.long(), num_tasks=3),
+            TypeError,
+            "bias must be a floating point tensor, got torch.int64",
+        ),
+        (
+            lambda: task_batch_norm(X, W, num_tasks=3, training=False),
+            ValueError,
+            "evaluation needs running_mean; pass it, or training=True to use the batch's statistics",
+        ),
+        (
+            lambda: task_batch_norm(X, W, None, W, None, num_tasks=3, training=False),
+            ValueError,
+            "evaluation needs running_var",
+        ),
+        (
+            lambda: task_batch_norm(X, W.to("meta"), num_tasks=3),
+            RuntimeError,
+            "weight is on meta and x on cpu; move one of them with .to()",
+        ),
+        (
+            lambda: task_batch_norm(X[:3, :, :1, :1], W, num_tasks=3),
+            ValueError,
+            "per task and channel when training, got input size [3, 5, 1, 1] with num_tasks=3; use a larger",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_say_what_came_and_how_to_mend_it(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
@@ -72,7 +132,7 @@ def test_running_statistics(momentum: float) -> None:
     expected_mean, expected_var = mean.clone(), var.clone()
     task_batch_norm(X, W, None, mean, var, num_tasks=3, momentum=momentum)
     for t, stream in enumerate(X.chunk(3)):
-        F.batch_norm(stream, expected_mean[t], expected_var[t], training=True, momentum=momentum)
+        batch_norm(stream, expected_mean[t], expected_var[t], training=True, momentum=momentum)
     torch.testing.assert_close(mean, expected_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, expected_var, rtol=1e-5, atol=1e-6)
 
@@ -124,7 +184,7 @@ def test_empty_batch(training: bool, stacking: str) -> None:
 @pytest.mark.parametrize("shape", [(6, 5, 0, 2), (6, 5, 2, 0), (6, 0, 2, 2)])
 def test_empty_planes_and_no_channels(shape: tuple[int, ...]) -> None:
     x, parameters = torch.zeros(shape), torch.zeros(3, shape[1])
-    assert F.batch_norm(x, None, None, training=True).shape == x.shape
+    assert batch_norm(x, None, None, training=True).shape == x.shape
     assert task_batch_norm(x, parameters, num_tasks=3).shape == x.shape
 
 
