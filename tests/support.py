@@ -289,5 +289,5 @@ def python(program: str, *, path: Path = ROOT, **environment: str) -> subprocess
 def python_output(program: str, *, path: Path = ROOT, **environment: str) -> str:
     """What a program prints; fails with its errors where it fails."""
     done = python(program, path=path, **environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout
