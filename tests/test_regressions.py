@@ -152,7 +152,7 @@ def test_liger_1358_no_float64_in_a_float32_graph() -> None:
 
 
 def test_triton_781_operators_have_no_side_effects() -> None:
-    """In triton #781: autotuning ran kernels with side effects several times. No operator here may change an argument."""
+    """In triton #781: autotuning ran kernels with side effects several times. No operator may change an argument."""
     for op in (ops.forward_training, ops.forward_eval, ops.backward):
         assert not op.default._schema.is_mutable
     p = problem()
@@ -162,7 +162,7 @@ def test_triton_781_operators_have_no_side_effects() -> None:
 
 
 def test_fla_533_and_1147_new_shapes_cost_no_tuning() -> None:
-    """In flash-linear-attention #533, #1147: every new shape was tuned anew. Here the first call costs what others do."""
+    """In flash-linear-attention #533, #1147: each new shape was tuned anew. Here the first call costs no more."""
     first, second = [], []
     for size in range(40, 100):
         p = problem(2, 3, 16, (size,))
@@ -357,7 +357,7 @@ def test_apex_954_with_a_broken_compiled_part(tmp_path: Path) -> None:
 
 
 def test_flash_attn_import_asks_no_driver() -> None:
-    """In flash-attn: a driver was queried at import. Here import needs no GPU, Triton, compiler or NumPy: torch alone."""
+    """In flash-attn: a driver was queried at import. Here import needs no GPU, Triton, compiler or NumPy."""
     program = """
 import sys
 for name in ("triton", "setuptools", "ninja", "rich", "matplotlib"):
