@@ -1,0 +1,50 @@
+"""Loud uninitialised memory in every test, and the fixtures that several files use."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tsbn_kernels.backends import cpu
+
+# The same examples on every run: what fails on one machine fails on all.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("tests")
+
+M_PERTURB = -6
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loud_memory() -> Iterator[None]:
+    """Fresh memory from malloc holds 0x7f in each byte: 3e38 in float32 and bfloat16, NaN in float16.
+
+    Blocks of the pool are filled with NaN where a test says so, by ``support.fill_cache_with_nan``; PyTorch's own empty
+    tensors hold NaN by ``fill_uninitialized_memory``, which does not reach the native outputs.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(M_PERTURB, 0x80)
+    yield
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(M_PERTURB, 0)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> None:
+    """For tests of the native library itself."""
+    if not cpu.available:
+        pytest.skip("the native library was not built")
