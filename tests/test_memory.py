@@ -147,7 +147,7 @@ def test_negative_limit_is_an_error() -> None:
 @pytest.mark.parametrize(("text", "limit"), [("64", 64 * MIB), ("0", 0), ("many", None), ("", None)])
 def test_limit_from_the_environment(text: str, limit: int | None) -> None:
     program = "from tsbn_kernels import memory; print(memory.cache_limit())"
-    default = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 4
+    default = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 4 // (2 * MIB) * (2 * MIB)  # whole blocks
     assert int(python_output(program, TSBN_POOL_LIMIT_MB=text)) == (default if limit is None else limit)
 
 
