@@ -51,7 +51,7 @@ def run_case(case: Case, impls: Sequence[str], plan: Plan, notify: Notify) -> li
         peers[impl] = PEERS[impl](case, inputs)
         check(impl, case, peers[impl].step(), expected)
     del expected
-    candidates: dict[str, Candidate] = {COPY: copy_candidate(inputs.x)}
+    candidates: dict[str, Candidate] = {COPY: copy_candidate(inputs.x, torch.empty_like(inputs.x))}
     candidates |= {name: training_candidate(peer.forward, peer.backward) for name, peer in peers.items()}
     notify(f"{case}: warming up", (stages - 1) / stages)
 
