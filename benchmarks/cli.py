@@ -103,6 +103,8 @@ def celeba40(  # noqa: PLR0917 (every parameter is an option)
     impls, skipped = runs.runnable(impls, where)
     for name, why in skipped.items():
         console.print(f"[yellow]{name} is left out: {why}[/]")
+    if not impls:
+        _fail("no implementation is left to measure; choose another --impl")
 
     versions = environment.versions(where)
     console.print(

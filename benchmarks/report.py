@@ -24,11 +24,11 @@ def layers_table(records: Sequence[Record]) -> Table:
     """A line for each layer, dtype, memory format and implementation, both passes side by side."""
     table = Table(title="Layers: median ± interquartile range; in copies of the activation; speed-up over the loop")
     for name in ("layer", "shape", "dtype", "format", "impl"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for name in PASSES:
         short = "fwd" if name == FORWARD else "fwd+bwd"
         for unit in ("ms", "copies", "vs loop", "of copy bw"):
-            table.add_column(f"{short}\n{unit}", justify="right", no_wrap=True)
+            table.add_column(f"{short}\n{unit}", justify="right")
     by_case: dict[tuple[object, ...], dict[str, dict[str, Record]]] = {}
     for record in records:
         case = by_case.setdefault((record.layer, record.shape, record.dtype, record.memory_format), {})
@@ -54,7 +54,7 @@ def means_table(rows: Sequence[Means]) -> Table:
     """The speed-ups of the fused layer, geometric means over the network's layers."""
     table = Table(title="Fused layer: geometric means over the layers (a shape that two layers have counts twice)")
     for name in ("pass", "dtype", "format"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     headers = ("layers", "vs loop", "vs fastest peer\nof each layer", "vs fastest peer\nover all layers", "of copy bw")
     for name in headers:
         table.add_column(name, justify="right")

@@ -38,6 +38,8 @@ def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
     rows = json.loads((tmp_path / "out" / "run.json").read_text())
     assert all(list(row) == FIELDS for row in rows)
     assert all(row["verified"] and row["workload"] == "celeba40" for row in rows)
+    versions = {"torch", "tsbn_kernels", "python", "cpu", "threads", "backend", "huge_pages"}
+    assert all(set(row["versions"]) == versions and row["device"] == "cpu" for row in rows)
     layers = [row for row in rows if row["layer"] != "network"]
     # (1 layer in 2 formats + 1 layer without) x 2 dtypes x 3 implementations x 2 passes
     assert len(layers) == 36
@@ -120,6 +122,9 @@ def test_peers_without_a_compiler_are_left_out(invoke, monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     assert "compiled_folded is left out: torch.compile needs a C++ compiler" in result.output
     assert {row["impl"] for row in json.loads((tmp_path / "out.json").read_text())} == {"fused"}
+    result = invoke("--impl", "compiled_reference", "--no-network")
+    assert result.exit_code == 1
+    assert "no implementation is left to measure" in result.output
 
 
 @pytest.mark.parametrize(
