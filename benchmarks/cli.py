@@ -63,7 +63,7 @@ def celeba40(  # noqa: PLR0917 (every parameter is an option)
     network_batch: Annotated[int | None, typer.Option(min=2, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Within a minute: one shape, small batch, few rounds.")
+        bool, typer.Option("--quick", help="Within a minute: layers bn6 and bn7, few rounds, a small network.")
     ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")] = None,
     plot_path: Annotated[Path, typer.Option("--plot", help="The picture.")] = Path("results/celeba40.png"),
