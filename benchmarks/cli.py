@@ -138,6 +138,8 @@ def celeba40(  # noqa: PLR0917 (every parameter is an option)
 
                 records += runs.run_case(case, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
                 done += work
+            if json_path is not None:
+                write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted
             if faces is not None:
                 progress.update(bar, description="network: time of a training step", completed=done, refresh=True)
                 plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN

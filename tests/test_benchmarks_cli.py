@@ -113,6 +113,17 @@ def test_a_wrong_network_ends_the_run_with_status_1(invoke, monkeypatch):
     assert "fused is wrong: in the network its loss differs" in result.output
 
 
+def test_records_of_the_layers_survive_an_interrupted_network(invoke, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(celeba40, "verify_network", lambda *_: {})
+    monkeypatch.setattr(celeba40, "run_network", interrupted)
+    result = invoke("--impl", "fused", "--layers", "bn9", "--dtype", "float32", "--json", "out.json")
+    assert result.exit_code != 0
+    assert {row["layer"] for row in json.loads((tmp_path / "out.json").read_text())} == {"bn6,bn7", "bn8,bn9"}
+
+
 def test_peers_without_a_compiler_are_left_out(invoke, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
