@@ -1,0 +1,171 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import celeba40 as runs
+from benchmarks import environment, plot, report
+from benchmarks.data import DataError
+from benchmarks.measure import Plan
+from benchmarks.peers import PEERS
+from benchmarks.records import Record, write_json
+from benchmarks.verify import MismatchError
+from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, cases, choose_batch, select_layers
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
+
+FULL_PLAN, QUICK_PLAN = Plan(), Plan(min_rounds=3, max_rounds=3)
+NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3, 3.0)
+QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn7"), 16
+NETWORK_BATCH = 8
+QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
+
+
+@app.callback()
+def _commands() -> None:
+    """Benchmarks of the fused layers."""
+
+
+def _choices(values: Sequence[str], known: Sequence[str], option: str) -> list[str]:
+    for value in values:
+        if value not in known:
+            raise typer.BadParameter(f"unknown {value!r}; known are {', '.join(known)}", param_hint=option)
+    return list(dict.fromkeys(values))
+
+
+def _case_work(case: Case) -> float:
+    """Share of a case in the progress bar: its bytes, and a constant for compiling."""
+    return case.tensor_bytes / 2**20 + 100
+
+
+@app.command()
+def celeba40(  # noqa: PLR0917 (every parameter is an option)
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
+    batch: Annotated[
+        int | None, typer.Option(min=2, help="Samples of each task. Default: what fits in memory, on a CPU at most 16.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(DTYPES)}.")] = None,
+    memory_format: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")] = None,
+    impl: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(PEERS)}. Default: all.")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="Repeatable, or with commas: bn1 to bn9.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    network: Annotated[bool, typer.Option(help="Also a training step of the whole network.")] = True,
+    network_batch: Annotated[int | None, typer.Option(min=2, help="Images of the training step.")] = None,
+    data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Within a minute: layers bn6 and bn7, few rounds, a small network.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")] = None,
+    plot_path: Annotated[Path, typer.Option("--plot", help="The picture.")] = Path("results/celeba40.png"),
+) -> None:
+    """The normalisation layers of the 40-task CelebA network, fused and by every peer, and a training step of it.
+
+    Exits with 1 if a result differs from the reference.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=170)
+    dtypes = _choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
+    formats = _choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
+    impls = _choices(impl or list(PEERS), list(PEERS), "--impl")
+    names = [name for part in layers or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
+    try:
+        chosen_layers = select_layers(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layers") from None
+    try:
+        where = environment.parse_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    network_tasks = min(tasks, QUICK_NETWORK_TASKS) if quick else tasks
+    network_batch = network_batch or (QUICK_NETWORK_BATCH if quick else NETWORK_BATCH)
+    try:
+        faces = runs.load_faces(data, network_batch, network_tasks) if network else None
+        if batch is not None:
+            samples, reason = batch, "given"
+        elif quick:
+            samples, reason = QUICK_BATCH, "of --quick"
+        else:
+            available = environment.available_bytes(where)
+            samples, reason = choose_batch(chosen_layers, tasks, dtypes, where, available)
+    except (DataError, ValueError) as error:
+        _fail(str(error))
+    impls, skipped = runs.runnable(impls, where)
+    for name, why in skipped.items():
+        console.print(f"[yellow]{name} is left out: {why}[/]")
+    if not impls:
+        _fail("no implementation is left to measure; choose another --impl")
+
+    versions = environment.versions(where)
+    console.print(
+        f"{environment.device_name(where)} ({versions['cpu']}, {versions['threads']} threads), "
+        f"PyTorch {versions['torch']}, backend {versions['backend']}",
+        highlight=False,
+    )
+    console.print(f"{tasks} tasks, batch {samples} ({reason})", highlight=False)
+    if faces is not None:
+        console.print(f"network: {network_tasks} tasks, batch {network_batch}, {faces.source}", highlight=False)
+
+    todo = cases(chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where)
+    network_work = (network_tasks * network_batch * 5.0) if faces is not None else 0.0
+    records: list[Record] = []
+    network_run = None
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("starting", total=sum(map(_case_work, todo)) + network_work)
+            done = 0.0
+            steps = {}
+            if faces is not None:
+                progress.update(bar, description="network: loss, gradients and memory of a step", refresh=True)
+                steps = runs.verify_network(faces, where, impls)
+                progress.update(bar, completed=(done := network_work / 2))
+            for case in todo:
+                work = _case_work(case)
+
+                def notify(text: str, share: float, done: float = done, work: float = work) -> None:
+                    progress.update(bar, description=text, completed=done + work * share, refresh=True)
+
+                records += runs.run_case(case, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
+                done += work
+            if json_path is not None:
+                write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted
+            if faces is not None:
+                progress.update(bar, description="network: time of a training step", completed=done, refresh=True)
+                plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN
+                network_run, more = runs.run_network(faces, where, plan, steps)
+                records += more
+    except MismatchError as error:
+        _fail(str(error))
+
+    report.show(console, records, network_run)
+    plot.draw(plot_path, records)
+    console.print(f"plot: {plot_path}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        write_json(json_path, records)
+        console.print(f"records: {json_path}", highlight=False, soft_wrap=True)
+        if network_run is not None:
+            beside = json_path.with_suffix(".network.json")
+            beside.write_text(json.dumps(asdict(network_run), indent=1) + "\n")
+            console.print(f"network, with its memory and differences: {beside}", highlight=False, soft_wrap=True)
+
+
+def _fail(message: str) -> None:
+    typer.secho(message, fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry of ``python -m benchmarks``."""
+    torch.set_float32_matmul_precision("highest")
+    app()

@@ -1,0 +1,78 @@
+"""The machine and the versions that a measurement was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import tsbn_kernels
+from tsbn_kernels import backends
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the accelerator's type and name."""
+    if device.type == "cpu":
+        return "cpu"
+    module = torch.get_device_module(device)
+    return f"{device.type}: {module.get_device_name(device)}" if hasattr(module, "get_device_name") else device.type
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions(device: torch.device) -> dict[str, str | int]:
+    """Everything that changes the numbers, by name."""
+    backend = backends.select(device.type)
+    return {
+        "torch": torch.__version__,
+        "tsbn_kernels": tsbn_kernels.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backend": f"{backend.name}: {backend.detail}",
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
+    }
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be taken on the device now."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        if hasattr(module, "mem_get_info"):
+            return int(module.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The named device, or the accelerator if there is one, or the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    return device

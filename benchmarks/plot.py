@@ -1,0 +1,93 @@
+"""The picture: time in copies of the activation, for each layer and implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.records import PASSES, USEFUL_TENSORS, Record
+from benchmarks.workloads import NO_FORMAT
+
+_COLORS = {
+    "fused": "#0b6e4f",
+    "loop": "#9aa0a6",
+    "folded": "#e0a030",
+    "compiled_reference": "#c75146",
+    "compiled_folded": "#5b7db1",
+}
+
+
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def _panel(axes: Axes, records: Sequence[Record], impls: Sequence[str], pass_: str) -> None:
+    """Bars of one dtype, memory format and pass, grouped by layer."""
+    layers = list(dict.fromkeys(record.layer for record in records))
+    width = 0.85 / len(impls)
+    for index, impl in enumerate(impls):
+        found = {record.layer: record for record in records if record.impl == impl}
+        places = [layers.index(layer) + (index - (len(impls) - 1) / 2) * width for layer in found]
+        heights = [record.copies for record in found.values()]
+        bars = axes.bar(places, heights, width, label=impl, color=_COLORS.get(impl), zorder=2)
+        if impl == "fused" or len(layers) <= 2:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8, padding=2, bbox=box, zorder=4)
+    bound = USEFUL_TENSORS[pass_] / 2
+    axes.axhline(bound, color="black", linewidth=1, linestyle="--", zorder=3, label="at the bandwidth of a copy")
+    axes.set_yscale("log")
+    axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axes.minorticks_off()
+    axes.set_xticks(range(len(layers)), [layer.replace(",", "\n") for layer in layers])
+    axes.grid(axis="y", which="major", color="#dddddd", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(path: Path, records: Sequence[Record]) -> None:
+    """Writes a PNG with a panel for each pass (rows), dtype and memory format (columns); creates the folder."""
+    records = [record for record in records if record.pass_ in PASSES]
+    impls = list(dict.fromkeys(record.impl for record in records))
+    dtypes = list(dict.fromkeys(record.dtype for record in records))
+    formats = list(dict.fromkeys(r.memory_format for r in records if r.memory_format != NO_FORMAT)) or [NO_FORMAT]
+    columns = [(dtype, memory_format) for dtype in dtypes for memory_format in formats]
+    figure, grid = plt.subplots(
+        len(PASSES),
+        len(columns),
+        figsize=(max(7.0, 4.2 * len(columns)), 7.5),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for number, pass_ in enumerate(PASSES):
+        for column, (dtype, memory_format) in enumerate(columns):
+            axes = grid[number, column]
+            chosen = [
+                record
+                for record in records
+                if (record.pass_, record.dtype) == (pass_, dtype) and record.memory_format in (memory_format, NO_FORMAT)
+            ]
+            _panel(axes, chosen, impls, pass_)
+            if number == 0:
+                axes.set_title(dtype if memory_format == NO_FORMAT else f"{dtype}, {memory_format}")
+            if column == 0:
+                axes.set_ylabel(f"{pass_}\ntime in copies (log)")
+    first = records[0]
+    for row, pass_ in zip(grid, PASSES, strict=True):  # the panels of a row share one scale; ticks have widened it
+        copies = [record.copies for record in records if record.pass_ == pass_]
+        row[0].set_ylim(min(0.5, 0.8 * min(copies)), 1.5 * max(copies))
+    figure.suptitle(
+        f"{first.workload}: time of a layer in copies of its activation, lower is better\n"
+        f"{first.versions['cpu'] if first.device == 'cpu' else first.device}, {first.versions['threads']} threads, "
+        f"PyTorch {first.versions['torch']}"
+    )
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]  # the line after the bars
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

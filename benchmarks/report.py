@@ -1,0 +1,95 @@
+"""The tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.celeba40 import NetworkRun
+from benchmarks.records import FORWARD, FORWARD_BACKWARD, PASSES, Means, Record, means
+
+
+def _ms(value: float) -> str:
+    """Milliseconds with three digits that count."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
+def layers_table(records: Sequence[Record]) -> Table:
+    """A line for each layer, dtype, memory format and implementation, both passes side by side."""
+    table = Table(title="Layers: median ± interquartile range; in copies of the activation; speed-up over the loop")
+    for name in ("layer", "shape", "dtype", "format", "impl"):
+        table.add_column(name)
+    for name in PASSES:
+        short = "fwd" if name == FORWARD else "fwd+bwd"
+        for unit in ("ms", "copies", "vs loop", "of copy bw"):
+            table.add_column(f"{short}\n{unit}", justify="right")
+    by_case: dict[tuple[object, ...], dict[str, dict[str, Record]]] = {}
+    for record in records:
+        case = by_case.setdefault((record.layer, record.shape, record.dtype, record.memory_format), {})
+        case.setdefault(record.impl, {})[record.pass_] = record
+    for (layer, shape, dtype, memory_format), impls in by_case.items():
+        first = [str(layer), "x".join(str(size) for size in shape), str(dtype), str(memory_format)]  # type: ignore[attr-defined]
+        for impl, passes in impls.items():
+            cells = []
+            for record in (passes[FORWARD], passes[FORWARD_BACKWARD]):
+                cells += [
+                    f"{_ms(record.median_ms)} ± {_ms(record.iqr_ms)}",
+                    f"{record.copies:.1f}",
+                    _times(record.speedup_over_loop),
+                    f"{record.fraction_of_copy_bandwidth:.2f}",
+                ]
+            table.add_row(*first, impl, *cells, style="bold green" if impl == "fused" else None)
+            first = ["", "", "", ""]
+        table.add_section()
+    return table
+
+
+def means_table(rows: Sequence[Means]) -> Table:
+    """The speed-ups of the fused layer, geometric means over the network's layers."""
+    table = Table(title="Fused layer: geometric means over the layers (a shape that two layers have counts twice)")
+    for name in ("pass", "dtype", "format"):
+        table.add_column(name)
+    headers = ("layers", "vs loop", "vs fastest peer\nof each layer", "vs fastest peer\nover all layers", "of copy bw")
+    for name in headers:
+        table.add_column(name, justify="right")
+    for row in rows:
+        single = "-" if row.single_fastest is None else f"{_times(row.over_single_fastest)} ({row.single_fastest})"
+        ratios = _times(row.over_loop), _times(row.over_fastest), single, f"{row.bandwidth:.2f}"
+        table.add_row(row.pass_, row.dtype, row.memory_format, str(row.layers), *ratios)
+    return table
+
+
+def network_table(run: NetworkRun) -> Table:
+    """Time and memory of a training step of the whole network."""
+    result = run.comparison
+    table = Table(
+        title=f"Training step of the network, {run.tasks} tasks, batch {run.batch}, float32, {run.source}",
+        caption=f"loss {result.loss:.6f}; largest differences: loss {result.loss_difference:.1e}, a gradient's element "
+        f"{result.gradient_difference:.1e}, a gradient relative to its norm {result.gradient_relative:.1e}",
+    )
+    table.add_column("norm")
+    for name in ("ms", "vs loop", "peak memory of the step"):
+        table.add_column(name, justify="right")
+    loop = result.times["loop"].median
+    for variant, summary in result.times.items():
+        peak = f"{result.peak_bytes[variant] / 2**20:.0f} MiB"
+        time = f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}"
+        table.add_row(variant, time, _times(loop / summary.median), peak)
+    return table
+
+
+def show(console: Console, records: Sequence[Record], network: NetworkRun | None) -> None:
+    """Prints everything that was measured."""
+    layers = [record for record in records if record.pass_ in PASSES]
+    if layers:
+        console.print(layers_table(layers))
+    if rows := means(layers):
+        console.print(means_table(rows))
+    if network is not None:
+        console.print(network_table(network))

@@ -1,0 +1,160 @@
+"""One training step of the whole network, fused layers against the loop: time, peak memory, differences."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.data import Faces
+from benchmarks.measure import Candidate, Clock, Plan, Summary, clock_for, measure
+from benchmarks.network import CelebaNetwork, loss_of, stacked_gradients, task_specific_network
+from benchmarks.verify import MismatchError
+
+LEARNING_RATE = 3e-4
+VARIANTS = ("fused", "loop")
+# float32, nine layers deep: the two variants round differently in every layer, small variances amplify that, and a
+# ReLU or a maximum that lies at a tie sends a gradient elsewhere.
+LOSS_TOLERANCE = 1e-4  # of the loss
+GRADIENT_TOLERANCE = 1e-2  # norm of the difference over the norm of the gradient, of each parameter
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step in a process of its own gave."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    peak_bytes: int  # the most memory during the step, above what lay there before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fused layers against the loop."""
+
+    times: dict[str, Summary]  # seconds
+    peak_bytes: dict[str, int]
+    loss: float
+    loss_difference: float  # absolute
+    gradient_difference: float  # largest absolute difference of one element
+    gradient_relative: float  # largest norm of a difference over the norm of the gradient
+
+
+def train_step(network: CelebaNetwork, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    """Forward, backward and Adam; returns the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(network, images, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def _prepared(variant: str, faces: Faces, device: torch.device) -> tuple[Callable[[], Tensor], CelebaNetwork]:
+    tasks = faces.labels.shape[1]
+    network = task_specific_network(variant, tasks).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    images, labels = faces.images.to(device), faces.labels.to(device)
+    return lambda: train_step(network, optimizer, images, labels), network
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now, and the most so far."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        return int(module.memory_allocated(device)), int(module.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text()
+        now, peak = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return now, peak
+
+
+def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int) -> Step:
+    """The first step of a fresh network. Run it in a fresh process: the peak is that of the whole process's life."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    faces = Faces(torch.from_numpy(images), torch.from_numpy(labels), "")
+    step, network = _prepared(variant, faces, device)
+    before, _ = _memory(device)
+    loss = step()
+    _, peak = _memory(device)
+    gradients = {name: gradient.cpu().numpy() for name, gradient in stacked_gradients(network).items()}
+    return Step(float(loss), gradients, peak - before)
+
+
+def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None]) -> dict[str, Step]:
+    """The first step of both variants, each in a fresh process of its own, at the same time as ``meanwhile``.
+
+    Nothing is timed there: the processes share the threads of this one.
+    """
+    threads = max(1, torch.get_num_threads() // len(VARIANTS))
+    arguments = faces.images.numpy(), faces.labels.numpy(), str(device), threads
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = {variant: stack.enter_context(ProcessPoolExecutor(1, context)) for variant in VARIANTS}
+        steps = {variant: pool.submit(single_step, variant, *arguments) for variant, pool in pools.items()}
+        meanwhile()
+        return {variant: step.result() for variant, step in steps.items()}
+
+
+def _candidate(step: Callable[[], Tensor]) -> Candidate:
+    def run(clock: Clock) -> tuple[float]:
+        start = clock()
+        step()
+        return (clock() - start,)
+
+    return run
+
+
+def differences(ours: Step, theirs: Step) -> tuple[float, float, float]:
+    """Absolute difference of the loss; largest absolute and largest relative difference of the gradients."""
+    absolute = [float(np.abs(ours.gradients[name] - theirs.gradients[name]).max()) for name in theirs.gradients]
+    relative = [
+        float(np.linalg.norm(ours.gradients[name] - gradient) / (np.linalg.norm(gradient) + 1e-30))
+        for name, gradient in theirs.gradients.items()
+    ]
+    # np.max and not max: NaN must not be lost.
+    return abs(ours.loss - theirs.loss), float(np.max(absolute)), float(np.max(relative))
+
+
+def check(steps: Mapping[str, Step]) -> None:
+    """Compares the first step of the fused network with the loop's.
+
+    Raises:
+        MismatchError: loss or gradients differ by more than the tolerance, or are NaN.
+    """
+    expected = steps["loop"].loss
+    loss, _, relative = differences(steps["fused"], steps["loop"])
+    if not (loss <= LOSS_TOLERANCE * abs(expected) and relative <= GRADIENT_TOLERANCE):
+        raise MismatchError(
+            f"fused is wrong: in the network its loss differs from the loop's {expected:.6f} by {loss:.2e}, its "
+            f"gradients by up to {relative:.2e} of their norm; {LOSS_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e} are "
+            f"what rounding explains"
+        )
+
+
+def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> Comparison:
+    """Times steps of both variants in turns; the rest is of their first steps, which have been checked."""
+    loss, gradient, relative = differences(steps["fused"], steps["loop"])
+    candidates = {variant: _candidate(_prepared(variant, faces, device)[0]) for variant in VARIANTS}
+    summaries = measure(candidates, plan, clock_for(device))
+    return Comparison(
+        times={variant: passes[0] for variant, passes in summaries.items()},
+        peak_bytes={variant: step.peak_bytes for variant, step in steps.items()},
+        loss=steps["loop"].loss,
+        loss_difference=loss,
+        gradient_difference=gradient,
+        gradient_relative=relative,
+    )

@@ -1,0 +1,183 @@
+"""The command line, from options to files and exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_benchmarks_records import FIELDS
+from torch import Tensor
+from typer.testing import CliRunner
+
+from benchmarks import celeba40, cli
+from benchmarks.measure import Plan
+from benchmarks.peers import PEERS, Fused
+
+ROOT = Path(__file__).parent.parent
+TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
+EAGER = ["--impl", "fused", "--impl", "loop", "--impl", "folded"]
+
+
+@pytest.fixture
+def invoke(monkeypatch, tmp_path):
+    """Runs the command with few and short rounds in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FULL_PLAN", "NETWORK_PLAN"):
+        monkeypatch.setattr(cli, name, Plan(2, 2, 0.0, 0.0))
+    return lambda *arguments: CliRunner().invoke(cli.app, [*TINY, *arguments])
+
+
+def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
+    result = invoke(*EAGER, "--json", "out/run.json", "--plot", "out/run.png", "--network-batch", "2")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert all(list(row) == FIELDS for row in rows)
+    assert all(row["verified"] and row["workload"] == "celeba40" for row in rows)
+    versions = {"torch", "tsbn_kernels", "python", "cpu", "threads", "backend", "huge_pages"}
+    assert all(set(row["versions"]) == versions and row["device"] == "cpu" for row in rows)
+    layers = [row for row in rows if row["layer"] != "network"]
+    # (1 layer in 2 formats + 1 layer without) x 2 dtypes x 3 implementations x 2 passes
+    assert len(layers) == 36
+    assert {(row["layer"], tuple(row["shape"])) for row in layers} == {
+        ("bn6,bn7", (8, 512, 8, 8)),
+        ("bn8,bn9", (8, 512)),
+    }
+    for row in layers:
+        item = {"float32": 4, "bfloat16": 2}[row["dtype"]]
+        tensors = {"forward": 2, "forward+backward": 5}[row["pass"]]
+        elements = torch.Size(row["shape"]).numel()
+        assert row["useful_bytes"] == tensors * item * elements
+        expected = (row["useful_bytes"] / row["median_ms"]) / (2 * item * elements / row["copy_ms"])
+        assert row["fraction_of_copy_bandwidth"] == pytest.approx(expected)
+        loop = next(r for r in layers if r["impl"] == "loop" and all(r[k] == row[k] for k in FIELDS[1:6]))
+        assert row["speedup_over_loop"] == pytest.approx(loop["median_ms"] / row["median_ms"])
+    steps = [row for row in rows if row["layer"] == "network"]
+    assert [(row["impl"], row["pass"]) for row in steps] == [("fused", "training_step"), ("loop", "training_step")]
+    beside = json.loads((tmp_path / "out" / "run.network.json").read_text())
+    assert beside["tasks"] == 2
+    peaks = beside["comparison"]["peak_bytes"]
+    assert set(peaks) == {"fused", "loop"}
+    for peak in peaks.values():
+        first_norm = 2 * 2 * 64 * 64 * 64 * 4  # bytes of its output alone
+        assert first_norm < peak < 60 * first_norm
+    assert beside["comparison"]["gradient_relative"] < 1e-2
+    with Image.open(tmp_path / "out" / "run.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10  # not blank
+    for text in ("2 tasks, batch 4 (given)", "geometric means", "Training step of the network", "out/run.png"):
+        assert text in result.output
+
+
+def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0))
+    result = invoke(
+        "--quick", "--no-network", "--dtype", "float32", "--memory-format", "contiguous", "--json", "q.json"
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "q.json").read_text())
+    unavailable = {name for name, peer in PEERS.items() if peer.unavailable(torch.device("cpu"))}
+    assert {row["impl"] for row in rows} == set(PEERS) - unavailable
+    assert (tmp_path / "results" / "celeba40.png").exists()  # where it goes by default
+
+
+class Wrong(Fused):
+    """Scales the output by two thousandths."""
+
+    def forward(self) -> Tensor:
+        return super().forward() * 1.002
+
+
+@pytest.mark.parametrize("impl", ["fused", "folded"])
+def test_a_wrong_candidate_ends_the_run_with_status_1(invoke, monkeypatch, tmp_path, impl):
+    monkeypatch.setitem(PEERS, impl, Wrong)
+    timed = []
+    monkeypatch.setattr(celeba40, "measure", lambda *_: timed.append(1))
+    result = invoke(*EAGER, "--no-network", "--dtype", "float32", "--json", "out.json")
+    assert result.exit_code == 1
+    assert f"{impl} is wrong: y of bn6,bn7 float32 contiguous" in result.output
+    assert not timed
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_wrong_network_ends_the_run_with_status_1(invoke, monkeypatch):
+    steps = {"fused": celeba40.Step(1.0, {}, 0), "loop": celeba40.Step(2.0, {}, 0)}
+    monkeypatch.setattr(celeba40, "first_steps", lambda *_: steps)
+    monkeypatch.setattr("benchmarks.training.differences", lambda *_: (1.0, 0.0, 0.0))
+    result = invoke(*EAGER)
+    assert result.exit_code == 1
+    assert "fused is wrong: in the network its loss differs" in result.output
+
+
+def test_records_of_the_layers_survive_an_interrupted_network(invoke, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(celeba40, "verify_network", lambda *_: {})
+    monkeypatch.setattr(celeba40, "run_network", interrupted)
+    result = invoke("--impl", "fused", "--layers", "bn9", "--dtype", "float32", "--json", "out.json")
+    assert result.exit_code != 0
+    assert {row["layer"] for row in json.loads((tmp_path / "out.json").read_text())} == {"bn6,bn7", "bn8,bn9"}
+
+
+def test_peers_without_a_compiler_are_left_out(invoke, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    result = invoke(
+        "--impl", "fused", "--impl", "compiled_folded", "--dtype", "float32", "--no-network", "--json", "out.json"
+    )
+    assert result.exit_code == 0, result.output
+    assert "compiled_folded is left out: torch.compile needs a C++ compiler" in result.output
+    assert {row["impl"] for row in json.loads((tmp_path / "out.json").read_text())} == {"fused"}
+    result = invoke("--impl", "compiled_reference", "--no-network")
+    assert result.exit_code == 1
+    assert "no implementation is left to measure" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "unknown 'int8'; known are float32, bfloat16"),
+        (["--memory-format", "nhwc"], "unknown 'nhwc'; known are contiguous, channels_last"),
+        (["--impl", "magic"], "unknown 'magic'; known are fused, loop"),
+        (["--layers", "bn1,bn99"], "unknown layer 'bn99'"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+        (["--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["--tasks", "0"], "Invalid value for '--tasks'"),
+        (["--batch", "1"], "Invalid value for '--batch'"),
+    ],
+)
+def test_bad_options_are_refused(invoke, arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_missing_celeba_files_are_named_before_anything_is_measured(invoke, monkeypatch, tmp_path):
+    monkeypatch.setattr(celeba40, "measure", None)
+    (tmp_path / "faces").mkdir()
+    result = invoke("--data", "faces")
+    assert result.exit_code == 1
+    assert "CelebA in faces is not complete" in result.output
+    assert "img_align_celeba is missing" in result.output
+
+
+def test_missing_packages_are_said_in_one_line():
+    hide = "import importlib.util as u, runpy; f = u.find_spec; "
+    hide += "u.find_spec = lambda name, *a: None if name in ('rich', 'skimage') else f(name, *a); "
+    hide += "runpy.run_module('benchmarks', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "the benchmarks need rich, scikit-image: python -m pip install 'tsbn-kernels[bench]'"
+    )
+
+
+def test_the_package_itself_needs_none_of_the_extras():
+    code = "import sys, tsbn_kernels; print({'rich', 'typer', 'matplotlib', 'skimage', 'PIL'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
