@@ -330,7 +330,7 @@ layer.eval()(x)
 memory.empty_cache(), memory.cached_bytes(), memory.cache_limit(), memory.set_cache_limit(0)
 for backend in backends.backends():
     print(f"{backend.name}|{backend.available}|{backend.detail}")
-print(backends.select("cpu").name)
+print(backends.select("cpu"))
 """
 
 
