@@ -57,9 +57,10 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compile_one = self.compiler.compile
 
-        def compile_all(sources, **options):  # type: ignore[no-untyped-def]
+        def compile_all(sources: list[str], **options: object) -> list[str]:
             with ThreadPoolExecutor(cpu_count()) as pool:
-                return [name for names in pool.map(lambda source: compile_one([source], **options), sources) for name in names]
+                objects = pool.map(lambda source: compile_one([source], **options), sources)
+                return [name for names in objects for name in names]
 
         self.compiler.compile = compile_all
         super().build_extension(ext)

@@ -49,7 +49,7 @@ def _case_work(case: Case) -> float:
 
 
 @app.command()
-def celeba40(  # noqa: PLR0917 (every parameter is an option)
+def celeba40(
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
     batch: Annotated[
         int | None, typer.Option(min=2, help="Samples of each task. Default: what fits in memory, on a CPU at most 16.")

@@ -38,7 +38,7 @@ def lfw_faces(count: int, tasks: int) -> Faces:
     label is the side of the median, over the 100 faces, on which a random projection of the image falls: 50 faces have
     it, and it depends on the image alone.
     """
-    from skimage.data import lfw_subset  # noqa: PLC0415 (an extra)
+    from skimage.data import lfw_subset
 
     faces = lfw_subset()  # type: ignore[no-untyped-call]
     grey = torch.from_numpy(faces[:100]).float()
@@ -94,8 +94,8 @@ def _find(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _read(path: Path) -> Tensor:
-    import numpy as np  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415 (an extra)
+    import numpy as np
+    from PIL import Image
 
     try:
         with Image.open(path) as image:

@@ -33,7 +33,8 @@ def cpu_name() -> str:
 
 def versions(device: torch.device) -> dict[str, str | int]:
     """Everything that changes the numbers, by name."""
-    backend = backends.select(device.type)
+    chosen = backends.select(device.type)
+    backend = next(backend for backend in backends.backends() if backend.name == chosen)
     return {
         "torch": torch.__version__,
         "tsbn_kernels": tsbn_kernels.__version__,

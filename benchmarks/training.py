@@ -54,7 +54,7 @@ def train_step(network: CelebaNetwork, optimizer: torch.optim.Optimizer, images:
     """Forward, backward and Adam; returns the loss."""
     optimizer.zero_grad(set_to_none=True)
     loss = loss_of(network, images, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.detach()
 

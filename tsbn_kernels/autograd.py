@@ -35,7 +35,8 @@ class TaskBatchNorm(torch.autograd.Function):
         """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
         compute = operators(backend)
         if mean is None or var is None:
-            return compute.forward_training(x, weight, bias, num_tasks, eps, gate, stacking)  # type: ignore[no-any-return]
+            y, mean, var = compute.forward_training(x, weight, bias, num_tasks, eps, gate, stacking)
+            return y, mean, var
         y = compute.forward_eval(x, weight, bias, mean, var, num_tasks, eps, gate, stacking)
         return y, mean.detach(), var.detach()
 
@@ -49,7 +50,7 @@ class TaskBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         if dy is None or not any(needed):
             return (None,) * 10

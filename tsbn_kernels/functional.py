@@ -59,6 +59,7 @@ def task_batch_norm(
     x = layout.supported(x, stacking)
     mean, var = (None, None) if training else (running_mean, running_var)
     backend = backends.override(x.device.type)
+    y: Tensor
     y, mean, var = TaskBatchNorm.apply(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, backend)
     if training and x.numel() > 0:
         count = x.numel() // weight.numel()

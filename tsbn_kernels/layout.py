@@ -43,7 +43,9 @@ def from_task_view(view: Tensor, like: Tensor, stacking: str) -> Tensor:
         view = view.transpose(0, 1)
     out = view.reshape(like.shape)
     strides = dense_strides(like, stacking)
-    return out if out.stride() == strides else torch.empty_strided(like.shape, strides, dtype=out.dtype, device=out.device).copy_(out)
+    if out.stride() == strides:
+        return out
+    return torch.empty_strided(like.shape, strides, dtype=out.dtype, device=out.device).copy_(out)
 
 
 def family(x: Tensor, stacking: str) -> Family | None:

@@ -169,7 +169,8 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {dims}-dimensional stre
         num_features: C.
         eps: added to the variance.
         momentum: share of the batch in the running statistics; None is the cumulative average.
-        gate: ``"sigmoid"`` (TS-sigma-BN; weight starts at 0, gates at 0.5) or ``"identity"`` (TSBN; weight starts at 1).
+        gate: ``"sigmoid"`` (TS-sigma-BN; weight starts at 0, the gates at one half) or ``"identity"`` (TSBN; weight
+            starts at 1).
         bias: True (learned), False, or ``"frozen"`` (a buffer, not trained).
         stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
             ``"sample_major"`` (task t of sample n at ``n*T + t``).
@@ -182,9 +183,7 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {dims}-dimensional stre
 
 
 class FusedTSigmaBN1d(_TaskBatchNorm):
-    __doc__ = _DOC.format(
-        dims="0 or 1", plain="BatchNorm1d", shape="``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``"
-    )
+    __doc__ = _DOC.format(dims="0 or 1", plain="BatchNorm1d", shape="``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``")
     _stacked_dims = (2, 3)
     _plain = nn.BatchNorm1d
 

@@ -13,7 +13,7 @@ _problem = ""
 
 
 def load() -> None:
-    """Registers the native kernels with PyTorch's dispatcher. A missing or unusable library is remembered, not raised."""
+    """Registers the native kernels with PyTorch's dispatcher; what is missing is remembered, not raised."""
     global available, _problem
     if not _LIBRARY.exists():
         _problem = "the native library was not built (no C++ compiler when the package was installed)"
