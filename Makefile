@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: bench test lint wheel clean
+.PHONY: bench test lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -30,5 +30,13 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# The same wheel in a second environment that has another PyTorch: make wheel-check TORCH=2.13.0
+TORCH ?= 2.13.0
+wheel-check: wheel
+	test -x $(VENV)-$(TORCH)/bin/python || $(PYTHON) -m venv $(VENV)-$(TORCH)
+	$(VENV)-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy
+	$(VENV)-$(TORCH)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	cd tests && ../$(VENV)-$(TORCH)/bin/python -I smoke.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info tsbn_kernels/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks results
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info tsbn_kernels/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks results
