@@ -60,7 +60,7 @@ def celeba40(
     layers: Annotated[list[str] | None, typer.Option(help="Repeatable, or with commas: bn1 to bn9.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
     network: Annotated[bool, typer.Option(help="Also a training step of the whole network.")] = True,
-    network_batch: Annotated[int | None, typer.Option(min=2, help="Images of the training step.")] = None,
+    network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Within a minute: layers bn6 and bn7, few rounds, a small network.")

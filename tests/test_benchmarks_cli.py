@@ -33,7 +33,7 @@ def invoke(monkeypatch, tmp_path):
 
 
 def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
-    result = invoke(*EAGER, "--json", "out/run.json", "--plot", "out/run.png", "--network-batch", "2")
+    result = invoke(*EAGER, "--json", "out/run.json", "--plot", "out/run.png", "--network-batch", "4")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "run.json").read_text())
     assert all(list(row) == FIELDS for row in rows)
@@ -63,9 +63,9 @@ def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
     peaks = beside["comparison"]["peak_bytes"]
     assert set(peaks) == {"fused", "loop"}
     for peak in peaks.values():
-        first_norm = 2 * 2 * 64 * 64 * 64 * 4  # bytes of its output alone
+        first_norm = 2 * 4 * 64 * 64 * 64 * 4  # bytes of its output alone
         assert first_norm < peak < 60 * first_norm
-    assert beside["comparison"]["gradient_relative"] < 1e-2
+    assert beside["comparison"]["gradient_relative"] < 3e-2
     with Image.open(tmp_path / "out" / "run.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10  # not blank
@@ -149,6 +149,7 @@ def test_peers_without_a_compiler_are_left_out(invoke, monkeypatch, tmp_path):
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
         (["--tasks", "0"], "Invalid value for '--tasks'"),
         (["--batch", "1"], "Invalid value for '--batch'"),
+        (["--network-batch", "3"], "Invalid value for '--network-batch'"),
     ],
 )
 def test_bad_options_are_refused(invoke, arguments, message):
