@@ -72,11 +72,10 @@ def task_batch_norm(
 
 @torch.no_grad()
 def _update(running: Tensor, batch: Tensor, factor: float, momentum: float | Tensor) -> None:
-    """``running = (1 - momentum) * running + momentum * factor * batch``, without a temporary for a plain momentum."""
-    if isinstance(momentum, Tensor):
-        running.lerp_((batch * factor).to(running.dtype), momentum.to(running.dtype))
-    else:
-        running.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
+    """``running = (1 - momentum) * running + momentum * factor * batch``."""
+    if factor != 1.0:
+        batch = batch * factor
+    running.lerp_(batch.to(running.dtype), momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
 
 
 def _check(

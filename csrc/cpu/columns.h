@@ -147,23 +147,24 @@ struct Columns {
             *shift = static_cast<const A*>(w.vectors.shift) + task * w.C;
     const A* dy_scale = kWithDy ? static_cast<const A*>(w.vectors.dy_scale) + task * w.C : nullptr;
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      const Block b = w.partition.block(index);
-      for (int64_t n = b.n1; n-- > b.n0;) {
-        for (int64_t s = b.s0; s < b.s1; ++s) {
-          const T* p = x + n * w.x.n + s * w.x.s;
-          const T* q = kWithDy ? dy + n * w.dy.n + s * w.dy.s : nullptr;
-          T* r = out + n * w.out.n + s * w.out.s;
-          each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
-            const V origin = load_up_to(center + c, lanes, V{});
-            V v = (load_up_to(p + c, lanes, origin) - origin) * load_up_to(scale + c, lanes, V{}) +
-                  load_up_to(shift + c, lanes, V{});
-            if constexpr (kWithDy) v += load_up_to(q + c, lanes, V{}) * load_up_to(dy_scale + c, lanes, V{});
-            if (lanes < L) store_first(r + c, lanes, v);
-            else if constexpr (kStream) stream(r + c, v);
-            else store(r + c, v);
-          });
-        }
-      }
+      each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        const T* p = x + n * w.x.n + s * w.x.s;
+        const T* q = kWithDy ? dy + n * w.dy.n + s * w.dy.s : nullptr;
+        T* r = out + n * w.out.n + s * w.out.s;
+        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+          const V origin = load_up_to(center + c, lanes, V{}), factor = load_up_to(scale + c, lanes, V{}),
+                  offset = load_up_to(shift + c, lanes, V{});
+          const V dy_factor = kWithDy ? load_up_to(dy_scale + c, lanes, V{}) : V{};
+          for (int j = 0; j < positions.count; ++j) {
+            V v = (load_up_to(p + j * w.x.s + c, lanes, origin) - origin) * factor + offset;
+            if constexpr (kWithDy) v += load_up_to(q + j * w.dy.s + c, lanes, V{}) * dy_factor;
+            T* target = r + j * w.out.s + c;
+            if (lanes < L) store_first(target, lanes, v);
+            else if constexpr (kStream) stream(target, v);
+            else store(target, v);
+          }
+        });
+      });
     }
     if constexpr (kStream) stream_fence();
   }
