@@ -1,0 +1,188 @@
+// ld, st, atom, red, matrices of shared memory, and fences.
+#include <algorithm>
+#include <cstring>
+
+#include "instructions.hpp"
+#include "lanes.hpp"
+
+namespace ptxvm {
+
+namespace {
+
+std::array<u64, warp_size> addresses_of(const Warp& w, const Inst& i, s32 base) {
+  std::array<u64, warp_size> addresses;
+  for (int l = 0; l < warp_size; ++l) addresses[l] = w.slot(base)[l] + u64(i.offset);
+  return addresses;
+}
+
+u64 flag_of(Spot spot) { return reinterpret_cast<u64>(spot.data()); }
+
+template <class T>
+void load(Warp& w, const Inst& i) {
+  Machine& m = *w.machine;
+  const auto addresses = addresses_of(w, i, i.op[i.vec]);
+  const unsigned bytes = sizeof(T) * i.vec;
+  m.count_access(w, i, addresses.data(), bytes);
+  for_lanes(w.lanes, [&](int lane) {
+    const Spot spot = m.touch(w, i, lane, addresses[lane], bytes, Use::read, i.scope);
+    T values[8];
+    std::memcpy(values, spot.data(), bytes);
+    for (int k = 0; k < i.vec; ++k) w.slot(i.op[k])[lane] = to_slot(values[k]);
+    if (i.scope != Scope::weak) m.observe(w, i, lane, flag_of(spot));
+  });
+}
+
+template <class T>
+void store(Warp& w, const Inst& i) {
+  Machine& m = *w.machine;
+  const auto addresses = addresses_of(w, i, i.op[0]);
+  const unsigned bytes = sizeof(T) * i.vec;
+  m.count_access(w, i, addresses.data(), bytes);
+  for_lanes(w.lanes, [&](int lane) {
+    T values[8];
+    for (int k = 0; k < i.vec; ++k) values[k] = from_slot<T>(w.slot(i.op[k + 1])[lane]);
+    const u8* fresh = reinterpret_cast<const u8*>(values);
+    const Spot spot = m.touch(w, i, lane, addresses[lane], bytes, Use::write, i.scope, fresh);
+    std::memcpy(spot.data(), fresh, bytes);
+    if (i.scope != Scope::weak) m.publish(w, i, lane, flag_of(spot), false);
+    else if (!m.flags.empty()) m.flags.erase(flag_of(spot));
+  });
+  ++m.progress;
+}
+
+// atom d, [a], b, c and red [a], b: memory becomes f(memory, b, c).
+template <class T, bool Returns, class F>
+void update(Warp& w, const Inst& i) {
+  Machine& m = *w.machine;
+  const s32* operand = i.op.data() + Returns;
+  const auto addresses = addresses_of(w, i, operand[0]);
+  m.count_access(w, i, addresses.data(), sizeof(T));
+  for_lanes(w.lanes, [&](int lane) {
+    const Spot spot = m.touch(w, i, lane, addresses[lane], sizeof(T), Use::update, i.scope);
+    T before;
+    std::memcpy(&before, spot.data(), sizeof(T));
+    const u64 b = w.slot(operand[1])[lane], c = w.slot(operand[i.operands - Returns > 2 ? 2 : 1])[lane];
+    const T after = F{}(before, from_slot<T>(b), from_slot<T>(c));
+    std::memcpy(spot.data(), &after, sizeof(T));
+    m.observe(w, i, lane, flag_of(spot));
+    m.publish(w, i, lane, flag_of(spot), true);
+    if constexpr (Returns) w.slot(i.op[0])[lane] = to_slot(before);
+  });
+  ++m.progress;
+}
+
+const std::string order = " relaxed|acquire|release|acq_rel?", scope = " cta|cluster|gpu|sys?",
+                  space = " global|shared|shared::cta|shared::cluster?";
+
+template <class T, class F>
+void declare_atomic(const std::string& operation, const std::string& type, F, int operands = 3) {
+  const std::string tail = " " + operation + " ";
+  on("atom" + order + scope + space + tail + type, operands, update<T, true, F>);
+  on("red" + order + scope + space + tail + type, operands - 1, update<T, false, F>);
+  // CUDA's headers put the ordering after the operation.
+  on("atom" + space + tail + "relaxed|acquire|release|acq_rel" + scope + " " + type, operands, update<T, true, F>);
+  on("red" + space + tail + "relaxed|acquire|release|acq_rel" + scope + " " + type, operands - 1, update<T, false, F>);
+}
+
+template <class T>
+void declare_atomics(T) {
+  const std::string t = type_name<T>(), b = bits_name<T>();
+  if constexpr (is_float<T>) {
+    declare_atomic<T>(is_small<T> ? "add noftz" : "add", t, [](T m, T v, T) { return canonical(T(Compute<T>(m) + Compute<T>(v))); });
+  } else {
+    declare_atomic<T>("add", t, [](T m, T v, T) { return T(m + v); });
+    declare_atomic<T>("min", t, [](T m, T v, T) { return std::min(m, v); });
+    declare_atomic<T>("max", t, [](T m, T v, T) { return std::max(m, v); });
+    if constexpr (std::is_unsigned_v<T>) {
+      declare_atomic<T>("and", b, [](T m, T v, T) { return T(m & v); });
+      declare_atomic<T>("or", b, [](T m, T v, T) { return T(m | v); });
+      declare_atomic<T>("xor", b, [](T m, T v, T) { return T(m ^ v); });
+      declare_atomic<T>("exch", b, [](T, T v, T) { return v; });
+      declare_atomic<T>("cas", b, [](T m, T expected, T v) { return m == expected ? v : m; }, 4);
+      declare_atomic<T>("inc", t, [](T m, T v, T) { return m >= v ? T(0) : T(m + 1); });
+      declare_atomic<T>("dec", t, [](T m, T v, T) { return m == 0 || m > v ? v : T(m - 1); });
+    }
+  }
+}
+
+template <class T>
+u64 update_pair(u64 memory, u64 value) {
+  const u16 low = T(from_slot<T>(memory) + from_slot<T>(value)).bits, high = T(from_slot<T>(memory >> 16) + from_slot<T>(value >> 16)).bits;
+  return low | u32(high) << 16;
+}
+
+// ldmatrix and stmatrix move 8x8 matrices of 16-bit elements. Lane 8*m + r has the address of row r of matrix m;
+// lane t holds the elements 2*(t%4) and 2*(t%4) + 1 of row t/4, or of column t/4 with .trans.
+struct Element {
+  int lane, half;
+};
+
+Element holder(const Inst& i, int row, int column) {
+  if (i.transposed) std::swap(row, column);
+  return {row * 4 + column / 2, column % 2 * 16};
+}
+
+void move_matrices(Warp& w, const Inst& i, bool stores) {
+  if (!w.meet(i, w.live)) return;
+  Machine& m = *w.machine;
+  const auto addresses = addresses_of(w, i, i.op[stores ? 0 : i.vec]);
+  const s32* registers = i.op.data() + stores;
+  const u32 all = w.lanes;
+  if (all != all_lanes) m.fail("divergence", w, i, std::countr_zero(all), 0, "needs all 32 lanes");
+  w.lanes = i.vec == 4 ? all_lanes : (1u << 8 * i.vec) - 1;
+  m.count_access(w, i, addresses.data(), 16);
+  for_lanes(w.lanes, [&](int lane) {
+    const int row = lane % 8;
+    std::array<u16, 8> values;
+    if (stores) {
+      for (int column = 0; column < 8; ++column) {
+        const Element e = holder(i, row, column);
+        values[column] = u16(w.slot(registers[lane / 8])[e.lane] >> e.half);
+      }
+    }
+    const u8* fresh = stores ? reinterpret_cast<const u8*>(values.data()) : nullptr;
+    const Spot spot = m.touch(w, i, lane, addresses[lane], 16, stores ? Use::write : Use::read, Scope::weak, fresh);
+    if (stores) {
+      std::memcpy(spot.data(), fresh, 16);
+      return;
+    }
+    std::memcpy(values.data(), spot.data(), 16);
+    for (int column = 0; column < 8; ++column) {
+      const Element e = holder(i, row, column);
+      u64& d = w.slot(registers[lane / 8])[e.lane];
+      d = e.half ? (d & 0xffff) | u64(values[column]) << 16 : values[column];
+    }
+  });
+  w.lanes = all;
+  ++m.progress;
+}
+
+template <class T>
+void declare_moves_to_memory(T) {
+  const std::string evict = "evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate?";
+  const std::string hints = " L1::" + evict + " L2::evict_normal|L2::evict_first|L2::evict_last? L2::cache_hint? L2::64B|L2::128B|L2::256B?";
+  std::string t = type_name<T>();
+  if (!is_float<T> && std::is_unsigned_v<T>) t += "|" + bits_name<T>();
+  on("ld weak|volatile|relaxed|acquire?" + scope + " global|shared|shared::cta|shared::cluster|local|param|const? ca|cg|cs|lu|cv? nc?" +
+         hints + " v2|v4|v8? " + t, 2, load<T>, 1);
+  on("st weak|volatile|relaxed|release?" + scope + " global|shared|shared::cta|shared::cluster|local? wb|cg|cs|wt?" + hints +
+         " v2|v4|v8? " + t, 2, store<T>, 1);
+}
+
+}  // namespace
+
+void declare_memory() {
+  section(Class::memory);
+  for_types<u8, s8, u16, s16, u32, s32, u64, s64, f32, f64>([](auto t) { declare_moves_to_memory(t); });
+  for_types<u32, s32, u64, s64, f16, bf16, f32, f64>([](auto t) { declare_atomics(t); });
+  declare_atomic<u16>("cas", "b16", [](u16 m, u16 expected, u16 v) { return m == expected ? v : m; }, 4);
+  declare_atomic<u32>("add noftz", "f16x2", [](u32 m, u32 v, u32) { return u32(update_pair<f16>(m, v)); });
+  declare_atomic<u32>("add noftz", "bf16x2", [](u32 m, u32 v, u32) { return u32(update_pair<bf16>(m, v)); });
+  on("ldmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, [](Warp& w, const Inst& i) { move_matrices(w, i, false); });
+  on("stmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, [](Warp& w, const Inst& i) { move_matrices(w, i, true); });
+  on("fence acq_rel|sc cta|cluster|gpu|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
+  on("membar cta|gl|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
+  on("prefetch global|local? L1|L2", 1, [](Warp&, const Inst&) {});
+}
+
+}  // namespace ptxvm
