@@ -58,7 +58,11 @@ def compile_triton(kernel: Any, args: Sequence[Any], *, target: int = 80, **opti
 def launch_triton(
     kernel: Any, grid: Dim | Callable[[Mapping[str, Any]], Dim], *args: Any, target: int = 80, schedule: str | int = "forward", **options: Any
 ) -> Report:
-    """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, BLOCK=128, target=90)`."""
+    """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, BLOCK=128, target=90)`.
+
+    Triton lets lanes that hold copies of a sum store it to the same place, though contraction to fma may have made the
+    copies differ in the last bit: such collisions are counted, not refused.
+    """
     compiled, values = compile_triton(kernel, args, target=target, **options)
     meta = compiled.metadata
     sizes = grid({**options, **values}) if callable(grid) else grid
@@ -66,7 +70,7 @@ def launch_triton(
     scratch = [np.zeros(size * blocks, np.uint8) if size else None for size in (meta.global_scratch_size, meta.profile_scratch_size)]
     return launch(
         compiled.asm["ptx"], meta.name, sizes, meta.num_warps * 32, [*values.values(), *scratch], shared=meta.shared,
-        cooperative=meta.launch_cooperative_grid, schedule=schedule, names=[*values, "global_scratch", "profile_scratch"],
+        cooperative=meta.launch_cooperative_grid, schedule=schedule, lanes_may_collide=True, names=[*values, "global_scratch", "profile_scratch"],
     )  # fmt: skip
 
 

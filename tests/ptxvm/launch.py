@@ -68,6 +68,7 @@ def launch(
     shared: int = 0,
     cooperative: bool = False,
     schedule: str | int = "forward",
+    lanes_may_collide: bool = False,
     names: Sequence[str] | None = None,
     patience: int = 50_000_000,
 ) -> Report:
@@ -75,7 +76,8 @@ def launch(
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
     shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
-    names: of the arguments, for messages. patience: warp instructions without progress before a launch counts as stuck.
+    lanes_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
+    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch counts as stuck.
     """
     module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
     kernel = encoded.kernel
@@ -103,7 +105,7 @@ def launch(
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
     options = {
         "shared_size": encoded.shared_size + shared, "dynamic_shared": shared, "local_size": encoded.local_size,
-        "cooperative": cooperative, "explicit_cluster": cluster3 != (1, 1, 1), "order": order,
+        "cooperative": cooperative, "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
         "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "registers": encoded.registers,
         "slots": encoded.slots, "constants": encoded.constants, "specials": encoded.specials, "grid_workspace": _WORKSPACE,
     }  # fmt: skip

@@ -32,6 +32,8 @@ class Row:
     """Shared-memory cycles beyond those that conflict-free banks would take."""
     divergent: int
     """Times that a branch parted a warp."""
+    collisions: int
+    """Cells of shared memory for which lanes of one store had different values."""
 
     @property
     def operation(self) -> str:

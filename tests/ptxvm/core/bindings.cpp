@@ -43,6 +43,7 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
   l.local_size = options["local_size"].cast<u64>();
   l.cooperative = options["cooperative"].cast<bool>();
   l.explicit_cluster = options["explicit_cluster"].cast<bool>();
+  l.lanes_may_collide = options["lanes_may_collide"].cast<bool>();
   l.order = options["order"].cast<int>();
   l.seed = options["seed"].cast<u64>();
   l.patience = options["patience"].cast<u64>();
@@ -76,7 +77,7 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
     for (u64 byte = 0; byte < r.size; ++byte) counts[byte] = u8(std::min<u32>(255, r.cells[byte / r.granule].writes));
   }
   py::list counters;
-  for (const Counter& c : m.counters) counters.append(py::make_tuple(c.warps, c.threads, c.requests, c.bytes, c.sectors, c.conflicts, c.divergent));
+  for (const Counter& c : m.counters) counters.append(py::make_tuple(c.warps, c.threads, c.requests, c.bytes, c.sectors, c.conflicts, c.divergent, c.collisions));
   result["counters"] = counters;
   return result;
 }

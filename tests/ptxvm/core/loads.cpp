@@ -38,7 +38,8 @@ void store(Warp& w, const Inst& i) {
   const auto addresses = addresses_of(w, i, i.op[0]);
   const unsigned bytes = sizeof(T) * i.vec;
   m.count_access(w, i, addresses.data(), bytes);
-  for_lanes(w.lanes, [&](int lane) {
+  m.storing = addresses.data();
+  for_lanes_scheduled(m, w.lanes, [&](int lane) {
     T values[8];
     for (int k = 0; k < i.vec; ++k) values[k] = from_slot<T>(w.slot(i.op[k + 1])[lane]);
     const u8* fresh = reinterpret_cast<const u8*>(values);
@@ -47,6 +48,7 @@ void store(Warp& w, const Inst& i) {
     if (i.scope != Scope::weak) m.publish(w, i, lane, flag_of(spot), false);
     else if (!m.flags.empty()) m.flags.erase(flag_of(spot));
   });
+  m.storing = nullptr;
   ++m.progress;
 }
 
@@ -57,7 +59,7 @@ void update(Warp& w, const Inst& i) {
   const s32* operand = i.op.data() + Returns;
   const auto addresses = addresses_of(w, i, operand[0]);
   m.count_access(w, i, addresses.data(), sizeof(T));
-  for_lanes(w.lanes, [&](int lane) {
+  for_lanes_scheduled(m, w.lanes, [&](int lane) {
     const Spot spot = m.touch(w, i, lane, addresses[lane], sizeof(T), Use::update, i.scope);
     T before;
     std::memcpy(&before, spot.data(), sizeof(T));

@@ -131,7 +131,7 @@ void Machine::start(Block& block, u64 linear, Cluster* cluster) {
   block.common.assign(threads, 0);
   block.barriers = {};
   block.shared.allocate("shared memory", 0, launch.shared_size);
-  block.shared.equal_writes_agree = true;
+  block.shared.shared = true;
   block.shared.track();
   block.warps.resize(warps_per_block());
   for (u32 index = 0; index < block.warps.size(); ++index) {

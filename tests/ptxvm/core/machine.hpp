@@ -104,13 +104,14 @@ struct Block {
 };
 
 struct Counter {
-  u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0;
+  u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0, collisions = 0;
 };
 
 struct Launch {
   Dim grid, block, cluster;
   u64 shared_size = 0, dynamic_shared = 0, local_size = 0;
   bool cooperative = false, explicit_cluster = false;
+  bool lanes_may_collide = false;  // in one store to shared memory; one of them wins
   int order = 0;                   // 0 forward, 1 reversed, 2 shuffled
   u64 seed = 0, patience = 0;      // warp instructions without progress before a launch counts as stuck
   u32 slots = 0, registers = 0;    // slots, of which the first are registers
@@ -137,6 +138,7 @@ struct Machine {
   std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
   std::mt19937_64 random;
   u64 progress = 0, issued = 0;
+  const u64* storing = nullptr;    // addresses of the store that is executed, by lane
 
   void run();
 
@@ -172,9 +174,22 @@ struct Machine {
   size_t last_region_ = 0;
 };
 
+// Calls f on each of the lanes.
 template <class F>
 inline void for_lanes(u32 lanes, F f) {
   for (; lanes; lanes &= lanes - 1) f(std::countr_zero(lanes));
+}
+
+// The same in an order that depends on the schedule, where lanes may get in each other's way.
+template <class F>
+inline void for_lanes_scheduled(Machine& m, u32 lanes, F f) {
+  const bool backwards = m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1);
+  if (!backwards) return for_lanes(lanes, f);
+  while (lanes) {
+    const int lane = std::bit_width(lanes) - 1;
+    lanes ^= 1u << lane;
+    f(lane);
+  }
 }
 
 }  // namespace ptxvm

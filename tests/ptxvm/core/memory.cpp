@@ -102,7 +102,7 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
   }
   if (r.tracked) {
     if (bytes < r.granule) r.refine(bytes);
-    const bool agrees = fresh && r.equal_writes_agree && state == written && !std::memcmp(fresh, spot.data(), bytes);
+    const bool agrees = fresh && r.shared && state == written && !std::memcmp(fresh, spot.data(), bytes);
     for (u64 cell = spot.offset / r.granule; cell < (spot.offset + bytes) / r.granule; ++cell) {
       if (use == Use::read) check_read(w, i, lane, spot, cell, scope);
       else check_write(w, i, lane, spot, cell, scope, agrees);

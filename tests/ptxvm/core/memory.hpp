@@ -46,7 +46,7 @@ struct Region {
   u8* data = nullptr;
   u8* state = nullptr;         // a ByteState for each byte
   bool readonly = false;
-  bool equal_writes_agree = false;  // unordered writes of the same value are no race (shared memory)
+  bool shared = false;         // unordered writes of the same value are no race
   bool tracked = false;        // races are looked for
   unsigned granule = 4;        // bytes of a cell; shrinks to the smallest access seen
   std::vector<Cell> cells;

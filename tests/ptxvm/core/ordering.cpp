@@ -63,8 +63,12 @@ void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index
   Cell& cell = spot.region->cells[index];
   const u32 size = threads_per_block(), block = u32(w.block->linear), warps = warps_per_block();
   if (!agrees && !ordered(w, lane, cell.writer, cell.write_clock) &&
-      !compatible(block, scope, cell.writer / size, Scope(cell.write_scope)))
-    race(*this, "was written", w, i, lane, spot, index, cell.writer, cell.write_inst);
+      !compatible(block, scope, cell.writer / size, Scope(cell.write_scope))) {
+    const u32 other = cell.writer - w.thread(0);  // its lane, if it is of this warp
+    const bool collides = storing && spot.region->shared && other < warp_size && w.lanes >> other & 1 && storing[other] == storing[lane];
+    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.writer, cell.write_inst);
+    ++counters[i.index].collisions;
+  }
   const auto check = [&](const Read& read) {
     const u32 reader_block = read.warp / warps, first = reader_block * size + read.warp % warps * warp_size;
     if (compatible(block, scope, reader_block, read.scope)) return;
