@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,13 @@ def compile_cuda(source: str, *, target: int | str = 80, flags: Sequence[str] = 
     kept = cache_directory() / "ptx" / f"{digest(source, version, ' '.join(command[1:]))}.ptx"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        file = kept.with_suffix(f".{os.getpid()}.cu")
-        file.write_text(source)
-        made = file.with_suffix(".ptx")
-        done = subprocess.run([*command, str(file), "-o", str(made)], capture_output=True, text=True)
-        file.unlink()
-        if done.returncode:
-            raise RuntimeError(f"nvcc does not compile it:\n{done.stderr}")
-        made.rename(kept)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            file, made = Path(scratch) / "kernel.cu", Path(scratch) / "kernel.ptx"
+            file.write_text(source)
+            done = subprocess.run([*command, str(file), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc does not compile it:\n{done.stderr}")
+            made.replace(kept)
     return kept.read_text()
 
 

@@ -103,6 +103,7 @@ class _Slots:
             return self.constant(32)
         if text[0] == "%":
             if text not in self.specials:
+                core().check_special(text)
                 self.specials[text] = self._new()
             return self.specials[text]
         if text in self.symbols:
@@ -124,6 +125,7 @@ class _Slots:
             target, operands = self.kernel.labels[label], ()
         opcode = _split_moves(opcode, operands)
         values = list(walk(operands))
+        core().check_instruction(opcode, len(values))
         offset = sum(o.offset for o in operands if isinstance(o, Address))
         guard = instruction.guard
         if len(values) > 12:

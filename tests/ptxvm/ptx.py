@@ -159,7 +159,6 @@ class _Scope:
 class _Parser:
     def __init__(self, text: str) -> None:
         clean = _COMMENT.sub(lambda m: "\n" * m.group().count("\n"), text)
-        self.lines = text.splitlines()
         self.tokens = [Token(t, n) for n, line in enumerate(clean.splitlines(), 1) for t in _TOKEN.findall(line)]
         self.at = 0
         self.result = Module(text)
@@ -376,7 +375,7 @@ class _Body:
         p.expect(";")
 
     def instruction(self, line: int, word: str) -> None:
-        p, guard = self.parser, None
+        p, guard, start = self.parser, None, self.parser.at
         if word == "@":
             negated = p.accept("!")
             guard = Value(self.register(line, p.next()), negated)
@@ -389,7 +388,9 @@ class _Body:
                 also = self.value()
             if p.peek() != ";":
                 p.expect(",")
-        text = p.lines[line - 1].split("//")[0].strip()
+        head = f"@{'!' if guard.negated else ''}{guard.text} {word}" if guard else word
+        tail = "".join(t.text for t in p.tokens[start + bool(guard) * (2 + guard.negated if guard else 0) : p.at])
+        text = f"{head} {tail}".replace(",", ", ").replace(" ;", ";")
         self.kernel.instructions.append(Instruction(line, text, word, tuple(operands), guard, also, self.location))
 
     def operand(self) -> Operand:

@@ -103,5 +103,7 @@ PYBIND11_MODULE(ptxvm_core, module) {
         for (const Inst& i : p.code) spaces.push_back(names[int(i.space)]);
         return spaces;
       });
+  module.def("check_instruction", [](const std::string& opcode, int operands) { decode(opcode, operands); });
+  module.def("check_special", [](const std::string& name) { special(name); });
   module.def("run", &run);
 }

@@ -78,12 +78,12 @@ const std::string order = " relaxed|acquire|release|acq_rel?", scope = " cta|clu
 
 template <class T, class F>
 void declare_atomic(const std::string& operation, const std::string& type, F, int operands = 3) {
-  const std::string tail = " " + operation + " ";
-  on("atom" + order + scope + space + tail + type, operands, update<T, true, F>);
-  on("red" + order + scope + space + tail + type, operands - 1, update<T, false, F>);
-  // CUDA's headers put the ordering after the operation.
-  on("atom" + space + tail + "relaxed|acquire|release|acq_rel" + scope + " " + type, operands, update<T, true, F>);
-  on("red" + space + tail + "relaxed|acquire|release|acq_rel" + scope + " " + type, operands - 1, update<T, false, F>);
+  const std::string op = " " + operation, t = " " + type, stated = " relaxed|acquire|release|acq_rel";
+  // The ISA's order of modifiers, Triton's, and that of CUDA's headers.
+  for (const std::string& form : {order + scope + space + op, space + scope + stated + op, space + op + stated + scope}) {
+    on("atom" + form + t, operands, update<T, true, F>);
+    on("red" + form + t, operands - 1, update<T, false, F>);
+  }
 }
 
 template <class T>

@@ -2,7 +2,6 @@
 #include "machine.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
 
 namespace ptxvm {
@@ -66,11 +65,7 @@ void Machine::fail(const char* kind, const Warp& w, const Inst& i, int lane, u64
   throw violation;
 }
 
-namespace {
-
-using Special = std::function<u64(const Launch&, const Warp&, u32 thread)>;
-
-Special special(const std::string& name) {
+const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
     std::unordered_map<std::string, Special> t;
     const auto triple = [&t](const std::string& stem, auto dim) {
@@ -112,6 +107,8 @@ Special special(const std::string& name) {
   return found->second;
 }
 
+namespace {
+
 std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
   std::vector<u64> items(n);
   std::iota(items.begin(), items.end(), 0);
@@ -145,7 +142,7 @@ void Machine::start(Block& block, u64 linear, Cluster* cluster) {
     std::fill_n(w.registers.begin(), size_t(launch.registers) * warp_size, 0);
     for (const auto& [slot, value] : launch.constants) std::fill_n(w.slot(slot), warp_size, value);
     for (const auto& [slot, name] : launch.specials) {
-      const Special value = special(name);
+      const Special& value = special(name);
       for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value(launch, w, index * warp_size + lane);
     }
     if (launch.local_size) {

@@ -1,5 +1,6 @@
 // The state of a launch: warps, blocks, clusters, and the machine that runs them.
 #pragma once
+#include <functional>
 #include <random>
 #include <stdexcept>
 
@@ -106,6 +107,11 @@ struct Block {
 struct Counter {
   u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0, collisions = 0;
 };
+
+// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
+struct Launch;
+using Special = std::function<u64(const Launch&, const Warp&, u32 thread)>;
+const Special& special(const std::string& name);
 
 struct Launch {
   Dim grid, block, cluster;

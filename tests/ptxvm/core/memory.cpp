@@ -86,10 +86,10 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
 }
 
 Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope, const u8* fresh) {
-  if (address % bytes)
-    fail("misaligned", w, i, lane, address, std::to_string(bytes) + "-byte access at " + hex(address));
   const Spot spot = locate(w, i, lane, address, bytes);
   Region& r = *spot.region;
+  if (address % bytes)
+    fail("misaligned", w, i, lane, address, std::to_string(bytes) + "-byte access at byte " + std::to_string(spot.offset) + " of " + r.name);
   if (use != Use::read && r.readonly) fail("read-only", w, i, lane, address, "write to " + r.name);
   const u8 least = use == Use::write ? unwritten : written;
   u8 state = written;
