@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .build import core
-from .ptx import Address, Instruction, Kernel, Module, Operand, PTXError, Value, Variable, Vector, literal, walk
+from .ptx import Instruction, Kernel, Module, PTXError, Variable, literal
 
 GLOBAL_VARIABLES = 1 << 43  # where module variables lie in the kernel's address space
-_BRANCHES = ("bra",)
 
 
 @dataclass
@@ -19,53 +18,43 @@ class Encoded:
 
     kernel: Kernel
     program: Any
-    registers: int
-    slots: int
-    constants: list[tuple[int, int]]
-    specials: list[tuple[int, str]]
-    shared_size: int
-    local_size: int
+    layout: dict[str, Any]  # the part of the core's launch options that the text decides
     param_size: int
     params: list[tuple[Variable, int]]
     globals: list[tuple[Variable, int]]
-    kinds: list[str] = field(default_factory=list)
-    spaces: list[str] = field(default_factory=list)
 
 
-def _place(variables: list[Variable], base: int = 0) -> tuple[dict[str, int], int]:
+def _place(variables: list[Variable]) -> tuple[dict[str, int], int]:
     """Addresses of variables one after the other, and the end."""
-    places = {}
+    places, end = {}, 0
     for variable in variables:
-        base = -(-base // variable.align) * variable.align
-        places[variable.name] = base
-        base += variable.size
-    return places, base
+        places[variable.name] = -(-end // variable.align) * variable.align
+        end = places[variable.name] + variable.size
+    return places, end
 
 
 def encode(module: Module, kernel: Kernel) -> Encoded:
     """Lays out the variables of a kernel and encodes its instructions."""
     variables = module.variables + kernel.variables
     shared = sorted((v for v in variables if v.space == "shared"), key=lambda v: v.size == 0)  # dynamic ones at the end
-    in_global = [v for v in variables if v.space in ("global", "const")]
-    places, shared_size = _place(shared)
-    locals_, local_size = _place([v for v in variables if v.space == "local"])
+    shared_places, shared_size = _place(shared)
+    local_places, local_size = _place([v for v in variables if v.space == "local"])
     params, param_size = _place(kernel.params)
-    globals_ = {v.name: GLOBAL_VARIABLES + (k << 32) for k, v in enumerate(in_global)}
-    symbols = places | locals_ | params | globals_
-    slots = _Slots(kernel, symbols)
+    globals_ = [(v, GLOBAL_VARIABLES + (k << 32)) for k, v in enumerate(variables) if v.space in ("global", "const")]
+    slots = _Slots(kernel, shared_places | local_places | params | {v.name: address for v, address in globals_})
     program = core().Program()
     for instruction in kernel.instructions:
         try:
             slots.add(program, instruction)
         except ValueError as error:
-            if isinstance(error, PTXError):
-                raise
             raise PTXError(instruction.line, f"{error}, in `{instruction.text}`") from None
-    if not kernel.instructions or kernel.instructions[-1].opcode not in ("ret", "exit", "bra", "bra.uni", "trap", "ret.uni"):
-        slots.add(program, Instruction(kernel.line, "the end of the kernel", "exit", ()))
-    return Encoded(kernel, program, len(kernel.registers), slots.count, slots.constant_values(), slots.special_names(), shared_size,
-                   local_size, param_size, [(p, params[p.name]) for p in kernel.params], [(v, globals_[v.name]) for v in in_global],
-                   program.kinds(), program.spaces())
+    slots.add(program, Instruction(kernel.line, "the end of the kernel", "exit", ()))
+    layout = {
+        "shared_size": shared_size, "local_size": local_size, "registers": len(kernel.registers), "slots": slots.count,
+        "constants": [(slot, value) for value, slot in slots.constants.items()],
+        "specials": [(slot, name) for name, slot in slots.specials.items()],
+    }  # fmt: skip
+    return Encoded(kernel, program, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
 
 
 class _Slots:
@@ -87,68 +76,52 @@ class _Slots:
             self.constants[value] = self._new()
         return self.constants[value]
 
-    def constant_values(self) -> list[tuple[int, int]]:
-        return [(slot, value) for value, slot in self.constants.items()]
-
-    def special_names(self) -> list[tuple[int, str]]:
-        return [(slot, name) for name, slot in self.specials.items()]
-
-    def slot(self, value: Value, opcode: str) -> int:
-        text = value.text
-        if text in self.registers:
-            return self.registers[text]
-        if text == "_":
+    def slot(self, name: str, opcode: str) -> int:
+        if name in self.registers:
+            return self.registers[name]
+        if name == "_":
             return self.sink
-        if text == "WARP_SZ":
-            return self.constant(32)
-        if text[0] == "%":
-            if text not in self.specials:
-                core().check_special(text)
-                self.specials[text] = self._new()
-            return self.specials[text]
-        if text in self.symbols:
-            return self.constant(self.symbols[text])
-        number = literal(text)
+        if name[0] == "%":
+            if name not in self.specials:
+                core().check_special(name)
+                self.specials[name] = self._new()
+            return self.specials[name]
+        number = 32 if name == "WARP_SZ" else self.symbols.get(name, literal(name))
         if isinstance(number, float):
             code, bits = ("<f", "<I") if opcode.endswith("f32") else ("<d", "<Q")
             number = struct.unpack(bits, struct.pack(code, number))[0]
         if number is None:
-            raise ValueError(f"unknown symbol {text!r}")
+            raise ValueError(f"unknown symbol {name!r}")
         return self.constant(number)
 
     def add(self, program: Any, instruction: Instruction) -> None:
-        opcode, operands, target = instruction.opcode, instruction.operands, 0
-        if opcode.split(".")[0] in _BRANCHES:
-            label = operands[0].text if len(operands) == 1 and isinstance(operands[0], Value) else ""
+        opcode, operands, target = _name_move(instruction), instruction.operands, 0
+        if opcode.split(".")[0] == "bra":
+            label = operands[0].names[0] if operands else ""
             if label not in self.kernel.labels:
                 raise ValueError(f"unknown label {label!r}")
             target, operands = self.kernel.labels[label], ()
-        opcode = _split_moves(opcode, operands)
-        values = list(walk(operands))
-        core().check_instruction(opcode, len(values))
-        offset = sum(o.offset for o in operands if isinstance(o, Address))
-        guard = instruction.guard
-        if len(values) > 12:
-            raise ValueError("too many operands")
+        names = [name for operand in operands for name in operand.names]
+        core().check_instruction(opcode, len(names))
+        if instruction.guard and instruction.guard not in self.registers:
+            raise ValueError(f"register {instruction.guard} is not declared")
         program.add(
             opcode,
-            [self.slot(v, opcode) for v in values],
-            self.registers[guard.text] if guard else -1,
-            bool(guard and guard.negated),
+            [self.slot(name, opcode) for name in names],
+            self.registers[instruction.guard] if instruction.guard else -1,
+            instruction.negated,
             self.slot(instruction.also, opcode) if instruction.also else -1,
-            offset,
+            sum(operand.offset for operand in operands),
             target,
-            any(v.negated for v in values),
+            any(operand.negated for operand in operands),
         )
 
 
-def _split_moves(opcode: str, operands: tuple[Operand, ...]) -> str:
+def _name_move(instruction: Instruction) -> str:
     """`mov` with a vector takes a register apart or puts one together: the core calls these unpack and pack."""
-    name, _, kind = opcode.partition(".")
-    vectors = [isinstance(o, Vector) for o in operands]
-    if name != "mov" or not any(vectors):
-        return opcode
-    at = vectors.index(True)
-    vector = operands[at]
-    assert isinstance(vector, Vector)
-    return f"{'pack' if at else 'unpack'}.v{len(vector.items)}.{kind}"
+    name, _, kind = instruction.opcode.partition(".")
+    vectors = [(k, o) for k, o in enumerate(instruction.operands) if o.kind == "vector"]
+    if name != "mov" or not vectors:
+        return instruction.opcode
+    position, vector = vectors[0]
+    return f"{'pack' if position else 'unpack'}.v{len(vector.names)}.{kind}"

@@ -82,9 +82,9 @@ def launch(
     module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
     kernel = encoded.kernel
     grid3, block3 = _dim(grid, "grid"), _dim(block, "block")
-    required = kernel.directives.get("reqnctapercluster")
+    required = kernel.attributes.get("reqnctapercluster")
     cluster3 = _dim(cluster if cluster is not None else required or 1, "cluster")
-    _check_shape(kernel.name, grid3, block3, cluster3, kernel.directives)
+    _check_shape(kernel.name, grid3, block3, cluster3, kernel.attributes)
     if len(args) != len(encoded.params):
         raise TypeError(f"{kernel.name} takes {len(encoded.params)} arguments, not {len(args)}")
     memory = Memory()
@@ -103,11 +103,10 @@ def launch(
     order = {"forward": 0, "reversed": 1}.get(schedule, 2) if isinstance(schedule, str) else 2
     if order == 2 and not isinstance(schedule, int):
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
-    options = {
-        "shared_size": encoded.shared_size + shared, "dynamic_shared": shared, "local_size": encoded.local_size,
-        "cooperative": cooperative, "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
-        "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "registers": encoded.registers,
-        "slots": encoded.slots, "constants": encoded.constants, "specials": encoded.specials, "grid_workspace": _WORKSPACE,
+    options = encoded.layout | {
+        "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
+        "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
+        "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "grid_workspace": _WORKSPACE,
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
@@ -119,8 +118,8 @@ def launch(
         if wrong := allocation.miscounts():
             raise Violation("write count", f"write count: {wrong}")
     rows = [
-        Row(i.line, i.text, module.describe(i.location), i.opcode, kind, _space(space, counts), *counts)
-        for i, kind, space, counts in zip(kernel.instructions, encoded.kinds, encoded.spaces, result["counters"], strict=False)
+        Row(i.line, i.text, module.describe(i.location), i.opcode, *counts)
+        for i, counts in zip(kernel.instructions, result["counters"], strict=False)
     ]
     return Report(kernel.name, module.target.rstrip(","), grid3, block3, cluster3, str(schedule), seconds, rows)
 
@@ -183,12 +182,6 @@ def _pack(param: Variable, arg: Any, label: str, addresses: list[int]) -> bytes:
     if len(data) > param.size or (len(data) < param.size and not isinstance(arg, Struct)):
         raise ValueError(f"{label} has {len(data)} bytes; parameter {param.name} has {param.size}")
     return data.ljust(param.size, b"\0")
-
-
-def _space(space: str, counts: tuple[int, ...]) -> str:
-    """A generic access is counted where it went: only global ones have sectors."""
-    sectors = counts[4]
-    return space if space != "generic" else "global" if sectors else "shared"
 
 
 def _explain(

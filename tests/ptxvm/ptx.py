@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-_TOKEN = re.compile(r'"[^"]*"|[%$.\w]+(?:::[%$.\w]+)*|\S')
+_SPACE = re.compile(r"\s*")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "b32": 4, "u32": 4,
-          "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16}
-_INTEGER = re.compile(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
+_STATEMENT = re.compile(
+    r"""(?P<directive>\.(?:version|address_size|target|file|loc|pragma)\b)(?P<rest>[^\n;]*);?
+    | \.section\s+\S+\s*\{[^}]*\}
+    | (?:\.\w+\s+)*\.func\b[^;{]*;
+    | (?:\.\w+\s+)*\.entry\s+(?P<entry>[\w$]+)\s*(?:\((?P<params>[^)]*)\))?(?P<attributes>[^{]*)\{
+    | (?P<brace>[{}])
+    | (?P<label>[\w$%.]+)\s*:(?!:)
+    | (?:\.\w+\s+)*\.(?P<space>reg|shared|local|global|const|param)\b(?P<variable>[^;]*);
+    | (?P<statement>[^;{}][^;]*)(?P<end>;)?""",
+    re.VERBOSE,
+)
+_VARIABLE = re.compile(r"\s*(?P<attributes>(?:\.\w+(?:\s+\d+)?\s+)*)(?P<name>[\w$%]+)(?P<sizes>(?:\s*\[\d*\])*)\s*(?:=\s*(?P<data>.*))?\s*$", re.DOTALL)
+_INSTRUCTION = re.compile(r"(?:@(?P<negated>!?)\s*(?P<guard>[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*)$", re.DOTALL)
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+_NAME = re.compile(r"-?[\w$%.]+$")
+_FIXED = ("reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "maxclusterrank", "explicitcluster", "blocksareclusters", "pragma")
 
 
 class PTXError(ValueError):
@@ -21,12 +34,6 @@ class PTXError(ValueError):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(f"PTX line {line}: {message}")
         self.line = line
-
-
-@dataclass(frozen=True)
-class Token:
-    text: str
-    line: int
 
 
 @dataclass(frozen=True)
@@ -39,25 +46,13 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Value:
-    """A register, special register, symbol or literal."""
+class Operand:
+    """Registers, symbols or literals: one, those of a vector `{a, b}`, or the base of an address `[a+8]`."""
 
-    text: str
+    names: tuple[str, ...]
+    kind: str = "value"
+    offset: int = 0
     negated: bool = False
-
-
-@dataclass(frozen=True)
-class Vector:
-    items: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Address:
-    base: Value
-    offset: int
-
-
-Operand = Value | Vector | Address
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,15 @@ class Instruction:
     text: str
     opcode: str
     operands: tuple[Operand, ...]
-    guard: Value | None = None
-    also: Value | None = None  # q in `setp.lt.f32 p|q, a, b`
+    guard: str | None = None
+    negated: bool = False
+    also: str | None = None  # q in `setp.lt.f32 p|q, a, b`
     location: Location | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Variable:
-    """A variable of a state space, or a parameter. An `extern` array has no size: the launch gives it."""
+    """A variable of a state space, or a parameter. An `extern` array has size 0: the launch gives it."""
 
     name: str
     space: str
@@ -88,7 +84,7 @@ class Kernel:
     name: str
     line: int
     params: list[Variable] = field(default_factory=list)
-    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
     registers: set[str] = field(default_factory=set)
     instructions: list[Instruction] = field(default_factory=list)
@@ -97,7 +93,6 @@ class Kernel:
 
 @dataclass
 class Module:
-    text: str
     target: str = ""
     kernels: dict[str, Kernel] = field(default_factory=dict)
     variables: list[Variable] = field(default_factory=list)
@@ -114,17 +109,11 @@ class Module:
         """`file:line` of a location, with the place that it was inlined into."""
         if location is None:
             return ""
-        name = PurePath(self.files.get(location.file, "?")).name
-        text = f"{name}:{location.line}"
+        text = f"{PurePath(self.files.get(location.file, '?')).name}:{location.line}"
         if location.inlined_at:
             file, line = location.inlined_at
             text += f" (inlined at {PurePath(self.files.get(file, '?')).name}:{line})"
         return text
-
-
-def parse(text: str) -> Module:
-    """Reads a PTX text."""
-    return _Parser(text).module()
 
 
 def literal(text: str) -> int | float | None:
@@ -132,302 +121,148 @@ def literal(text: str) -> int | float | None:
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", digits):
         return int(digits[2:], 16)
-    if found := _INTEGER.match(digits):
-        number = found.group(1)
-        octal = len(number) > 1 and number.isdigit() and number[0] == "0"
-        return sign * (int(number, 8) if octal else int(number, 0))
-    if re.fullmatch(r"\d+\.\d*([eE]\d+)?", digits):
-        return sign * float(digits)
-    return None
+    if re.fullmatch(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", digits):
+        number = digits.rstrip("U")
+        return sign * (int(number, 8) if re.fullmatch(r"0\d+", number) else int(number, 0))
+    return sign * float(digits) if re.fullmatch(r"\d+\.\d*", digits) else None
 
 
-class _Scope:
-    """The registers that a block `{ ... }` declares. Names in the program are unique: inner ones get a suffix."""
+def size_of(kind: str) -> int:
+    """The bytes of a type: 4 for `f32`, 8 for `b64`, 4 for `f16x2`."""
+    found = re.fullmatch(r"(?:[busf]|bf)(8|16|32|64|128)(x2)?", kind)
+    if not found:
+        raise ValueError(f"unknown type {kind!r}")
+    return int(found[1]) // 8 * (2 if found[2] else 1)
 
-    def __init__(self, outer: _Scope | None, suffix: str) -> None:
-        self.outer, self.suffix = outer, suffix
-        self.names: dict[str, int | None] = {}  # name, or prefix and count for `%r<9>`
 
-    def resolve(self, name: str) -> str | None:
-        stem = name.rstrip("0123456789")
-        count = self.names.get(stem)
-        if name in self.names or (count is not None and name != stem and int(name[len(stem) :]) < count):
-            return name + self.suffix
-        return self.outer.resolve(name) if self.outer else None
+def parse(text: str) -> Module:
+    """Reads a PTX text."""
+    return _Parser(text).module
 
 
 class _Parser:
     def __init__(self, text: str) -> None:
         clean = _COMMENT.sub(lambda m: "\n" * m.group().count("\n"), text)
-        self.tokens = [Token(t, n) for n, line in enumerate(clean.splitlines(), 1) for t in _TOKEN.findall(line)]
-        self.at = 0
-        self.result = Module(text)
-
-    # Tokens
-
-    def peek(self, ahead: int = 0) -> str:
-        return self.tokens[self.at + ahead].text if self.at + ahead < len(self.tokens) else ""
-
-    def line(self) -> int:
-        return self.tokens[min(self.at, len(self.tokens) - 1)].line if self.tokens else 0
-
-    def next(self) -> str:
-        if self.at >= len(self.tokens):
-            raise PTXError(self.line(), "the text ends too early")
-        self.at += 1
-        return self.tokens[self.at - 1].text
-
-    def expect(self, text: str) -> None:
-        line, found = self.line(), self.next()
-        if found != text:
-            raise PTXError(line, f"expected {text!r}, not {found!r}")
-
-    def accept(self, text: str) -> bool:
-        if self.peek() == text:
-            self.at += 1
-            return True
-        return False
-
-    def rest_of_line(self) -> list[str]:
-        line, words = self.line(), []
-        while self.at < len(self.tokens) and self.tokens[self.at].line == line:
-            words.append(self.next())
-        return words
-
-    def integer(self) -> int:
-        line, text = self.line(), self.next()
-        if text in "+-":
-            return (-1 if text == "-" else 1) * self.integer()
-        value = literal(text)
-        if not isinstance(value, int):
-            raise PTXError(line, f"expected an integer, not {text!r}")
-        return value
-
-    def integers(self) -> tuple[int, ...]:
-        numbers = [self.integer()]
-        while self.accept(","):
-            numbers.append(self.integer())
-        return tuple(numbers)
-
-    def skip_block(self) -> None:
-        self.expect("{")
-        depth = 1
-        while depth:
-            depth += {"{": 1, "}": -1}.get(self.next(), 0)
-
-    # Modules
-
-    def module(self) -> Module:
-        while self.at < len(self.tokens):
-            line, word = self.line(), self.next()
-            if word in (".version", ".address_size"):
-                self.rest_of_line()
-            elif word == ".target":
-                self.result.target = self.next()
-                self.rest_of_line()
-            elif word == ".file":
-                self.file()
-            elif word == ".section":
-                self.next()
-                self.skip_block()
-            elif word in (".visible", ".extern", ".weak", ".common"):
-                continue
-            elif word == ".entry":
-                self.kernel()
-            elif word == ".func":  # only calls would need it, and a call is an unknown instruction
-                while self.peek() not in ("{", ";"):
-                    self.next()
-                if not self.accept(";"):
-                    self.skip_block()
-            elif word in (".global", ".const", ".shared"):
-                self.result.variables.append(self.variable(word[1:]))
-                self.expect(";")
-            else:
-                raise PTXError(line, f"unknown directive {word!r}")
-        return self.result
-
-    def file(self) -> None:
-        words = self.rest_of_line()
-        self.result.files[int(words[0])] = words[1].strip('"')
-
-    def variable(self, space: str) -> Variable:
-        """`.align 4 .b8 name[16] = {1, 2}`, also of parameters, whose `.ptr` part is skipped."""
-        align, kind = 0, ""
-        while self.peek().startswith("."):
-            word = self.next()[1:]
-            if word == "align":
-                stated = self.integer()
-                align = align if kind else stated  # after the type it is the alignment of what a pointer points to
-            elif word in _SIZES:
-                kind = word
-            elif word not in ("ptr", "global", "shared", "const", "local", "visible", "attribute"):
-                raise PTXError(self.line(), f"unknown type {word!r}")
-        line, name = self.line(), self.next()
-        if kind not in _SIZES:
-            raise PTXError(line, f"variable {name} has no type")
-        count = 1
-        while self.accept("["):
-            count *= 0 if self.peek() == "]" else self.integer()
-            self.expect("]")
-        size = _SIZES[kind]
-        data = self.initialiser(kind) if self.accept("=") else b""
-        return Variable(name, space, kind, align or size, count * size, data.ljust(count * size, b"\0") if data else b"")
-
-    def initialiser(self, kind: str) -> bytes:
-        line = self.line()
-        if self.accept("{"):
-            data = self.initialiser(kind)
-            while self.accept(","):
-                data += self.initialiser(kind)
-            self.expect("}")
-            return data
-        sign = "-" if self.accept("-") else ""
-        value = literal(sign + self.next())
-        if isinstance(value, float):
-            return struct.pack("<f" if kind == "f32" else "<d", value)
-        if value is None:
-            raise PTXError(line, "initialisers with addresses are not supported")
-        return (value % (1 << 8 * _SIZES[kind])).to_bytes(_SIZES[kind], "little")
-
-    def kernel(self) -> None:
-        kernel = Kernel(self.next(), self.line())
-        if self.accept("("):
-            while not self.accept(")"):
-                self.expect(".param")
-                kernel.params.append(self.variable("param"))
-                self.accept(",")
-        while self.peek() != "{":
-            line, word = self.line(), self.next()
-            if word in (".explicitcluster", ".blocksareclusters"):
-                kernel.directives[word[1:]] = ()
-            elif word in (".reqntid", ".maxntid", ".minnctapersm", ".maxnreg", ".maxnctapersm", ".reqnctapercluster", ".maxclusterrank"):
-                kernel.directives[word[1:]] = self.integers()
-            elif word == ".pragma":
-                self.rest_of_line()
-            else:
-                raise PTXError(line, f"unknown directive {word!r} of a kernel")
-        _Body(self, kernel).read()
-        self.result.kernels[kernel.name] = kernel
-
-
-class _Body:
-    """The statements of one kernel."""
-
-    def __init__(self, parser: _Parser, kernel: Kernel) -> None:
-        self.parser, self.kernel = parser, kernel
+        self.ends = [k for k, c in enumerate(clean) if c == "\n"]
+        self.module = Module()
+        self.kernel: Kernel | None = None
         self.location: Location | None = None
-        self.scopes = 0
-        self.scope = _Scope(None, "")
+        # The registers of the blocks that are open, by name or by prefix and count for `%r<9>`, and a suffix that
+        # makes names unique.
+        self.scopes: list[tuple[dict[str, int | None], str]] = []
+        at, blocks = 0, 0
+        while found := _STATEMENT.match(clean, _SPACE.match(clean, at).end()):  # type: ignore[union-attr]
+            line = bisect_right(self.ends, found.start()) + 1
+            try:
+                blocks += found["brace"] == "{"
+                self.statement(line, found, f"#{blocks}")
+            except ValueError as error:
+                raise PTXError(line, str(error)) from None
+            at = found.end()
+        if self.kernel:
+            raise PTXError(len(self.ends) + 1, "the text ends too early")
 
-    def read(self) -> None:
-        p = self.parser
-        p.expect("{")
-        depth = 1
-        while depth:
-            line, word = p.line(), p.next()
-            if word == "{":
-                depth += 1
-                self.scopes += 1
-                self.scope = _Scope(self.scope, f"#{self.scopes}")
-            elif word == "}":
-                depth -= 1
-                if self.scope.outer:
-                    self.scope = self.scope.outer
-            elif word == ".reg":
-                self.declare_registers()
-            elif word in (".shared", ".local", ".global", ".const"):
-                self.kernel.variables.append(p.variable(word[1:]))
-                p.expect(";")
-            elif word == ".loc":
-                self.loc(p.rest_of_line())
-            elif word == ".pragma":
-                p.rest_of_line()
-            elif word == ".file":
-                p.file()
-            elif word == ";":
-                continue
-            elif word.startswith("."):
-                raise PTXError(line, f"unknown directive {word!r}")
-            elif p.accept(":"):
-                self.kernel.labels[word] = len(self.kernel.instructions)
-            else:
-                self.instruction(line, word)
+    def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
+        variables = self.kernel.variables if self.kernel else self.module.variables
+        if found["directive"]:
+            self.directive(found["directive"], found["rest"].split())
+        elif found["entry"]:
+            self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
+            self.kernel.params = [variable("param", p.replace(".param", "", 1)) for p in (found["params"] or "").split(",") if p.strip()]
+            for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
+                if name not in _FIXED:
+                    raise ValueError(f"unknown directive '.{name}' of a kernel")
+                self.kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
+            self.scopes = [({}, "")]
+        elif found["brace"] == "{":
+            self.scopes.append(({}, suffix))
+        elif found["brace"] == "}":
+            self.scopes.pop()
+            self.kernel = self.kernel if self.scopes else None
+        elif found["label"] and self.kernel:
+            self.kernel.labels[found["label"]] = len(self.kernel.instructions)
+        elif found["space"] == "reg":
+            for name, count in re.findall(r"([\w$%]+)(?:<(\d+)>)?\s*(?:,|$)", found["variable"].split(None, 1)[1]):
+                self.scopes[-1][0][name] = int(count) if count else None
+        elif found["space"]:
+            variables.append(variable(found["space"], found["variable"]))
+        elif found["statement"]:
+            if not self.kernel or found["statement"].startswith("."):
+                raise ValueError(f"unknown directive {found['statement'].split()[0]!r}")
+            if not found["end"]:
+                raise ValueError("the text ends too early")
+            self.instruction(self.kernel, line, found["statement"])
 
-    def loc(self, words: list[str]) -> None:
-        inlined = None
-        if "inlined_at" in words:
-            at = words.index("inlined_at")
-            inlined = (int(words[at + 1]), int(words[at + 2]))
-        self.location = Location(int(words[0]), int(words[1]), inlined)
+    def directive(self, name: str, words: list[str]) -> None:
+        if name == ".target":
+            self.module.target = words[0].rstrip(",")
+        elif name == ".file":
+            self.module.files[int(words[0])] = words[1].strip('",')
+        elif name == ".loc":
+            at = words.index("inlined_at") + 1 if "inlined_at" in words else 0
+            self.location = Location(int(words[0]), int(words[1]), (int(words[at]), int(words[at + 1])) if at else None)
 
-    def declare_registers(self) -> None:
-        p = self.parser
-        p.next()  # the type: operations have types, registers need none
-        while True:
-            name = p.next()
-            count = None
-            if p.accept("<"):
-                count = p.integer()
-                p.expect(">")
-            self.scope.names[name] = count
-            if not p.accept(","):
-                break
-        p.expect(";")
-
-    def instruction(self, line: int, word: str) -> None:
-        p, guard, start = self.parser, None, self.parser.at
-        if word == "@":
-            negated = p.accept("!")
-            guard = Value(self.register(line, p.next()), negated)
-            line, word = p.line(), p.next()
-        operands: list[Operand] = []
+    def instruction(self, kernel: Kernel, line: int, text: str) -> None:
+        found = _INSTRUCTION.match(text)
+        if not found:
+            raise ValueError(f"cannot read {text!r}")
+        line += text[: found.start("opcode")].count("\n")
+        operands = [operand.strip() for operand in _OPERAND.findall(found["operands"])]
         also = None
-        while not p.accept(";"):
-            operands.append(self.operand())
-            if p.accept("|"):
-                also = self.value()
-            if p.peek() != ";":
-                p.expect(",")
-        head = f"@{'!' if guard.negated else ''}{guard.text} {word}" if guard else word
-        tail = "".join(t.text for t in p.tokens[start + bool(guard) * (2 + guard.negated if guard else 0) : p.at])
-        text = f"{head} {tail}".replace(",", ", ").replace(" ;", ";")
-        self.kernel.instructions.append(Instruction(line, text, word, tuple(operands), guard, also, self.location))
+        if operands and "|" in operands[0]:
+            operands[0], also = operands[0].split("|")
+        kernel.instructions.append(Instruction(
+            line, " ".join(text.split()) + ";", found["opcode"], tuple(self.operand(o) for o in operands),
+            self.resolve(found["guard"]) if found["guard"] else None, found["negated"] == "!",
+            self.resolve(also.strip()) if also else None, self.location,
+        ))  # fmt: skip
 
-    def operand(self) -> Operand:
-        p = self.parser
-        if p.accept("{"):
-            items = [self.value()]
-            while p.accept(","):
-                items.append(self.value())
-            p.expect("}")
-            return Vector(tuple(items))
-        if p.accept("["):
-            base, offset = self.value(), 0
-            while p.peek() in ("+", "-"):
-                offset += p.integer()
-            p.expect("]")
-            return Address(base, offset)
-        return self.value()
+    def operand(self, text: str) -> Operand:
+        if text[0] == "{":
+            return Operand(tuple(self.resolve(name.strip()) for name in text[1:-1].split(",")), "vector")
+        if text[0] == "[":
+            base, *offsets = re.findall(r"[-+\s]*[^-+\s]+", text[1:-1])
+            signs = [(-1) ** o.count("-") for o in offsets]
+            numbers = [literal(o.strip("-+ \t")) for o in offsets]
+            if not all(isinstance(n, int) for n in numbers):
+                raise ValueError(f"cannot read the address {text}")
+            return Operand((self.resolve(base.strip()),), "address", sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True)))
+        return Operand((self.resolve(text.lstrip("!").strip()),), negated=text[0] == "!")
 
-    def value(self) -> Value:
-        p = self.parser
-        negated, sign, line = p.accept("!"), "-" if p.accept("-") else "", p.line()
-        text = sign + p.next()
-        return Value(self.register(line, text) if text[0] == "%" or self.scope.resolve(text) else text, negated)
-
-    def register(self, line: int, name: str) -> str:
-        if (unique := self.scope.resolve(name)) is not None:
-            self.kernel.registers.add(unique)
-            return unique
-        if name[0] == "%":
-            return name  # a special register
-        raise PTXError(line, f"register {name} is not declared")
+    def resolve(self, name: str) -> str:
+        """The unique name of a register; other names are returned as they are."""
+        if not _NAME.match(name):
+            raise ValueError(f"cannot read the operand {name!r}")
+        stem = name.rstrip("0123456789")
+        for names, suffix in reversed(self.scopes):
+            count = names.get(stem)
+            if name in names or (count is not None and name != stem and int(name[len(stem) :]) < count):
+                assert self.kernel
+                self.kernel.registers.add(name + suffix)
+                return name + suffix
+        return name
 
 
-def walk(operands: tuple[Operand, ...]) -> Iterator[Value]:
-    """The values of operands, those of vectors and addresses included, in the order of the text."""
-    for operand in operands:
-        if isinstance(operand, Vector):
-            yield from operand.items
-        else:
-            yield operand.base if isinstance(operand, Address) else operand
+def variable(space: str, text: str) -> Variable:
+    """`.align 4 .b8 name[16] = {1, 2}`; for a parameter what follows `.ptr` is about what it points to."""
+    found = _VARIABLE.match(text)
+    if not found:
+        raise ValueError(f"cannot read the variable {text.strip()!r}")
+    words = found["attributes"].split(".ptr")[0].replace(".", " ").split()
+    kind = words[-1] if words else ""
+    count = 1
+    for size in re.findall(r"\[(\d*)\]", found["sizes"]):
+        count *= int(size or 0)
+    size = size_of(kind)
+    data = b"".join(_initial(kind, value) for value in re.findall(r"[^{},\s]+", found["data"] or ""))
+    align = int(words[words.index("align") + 1]) if "align" in words else size
+    return Variable(found["name"], space, kind, align, count * size, data.ljust(count * size, b"\0") if data else b"")
+
+
+def _initial(kind: str, text: str) -> bytes:
+    value = literal(text)
+    if value is None:
+        raise ValueError(f"cannot initialise a variable with {text!r}")
+    if isinstance(value, float):
+        return struct.pack("<f" if kind == "f32" else "<d", value)
+    return (value % (1 << 8 * size_of(kind))).to_bytes(size_of(kind), "little")

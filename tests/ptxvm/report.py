@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,52 +17,29 @@ class Row:
     opcode: str
     kind: str
     space: str
-    warps: int
-    """Times that a warp issued it."""
+    warps: int  # times that a warp issued it
     threads: int
-    requests: int
-    """Times that a warp went to memory with it, at least one lane taking part."""
-    bytes: int
-    """Asked for by all threads."""
-    sectors: int
-    """Distinct 32-byte sectors of global memory, summed over warps."""
-    conflicts: int
-    """Shared-memory cycles beyond those that conflict-free banks would take."""
-    divergent: int
-    """Times that a branch parted a warp."""
-    collisions: int
-    """Cells of shared memory for which lanes of one store had different values."""
+    requests: int  # times that a warp went to memory with it, at least one lane taking part
+    bytes: int  # that all threads asked for
+    sectors: int  # distinct 32-byte sectors of global memory, summed over requests
+    conflicts: int  # shared-memory cycles beyond those that conflict-free banks would take
+    divergent: int  # times that a branch parted a warp
+    collisions: int  # cells of shared memory for which lanes of one store had different values
 
     @property
     def operation(self) -> str:
         """The opcode without its modifiers."""
         return self.opcode.split(".")[0]
 
-    @property
-    def writes(self) -> bool:
-        """Whether it is a store; an atomic counts as a write."""
-        return self.operation in ("st", "stmatrix", "atom", "red")
-
-    @property
-    def sectors_per_request(self) -> float:
-        """32-byte sectors per warp-wide access."""
-        return self.sectors / self.requests if self.requests else 0.0
-
 
 @dataclass(frozen=True)
 class Traffic:
     """Accesses to one memory in one direction."""
 
-    requests: int = 0
-    bytes: int = 0
-    sectors: int = 0
-    conflicts: int = 0
-
-    @staticmethod
-    def of(rows: Iterable[Row]) -> Traffic:
-        """The sum over instructions."""
-        chosen = list(rows)
-        return Traffic(*(sum(getattr(r, name) for r in chosen) for name in ("requests", "bytes", "sectors", "conflicts")))
+    requests: int
+    bytes: int
+    sectors: int
+    conflicts: int
 
 
 @dataclass
@@ -81,8 +56,9 @@ class Report:
     rows: list[Row] = field(repr=False)
 
     def traffic(self, space: str, writes: bool) -> Traffic:
-        """All reads or writes of "global" or "shared" memory."""
-        return Traffic.of(r for r in self.rows if r.kind == "memory" and r.space == space and r.writes == writes)
+        """All reads, or all writes and atomics, of "global" or "shared" memory."""
+        rows = [r for r in self.rows if r.bytes and r.space == space and writes == (r.operation in ("st", "stmatrix", "atom", "red"))]
+        return Traffic(*(sum(getattr(r, name) for r in rows) for name in ("requests", "bytes", "sectors", "conflicts")))
 
     @property
     def global_read(self) -> Traffic:
@@ -111,52 +87,40 @@ class Report:
 
     @property
     def instructions(self) -> dict[str, int]:
-        """Warp instructions issued, by class."""
-        counts: Counter[str] = Counter()
-        for row in self.rows:
-            counts[row.kind] += row.warps
-        return dict(counts)
+        """Warp instructions issued, by class, the most frequent first."""
+        counts = {kind: sum(r.warps for r in self.rows if r.kind == kind) for kind in {r.kind for r in self.rows}}
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def thread_instructions(self) -> int:
         """Instructions that threads executed."""
         return sum(r.threads for r in self.rows)
 
-    def summary(self) -> dict[str, Any]:
-        """The totals."""
-        return {
-            "kernel": self.kernel, "target": self.target, "grid": self.grid, "block": self.block, "cluster": self.cluster,
-            "schedule": self.schedule, "seconds": round(self.seconds, 6),
-            "global_read": asdict(self.global_read), "global_written": asdict(self.global_written),
-            "shared_read": asdict(self.traffic("shared", False)), "shared_written": asdict(self.traffic("shared", True)),
-            "warp_instructions": self.instructions, "thread_instructions": self.thread_instructions,
-            "barriers": self.barriers, "divergent_branches": self.divergent_branches,
-        }  # fmt: skip
-
     def to_json(self) -> str:
         """Totals and instructions as JSON."""
-        return json.dumps(self.summary() | {"instructions": [asdict(r) for r in self.rows]}, indent=1)
+        data: dict[str, Any] = asdict(self)
+        data["instructions"] = data.pop("rows")
+        data |= {f"{space}_{name}": asdict(self.traffic(space, name == "written")) for space in ("global", "shared") for name in ("read", "written")}
+        for name in ("barriers", "divergent_branches", "thread_instructions"):
+            data[name] = getattr(self, name)
+        return json.dumps(data | {"warp_instructions": self.instructions}, indent=1)
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.grid)) + " blocks of " + "x".join(map(str, self.block)) + " threads"
         lines = [f"{self.kernel} ({self.target}), {size}, schedule {self.schedule}",
-                 f"{'':18}{'requests':>10}{'bytes':>12}{'sectors':>10}{'sectors/request':>17}{'bank conflicts':>16}"]
-        for space in ("global", "shared"):
-            for name, writes in (("read", False), ("written", True)):
-                t = self.traffic(space, writes)
-                if t.requests:
-                    per = f"{t.sectors / t.requests:17.2f}" if space == "global" else f"{'':17}"
-                    conflicts = f"{t.conflicts:16}" if space == "shared" else ""
-                    lines.append(f"{space + ' ' + name:18}{t.requests:10}{t.bytes:12}{t.sectors or '':>10}{per}{conflicts}".rstrip())
-        issued = ", ".join(f"{count} {kind}" for kind, count in sorted(self.instructions.items(), key=lambda kv: -kv[1]) if count)
-        lines.append(f"warp instructions: {issued}; {self.barriers} at barriers, {self.divergent_branches} divergent branches")
-        return "\n".join(lines)
+                 f"{'':14}{'requests':>10}{'bytes':>12}{'sectors':>10}{'sectors/request':>17}{'bank conflicts':>16}"]  # fmt: skip
+        for name, space, writes in [("global read", "global", False), ("global written", "global", True),
+                                    ("shared read", "shared", False), ("shared written", "shared", True)]:  # fmt: skip
+            t = self.traffic(space, writes)
+            rest = f"{t.sectors:10}{t.sectors / max(1, t.requests):17.2f}" if space == "global" else f"{t.conflicts:43}"
+            lines += [f"{name:14}{t.requests:10}{t.bytes:12}{rest}"] if t.requests else []
+        issued = ", ".join(f"{count} {kind}" for kind, count in self.instructions.items() if count)
+        return "\n".join([*lines, f"warp instructions: {issued}", f"{self.barriers} at barriers, {self.divergent_branches} divergent branches"])
 
     def table(self) -> str:
         """One line for each instruction that touches memory."""
         lines = [f"{'line':>6}{'requests':>10}{'bytes':>12}{'sectors':>9}{'per req.':>9}{'conflicts':>10}  instruction, source"]
-        for r in self.rows:
-            if r.bytes:
-                lines.append(f"{r.line:6}{r.requests:10}{r.bytes:12}{r.sectors:9}{r.sectors_per_request:9.2f}{r.conflicts:10}  {r.text}  {r.source}")
+        for r in (r for r in self.rows if r.bytes):
+            counts = f"{r.line:6}{r.requests:10}{r.bytes:12}{r.sectors:9}{r.sectors / r.requests:9.2f}{r.conflicts:10}"
+            lines.append(f"{counts}  {r.text}  {r.source}")
         return "\n".join(lines)
-

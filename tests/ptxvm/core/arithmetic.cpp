@@ -38,21 +38,15 @@ struct FloatOp {
       return low | high << half;
     });
   }
-  static Handler one() {
-    return [](Warp& w, const Inst& i) { run(w, i, std::make_index_sequence<N>{}); };
-  }
-  static Handler pair() {
-    return [](Warp& w, const Inst& i) { run_pair(w, i, std::make_index_sequence<N>{}); };
-  }
 };
 
 template <class T, int N, class F>
 Handler fop(F) {
-  return FloatOp<T, N, F>::one();
+  return [](Warp& w, const Inst& i) { FloatOp<T, N, F>::run(w, i, std::make_index_sequence<N>{}); };
 }
 template <class T, int N, class F>
 Handler pair_op(F) {
-  return FloatOp<T, N, F>::pair();
+  return [](Warp& w, const Inst& i) { FloatOp<T, N, F>::run_pair(w, i, std::make_index_sequence<N>{}); };
 }
 
 template <class T> struct Wider;
@@ -292,30 +286,22 @@ bool combine(const Inst& i, bool compared, u64 c) {
   return i.function == 1 ? compared && other : i.function == 2 ? compared || other : i.function == 3 ? compared != other : compared;
 }
 
-// setp: the first result is the comparison, combined with c; the second is its negation, combined with c.
-template <class T>
+// setp: the first result is the comparison, combined with c; the second is its negation, combined with c. On pairs the
+// results are those of the halves.
+template <class T, bool pairs = false>
 void set_predicate(Warp& w, const Inst& i) {
   const u64 *a = w.slot(i.op[1]), *b = w.slot(i.op[2]), *c = w.slot(i.op[i.operands > 3 ? 3 : 1]);
   u64 *p = w.slot(i.op[0]), *q = i.also >= 0 ? w.slot(i.also) : nullptr;
   for_lanes(w.lanes, [&](int l) {
-    T x = from_slot<T>(a[l]), y = from_slot<T>(b[l]);
-    if (i.ftz) x = flush(x), y = flush(y);
-    const bool compared = relation(x, y) & i.accepts;
+    const auto compare = [&i](u64 left, u64 right) -> bool {
+      T x = from_slot<T>(left), y = from_slot<T>(right);
+      if (i.ftz) x = flush(x), y = flush(y);
+      return relation(x, y) & i.accepts;
+    };
+    const bool first = compare(a[l], b[l]), second = pairs ? compare(a[l] >> 16, b[l] >> 16) : !first;
     const u64 third = c[l];
-    p[l] = combine(i, compared, third);
-    if (q) q[l] = combine(i, !compared, third);
-  });
-}
-
-// setp on pairs: one predicate for each half.
-template <class T>
-void set_predicates(Warp& w, const Inst& i) {
-  const u64 *a = w.slot(i.op[1]), *b = w.slot(i.op[2]), *c = w.slot(i.op[i.operands > 3 ? 3 : 1]);
-  u64 *p = w.slot(i.op[0]), *q = i.also >= 0 ? w.slot(i.also) : nullptr;
-  for_lanes(w.lanes, [&](int l) {
-    const u64 third = c[l], x = a[l], y = b[l];
-    p[l] = combine(i, relation(from_slot<T>(x), from_slot<T>(y)) & i.accepts, third);
-    if (q) q[l] = combine(i, relation(from_slot<T>(x >> 16), from_slot<T>(y >> 16)) & i.accepts, third);
+    p[l] = combine(i, first, third);
+    if (q) q[l] = combine(i, second, third);
   });
 }
 
@@ -357,8 +343,8 @@ void declare_arithmetic() {
     declare_small_floats<T>(" " + type_name<T>(), []<int N>(auto f) { return fop<T, N>(f); });
     declare_small_floats<T>(" " + type_name<T>() + "x2", []<int N>(auto f) { return pair_op<T, N>(f); });
     declare_mixed_floats(t);
-    on("setp" + float_comparisons + " " + type_name<T>() + "x2", 3, set_predicates<T>);
-    on("setp" + float_comparisons + " and|or|xor " + type_name<T>() + "x2", 4, set_predicates<T>);
+    on("setp" + float_comparisons + " " + type_name<T>() + "x2", 3, set_predicate<T, true>);
+    on("setp" + float_comparisons + " and|or|xor " + type_name<T>() + "x2", 4, set_predicate<T, true>);
   });
   for_types<f16, bf16, f32, f64>([](auto t) { declare_comparisons(t); });
 }

@@ -38,20 +38,11 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
   m.code = program.code;
   Launch& l = m.launch;
   l.grid = to_dim(grid), l.block = to_dim(block), l.cluster = to_dim(cluster);
-  l.shared_size = options["shared_size"].cast<u64>();
-  l.dynamic_shared = options["dynamic_shared"].cast<u64>();
-  l.local_size = options["local_size"].cast<u64>();
-  l.cooperative = options["cooperative"].cast<bool>();
-  l.explicit_cluster = options["explicit_cluster"].cast<bool>();
-  l.lanes_may_collide = options["lanes_may_collide"].cast<bool>();
-  l.order = options["order"].cast<int>();
-  l.seed = options["seed"].cast<u64>();
-  l.patience = options["patience"].cast<u64>();
-  l.registers = options["registers"].cast<u32>();
-  l.slots = options["slots"].cast<u32>();
-  l.constants = options["constants"].cast<std::vector<std::pair<u32, u64>>>();
-  l.specials = options["specials"].cast<std::vector<std::pair<u32, std::string>>>();
-  l.grid_workspace = options["grid_workspace"].cast<u64>();
+  const auto get = [&options](const char* name, auto& field) { field = options[name].cast<std::decay_t<decltype(field)>>(); };
+  get("shared_size", l.shared_size), get("dynamic_shared", l.dynamic_shared), get("local_size", l.local_size);
+  get("cooperative", l.cooperative), get("explicit_cluster", l.explicit_cluster), get("lanes_may_collide", l.lanes_may_collide);
+  get("order", l.order), get("seed", l.seed), get("patience", l.patience), get("grid_workspace", l.grid_workspace);
+  get("registers", l.registers), get("slots", l.slots), get("constants", l.constants), get("specials", l.specials);
   for (const auto& [name, base, size, data, state, readonly, counts] : regions) {
     Region r;
     r.name = name, r.base = base, r.size = size, r.readonly = readonly;
@@ -77,7 +68,14 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
     for (u64 byte = 0; byte < r.size; ++byte) counts[byte] = u8(std::min<u32>(255, r.cells[byte / r.granule].writes));
   }
   py::list counters;
-  for (const Counter& c : m.counters) counters.append(py::make_tuple(c.warps, c.threads, c.requests, c.bytes, c.sectors, c.conflicts, c.divergent, c.collisions));
+  for (size_t k = 0; k < m.code.size(); ++k) {
+    const Counter& c = m.counters[k];
+    static const char* const spaces[] = {"generic", "global", "shared", "local", "param"};
+    const char* space = spaces[int(m.code[k].space)];
+    if (m.code[k].space == Space::generic) space = c.sectors ? "global" : "shared";  // where the accesses went
+    counters.append(py::make_tuple(class_names[int(m.code[k].kind)], space, c.warps, c.threads, c.requests, c.bytes, c.sectors,
+                                   c.conflicts, c.divergent, c.collisions));
+  }
   result["counters"] = counters;
   return result;
 }
@@ -91,18 +89,7 @@ PYBIND11_MODULE(ptxvm_core, module) {
   declare_control();
   py::class_<Program>(module, "Program")
       .def(py::init<>())
-      .def("add", &Program::add)
-      .def("kinds", [](const Program& p) {
-        std::vector<std::string> names;
-        for (const Inst& i : p.code) names.push_back(class_names[int(i.kind)]);
-        return names;
-      })
-      .def("spaces", [](const Program& p) {
-        static const char* const names[] = {"generic", "global", "shared", "local", "param"};
-        std::vector<std::string> spaces;
-        for (const Inst& i : p.code) spaces.push_back(names[int(i.space)]);
-        return spaces;
-      });
+      .def("add", &Program::add);
   module.def("check_instruction", [](const std::string& opcode, int operands) { decode(opcode, operands); });
   module.def("check_special", [](const std::string& name) { special(name); });
   module.def("run", &run);

@@ -57,40 +57,27 @@ void convert_pair(Warp& w, const Inst& i) {
 
 template <class D, class S>
 void declare_conversion(D, S) {
-  const std::string types = " " + type_name<D>() + " " + type_name<S>();
-  const std::string ftz = std::is_same_v<D, f32> || std::is_same_v<S, f32> ? " ftz?" : "";
-  if constexpr (!is_float<D> && !is_float<S>) {
-    on("cvt sat?" + types, 2, convert_lanes<D, S>);
-  } else if constexpr (!is_float<D>) {
-    on("cvt rni|rzi|rmi|rpi" + ftz + " sat?" + types, 2, convert_lanes<D, S>);
-  } else if constexpr (!is_float<S>) {
-    on("cvt rn|rz|rm|rp sat?" + types, 2, convert_lanes<D, S>);
-  } else if constexpr (std::is_same_v<D, S>) {
-    on("cvt rni|rzi|rmi|rpi?" + ftz + " sat?" + types, 2, convert_lanes<D, S>);
-  } else if constexpr (is_small<D>) {
-    on("cvt rn|rz|rm|rp|rna" + ftz + " sat|relu?" + types, 2, convert_lanes<D, S>);
-  } else if constexpr (sizeof(D) < sizeof(S)) {
-    on("cvt rn|rz|rm|rp" + ftz + " sat?" + types, 2, convert_lanes<D, S>);
-  } else {
-    on("cvt" + ftz + " sat?" + types, 2, convert_lanes<D, S>);
-  }
+  const bool narrows = is_small<D> || (is_float<S> && sizeof(D) < sizeof(S));
+  std::string form = "cvt";
+  if (is_float<D> && is_float<S>) form += std::is_same_v<D, S> ? " rni|rzi|rmi|rpi?" : !narrows ? "" : is_small<D> ? " rn|rz|rm|rp|rna" : " rn|rz|rm|rp";
+  else if (is_float<D> || is_float<S>) form += is_float<D> ? " rn|rz|rm|rp" : " rni|rzi|rmi|rpi";
+  if (std::is_same_v<D, f32> || std::is_same_v<S, f32>) form += " ftz?";
+  form += is_small<D> && is_float<S> ? " sat|relu? " : " sat? ";
+  on(form + type_name<D>() + " " + type_name<S>(), 2, convert_lanes<D, S>);
 }
 
-void pack(Warp& w, const Inst& i, int width) {
-  u64* d = w.slot(i.op[0]);
-  const u64 part = ~0ull >> (64 - width);
+// The vector is operands 1, 2, ... of pack and 0, 1, ... of unpack.
+template <int width, bool packs>
+void repack(Warp& w, const Inst& i) {
+  const int size = width / i.vec;
+  const u64 part = ~0ull >> (64 - size);
   for_lanes(w.lanes, [&](int l) {
-    u64 whole = 0;
-    for (int k = 0; k < i.vec; ++k) whole |= (w.slot(i.op[k + 1])[l] & part) << k * width;
-    d[l] = whole;
-  });
-}
-
-void unpack(Warp& w, const Inst& i, int width) {
-  const u64 part = ~0ull >> (64 - width);
-  for_lanes(w.lanes, [&](int l) {
-    const u64 whole = w.slot(i.op[i.vec])[l];
-    for (int k = 0; k < i.vec; ++k) w.slot(i.op[k])[l] = whole >> k * width & part;
+    u64 whole = packs ? 0 : w.slot(i.op[i.vec])[l];
+    for (int k = 0; k < i.vec; ++k) {
+      if (packs) whole |= (w.slot(i.op[k + 1])[l] & part) << k * size;
+      else w.slot(i.op[k])[l] = whole >> k * size & part;
+    }
+    if (packs) w.slot(i.op[0])[l] = whole;
   });
 }
 
@@ -98,10 +85,10 @@ void declare_moves() {
   const Handler copy = op<u64, u64>([](u64 a) { return a; });
   on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", 2, copy);
   // `mov` with a vector on either side arrives under these names.
-  on("pack v2 b32", 2, [](Warp& w, const Inst& i) { pack(w, i, 16); });
-  on("pack v2|v4 b64", 2, [](Warp& w, const Inst& i) { pack(w, i, 64 / i.vec); });
-  on("unpack v2 b32", 2, [](Warp& w, const Inst& i) { unpack(w, i, 16); });
-  on("unpack v2|v4 b64", 2, [](Warp& w, const Inst& i) { unpack(w, i, 64 / i.vec); });
+  on("pack v2 b32", 2, repack<32, true>);
+  on("pack v2|v4 b64", 2, repack<64, true>);
+  on("unpack v2 b32", 2, repack<32, false>);
+  on("unpack v2|v4 b64", 2, repack<64, false>);
   on("cvta to? global|const|param u64", 2, copy);
   on("cvta shared|shared::cta|shared::cluster u64", 2, op<u64, u64>([](u64 a) { return a + shared_window; }));
   on("cvta to shared|shared::cta|shared::cluster u64", 2, op<u64, u64>([](u64 a) { return a - shared_window; }));

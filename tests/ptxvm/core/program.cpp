@@ -41,49 +41,45 @@ bool matches(const Words& words, size_t word, const std::vector<Words>& groups, 
   return false;
 }
 
+template <class T>
+using Meaning = std::map<std::string, T>;
+
+template <class T>
+void look_up(const Meaning<T>& meaning, const std::string& word, T& result) {
+  if (const auto found = meaning.find(word); found != meaning.end()) result = found->second;
+}
+
 void read_modifiers(Inst& inst, const Words& words) {
-  static const std::map<std::string, void (*)(Inst&)> meaning = {
-      {"rn", [](Inst& i) { i.rounding = Rounding::nearest; }},  {"rni", [](Inst& i) { i.integral = true, i.rounding = Rounding::nearest; }},
-      {"rz", [](Inst& i) { i.rounding = Rounding::zero; }},     {"rzi", [](Inst& i) { i.integral = true, i.rounding = Rounding::zero; }},
-      {"rm", [](Inst& i) { i.rounding = Rounding::down; }},     {"rmi", [](Inst& i) { i.integral = true, i.rounding = Rounding::down; }},
-      {"rp", [](Inst& i) { i.rounding = Rounding::up; }},       {"rpi", [](Inst& i) { i.integral = true, i.rounding = Rounding::up; }},
-      {"rna", [](Inst& i) { i.rounding = Rounding::away; }},    {"ftz", [](Inst& i) { i.ftz = true; }},
-      {"sat", [](Inst& i) { i.sat = true; }},                   
-      {"relu", [](Inst& i) { i.relu = true; }},
-      {"wrap", [](Inst& i) { i.wrap = true; }},                 {"trans", [](Inst& i) { i.transposed = true; }},
-      {"x2", [](Inst& i) { i.vec = 2; }},                       {"x4", [](Inst& i) { i.vec = 4; }},
-      {"nc", [](Inst& i) { i.constant = true; }},               {"aligned", [](Inst& i) { i.aligned = true; }},
-      {"v2", [](Inst& i) { i.vec = 2; }},                       {"v4", [](Inst& i) { i.vec = 4; }},
-      {"v8", [](Inst& i) { i.vec = 8; }},                       {"global", [](Inst& i) { i.space = Space::global; }},
-      {"const", [](Inst& i) { i.space = Space::global; }},      {"shared", [](Inst& i) { i.space = Space::shared; }},
-      {"shared::cta", [](Inst& i) { i.space = Space::shared; }},
-      {"shared::cluster", [](Inst& i) { i.space = Space::shared; }},
-      {"local", [](Inst& i) { i.space = Space::local; }},       {"param", [](Inst& i) { i.space = Space::param; }},
-      {"relaxed", [](Inst& i) { i.scope = Scope::grid; }},      {"volatile", [](Inst& i) { i.scope = Scope::grid; }},
-      {"acquire", [](Inst& i) { i.scope = Scope::grid, i.acquires = true; }},
-      {"release", [](Inst& i) { i.scope = Scope::grid, i.releases = true; }},
-      {"acq_rel", [](Inst& i) { i.scope = Scope::grid, i.acquires = i.releases = true; }},
-      {"cta", [](Inst& i) { i.scope = Scope::block; }},         {"cluster", [](Inst& i) { i.scope = Scope::cluster; }},
-      {"gpu", [](Inst& i) { i.scope = Scope::grid; }},          {"gl", [](Inst& i) { i.scope = Scope::grid; }},
-      {"sys", [](Inst& i) { i.scope = Scope::grid; }},
-      {"eq", [](Inst& i) { i.accepts = equal; }},               {"ne", [](Inst& i) { i.accepts = less | greater; }},
-      {"lt", [](Inst& i) { i.accepts = less; }},                {"le", [](Inst& i) { i.accepts = less | equal; }},
-      {"gt", [](Inst& i) { i.accepts = greater; }},             {"ge", [](Inst& i) { i.accepts = greater | equal; }},
-      {"lo", [](Inst& i) { i.accepts = less; }},                {"ls", [](Inst& i) { i.accepts = less | equal; }},
-      {"hi", [](Inst& i) { i.accepts = greater; }},             {"hs", [](Inst& i) { i.accepts = greater | equal; }},
-      {"equ", [](Inst& i) { i.accepts = equal | unordered; }},
-      {"neu", [](Inst& i) { i.accepts = less | greater | unordered; }},
-      {"ltu", [](Inst& i) { i.accepts = less | unordered; }},
-      {"leu", [](Inst& i) { i.accepts = less | equal | unordered; }},
-      {"gtu", [](Inst& i) { i.accepts = greater | unordered; }},
-      {"geu", [](Inst& i) { i.accepts = greater | equal | unordered; }},
-      {"num", [](Inst& i) { i.accepts = less | equal | greater; }},
-      {"nan", [](Inst& i) { i.accepts = unordered; }},
-      {"and", [](Inst& i) { i.function = 1; }},                 {"or", [](Inst& i) { i.function = 2; }},
-      {"xor", [](Inst& i) { i.function = 3; }},
-  };
-  for (const std::string& word : words)
-    if (const auto found = meaning.find(word); found != meaning.end()) found->second(inst);
+  static const Meaning<bool Inst::*> flags = {
+      {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"aligned", &Inst::aligned},
+      {"trans", &Inst::transposed}, {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
+      {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral}};
+  static const Meaning<Rounding> roundings = {
+      {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up}, {"rna", Rounding::away},
+      {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down}, {"rpi", Rounding::up}};
+  static const Meaning<Space> spaces = {
+      {"global", Space::global}, {"const", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared},
+      {"shared::cluster", Space::shared}, {"local", Space::local}, {"param", Space::param}};
+  static const Meaning<Scope> scopes = {  // an ordering without a scope reaches the grid
+      {"relaxed", Scope::grid}, {"volatile", Scope::grid}, {"acquire", Scope::grid}, {"release", Scope::grid}, {"acq_rel", Scope::grid},
+      {"cta", Scope::block}, {"cluster", Scope::cluster}, {"gpu", Scope::grid}, {"gl", Scope::grid}, {"sys", Scope::grid}};
+  static const Meaning<u8> relations = {
+      {"eq", equal}, {"ne", less | greater}, {"lt", less}, {"le", less | equal}, {"gt", greater}, {"ge", greater | equal},
+      {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal}, {"num", less | equal | greater}, {"nan", unordered},
+      {"equ", equal | unordered}, {"neu", less | greater | unordered}, {"ltu", less | unordered},
+      {"leu", less | equal | unordered}, {"gtu", greater | unordered}, {"geu", greater | equal | unordered}};
+  static const Meaning<u8> functions = {{"and", 1}, {"or", 2}, {"xor", 3}};
+  static const Meaning<u8> counts = {{"v2", 2}, {"v4", 4}, {"v8", 8}, {"x2", 2}, {"x4", 4}};
+  for (const std::string& word : words) {
+    if (const auto flag = flags.find(word); flag != flags.end()) inst.*flag->second = true;
+    if (word == "acq_rel") inst.acquires = inst.releases = true;
+    look_up(roundings, word, inst.rounding);
+    look_up(spaces, word, inst.space);
+    look_up(scopes, word, inst.scope);
+    look_up(relations, word, inst.accepts);
+    look_up(functions, word, inst.function);
+    look_up(counts, word, inst.vec);
+  }
 }
 
 }  // namespace
