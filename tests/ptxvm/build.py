@@ -17,8 +17,18 @@ from types import ModuleType
 
 _SOURCES = Path(__file__).parent / "core"
 # The core's results are IEEE's: no contraction to fma, no assumption about the rounding mode.
-_FLAGS = ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-frounding-math",
-          "-fno-math-errno", "-Wall", "-Wextra"]
+_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-ftree-vectorize",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-frounding-math",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 
 
 def cache_directory() -> Path:
@@ -38,7 +48,9 @@ def core() -> ModuleType:
     compiler = os.environ.get("CXX", "g++")
     flags = _FLAGS + (["-march=native"] if _accepts(compiler, "-march=native") else [])
     sources = sorted(_SOURCES.glob("*.[ch]pp"))
-    key = digest(*(p.read_bytes() for p in sources), " ".join(flags), _resolved(compiler, flags), sys.version, platform.machine())
+    key = digest(
+        *(p.read_bytes() for p in sources), " ".join(flags), _resolved(compiler, flags), sys.version, platform.machine()
+    )
     directory = cache_directory() / f"core-{key}"
     library = directory / f"ptxvm_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():

@@ -77,7 +77,8 @@ def launch(
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
     shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
     lanes_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
-    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch counts as stuck.
+    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
+    counts as stuck.
     """
     module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
     kernel = encoded.kernel
@@ -96,8 +97,8 @@ def launch(
         data = _pack(param, arg, label, [memory.address(v) for v in views])
         params[offset : offset + param.size] = data
     for variable, address in encoded.globals:
-        data = np.frombuffer(bytearray(variable.data or bytes(variable.size)), np.uint8)
-        memory.reserve(data, address, f"variable {variable.name}", readonly=variable.space == "const")
+        initial = np.frombuffer(bytearray(variable.data or bytes(variable.size)), np.uint8)
+        memory.reserve(initial, address, f"variable {variable.name}", readonly=variable.space == "const")
     if cooperative:
         memory.reserve(np.zeros(64, np.uint8), _WORKSPACE, "the grid barrier")
     order = {"forward": 0, "reversed": 1}.get(schedule, 2) if isinstance(schedule, str) else 2
@@ -110,7 +111,9 @@ def launch(
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
-    result = core().run(encoded.program, grid3, block3, cluster3, options, [a.argument() for a in allocations], bytes(params))
+    result = core().run(
+        encoded.program, grid3, block3, cluster3, options, [a.argument() for a in allocations], bytes(params)
+    )
     seconds = time.perf_counter() - start
     if "violation" in result:
         raise _explain(module, kernel.instructions, block3, grid3, *result["violation"])
@@ -133,7 +136,9 @@ def _dim(sizes: Dim, what: str) -> tuple[int, int, int]:
     return padded[0], padded[1], padded[2]
 
 
-def _check_shape(name: str, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int], directives: dict[str, tuple[int, ...]]) -> None:
+def _check_shape(
+    name: str, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int], directives: dict[str, tuple[int, ...]]
+) -> None:
     threads = int(np.prod(block))
     if threads > 1024:
         raise ValueError(f"a block has at most 1024 threads, not {threads}")

@@ -45,7 +45,9 @@ class ArrayView:
         if 0 in self.shape:
             return self.address, self.address
         reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        return self.address + sum(r for r in reach if r < 0), self.address + sum(r for r in reach if r > 0) + self.itemsize
+        return self.address + sum(r for r in reach if r < 0), self.address + sum(
+            r for r in reach if r > 0
+        ) + self.itemsize
 
     def select(self, data: Bytes, start: int) -> Bytes:
         """The bytes of the elements, [*shape, itemsize], in `data`, which begins at address `start`."""
@@ -67,7 +69,15 @@ def view(array: Any, label: str) -> ArrayView:
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
         label = f"{label} ({array.dtype}{list(array.shape)})"
-        return ArrayView(array.ctypes.data, array.shape, array.strides, array.itemsize, owner.ctypes.data, label, array.flags.writeable)
+        return ArrayView(
+            array.ctypes.data,
+            array.shape,
+            array.strides,
+            array.itemsize,
+            owner.ctypes.data,
+            label,
+            array.flags.writeable,
+        )
     if array.device.type != "cpu":
         raise TypeError(f"{label} is on {array.device}; the machine runs on CPU tensors")
     size = array.element_size()
@@ -103,8 +113,10 @@ class Allocation:
             wrong = np.argwhere((counts != min(writes, 255)).any(-1))
             if len(wrong):
                 index = tuple(int(k) for k in wrong[0])
-                return (f"element {list(index)} of {output.label} was written {int(counts[index].max())} times, not {writes}; "
-                        f"{len(wrong)} of {max(1, int(np.prod(output.shape)))} elements are wrong")
+                return (
+                    f"element {list(index)} of {output.label} was written {int(counts[index].max())} times, "
+                    f"not {writes}; {len(wrong)} of {max(1, int(np.prod(output.shape)))} elements are wrong"
+                )
         return ""
 
 
@@ -144,7 +156,7 @@ class Memory:
             first = items[0][0]
             low -= (low - first.owner) % 16  # begin where vectors can begin; the bytes before stay forbidden
             base = self._owners[first.owner] + low - first.owner
-            data: Bytes = np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
+            data: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
             allocation = Allocation(low, high - low, base, first.label, np.zeros(high - low, np.uint8), data)
             allocation.readonly = not any(v.writable for v, _ in items)
             for described, out in items:

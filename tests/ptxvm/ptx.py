@@ -21,11 +21,26 @@ _STATEMENT = re.compile(
     | (?P<statement>[^;{}][^;]*)(?P<end>;)?""",
     re.VERBOSE,
 )
-_VARIABLE = re.compile(r"\s*(?P<attributes>(?:\.\w+(?:\s+\d+)?\s+)*)(?P<name>[\w$%]+)(?P<sizes>(?:\s*\[\d*\])*)\s*(?:=\s*(?P<data>.*))?\s*$", re.DOTALL)
-_INSTRUCTION = re.compile(r"(?:@(?P<negated>!?)\s*(?P<guard>[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*)$", re.DOTALL)
+_VARIABLE = re.compile(
+    r"\s*(?P<attributes>(?:\.\w+(?:\s+\d+)?\s+)*)(?P<name>[\w$%]+)(?P<sizes>(?:\s*\[\d*\])*)\s*(?:=\s*(?P<data>.*))?\s*$",
+    re.DOTALL,
+)
+_INSTRUCTION = re.compile(
+    r"(?:@(?P<negated>!?)\s*(?P<guard>[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*)$", re.DOTALL
+)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _NAME = re.compile(r"-?[\w$%.]+$")
-_FIXED = ("reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "maxclusterrank", "explicitcluster", "blocksareclusters", "pragma")
+_FIXED = (
+    "reqntid",
+    "maxntid",
+    "minnctapersm",
+    "maxnreg",
+    "reqnctapercluster",
+    "maxclusterrank",
+    "explicitcluster",
+    "blocksareclusters",
+    "pragma",
+)
 
 
 class PTXError(ValueError):
@@ -102,7 +117,9 @@ class Module:
         """The kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
         found = [k for k in self.kernels if k == name] or [k for k in self.kernels if f"{len(name)}{name}" in k]
         if len(found) != 1:
-            raise KeyError(f"{len(found) or 'no'} kernels match {name!r}; the text has {', '.join(self.kernels) or 'none'}")
+            raise KeyError(
+                f"{len(found) or 'no'} kernels match {name!r}; the text has {', '.join(self.kernels) or 'none'}"
+            )
         return self.kernels[found[0]]
 
     def describe(self, location: Location | None) -> str:
@@ -168,7 +185,9 @@ class _Parser:
             self.directive(found["directive"], found["rest"].split())
         elif found["entry"]:
             self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
-            self.kernel.params = [variable("param", p.replace(".param", "", 1)) for p in (found["params"] or "").split(",") if p.strip()]
+            self.kernel.params = [
+                variable("param", p.replace(".param", "", 1)) for p in (found["params"] or "").split(",") if p.strip()
+            ]
             for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
                 if name not in _FIXED:
                     raise ValueError(f"unknown directive '.{name}' of a kernel")
@@ -226,7 +245,11 @@ class _Parser:
             numbers = [literal(o.strip("-+ \t")) for o in offsets]
             if not all(isinstance(n, int) for n in numbers):
                 raise ValueError(f"cannot read the address {text}")
-            return Operand((self.resolve(base.strip()),), "address", sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True)))
+            return Operand(
+                (self.resolve(base.strip()),),
+                "address",
+                sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True)),
+            )
         return Operand((self.resolve(text.lstrip("!").strip()),), negated=text[0] == "!")
 
     def resolve(self, name: str) -> str:

@@ -57,7 +57,11 @@ class Report:
 
     def traffic(self, space: str, writes: bool) -> Traffic:
         """All reads, or all writes and atomics, of "global" or "shared" memory."""
-        rows = [r for r in self.rows if r.bytes and r.space == space and writes == (r.operation in ("st", "stmatrix", "atom", "red"))]
+        rows = [
+            r
+            for r in self.rows
+            if r.bytes and r.space == space and writes == (r.operation in ("st", "stmatrix", "atom", "red"))
+        ]
         return Traffic(*(sum(getattr(r, name) for r in rows) for name in ("requests", "bytes", "sectors", "conflicts")))
 
     @property
@@ -100,26 +104,33 @@ class Report:
         """Totals and instructions as JSON."""
         data: dict[str, Any] = asdict(self)
         data["instructions"] = data.pop("rows")
-        data |= {f"{space}_{name}": asdict(self.traffic(space, name == "written")) for space in ("global", "shared") for name in ("read", "written")}
+        data |= {
+            f"{space}_{name}": asdict(self.traffic(space, name == "written"))
+            for space in ("global", "shared")
+            for name in ("read", "written")
+        }
         for name in ("barriers", "divergent_branches", "thread_instructions"):
             data[name] = getattr(self, name)
         return json.dumps(data | {"warp_instructions": self.instructions}, indent=1)
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.grid)) + " blocks of " + "x".join(map(str, self.block)) + " threads"
-        lines = [f"{self.kernel} ({self.target}), {size}, schedule {self.schedule}",
-                 f"{'':14}{'requests':>10}{'bytes':>12}{'sectors':>10}{'sectors/request':>17}{'bank conflicts':>16}"]  # fmt: skip
+        head = f"{'':14}{'requests':>10}{'bytes':>12}{'sectors':>10}{'sectors/request':>17}{'bank conflicts':>16}"
+        lines = [f"{self.kernel} ({self.target}), {size}, schedule {self.schedule}", head]
         for name, space, writes in [("global read", "global", False), ("global written", "global", True),
                                     ("shared read", "shared", False), ("shared written", "shared", True)]:  # fmt: skip
             t = self.traffic(space, writes)
             rest = f"{t.sectors:10}{t.sectors / max(1, t.requests):17.2f}" if space == "global" else f"{t.conflicts:43}"
             lines += [f"{name:14}{t.requests:10}{t.bytes:12}{rest}"] if t.requests else []
         issued = ", ".join(f"{count} {kind}" for kind, count in self.instructions.items() if count)
-        return "\n".join([*lines, f"warp instructions: {issued}", f"{self.barriers} at barriers, {self.divergent_branches} divergent branches"])
+        lines.append(f"warp instructions: {issued}")
+        lines.append(f"{self.barriers} at barriers, {self.divergent_branches} divergent branches")
+        return "\n".join(lines)
 
     def table(self) -> str:
         """One line for each instruction that touches memory."""
-        lines = [f"{'line':>6}{'requests':>10}{'bytes':>12}{'sectors':>9}{'per req.':>9}{'conflicts':>10}  instruction, source"]
+        head = f"{'line':>6}{'requests':>10}{'bytes':>12}{'sectors':>9}{'per req.':>9}{'conflicts':>10}"
+        lines = [head + "  instruction, source"]
         for r in (r for r in self.rows if r.bytes):
             counts = f"{r.line:6}{r.requests:10}{r.bytes:12}{r.sectors:9}{r.sectors / r.requests:9.2f}{r.conflicts:10}"
             lines.append(f"{counts}  {r.text}  {r.source}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import ptxvm
 import torch
 
-import ptxvm
-
-FORMATS = {"f16": (11, -14, 5), "bf16": (8, -126, 8), "f32": (24, -126, 8), "f64": (53, -1022, 11)}  # precision, emin, bits
+FORMATS = {
+    "f16": (11, -14, 5),
+    "bf16": (8, -126, 8),
+    "f32": (24, -126, 8),
+    "f64": (53, -1022, 11),
+}  # precision, emin, bits
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -108,8 +112,22 @@ def corners(form: str) -> list[int]:
     fraction_bits = precision - 1
     infinity = ((1 << width) - 1) << fraction_bits
     one = ((1 << width - 1) - 1) << fraction_bits
-    positive = [0, 1, 2, 3, (1 << fraction_bits) - 1, 1 << fraction_bits, (1 << fraction_bits) + 1, one - 1, one, one + 1,
-                one + (1 << fraction_bits), one + (3 << fraction_bits - 1), infinity - 1, infinity]
+    positive = [
+        0,
+        1,
+        2,
+        3,
+        (1 << fraction_bits) - 1,
+        1 << fraction_bits,
+        (1 << fraction_bits) + 1,
+        one - 1,
+        one,
+        one + 1,
+        one + (1 << fraction_bits),
+        one + (3 << fraction_bits - 1),
+        infinity - 1,
+        infinity,
+    ]
     return positive + [c | 1 << fraction_bits + width for c in positive] + [infinity | 1 << fraction_bits - 1]
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptxvm_cuda import SOURCE
-
 from ptxvm import Out, Report, Violation, compile_cuda, find_nvcc, launch, launch_cuda
+from ptxvm_cuda import SOURCE
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
@@ -192,7 +191,9 @@ def test_mutants_are_caught(ptx: str, mutant: str) -> None:
         assert re.search(says, message)
         if kind != "write count":
             assert f"PTX line {caught.value.line}: " in message
-            assert "".join(caught.value.instruction.split()) in "".join(changed.splitlines()[caught.value.line - 1].split())
+            assert "".join(caught.value.instruction.split()) in "".join(
+                changed.splitlines()[caught.value.line - 1].split()
+            )
             assert re.search(r"\.cu:\d+|\.h:\d+", caught.value.source), "the source line"
             assert caught.value.block is not None and caught.value.thread is not None
 
@@ -224,7 +225,9 @@ def test_swapped_vector_registers_show_in_the_result(ptx: str) -> None:
 
 
 def test_templates_are_found_by_their_plain_name() -> None:
-    source = "template <int N> __global__ void fill(int* y) { y[threadIdx.x] = N; } template __global__ void fill<3>(int*);"
+    source = (
+        "template <int N> __global__ void fill(int* y) { y[threadIdx.x] = N; } template __global__ void fill<3>(int*);"
+    )
     y = zeros(32, kind=np.int32)
     report = launch_cuda(source, "fill", 1, 32, [Out(y)], target=90)
     assert (y == 3).all() and "fill" in report.kernel
@@ -247,5 +250,5 @@ def test_local_memory_and_constants() -> None:
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:
-    with pytest.raises(RuntimeError, match="identifier \"oops\" is undefined"):
+    with pytest.raises(RuntimeError, match='identifier "oops" is undefined'):
         compile_cuda("__global__ void f() { oops(); }")

@@ -49,7 +49,11 @@ def arithmetic(operation: str, form: str, mode: str, *codes: int) -> int:
             if total == 0:
                 third = bool(codes[2] & sign_bit)
                 both = values[0] * values[1] == 0 and values[2] == 0
-                negative = product_sign if both and product_sign == third else mode == "rm" and (values[0] * values[1] != 0 or product_sign != third)
+                negative = (
+                    product_sign
+                    if both and product_sign == third
+                    else mode == "rm" and (values[0] * values[1] != 0 or product_sign != third)
+                )
                 return round_exactly(Fraction(0), form, mode, negative)
             return round_exactly(total, form, mode)
         return special(form, floats[0] * floats[1] + floats[2])
@@ -84,7 +88,9 @@ def test_binary_operations_round_exactly(operation: str, form: str) -> None:
 def test_fma_rounds_once(form: str) -> None:
     a, b = samples(form, 500)
     random = np.random.default_rng(1)
-    c = np.concatenate([random.choice(np.array(corners(form), KINDS[form]), 900), samples(form, 500, 2)[0][-(len(a) - 900) :]])[: len(a)]
+    c = np.concatenate(
+        [random.choice(np.array(corners(form), KINDS[form]), 900), samples(form, 500, 2)[0][-(len(a) - 900) :]]
+    )[: len(a)]
     for mode in ["rn"] if form in ("f16", "bf16") else ["rn", "rz", "rm", "rp"]:
         result = evaluate(f"fma.{mode}.{form} d, a, b, c;", a, b, c, out=KINDS[form])
         expected = [arithmetic("fma", form, mode, int(x), int(y), int(z)) for x, y, z in zip(a, b, c, strict=True)]
@@ -103,7 +109,11 @@ def test_bf16_fma_with_a_tie_broken_far_below() -> None:
 def test_narrowing_conversions(source: str, target: str) -> None:
     codes = samples(source, 800)[0]
     # Values at, just below and just above the midpoints of the narrow format.
-    narrow = np.arange(0, 0x7C00 if target == "f16" else 0x7F80, 37) if target != "f32" else np.arange(0, 0x7F800000, 7919177)
+    narrow = (
+        np.arange(0, 0x7C00 if target == "f16" else 0x7F80, 37)
+        if target != "f32"
+        else np.arange(0, 0x7F800000, 7919177)
+    )
     middles = []
     for code in narrow:
         low, high = exact(int(code), target), exact(int(code) + 1, target)
@@ -117,7 +127,9 @@ def test_narrowing_conversions(source: str, target: str) -> None:
         for code in codes:
             value = exact(int(code), source)
             negative = bool(int(code) >> 8 * codes.itemsize - 1)
-            expected.append(special(target, value) if isinstance(value, float) else round_exactly(value, target, mode, negative))
+            expected.append(
+                special(target, value) if isinstance(value, float) else round_exactly(value, target, mode, negative)
+            )
         check(target, codes[None], result, expected, f"cvt.{mode}.{target}.{source} ")
 
 
@@ -133,7 +145,12 @@ def test_narrowing_agrees_with_numpy_and_torch() -> None:
 def test_widening_is_exact_for_every_value(form: str) -> None:
     codes = np.arange(65536).astype(np.uint16)
     result = evaluate(f"cvt.f32.{form} d, a;", codes, out=np.uint32)
-    expected = [special("f32", v) if isinstance(v := exact(int(c), form), float) else round_exactly(v, "f32", "rn", bool(c & 0x8000)) for c in codes]
+    expected = [
+        special("f32", v)
+        if isinstance(v := exact(int(c), form), float)
+        else round_exactly(v, "f32", "rn", bool(c & 0x8000))
+        for c in codes
+    ]
     check("f32", codes[None], result, expected, f"cvt.f32.{form} ")
 
 
@@ -141,7 +158,13 @@ def test_widening_is_exact_for_every_value(form: str) -> None:
 def test_pairs_take_both_halves(form: str) -> None:
     a, b = samples(form, 100)
     packed = lambda x: x.astype(np.uint32) | np.roll(x, 1).astype(np.uint32) << 16  # noqa: E731
-    for text in ["add.rn.{}{} d, a, b;", "mul.rn.{}{} d, a, b;", "min.{}{} d, a, b;", "max.NaN.{}{} d, a, b;", "fma.rn.relu.{}{} d, a, b, a;"]:
+    for text in [
+        "add.rn.{}{} d, a, b;",
+        "mul.rn.{}{} d, a, b;",
+        "min.{}{} d, a, b;",
+        "max.NaN.{}{} d, a, b;",
+        "fma.rn.relu.{}{} d, a, b, a;",
+    ]:
         one = evaluate(text.format(form, ""), a, b, out=np.uint16)
         two = evaluate(text.format(form, "x2"), packed(a), packed(b), out=np.uint32)
         assert (two == packed(one)).all(), text
@@ -150,7 +173,12 @@ def test_pairs_take_both_halves(form: str) -> None:
 def test_pairs_of_f32() -> None:
     a, b = samples("f32", 100)
     packed = lambda x: x.astype(np.uint64) | np.roll(x, 1).astype(np.uint64) << np.uint64(32)  # noqa: E731
-    for text in ["add{}.f32{} d, a, b;", "sub{}.f32{} d, a, b;", "mul{}.ftz.f32{} d, a, b;", "fma.rn{}.f32{} d, a, b, a;"]:
+    for text in [
+        "add{}.f32{} d, a, b;",
+        "sub{}.f32{} d, a, b;",
+        "mul{}.ftz.f32{} d, a, b;",
+        "fma.rn{}.f32{} d, a, b, a;",
+    ]:
         one = evaluate(text.format("", ""), a, b, out=np.uint32)
         two = evaluate(text.format("", "x2"), packed(a), packed(b), out=np.uint64)
         assert (two == packed(one)).all(), text
@@ -291,7 +319,9 @@ def test_float_comparisons(relation: str, form: str) -> None:
 def test_comparisons_of_pairs_and_values() -> None:
     a, b = np.array([1.5, -2], np.float16), np.array([1, 3], np.float16)
     pair = lambda x: x.view(np.uint32)  # noqa: E731
-    assert evaluate("setp.gt.f16x2 p|q, a, b; selp.u32 d, 1, 0, p; @q add.u32 d, d, 2;", pair(a), pair(b)).tolist() == [1]
+    assert evaluate("setp.gt.f16x2 p|q, a, b; selp.u32 d, 1, 0, p; @q add.u32 d, d, 2;", pair(a), pair(b)).tolist() == [
+        1
+    ]
     x = np.array([1, np.nan, 3], np.float32)
     assert evaluate("set.lt.f32.f32 d, a, 0f40000000;", x, out=np.float32).tolist() == [1, 0, 0]
     assert evaluate("set.ltu.u32.f32 d, a, 0f40000000;", x).tolist() == [0xFFFFFFFF, 0xFFFFFFFF, 0]
@@ -302,7 +332,25 @@ def test_comparisons_of_pairs_and_values() -> None:
 def test_float_to_integer_clamps(form: str, kind: str) -> None:
     width, signed = int(kind[1:]), kind[0] == "s"
     low, high = (-(1 << width - 1), (1 << width - 1) - 1) if signed else (0, (1 << width) - 1)
-    values = [0.5, 1.5, 2.5, -0.5, -1.5, 3.7, -3.7, 1e30, -1e30, np.inf, -np.inf, 127.5, 255.5, 65535.5, float(2**31), float(2**63), np.nan]
+    values = [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        3.7,
+        -3.7,
+        1e30,
+        -1e30,
+        np.inf,
+        -np.inf,
+        127.5,
+        255.5,
+        65535.5,
+        float(2**31),
+        float(2**63),
+        np.nan,
+    ]
     x = np.array(values, np.float32 if form == "f32" else np.float64)
     rounders = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
     for mode, rounder in rounders.items():
@@ -320,10 +368,21 @@ def test_float_to_integer_clamps(form: str, kind: str) -> None:
 def test_integer_to_float_rounds(kind: str, mode: str) -> None:
     dtype = np.dtype({"s": "i", "u": "u"}[kind[0]] + str(int(kind[1:]) // 8))
     info = np.iinfo(dtype)
-    x = np.concatenate([np.array([0, 1, info.max, info.min, 2**24 + 1, 2**25 + 2], dtype), np.random.default_rng(7).integers(info.min, info.max, 300, dtype)])
+    x = np.concatenate(
+        [
+            np.array([0, 1, info.max, info.min, 2**24 + 1, 2**25 + 2], dtype),
+            np.random.default_rng(7).integers(info.min, info.max, 300, dtype),
+        ]
+    )
     for form in ("f32", "f64") if "64" in kind else ("f32",):
         result = evaluate(f"cvt.{mode}.{form}.{kind} d, a;", x, out=KINDS[form])
-        check(form, x[None].view(UNSIGNED[x.itemsize]), result, [round_exactly(Fraction(int(v)), form, mode) for v in x], f"cvt.{mode}.{form}.{kind} ")
+        check(
+            form,
+            x[None].view(UNSIGNED[x.itemsize]),
+            result,
+            [round_exactly(Fraction(int(v)), form, mode) for v in x],
+            f"cvt.{mode}.{form}.{kind} ",
+        )
 
 
 def test_rounding_to_integral_floats() -> None:

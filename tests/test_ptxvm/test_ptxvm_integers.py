@@ -12,7 +12,9 @@ TYPES = {"u16": np.uint16, "s16": np.int16, "u32": np.uint32, "s32": np.int32, "
 
 def numbers(kind: str, count: int = 200) -> np.ndarray:
     info = np.iinfo(TYPES[kind])
-    corners = [v for v in (0, 1, 2, -1, -2, 7, info.max, info.min, info.max - 1, info.min + 1) if info.min <= v <= info.max]
+    corners = [
+        v for v in (0, 1, 2, -1, -2, 7, info.max, info.min, info.max - 1, info.min + 1) if info.min <= v <= info.max
+    ]
     repeated = np.repeat(np.array(corners, TYPES[kind]), len(corners))
     return np.concatenate([repeated, RANDOM.integers(info.min, info.max, count, TYPES[kind])])
 
@@ -118,7 +120,17 @@ def test_counting_and_fields(width: int) -> None:
         assert ones[k] == x.bit_count()
         assert zeros[k] == width - x.bit_length()
         assert mirrored[k] == int(f"{x:0{width}b}"[::-1], 2)
-    for start, length in [(0, 0), (0, 8), (5, 7), (width - 1, 1), (width - 4, 9), (width, 3), (0, width), (3, 255), (255, 255)]:
+    for start, length in [
+        (0, 0),
+        (0, 8),
+        (5, 7),
+        (width - 1, 1),
+        (width - 4, 9),
+        (width, 3),
+        (0, width),
+        (3, 255),
+        (255, 255),
+    ]:
         field = evaluate(f"bfe.{kind} d, a, {start}, {length};", a, out=TYPES[kind]).tolist()
         extended = evaluate(f"bfe.{signed} d, a, {start}, {length};", a, out=TYPES[signed]).tolist()
         inserted = evaluate(f"bfi.b{width} d, a, b, {start}, {length};", a, b, out=TYPES[kind]).tolist()
@@ -151,7 +163,13 @@ def test_lop3_is_the_truth_table() -> None:
 
 def test_prmt_picks_bytes_and_signs() -> None:
     a, b = np.array([0x83828180], np.uint32), np.array([0x07060504], np.uint32)
-    for selector, want in {0x3210: 0x83828180, 0x7654: 0x07060504, 0x0123: 0x80818283, 0x4444: 0x04040404, 0x8C90: 0xFF00FF80}.items():
+    for selector, want in {
+        0x3210: 0x83828180,
+        0x7654: 0x07060504,
+        0x0123: 0x80818283,
+        0x4444: 0x04040404,
+        0x8C90: 0xFF00FF80,
+    }.items():
         assert int(evaluate(f"prmt.b32 d, a, b, {selector:#x};", a, b)[0]) == want
 
 
@@ -167,7 +185,14 @@ def test_funnel_shifts() -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_comparisons(kind: str) -> None:
     a, b = pairs(kind)
-    relations = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+    relations = {
+        "eq": np.equal,
+        "ne": np.not_equal,
+        "lt": np.less,
+        "le": np.less_equal,
+        "gt": np.greater,
+        "ge": np.greater_equal,
+    }
     if kind[0] == "u":
         relations |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
     for name, reference in relations.items():
@@ -190,7 +215,12 @@ def test_predicate_logic_and_guards() -> None:
     start = "setp.ne.u32 p, a, 0; setp.ne.u32 q, b, 0; "
     for name, reference in {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.items():
         assert (evaluate(start + f"{name}.pred p, p, q; selp.u32 d, 1, 0, p;", a, b) == reference(a, b)).all()
-    assert evaluate(start + "not.pred p, p; mov.u32 d, 5; @p mov.u32 d, 6; @!q add.u32 d, d, 10;", a, b).tolist() == [16, 6, 15, 5]
+    assert evaluate(start + "not.pred p, p; mov.u32 d, 5; @p mov.u32 d, 6; @!q add.u32 d, d, 10;", a, b).tolist() == [
+        16,
+        6,
+        15,
+        5,
+    ]
 
 
 @pytest.mark.parametrize("source", ["u8", "s8", *TYPES])
@@ -198,7 +228,16 @@ def test_predicate_logic_and_guards() -> None:
 def test_integer_conversions(source: str, target: str) -> None:
     dtype = np.dtype({"u8": np.uint8, "s8": np.int8}.get(source, TYPES.get(source)))
     info = np.iinfo(dtype)
-    x = np.unique(np.array([v for v in (0, 1, -1, 127, 128, 255, 256, -128, -129, 65535, 2**31, info.max, info.min) if info.min <= v <= info.max], dtype))
+    x = np.unique(
+        np.array(
+            [
+                v
+                for v in (0, 1, -1, 127, 128, 255, 256, -128, -129, 65535, 2**31, info.max, info.min)
+                if info.min <= v <= info.max
+            ],
+            dtype,
+        )
+    )
     wide = np.int64 if target[0] == "s" else np.uint64
     carried = x.astype(np.int16 if source == "s8" else np.uint16) if dtype.itemsize == 1 else x
     clipped = evaluate(f"cvt.sat.{target}.{source} d, a;", carried, out=wide).tolist()
@@ -215,7 +254,16 @@ def test_registers_come_apart_and_together() -> None:
     assert int(evaluate("mov.b64 d, {a, b};", a, b, out=np.uint64)[0]) == 0x5566778811223344
     halves = "{ .reg .b16 l, h; mov.b32 {l, h}, a; mov.b32 d, {h, l}; }"
     assert int(evaluate(halves, a)[0]) == 0x33441122
-    assert int(evaluate("{ .reg .b16 w, x, y, z; mov.b64 {w, x, y, z}, a; mov.b64 d, {z, y, x, w}; }", np.array([0x0123456789ABCDEF], np.uint64), out=np.uint64)[0]) == 0xCDEF89AB45670123
+    assert (
+        int(
+            evaluate(
+                "{ .reg .b16 w, x, y, z; mov.b64 {w, x, y, z}, a; mov.b64 d, {z, y, x, w}; }",
+                np.array([0x0123456789ABCDEF], np.uint64),
+                out=np.uint64,
+            )[0]
+        )
+        == 0xCDEF89AB45670123
+    )
 
 
 def test_saturating_addition() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from ptxvm import Out, PTXError, Struct, Violation, launch, parse
 from ptxvm.ptx import Location, literal
 
 HEADER = ".version 8.6\n.target sm_90\n.address_size 64\n"
-COPY = HEADER + """
+COPY = (
+    HEADER
+    + """
 .visible .entry copy(.param .u64 .ptr .global .align 4 x, .param .u64 y, .param .u32 n, .param .u32 step)
 .maxntid 128
 {
@@ -30,10 +31,14 @@ COPY = HEADER + """
     st.global.u32 [%rd4], %r7;
     ret;
 }"""
+)
 
 
 def kernel(body: str, params: str = "") -> str:
-    return HEADER + f".visible .entry f({params}) {{\n .reg .b64 %a; .reg .b32 %r; .reg .f32 %f; .reg .pred %p;\n{body}\n ret;\n}}"
+    return (
+        HEADER
+        + f".visible .entry f({params}) {{\n .reg .b64 %a; .reg .b32 %r; .reg .f32 %f; .reg .pred %p;\n{body}\n ret;\n}}"
+    )
 
 
 @pytest.mark.parametrize(("body", "line", "message"), [
@@ -71,7 +76,9 @@ def test_literals() -> None:
 
 
 def test_variables_labels_and_locations() -> None:
-    module = parse(HEADER + """
+    module = parse(
+        HEADER
+        + """
 .file 1 "/some/where/a.cu"
 .file 2 "/some/where/b.h"
 .global .align 4 .b8 bytes[4] = {1, 2, 255, 4};
@@ -85,9 +92,13 @@ L: { .reg .b32 %r1; mov.u32 %r1, 5; }  // comment; with a semicolon
     /* a comment
        of two lines */ mov.u32 %r1, 6;
 }
-.section .debug_info { .b8 1 .b8 2 }""")
+.section .debug_info { .b8 1 .b8 2 }"""
+    )
     kernel = module.kernel("f")
-    assert [(v.name, v.size, v.data) for v in module.variables][:2] == [("bytes", 4, bytes([1, 2, 255, 4])), ("number", 4, b"\0\0\x80?")]
+    assert [(v.name, v.size, v.data) for v in module.variables][:2] == [
+        ("bytes", 4, bytes([1, 2, 255, 4])),
+        ("number", 4, b"\0\0\x80?"),
+    ]
     assert module.variables[2].size == 0 and module.variables[2].align == 16
     assert kernel.params[0].size == 24 and kernel.attributes["reqntid"] == (32, 1, 1) and kernel.labels == {"L": 0}
     assert kernel.registers == {"%r1", "%r1#1"}, "the inner register hides the outer one"
@@ -145,7 +156,9 @@ def test_outputs_start_unwritten_and_inputs_may_be_read_only() -> None:
     (1, 32, [X, X, 1, 1], {"schedule": "sideways"}, ValueError, "schedule is"),
     (1, 32, [torch.zeros(4, device="meta"), X, 1, 1], {}, TypeError, "on meta"),
 ])  # fmt: skip
-def test_bad_launches(grid: Any, block: Any, args: list[Any], options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_launches(
+    grid: Any, block: Any, args: list[Any], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         launch(COPY, "copy", grid, block, args, **options)
 
@@ -174,11 +187,14 @@ def test_numbers_take_the_type_of_the_parameter() -> None:
 
 
 def test_threads_and_blocks_have_three_dimensions() -> None:
-    ptx = kernel("""ld.param.u64 %a, [y]; { .reg .b32 %i<20>;
+    ptx = kernel(
+        """ld.param.u64 %a, [y]; { .reg .b32 %i<20>;
     mov.u32 %i0, %tid.x; mov.u32 %i1, %tid.y; mov.u32 %i2, %tid.z; mov.u32 %i3, %ntid.x; mov.u32 %i4, %ntid.y; mov.u32 %i5, %ntid.z;
     mov.u32 %i6, %ctaid.x; mov.u32 %i7, %ctaid.y; mov.u32 %i8, %ctaid.z; mov.u32 %i9, %nctaid.x; mov.u32 %i10, %nctaid.y;
     mad.lo.u32 %i11, %i8, %i10, %i7; mad.lo.u32 %i11, %i11, %i9, %i6; mad.lo.u32 %i11, %i11, %i5, %i2;
-    mad.lo.u32 %i11, %i11, %i4, %i1; mad.lo.u32 %i11, %i11, %i3, %i0; mad.wide.u32 %a, %i11, 4, %a; st.global.u32 [%a], %i11; }""", ".param .u64 y")
+    mad.lo.u32 %i11, %i11, %i4, %i1; mad.lo.u32 %i11, %i11, %i3, %i0; mad.wide.u32 %a, %i11, 4, %a; st.global.u32 [%a], %i11; }""",
+        ".param .u64 y",
+    )
     for schedule in ("forward", "reversed", 9):
         y = np.zeros(2 * 3 * 2 * 5 * 3 * 4, np.uint32)
         launch(ptx, "f", (2, 3, 2), (5, 3, 4), [Out(y)], schedule=schedule)
@@ -194,12 +210,17 @@ def test_reports_count_what_happened() -> None:
     assert (load.line, load.warps, load.requests, load.threads) == (17, 10, 10, 300)
     assert report.divergent_branches == 0 and report.instructions["memory"] == 4 * 12 + 2 * 10
     data = json.loads(report.to_json())
-    assert data["global_read"] == {"requests": 10, "bytes": 1200, "sectors": 38, "conflicts": 0} and len(data["instructions"]) == len(report.rows)
+    assert data["global_read"] == {"requests": 10, "bytes": 1200, "sectors": 38, "conflicts": 0} and len(
+        data["instructions"]
+    ) == len(report.rows)
     assert "global read           10        1200        38             3.80" in str(report)
     assert "ld.global.u32 %r7, [%rd3];" in report.table()
 
 
-@pytest.mark.parametrize(("stride", "bytes_each", "conflicts"), [(4, 4, 0), (8, 4, 1), (128, 4, 31), (132, 4, 0), (16, 16, 0), (32, 16, 4), (2, 2, 0), (0, 4, 0)])
+@pytest.mark.parametrize(
+    ("stride", "bytes_each", "conflicts"),
+    [(4, 4, 0), (8, 4, 1), (128, 4, 31), (132, 4, 0), (16, 16, 0), (32, 16, 4), (2, 2, 0), (0, 4, 0)],
+)
 def test_bank_conflicts(stride: int, bytes_each: int, conflicts: int) -> None:
     registers = "{%r, %r, %r, %r}" if bytes_each == 16 else "%r"
     kind = ".v4.u32" if bytes_each == 16 else f".u{8 * bytes_each}"

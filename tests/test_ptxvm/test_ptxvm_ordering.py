@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptxvm import Out, Report, Violation, launch
 
 SCHEDULES: list[Any] = ["forward", "reversed", 1, 2]
 
 
-def run(body: str, *, blocks: int = 2, threads: int = 32, schedule: Any = "forward", **options: Any) -> tuple[np.ndarray, Report]:
+def run(
+    body: str, *, blocks: int = 2, threads: int = 32, schedule: Any = "forward", **options: Any
+) -> tuple[np.ndarray, Report]:
     """Runs `body` with %m a zeroed memory of 64 words, %b the block, %t the thread, %z "thread 0", %y "block 1"."""
     memory = np.zeros(64, np.uint32)
     ptx = f"""
@@ -154,7 +155,13 @@ def test_lanes_that_collide_are_counted_where_that_is_allowed() -> None:
 def test_blocks_of_a_grid_are_not_ordered_by_running_one_after_the_other() -> None:
     for schedule in SCHEDULES:
         with pytest.raises(Violation, match="race"):
-            run("@%z @%y bra LAST; @%z st.global.u32 [%m], 1; exit; LAST: ld.global.u32 %d, [%m];".replace("@%z @%y", "@%y"), cooperative=False, schedule=schedule)
+            run(
+                "@%z @%y bra LAST; @%z st.global.u32 [%m], 1; exit; LAST: ld.global.u32 %d, [%m];".replace(
+                    "@%z @%y", "@%y"
+                ),
+                cooperative=False,
+                schedule=schedule,
+            )
 
 
 def test_atomics_of_blocks_do_not_race_unless_their_scope_is_the_block() -> None:
@@ -181,7 +188,10 @@ ATOMICS = {
 @pytest.mark.parametrize("operation", ATOMICS)
 def test_atomics_return_and_leave(operation: str) -> None:
     for start in (0, 5, 9, 0xFFFFFFFF):
-        memory, _ = run(f"@!%z exit; st.global.u32 [%m], {start}; atom.global.{operation} %d, [%m], 9; st.global.u32 [%m+4], %d;", blocks=1)
+        memory, _ = run(
+            f"@!%z exit; st.global.u32 [%m], {start}; atom.global.{operation} %d, [%m], 9; st.global.u32 [%m+4], %d;",
+            blocks=1,
+        )
         assert memory[1] == start and memory[0] == ATOMICS[operation](start, 9)
 
 
@@ -256,5 +266,7 @@ def test_outputs_may_be_written_several_times_where_that_is_said() -> None:
 .entry f(.param .u64 y) { .reg .b64 %a; ld.param.u64 %a, [y]; st.global.u32 [%a], 1; st.global.u32 [%a], 2; ret; }"""
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=2)])
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=None)])
-    with pytest.raises(Violation, match=r"element \[0\] of argument 0 \(uint32\[1\]\) was written 2 times, not 1; 1 of 1 elements"):
+    with pytest.raises(
+        Violation, match=r"element \[0\] of argument 0 \(uint32\[1\]\) was written 2 times, not 1; 1 of 1 elements"
+    ):
         launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32))])

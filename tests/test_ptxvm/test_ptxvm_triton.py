@@ -11,7 +11,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-
 from ptxvm import Out, Violation, compile_triton, launch, launch_triton  # noqa: E402
 
 TARGETS = [80, 90, 100]
@@ -63,7 +62,9 @@ def moments(x, mean, variance, N, C, S, BN: tl.constexpr, BS: tl.constexpr, FLAT
             m += tl.where(inside, delta / count, 0.0)
             q += tl.where(inside, delta * (v - m), 0.0)
     if FLAT:
-        m, q, count = tl.reduce((tl.reshape(m, (BN * BS,)), tl.reshape(q, (BN * BS,)), tl.reshape(count, (BN * BS,))), 0, merge)
+        m, q, count = tl.reduce(
+            (tl.reshape(m, (BN * BS,)), tl.reshape(q, (BN * BS,)), tl.reshape(count, (BN * BS,))), 0, merge
+        )
     else:
         m, q, count = tl.reduce((m, q, count), 1, merge)
         m, q, count = tl.reduce((m, q, count), 0, merge)
@@ -94,7 +95,9 @@ def test_softmax(n: int, dtype: torch.dtype, target: int) -> None:
     want = torch.softmax(x.double(), 1)
     for schedule in SCHEDULES:
         y = torch.empty_like(x)
-        report = launch_triton(softmax, (3,), x, Out(y), n, WIDTH=triton.next_power_of_2(n), target=target, schedule=schedule)
+        report = launch_triton(
+            softmax, (3,), x, Out(y), n, WIDTH=triton.next_power_of_2(n), target=target, schedule=schedule
+        )
         tolerance = max(1e-7, torch.finfo(dtype).eps / 2) * want.max()
         assert (y.double() - want).abs().max() <= tolerance
         assert report.global_written.bytes == x.nbytes
@@ -123,8 +126,13 @@ def test_welford_by_axis_is_right_and_the_flat_form_is_caught(dtype: torch.dtype
     errors = {}
     for flat in (False, True):
         mean, variance = torch.empty(3), torch.empty(3)
-        launch_triton(moments, (3,), x, Out(mean), Out(variance), 6, 3, 304, BN=4, BS=256, FLAT=flat, num_warps=8, target=target)
-        errors[flat] = float((mean - wide.mean((0, 2))).abs().max()), float((variance - wide.var((0, 2), unbiased=False)).abs().max())
+        launch_triton(
+            moments, (3,), x, Out(mean), Out(variance), 6, 3, 304, BN=4, BS=256, FLAT=flat, num_warps=8, target=target
+        )
+        errors[flat] = (
+            float((mean - wide.mean((0, 2))).abs().max()),
+            float((variance - wide.var((0, 2), unbiased=False)).abs().max()),
+        )
     assert max(errors[False]) < 1e-6
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) <= (3, 8):
         assert errors[True][0] > 1e-3, "this compiler pairs reshaped operands of a reduction rightly: celebrate"

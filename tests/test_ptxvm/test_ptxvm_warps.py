@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from ptxvm import Out, Violation, launch
 
 LANES = np.arange(32)
 
 
-def run_warp(body: str, *inputs: np.ndarray, threads: int = 32, schedule: Any = "forward", out: type = np.uint32) -> np.ndarray:
+def run_warp(
+    body: str, *inputs: np.ndarray, threads: int = 32, schedule: Any = "forward", out: type = np.uint32
+) -> np.ndarray:
     """Runs `body`, which turns %v (32 bits a thread, of the first input) into %d."""
     result = np.zeros(threads, out)
     values = np.asarray(inputs[0] if inputs else np.arange(threads), np.uint32)
@@ -58,7 +59,9 @@ def test_shuffles(mode: str, width: int) -> None:
     for b in (0, 1, 3, 7, 16, 31):
         source, inside = shuffle_reference(mode, b, c)
         assert (run_warp(f"shfl.sync.{mode}.b32 %d|%p, %v, {b}, {c}, -1;", values) == values[source]).all()
-        assert (run_warp(f"shfl.sync.{mode}.b32 %d|%p, %v, {b}, {c}, 0xffffffff; selp.u32 %d, 1, 0, %p;", values) == inside).all()
+        assert (
+            run_warp(f"shfl.sync.{mode}.b32 %d|%p, %v, {b}, {c}, 0xffffffff; selp.u32 %d, 1, 0, %p;", values) == inside
+        ).all()
 
 
 def test_a_shuffle_within_half_a_warp() -> None:
@@ -80,7 +83,10 @@ def test_votes() -> None:
     assert set(run_warp(odd + "vote.sync.any.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {1}
     assert set(run_warp(odd + "vote.sync.all.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
     assert set(run_warp(odd + "vote.sync.uni.pred %q, !%p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
-    assert run_warp(odd + "@%p bra A; activemask.b32 %d; bra B; A: activemask.b32 %d; B:").tolist() == [0x55555555, 0xAAAAAAAA] * 16
+    assert (
+        run_warp(odd + "@%p bra A; activemask.b32 %d; bra B; A: activemask.b32 %d; B:").tolist()
+        == [0x55555555, 0xAAAAAAAA] * 16
+    )
     assert run_warp("elect.sync %d|%p, -1; selp.u32 %d, 7, 8, %p;").tolist() == [7] + [8] * 31
 
 
@@ -90,7 +96,9 @@ def test_votes() -> None:
 ])  # fmt: skip
 def test_integer_reductions(operation: str, reduce: Any) -> None:
     values = np.random.default_rng(1).integers(0, 2**32, 32, np.uint64).astype(np.uint32)
-    assert set(run_warp(f"redux.sync.{operation} %d, %v, -1;", values).tolist()) == {int(reduce(values.astype(np.int64) if "s32" not in operation else values)) & 0xFFFFFFFF}
+    assert set(run_warp(f"redux.sync.{operation} %d, %v, -1;", values).tolist()) == {
+        int(reduce(values.astype(np.int64) if "s32" not in operation else values)) & 0xFFFFFFFF
+    }
 
 
 def test_float_reductions() -> None:
@@ -113,16 +121,24 @@ def test_matrices_go_to_shared_memory_and_back(trans: str) -> None:
     tile = run_warp(body, values).view(np.uint16).reshape(8, 8)
     fragments = values.view(np.uint16).reshape(8, 8)  # lane t: row t/4, columns 2*(t%4), +1
     assert (tile == (fragments.T if trans else fragments)).all()
-    back = body.replace("ld.shared.u32 %d, [%e];", "").replace("mad.lo.u32 %e, %t, 4, %e;", "mad.lo.u32 %e, %t, 16, %e;")
-    assert (run_warp(back + f"ldmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 {{%d, %e}}, [%e];", values) == values).all()
+    back = body.replace("ld.shared.u32 %d, [%e];", "").replace(
+        "mad.lo.u32 %e, %t, 4, %e;", "mad.lo.u32 %e, %t, 16, %e;"
+    )
+    assert (
+        run_warp(back + f"ldmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 {{%d, %e}}, [%e];", values) == values
+    ).all()
 
 
 def test_barrier_reductions() -> None:
     odd = "and.b32 %e, %v, 1; setp.ne.u32 %p, %e, 0; "
     for schedule in ("forward", "reversed", 5):
         assert set(run_warp(odd + "bar.red.popc.u32 %d, 0, %p;", threads=96, schedule=schedule)) == {48}
-        assert set(run_warp(odd + "bar.red.or.pred %q, 0, %p; selp.u32 %d, 1, 0, %q;", threads=96, schedule=schedule)) == {1}
-        assert set(run_warp(odd + "barrier.red.and.pred %q, 0, !%p; selp.u32 %d, 1, 0, %q;", threads=96, schedule=schedule)) == {0}
+        assert set(
+            run_warp(odd + "bar.red.or.pred %q, 0, %p; selp.u32 %d, 1, 0, %q;", threads=96, schedule=schedule)
+        ) == {1}
+        assert set(
+            run_warp(odd + "barrier.red.and.pred %q, 0, !%p; selp.u32 %d, 1, 0, %q;", threads=96, schedule=schedule)
+        ) == {0}
 
 
 PRODUCER = """setp.lt.u32 %p, %t, 32; mov.u32 %e, tile; shl.b32 %d, %t, 2; add.u32 %e, %e, %d;
@@ -201,8 +217,12 @@ def test_violations_of_one_warp(body: str, kind: str, message: str) -> None:
             except Violation as violation:
                 assert violation.kind == kind, str(violation)
                 raise
-        assert message.replace("thread 0", "thread") in str(caught.value).replace("thread 0", "thread").replace("thread 31", "thread")
+        assert message.replace("thread 0", "thread") in str(caught.value).replace("thread 0", "thread").replace(
+            "thread 31", "thread"
+        )
 
 
 def test_partial_warps_run_with_a_full_member_mask() -> None:
-    assert run_warp("shfl.sync.idx.b32 %d, %v, 2, 31, -1; bar.warp.sync -1;", threads=40).tolist() == [2] * 32 + [34] * 8
+    assert (
+        run_warp("shfl.sync.idx.b32 %d, %v, 2, 31, -1; bar.warp.sync -1;", threads=40).tolist() == [2] * 32 + [34] * 8
+    )

@@ -162,10 +162,7 @@ void declare_bit_tricks() {
   on("not pred", 2, op<u8, u8>([](u8 a) { return u8(!a); }));
 }
 
-template <class T>
-bool is_nan(T x) {
-  return x != x;
-}
+constexpr auto is_nan = [](auto x) { return x != x; };
 
 // -0 is less than +0; of a number and a NaN the number wins.
 constexpr auto minimum = [](auto a, auto b) { return is_nan(a) ? b : is_nan(b) ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b; };
@@ -176,51 +173,38 @@ constexpr auto plus = [](auto a, auto b) { return a + b; };
 constexpr auto minus = [](auto a, auto b) { return a - b; };
 constexpr auto times = [](auto a, auto b) { return a * b; };
 constexpr auto over = [](auto a, auto b) { return a / b; };
-constexpr auto multiply_add = [](auto a, auto b, auto c) { return std::fma(a, b, c); };
-constexpr auto multiply_add_small = [](double a, double b, double c) { return fma_to_odd(a, b, c); };
-constexpr auto negative = [](auto a) { return -a; };
-constexpr auto magnitude = [](auto a) { return std::fabs(a); };
-// A function of a float computed in double: after rounding, the correctly rounded result but for cases near a tie
-// that double precision cannot tell, about one in 2^28.
-constexpr auto power_of_2 = [](double a) { return std::exp2(a); };
-constexpr auto hyperbolic_tangent = [](double a) { return std::tanh(a); };
-
 template <class T>
-void declare_wide_floats(T) {
-  const std::string t = " " + type_name<T>();
-  const std::string ftz = std::is_same_v<T, f32> ? " ftz?" : "", sat = std::is_same_v<T, f32> ? " sat?" : "";
-  const std::string optional_rounding = " rn|rz|rm|rp?" + ftz + sat + t, rounding = " rn|rz|rm|rp" + ftz + t;
-  on("add" + optional_rounding, 3, fop<T, 2>(plus));
-  on("sub" + optional_rounding, 3, fop<T, 2>(minus));
-  on("mul" + optional_rounding, 3, fop<T, 2>(times));
-  on("fma rn|rz|rm|rp" + ftz + sat + t, 4, fop<T, 3>(multiply_add));
-  on("mad rn|rz|rm|rp" + ftz + sat + t, 4, fop<T, 3>(multiply_add));
-  on("div" + rounding, 3, fop<T, 2>(over));
-  on("rcp" + rounding, 2, fop<T, 1>([](T a) { return T(1) / a; }));
-  on("sqrt" + rounding, 2, fop<T, 1>([](T a) { return std::sqrt(a); }));
-  on("neg" + ftz + t, 2, fop<T, 1>(negative));
-  on("abs" + ftz + t, 2, fop<T, 1>(magnitude));
-  on("min" + ftz + t, 3, fop<T, 2>(minimum));
-  on("max" + ftz + t, 3, fop<T, 2>(maximum));
-  on("copysign" + t, 3, fop<T, 2>([](T sign, T size) { return std::copysign(size, sign); }));
+constexpr auto multiply_add = [](auto a, auto b, auto c) {
+  if constexpr (is_small<T>) return fma_to_odd(a, b, c);
+  else return std::fma(a, b, c);
+};
+
+template <class T, class Make>
+void declare_floats(const std::string& t, Make make) {
+  const std::string mode = is_small<T> ? " rn" : " rn|rz|rm|rp", ftz = std::is_same_v<T, f64> ? "" : " ftz?", sat = std::is_same_v<T, f64> ? "" : " sat?";
+  on("add" + mode + "?" + ftz + sat + t, 3, make.template operator()<2>(plus));
+  on("sub" + mode + "?" + ftz + sat + t, 3, make.template operator()<2>(minus));
+  on("mul" + mode + "?" + ftz + sat + t, 3, make.template operator()<2>(times));
+  on("fma" + mode + ftz + (is_small<T> ? " sat|relu?" : sat) + t, 4, make.template operator()<3>(multiply_add<T>));
+  if (t == " f32x2") return;
+  on("neg" + ftz + t, 2, make.template operator()<1>([](auto a) { return -a; }));
+  on("abs" + ftz + t, 2, make.template operator()<1>([](auto a) { return std::fabs(a); }));
+  on("min" + ftz + t, 3, make.template operator()<2>(minimum));
+  on("max" + ftz + t, 3, make.template operator()<2>(maximum));
+  if constexpr (std::is_same_v<T, f64>) return;
+  on("min" + ftz + " NaN" + t, 3, make.template operator()<2>(minimum_nan));
+  on("max" + ftz + " NaN" + t, 3, make.template operator()<2>(maximum_nan));
+  on("ex2 approx ftz?" + t, 2, make.template operator()<1>([](double a) { return std::exp2(a); }));
+  on("tanh approx" + t, 2, make.template operator()<1>([](double a) { return std::tanh(a); }));
 }
 
-
-// The forms of 16-bit floats: `make` builds the handler for one value or for a pair.
-template <class T, class Make>
-void declare_small_floats(const std::string& t, Make make) {
-  on("add rn? ftz? sat?" + t, 3, make.template operator()<2>(plus));
-  on("sub rn? ftz? sat?" + t, 3, make.template operator()<2>(minus));
-  on("mul rn? ftz? sat?" + t, 3, make.template operator()<2>(times));
-  on("fma rn ftz? sat|relu?" + t, 4, make.template operator()<3>(multiply_add_small));
-  on("neg ftz?" + t, 2, make.template operator()<1>(negative));
-  on("abs ftz?" + t, 2, make.template operator()<1>(magnitude));
-  on("min ftz?" + t, 3, make.template operator()<2>(minimum));
-  on("max ftz?" + t, 3, make.template operator()<2>(maximum));
-  on("min ftz? NaN" + t, 3, make.template operator()<2>(minimum_nan));
-  on("max ftz? NaN" + t, 3, make.template operator()<2>(maximum_nan));
-  on("ex2 approx ftz?" + t, 2, make.template operator()<1>(power_of_2));
-  on("tanh approx" + t, 2, make.template operator()<1>(hyperbolic_tangent));
+template <class T>
+void declare_roots(T) {
+  const std::string t = (std::is_same_v<T, f32> ? " rn|rz|rm|rp ftz? " : " rn|rz|rm|rp ") + type_name<T>();
+  on("div" + t, 3, fop<T, 2>(over));
+  on("rcp" + t, 2, fop<T, 1>([](T a) { return 1 / a; }));
+  on("sqrt" + t, 2, fop<T, 1>([](T a) { return std::sqrt(a); }));
+  on("copysign " + type_name<T>(), 3, fop<T, 2>([](T sign, T size) { return std::copysign(size, sign); }));
 }
 
 // Arithmetic in f32 of which the first operands are 16-bit floats.
@@ -247,9 +231,9 @@ void declare_mixed_floats(T) {
   });
 }
 
+// Functions are computed in double: after rounding, correctly rounded but for cases near a tie that double precision
+// cannot tell, about one in 2^28.
 void declare_f32_functions() {
-  on("min ftz? NaN f32", 3, fop<f32, 2>(minimum_nan));
-  on("max ftz? NaN f32", 3, fop<f32, 2>(maximum_nan));
   on("min ftz? f32", 4, fop<f32, 3>([](f32 a, f32 b, f32 c) { return minimum(minimum(a, b), c); }));
   on("max ftz? f32", 4, fop<f32, 3>([](f32 a, f32 b, f32 c) { return maximum(maximum(a, b), c); }));
   on("min ftz? NaN f32", 4, fop<f32, 3>([](f32 a, f32 b, f32 c) { return minimum_nan(minimum_nan(a, b), c); }));
@@ -260,15 +244,9 @@ void declare_f32_functions() {
   on("sqrt approx ftz? f32", 2, fop<f32, 1>([](f32 a) { return std::sqrt(a); }));
   on("rsqrt approx ftz? f32", 2, fop<f32, 1>([](f32 a) { return 1 / std::sqrt(double(a)); }));
   on("rsqrt approx ftz? f64", 2, fop<f64, 1>([](f64 a) { return f64(1 / std::sqrt((long double)a)); }));
-  on("ex2 approx ftz? f32", 2, fop<f32, 1>(power_of_2));
   on("lg2 approx ftz? f32", 2, fop<f32, 1>([](f32 a) { return std::log2(double(a)); }));
   on("sin approx ftz? f32", 2, fop<f32, 1>([](f32 a) { return std::sin(double(a)); }));
   on("cos approx ftz? f32", 2, fop<f32, 1>([](f32 a) { return std::cos(double(a)); }));
-  on("tanh approx f32", 2, fop<f32, 1>(hyperbolic_tangent));
-  on("add rn|rz|rm|rp? ftz? f32x2", 3, pair_op<f32, 2>(plus));
-  on("sub rn|rz|rm|rp? ftz? f32x2", 3, pair_op<f32, 2>(minus));
-  on("mul rn|rz|rm|rp? ftz? f32x2", 3, pair_op<f32, 2>(times));
-  on("fma rn|rz|rm|rp ftz? f32x2", 4, pair_op<f32, 3>(multiply_add));
 }
 
 template <class T>
@@ -337,11 +315,13 @@ void declare_arithmetic() {
   declare_bit_tricks();
   for_types<u16, s16, u32, s32, u64, s64>([](auto t) { declare_comparisons(t); });
   section(Class::floating);
-  for_types<f32, f64>([](auto t) { declare_wide_floats(t); });
+  for_types<f32, f64>([](auto t) { declare_roots(t); });
   declare_f32_functions();
+  for_types<f16, bf16, f32, f64>([]<class T>(T) {
+    declare_floats<T>(" " + type_name<T>(), []<int N>(auto f) { return fop<T, N>(f); });
+    if constexpr (sizeof(T) < 8) declare_floats<T>(" " + type_name<T>() + "x2", []<int N>(auto f) { return pair_op<T, N>(f); });
+  });
   for_types<f16, bf16>([]<class T>(T t) {
-    declare_small_floats<T>(" " + type_name<T>(), []<int N>(auto f) { return fop<T, N>(f); });
-    declare_small_floats<T>(" " + type_name<T>() + "x2", []<int N>(auto f) { return pair_op<T, N>(f); });
     declare_mixed_floats(t);
     on("setp" + float_comparisons + " " + type_name<T>() + "x2", 3, set_predicate<T, true>);
     on("setp" + float_comparisons + " and|or|xor " + type_name<T>() + "x2", 4, set_predicate<T, true>);

@@ -59,7 +59,7 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
   try {
     m.run();
   } catch (const Violation& v) {
-    result["violation"] = py::make_tuple(v.kind, v.what(), v.inst, v.other_inst, v.block, v.thread, v.address);
+    result["violation"] = py::make_tuple(v.kind, v.message, v.inst, v.other_inst, v.block, v.thread, v.address);
   }
   for (size_t k = 0; k < regions.size(); ++k) {
     const Region& r = m.regions[k];

@@ -193,14 +193,22 @@ void declare_reductions(T) {
   on("redux sync max" + t, 3, reduction<T>([](T a, T b) { return std::max(a, b); }));
 }
 
-template <bool absolute, bool keeps_nan, bool largest>
-struct Select {
-  f32 operator()(f32 a, f32 b) const {
+template <bool largest, bool absolute, bool keeps_nan>
+void declare_float_reduction(const std::string& modifiers) {
+  on(std::string("redux sync ") + (largest ? "max" : "min") + modifiers + " f32", 3, reduction<f32>([](f32 a, f32 b) {
     if (absolute) a = std::fabs(a), b = std::fabs(b);
     if (a != a || b != b) return keeps_nan ? a + b : a != a ? b : a;
     return (a < b || (a == b && std::signbit(a))) != largest ? a : b;
-  }
-};
+  }));
+}
+
+template <bool largest>
+void declare_float_reductions() {
+  declare_float_reduction<largest, false, false>("");
+  declare_float_reduction<largest, false, true>(" NaN");
+  declare_float_reduction<largest, true, false>(" abs");
+  declare_float_reduction<largest, true, true>(" abs NaN");
+}
 
 }  // namespace
 
@@ -246,12 +254,8 @@ void declare_control() {
   on("redux sync and b32", 3, reduction<u32>([](u32 a, u32 b) { return a & b; }));
   on("redux sync or b32", 3, reduction<u32>([](u32 a, u32 b) { return a | b; }));
   on("redux sync xor b32", 3, reduction<u32>([](u32 a, u32 b) { return a ^ b; }));
-  on("redux sync min f32", 3, reduction<f32>(Select<false, false, false>{}));
-  on("redux sync max f32", 3, reduction<f32>(Select<false, false, true>{}));
-  on("redux sync min NaN f32", 3, reduction<f32>(Select<false, true, false>{}));
-  on("redux sync max NaN f32", 3, reduction<f32>(Select<false, true, true>{}));
-  on("redux sync min abs f32", 3, reduction<f32>(Select<true, false, false>{}));
-  on("redux sync max abs f32", 3, reduction<f32>(Select<true, false, true>{}));
+  declare_float_reductions<false>();
+  declare_float_reductions<true>();
 }
 
 }  // namespace ptxvm

@@ -18,11 +18,12 @@ struct Dim {
   Dim at(u64 linear) const { return {u32(linear % x), u32(linear / x % y), u32(linear / x / y)}; }
 };
 
-struct Violation : std::runtime_error {
-  std::string kind;
-  s64 inst = -1, other_inst = -1, block = -1, thread = -1;
-  u64 address = 0;
-  Violation(std::string kind, const std::string& message) : std::runtime_error(message), kind(std::move(kind)) {}
+struct Violation {
+  std::string kind, message;
+  s64 inst, other_inst;
+  u64 block;
+  u32 thread;
+  u64 address;
 };
 
 // Lanes of a warp that are at the same instruction.
@@ -167,7 +168,7 @@ struct Machine {
   void complete(Block& block, Barrier& barrier);
   void check_cluster(Cluster& cluster);
 
-  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, const std::string& message) const;
+  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, const std::string& message, s64 other_inst = -1) const;
   u32 threads_per_block() const { return u32(launch.block.count()); }
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 

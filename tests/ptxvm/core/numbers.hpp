@@ -79,12 +79,6 @@ struct Small {
 using f16 = Small<11, -14>;
 using bf16 = Small<8, -126>;
 
-// Two values in one register, the first in the low half.
-template <class T>
-struct Pair {
-  T low, high;
-};
-
 template <class T> inline constexpr bool is_small = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 template <class T> inline constexpr bool is_float = std::is_floating_point_v<T> || is_small<T>;
 
@@ -131,11 +125,6 @@ inline double fma_to_odd(double a, double b, double c) {
   const u64 bits = std::bit_cast<u64>(sum);
   if (!std::isfinite(sum) || error == 0 || bits & 1) return sum;
   return std::bit_cast<double>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
-}
-
-template <class T>
-inline T fused(T a, T b, T c) {
-  return std::fma(a, b, c);
 }
 
 // The rounding mode of float and double arithmetic for the life of the object.

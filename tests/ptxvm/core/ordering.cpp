@@ -39,22 +39,11 @@ bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) c
 
 namespace {
 
-std::string name_thread(const Machine& m, u32 thread) {
-  const u32 size = m.threads_per_block();
-  return "thread " + std::to_string(thread % size) + " of block " + std::to_string(thread / size);
-}
-
-[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
-                       u32 thread, u32 inst) {
+[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, u32 thread, u32 inst) {
   const u64 byte = cell * spot.region->granule;
-  try {
-    m.fail("race", w, i, lane, spot.region->base + byte,
-           "byte " + std::to_string(byte) + " of " + spot.region->name + " " + what + " by " + name_thread(m, thread) +
-               " with nothing that orders the two");
-  } catch (Violation& violation) {
-    violation.other_inst = inst;
-    throw;
-  }
+  const std::string other = std::to_string(thread % m.threads_per_block()) + " of block " + std::to_string(thread / m.threads_per_block());
+  m.fail("race", w, i, lane, spot.region->base + byte,
+         "byte " + std::to_string(byte) + " of " + spot.region->name + " " + what + " by thread " + other + " with nothing that orders the two", inst);
 }
 
 }  // namespace
