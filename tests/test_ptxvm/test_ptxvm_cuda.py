@@ -245,7 +245,7 @@ def test_local_memory_and_constants() -> None:
     launch_cuda(source, "pick", 1, 32, [Out(y), 8])
     stack = {k * 5 % 8: k * 10 * (k % 4 + 1) for k in range(8)}
     assert y.tolist() == [stack[t % 8] for t in range(32)]
-    with pytest.raises(Violation, match="unwritten read: .* of local memory"):
+    with pytest.raises(Violation, match=r"unwritten read: .* of local memory"):
         launch_cuda(source.replace("% n]", "% 8]"), "pick", 1, 32, [Out(y), 7])
 
 

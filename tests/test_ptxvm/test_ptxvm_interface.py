@@ -121,7 +121,7 @@ def test_views_share_their_array(schedule: Any) -> None:
 
 
 def test_gaps_of_a_view_are_out_of_bounds() -> None:
-    with pytest.raises(Violation, match="out of bounds: 4 bytes at byte 4 of argument 0 .*, outside of its elements"):
+    with pytest.raises(Violation, match=r"out of bounds: 4 bytes at byte 4 of argument 0 .*, outside of its elements"):
         launch(COPY, "copy", 3, 128, [np.zeros(600, np.uint32)[::2], Out(np.zeros(300, np.uint32)), 300, 1])
 
 

@@ -82,7 +82,7 @@ def test_a_message_between_blocks(way: str, schedule: Any) -> None:
 @pytest.mark.parametrize("way", UNSOUND)
 def test_a_message_that_nothing_orders(way: str, schedule: Any) -> None:
     release, acquire, after = UNSOUND[way]
-    with pytest.raises(Violation, match="race: .* with nothing that orders the two"):
+    with pytest.raises(Violation, match=r"race: .* with nothing that orders the two"):
         run(MESSAGE.format(release=release, acquire=acquire, after=after), schedule=schedule)
 
 
@@ -101,7 +101,7 @@ def test_a_block_passes_on_what_it_knows(schedule: Any) -> None:
     ld.global.u32 %d, [%g+8];"""
     run(body, threads=48, schedule=schedule)
     for barrier in ("bar.sync 0;\n    @%z red", "ALL: bar.sync 0;"):
-        with pytest.raises(Violation, match="race: byte .* of argument 0"):
+        with pytest.raises(Violation, match=r"race: byte .* of argument 0"):
             run(body.replace(barrier, barrier.replace("bar.sync 0;", "")), threads=48, schedule=schedule)
 
 
@@ -119,13 +119,13 @@ CASES = {
 def test_a_warp_barrier_orders_its_lanes(case: str) -> None:
     for barrier in ("bar.warp.sync -1;", "bar.sync 0;"):
         run(CASES[case].replace("BETWEEN", barrier), blocks=1)
-    with pytest.raises(Violation, match="race: byte .* of shared memory"):
+    with pytest.raises(Violation, match=r"race: byte .* of shared memory"):
         run(CASES[case].replace("BETWEEN", ""), blocks=1)
 
 
 def test_a_warp_barrier_does_not_order_other_warps() -> None:
     body = CASES["a read before a write"].replace("BETWEEN", "bar.warp.sync -1;")
-    with pytest.raises(Violation, match="race: byte 0 of shared memory was (read|written) by thread"):
+    with pytest.raises(Violation, match=r"race: byte 0 of shared memory was (read|written) by thread"):
         run(body, blocks=1, threads=64, schedule="reversed")
     run(body.replace("bar.warp.sync -1;", "bar.sync 0;"), blocks=1, threads=64)
 
@@ -227,7 +227,7 @@ def test_clusters_exchange_through_shared_memory(schedule: Any) -> None:
     assert memory[:8].tolist() == [1, 2, 3, 0, 5, 6, 7, 4]
     with pytest.raises(Violation, match="shared memory"):
         run(CLUSTER.replace("FIRST", "").replace("LAST", both), **options)
-    with pytest.raises(Violation, match="shared memory of block ., which has exited|race"):
+    with pytest.raises(Violation, match=r"shared memory of block ., which has exited|race"):
         run(CLUSTER.replace("FIRST", both).replace("LAST", ""), **options)
     with pytest.raises(Violation, match="race"):
         run(CLUSTER.replace("FIRST", both.replace(".release", ".relaxed")).replace("LAST", both), **options)

@@ -161,7 +161,7 @@ def test_arguments_are_specialised_as_the_launcher_does() -> None:
     assert list(values) == ["x", "y", "n"] and "ld.global.v4.b32" in aligned.asm["ptx"]
     shifted, _ = compile_triton(softmax, [x[1:], Out(y), 1024], WIDTH=1024)
     assert "ld.global.v4.b32" not in shifted.asm["ptx"]
-    one, values = compile_triton(softmax, [x, Out(y), 1], WIDTH=1024)
+    _, values = compile_triton(softmax, [x, Out(y), 1], WIDTH=1024)
     assert list(values) == ["x", "y"]
 
 
