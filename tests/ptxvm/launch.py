@@ -13,7 +13,7 @@ import numpy as np
 from .build import core
 from .encode import Encoded, encode
 from .memory import ArrayView, Memory, Out, is_array
-from .ptx import Instruction, Module, Variable, parse
+from .ptx import Instruction, Kernel, Module, Variable, parse
 from .report import Report, Row
 
 Dim = int | Sequence[int]
@@ -25,15 +25,13 @@ _FLOATS = {"f16": "<e", "f32": "<f", "f64": "<d"}
 class Violation(Exception):
     """A rule that a kernel broke, and where."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(
+        self, kind: str, message: str, at: Instruction | None = None, source: str = "",
+        block: tuple[int, ...] = (), thread: tuple[int, ...] = (), address: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.kind = kind
-        self.instruction = ""
-        self.line = 0
-        self.source = ""
-        self.block: tuple[int, int, int] | None = None
-        self.thread: tuple[int, int, int] | None = None
-        self.address: int | None = None
+        self.kind, self.block, self.thread, self.address, self.source = kind, block, thread, address, source
+        self.instruction, self.line = (at.text, at.line) if at else ("", 0)
 
 
 class Struct:
@@ -85,7 +83,7 @@ def launch(
     grid3, block3 = _dim(grid, "grid"), _dim(block, "block")
     required = kernel.attributes.get("reqnctapercluster")
     cluster3 = _dim(cluster if cluster is not None else required or 1, "cluster")
-    _check_shape(kernel.name, grid3, block3, cluster3, kernel.attributes)
+    _check_shape(kernel, grid3, block3, cluster3)
     if len(args) != len(encoded.params):
         raise TypeError(f"{kernel.name} takes {len(encoded.params)} arguments, not {len(args)}")
     memory = Memory()
@@ -136,24 +134,23 @@ def _dim(sizes: Dim, what: str) -> tuple[int, int, int]:
     return padded[0], padded[1], padded[2]
 
 
-def _check_shape(
-    name: str, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int], directives: dict[str, tuple[int, ...]]
-) -> None:
-    threads = int(np.prod(block))
-    if threads > 1024:
-        raise ValueError(f"a block has at most 1024 threads, not {threads}")
-    required = directives.get("reqntid")
-    if required and tuple(block) != (*required, 1, 1)[:3]:
-        raise ValueError(f"{name} was compiled for blocks of {required}, not {tuple(block)}")
-    if (most := directives.get("maxntid")) and threads > np.prod(most):
-        raise ValueError(f"{name} was compiled for at most {int(np.prod(most))} threads a block, not {threads}")
-    fixed = directives.get("reqnctapercluster")
-    if fixed and fixed[0] and tuple(cluster) != (*fixed, 1, 1)[:3]:
-        raise ValueError(f"{name} was compiled for clusters of {fixed}, not {tuple(cluster)}")
-    if any(g % c for g, c in zip(grid, cluster, strict=True)):
-        raise ValueError(f"grid {tuple(grid)} is not a multiple of cluster {tuple(cluster)}")
-    if np.prod(cluster) > 16:
-        raise ValueError(f"a cluster has at most 16 blocks, not {int(np.prod(cluster))}")
+def _check_shape(kernel: Kernel, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int]) -> None:
+    threads, blocks = int(np.prod(block)), int(np.prod(cluster))
+    compiled = {name: (*sizes, 1, 1)[:3] for name, sizes in kernel.attributes.items() if sizes}
+    most = int(np.prod(compiled.get("maxntid", 1024)))
+    problems = {
+        f"a block has at most 1024 threads, not {threads}": threads > 1024,
+        f"{kernel.name} was compiled for blocks of {compiled.get('reqntid')}":
+            tuple(block) != compiled.get("reqntid", block),
+        f"{kernel.name} was compiled for at most {most} threads a block, not {threads}": threads > most,
+        f"{kernel.name} was compiled for clusters of {compiled.get('reqnctapercluster')}":
+            tuple(cluster) != compiled.get("reqnctapercluster", cluster),
+        f"grid {grid} is not a multiple of cluster {cluster}": any(g % c for g, c in zip(grid, cluster, strict=True)),
+        f"a cluster has at most 16 blocks, not {blocks}": blocks > 16,
+    }  # fmt: skip
+    for message, holds in problems.items():
+        if holds:
+            raise ValueError(message)
 
 
 def _pointers(memory: Memory, arg: Any, label: str) -> list[ArrayView]:
@@ -206,8 +203,5 @@ def _explain(
         lines.append(f"  and {cite(other)}")
     block_at, thread_at = place(block_number, grid), place(thread_number, block)
     lines.append(f"  block {block_at}, thread {thread_at}" + (f", address {address:#x}" if address else ""))
-    violation = Violation(kind, "\n".join(lines))
     i = instructions[inst]
-    violation.instruction, violation.line, violation.source = i.text, i.line, module.describe(i.location)
-    violation.block, violation.thread, violation.address = block_at, thread_at, address or None
-    return violation
+    return Violation(kind, "\n".join(lines), i, module.describe(i.location), block_at, thread_at, address)

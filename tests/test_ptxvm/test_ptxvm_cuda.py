@@ -195,7 +195,7 @@ def test_mutants_are_caught(ptx: str, mutant: str) -> None:
                 changed.splitlines()[caught.value.line - 1].split()
             )
             assert re.search(r"\.cu:\d+|\.h:\d+", caught.value.source), "the source line"
-            assert caught.value.block is not None and caught.value.thread is not None
+            assert len(caught.value.block) == len(caught.value.thread) == 3
 
 
 @pytest.mark.parametrize("mutant", CLUSTER_MUTANTS)

@@ -389,3 +389,8 @@ def test_rounding_to_integral_floats() -> None:
     x = np.array([0.5, 1.5, -0.5, -2.5, 3.2, -3.7, 1e10, np.inf], np.float32)
     for mode, reference in [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)]:
         assert (bits(evaluate(f"cvt.{mode}.f32.f32 d, a;", x, out=np.float32)) == bits(reference(x))).all(), mode
+
+
+def test_copysign_takes_the_sign_of_the_first_operand() -> None:
+    sign, size = np.array([-0.0, 2.0, -3.0], np.float32), np.array([1.5, -2.5, -np.inf], np.float32)
+    assert evaluate("copysign.f32 d, a, b;", sign, size, out=np.float32).tolist() == [-1.5, 2.5, -np.inf]

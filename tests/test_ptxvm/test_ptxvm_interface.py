@@ -166,7 +166,7 @@ def test_bad_launches(
 def test_an_unknown_kernel_and_a_wrong_block() -> None:
     with pytest.raises(KeyError, match="no kernels match 'other'; the text has copy"):
         launch(COPY, "other", 1, 1, [])
-    with pytest.raises(ValueError, match=r"compiled for blocks of \(64,\)"):
+    with pytest.raises(ValueError, match=r"compiled for blocks of \(64, 1, 1\)"):
         launch(COPY.replace(".maxntid 128", ".reqntid 64"), "copy", 1, 32, [X, X, 1, 1])
 
 
