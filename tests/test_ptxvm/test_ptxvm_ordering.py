@@ -130,6 +130,20 @@ def test_a_warp_barrier_does_not_order_other_warps() -> None:
     run(body.replace("bar.warp.sync -1;", "bar.sync 0;"), blocks=1, threads=64)
 
 
+def test_a_write_must_be_ordered_after_every_read() -> None:
+    # Threads 0 and 32 read; a flag makes sure that thread 0 writes last, but only fences order it.
+    body = """mov.u32 %e, tile; @%z st.shared.u32 [%e], 1; @%z st.shared.u32 [%e+4], 0; bar.sync 0;
+    setp.eq.u32 %p, %t, 32; @%p ld.shared.u32 %d, [%e]; @%z ld.shared.u32 %d, [%e];
+    FENCE @%p st.volatile.shared.u32 [%e+4], 1;
+    @!%z exit;
+    SPIN: ld.volatile.shared.u32 %d, [%e+4]; setp.eq.u32 %p, %d, 0; @%p bra SPIN;
+    FENCE st.shared.u32 [%e], 2;"""
+    for schedule in SCHEDULES:
+        run(body.replace("FENCE", "membar.cta;"), blocks=1, threads=64, schedule=schedule)
+        with pytest.raises(Violation, match="race: byte 0 of shared memory was read by thread 32 of block 0"):
+            run(body.replace("FENCE", ""), blocks=1, threads=64, schedule=schedule)
+
+
 def test_neighbouring_bytes_are_no_race() -> None:
     run("cvt.u64.u32 %g, %t; add.s64 %g, %m, %g; st.global.u8 [%g], %t;", blocks=1, threads=64)
 

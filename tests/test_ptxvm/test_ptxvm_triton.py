@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,19 @@ def test_welford_by_axis_is_right_and_the_flat_form_is_caught(dtype: torch.dtype
     assert max(errors[False]) < 1e-6
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) <= (3, 8):
         assert errors[True][0] > 1e-3, "this compiler pairs reshaped operands of a reduction rightly: celebrate"
+
+
+def test_a_layer_of_three_tasks_runs_in_seconds() -> None:
+    x = torch.randn(3 * 16, 64, 32 * 32, generator=torch.manual_seed(6)) * 2 + 3
+    mean, variance = torch.empty(64), torch.empty(64)
+    options = {"BN": 4, "BS": 256, "FLAT": False, "num_warps": 8, "target": 90}
+    compile_triton(moments, [x, Out(mean), Out(variance), 48, 64, 1024], **options)
+    start = time.process_time()
+    report = launch_triton(moments, (64,), x, Out(mean), Out(variance), 48, 64, 1024, **options)
+    seconds = time.process_time() - start
+    assert (mean - x.double().mean((0, 2))).abs().max() < 1e-6
+    assert report.global_read.bytes == x.nbytes and report.global_read.sectors == x.nbytes // 32
+    assert report.thread_instructions / seconds > 20e6
 
 
 @pytest.mark.parametrize("target", TARGETS)

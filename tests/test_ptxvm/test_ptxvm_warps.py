@@ -77,6 +77,17 @@ def test_a_shuffle_within_half_a_warp() -> None:
     assert fixed.tolist() == [*range(1, 16), 15, *[31] * 16]
 
 
+def test_groups_of_one_instruction_keep_to_themselves() -> None:
+    # Each half of the warp names its own members, as tiles of cooperative groups do, in one converged instruction.
+    halves = "setp.lt.u32 %p, %t, 16; selp.b32 %e, 0x0000ffff, 0xffff0000, %p; "
+    assert run_warp(halves + "redux.sync.max.u32 %d, %v, %e;").tolist() == [15] * 16 + [31] * 16
+    assert run_warp(halves + "vote.sync.ballot.b32 %d, %p, %e;").tolist() == [0xFFFF] * 16 + [0] * 16
+    assert run_warp(halves + "elect.sync %d|%q, %e;").tolist() == [0] * 16 + [16] * 16
+    assert run_warp(halves + "shfl.sync.bfly.b32 %d, %v, 8, 31, %e;").tolist() == [k ^ 8 for k in range(32)]
+    with pytest.raises(Violation, match="reads lane 16, which does not take part"):
+        run_warp(halves + "shfl.sync.bfly.b32 %d, %v, 16, 31, %e;")
+
+
 def test_votes() -> None:
     odd = "and.b32 %e, %v, 1; setp.ne.u32 %p, %e, 0; "
     assert set(run_warp(odd + "vote.sync.ballot.b32 %d, %p, -1;")) == {0xAAAAAAAA}
@@ -195,7 +206,7 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("setp.lt.u32 %p, %t, 8; @%p exit; shfl.sync.idx.b32 %d, %v, 3, 31, -1;", "shuffle", "reads lane 3, which does not take part"),
     ("shfl.sync.idx.b32 %d, %v, 0, 31, 0x7fffffff;", "member mask", "not in the member mask"),
     ("bar.warp.sync 0xfffffffe;", "member mask", "not in the member mask"),
-    ("shfl.sync.idx.b32 %d, %v, 0, 31, %t;", "divergence", "lanes disagree"),
+    ("shfl.sync.idx.b32 %d, %v, 0, 31, %t;", "member mask", "not in the member mask"),
     ("setp.lt.u32 %p, %t, 8; @%p bar.warp.sync -1;", "deadlock", "lanes that must take part never come here"),
     ("bar.sync 16;", "barrier", "there are 16 barriers"),
     ("bar.sync 0, 64;", "deadlock", "threads that must take part never come here"),

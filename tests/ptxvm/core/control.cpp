@@ -46,10 +46,8 @@ void Machine::check_cluster(Cluster& cluster) {
         if (split.state == Split::at_cluster) split.state = Split::ready;
 }
 
-bool Warp::meet(const Inst& i, u32 members) {
-  if (const u32 strangers = lanes & ~members)
-    machine->fail("member mask", *this, i, std::countr_zero(strangers), 0, "a lane takes part that is not in the member mask");
-  if ((lanes & members & live) == (members & live)) return true;
+bool Warp::meet() {
+  if (lanes == live) return true;
   wait(Split::at_sync);
   return false;
 }
@@ -59,9 +57,31 @@ namespace {
 u32 uniform(const Warp& w, const Inst& i, s32 slot) {
   const u32 value = u32(w.slot(slot)[std::countr_zero(w.lanes)]);
   for_lanes(w.lanes, [&](int lane) {
-    if (u32(w.slot(slot)[lane]) != value) w.machine->fail("divergence", w, i, lane, 0, "lanes disagree on an operand that must be the same for all");
+    if (u32(w.slot(slot)[lane]) != value) w.machine->fail("barrier", w, i, lane, 0, "lanes of a warp name different barriers");
   });
   return value;
+}
+
+// Calls f for each group of lanes that name the same members, with the group as the executing lanes, once all members
+// that have not exited are here.
+template <class F>
+void for_groups(Warp& w, const Inst& i, s32 mask, F f) {
+  const u32 all = w.lanes;
+  std::vector<u32> groups;
+  for (u32 rest = all; rest; rest &= ~groups.back()) {
+    const u32 members = u32(w.slot(mask)[std::countr_zero(rest)]);
+    u32 group = 0;
+    for_lanes(rest, [&](int lane) { group |= u32(u32(w.slot(mask)[lane]) == members) << lane; });
+    if (const u32 strangers = group & ~members)
+      w.machine->fail("member mask", w, i, std::countr_zero(strangers), 0, "a lane takes part that is not in the member mask");
+    if (members & w.live & ~group) return w.wait(Split::at_sync);
+    groups.push_back(group);
+  }
+  for (u32 group : groups) {
+    w.lanes = group;
+    f();
+  }
+  w.lanes = all;
 }
 
 void branch(Warp& w, const Inst& i) {
@@ -81,7 +101,7 @@ struct BarrierForm {
 // Operands: [result,] barrier [, count] [, predicate]
 template <BarrierForm form, bool aligned>
 void block_barrier(Warp& w, const Inst& i) {
-  if ((aligned || i.aligned) && !w.meet(i, w.live)) return;
+  if ((aligned || i.aligned) && !w.meet()) return;
   Machine& m = *w.machine;
   Block& block = *w.block;
   const s32* operand = i.op.data() + form.reduces;
@@ -110,7 +130,7 @@ void block_barrier(Warp& w, const Inst& i) {
 
 template <bool releases>
 void cluster_arrive(Warp& w, const Inst& i) {
-  if (i.aligned && !w.meet(i, w.live)) return;
+  if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
   if (const u32 again = w.arrived & w.lanes)
     w.machine->fail("barrier", w, i, std::countr_zero(again), 0, "arrives a second time without a wait");
@@ -122,7 +142,7 @@ void cluster_arrive(Warp& w, const Inst& i) {
 }
 
 void cluster_wait(Warp& w, const Inst& i) {
-  if (i.aligned && !w.meet(i, w.live)) return;
+  if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
   if (const u32 never = w.lanes & ~w.arrived) w.machine->fail("barrier", w, i, std::countr_zero(never), 0, "waits without having arrived");
   bool complete = true;
@@ -133,21 +153,20 @@ void cluster_wait(Warp& w, const Inst& i) {
 }
 
 void warp_barrier(Warp& w, const Inst& i) {
-  const u32 members = uniform(w, i, i.op[0]);
-  if (!w.meet(i, members)) return;
-  auto clocks = std::make_shared<Clocks>();
-  w.machine->gather(*clocks, w, w.lanes);
-  w.machine->learn(w, w.lanes, clocks);
+  for_groups(w, i, i.op[0], [&] {
+    auto clocks = std::make_shared<Clocks>();
+    w.machine->gather(*clocks, w, w.lanes);
+    w.machine->learn(w, w.lanes, clocks);
+  });
 }
 
 enum Shuffle { up, down, butterfly, indexed };
 
 template <Shuffle mode>
 void shuffle(Warp& w, const Inst& i) {
-  if (!w.meet(i, uniform(w, i, i.op[4]))) return;
   std::array<u64, warp_size> source;
   std::copy_n(w.slot(i.op[1]), warp_size, source.begin());
-  for_lanes(w.lanes, [&](int lane) {
+  const auto one_lane = [&](int lane) {
     const u32 b = u32(w.slot(i.op[2])[lane]) & 31, c = u32(w.slot(i.op[3])[lane]), segment = c >> 8 & 31;
     const int last = (lane & segment) | (c & 31 & ~segment), first = lane & segment;
     int from = mode == up          ? lane - int(b)
@@ -160,28 +179,31 @@ void shuffle(Warp& w, const Inst& i) {
       w.machine->fail("shuffle", w, i, lane, 0, "reads lane " + std::to_string(from) + ", which does not take part");
     w.slot(i.op[0])[lane] = u32(source[from]);
     if (i.also >= 0) w.slot(i.also)[lane] = inside;
-  });
+  };
+  for_groups(w, i, i.op[4], [&] { for_lanes(w.lanes, one_lane); });
 }
 
 // vote: a function of the lanes whose predicate holds and of all that vote.
 template <class F>
 Handler vote(F) {
   return [](Warp& w, const Inst& i) {
-    if (!w.meet(i, uniform(w, i, i.op[2]))) return;
-    const u32 votes = (i.negated_c ? ~w.predicate(i.op[1]) : w.predicate(i.op[1])) & w.lanes;
-    const u32 result = F{}(votes, w.lanes);
-    for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = result; });
+    const u32 votes = i.negated_c ? ~w.predicate(i.op[1]) : w.predicate(i.op[1]);
+    for_groups(w, i, i.op[2], [&] {
+      const u32 result = F{}(votes & w.lanes, w.lanes);
+      for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = result; });
+    });
   };
 }
 
 template <class T, class F>
 Handler reduction(F) {
   return [](Warp& w, const Inst& i) {
-    if (!w.meet(i, uniform(w, i, i.op[2]))) return;
-    const u64* source = w.slot(i.op[1]);
-    T total = from_slot<T>(source[std::countr_zero(w.lanes)]);
-    for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = F{}(total, from_slot<T>(source[lane])); });
-    for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = to_slot<T>(canonical(total)); });
+    for_groups(w, i, i.op[2], [&] {
+      const u64* source = w.slot(i.op[1]);
+      T total = from_slot<T>(source[std::countr_zero(w.lanes)]);
+      for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = F{}(total, from_slot<T>(source[lane])); });
+      for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = to_slot<T>(canonical(total)); });
+    });
   };
 }
 
@@ -243,11 +265,12 @@ void declare_control() {
   on("vote sync ballot b32", 3, vote([](u32 votes, u32) { return votes; }));
   on("activemask b32", 1, [](Warp& w, const Inst& i) { for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = w.lanes; }); });
   on("elect sync", 2, [](Warp& w, const Inst& i) {
-    if (!w.meet(i, uniform(w, i, i.op[1]))) return;
-    const int leader = std::countr_zero(w.lanes);
-    for_lanes(w.lanes, [&](int lane) {
-      w.slot(i.op[0])[lane] = leader;
-      if (i.also >= 0) w.slot(i.also)[lane] = lane == leader;
+    for_groups(w, i, i.op[1], [&] {
+      const int leader = std::countr_zero(w.lanes);
+      for_lanes(w.lanes, [&](int lane) {
+        w.slot(i.op[0])[lane] = leader;
+        if (i.also >= 0) w.slot(i.also)[lane] = lane == leader;
+      });
     });
   });
   for_types<u32, s32>([](auto t) { declare_reductions(t); });

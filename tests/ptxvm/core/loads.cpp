@@ -125,7 +125,7 @@ Element holder(const Inst& i, int row, int column) {
 }
 
 void move_matrices(Warp& w, const Inst& i, bool stores) {
-  if (!w.meet(i, w.live)) return;
+  if (!w.meet()) return;
   Machine& m = *w.machine;
   const auto addresses = addresses_of(w, i, i.op[stores ? 0 : i.vec]);
   const s32* registers = i.op.data() + stores;

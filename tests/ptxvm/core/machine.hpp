@@ -67,8 +67,8 @@ struct Warp {
   void reconverge(bool lowest_first = true);
   // Makes the executing lanes wait at this instruction; the rest of the running split moves on.
   void wait(Split::State state);
-  // Whether all of `members` that have not exited are here; if not, makes the executing lanes wait for them.
-  bool meet(const Inst& i, u32 members);
+  // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
+  bool meet();
   void exit_lanes();
 
  private:
