@@ -82,7 +82,7 @@ void repack(Warp& w, const Inst& i) {
 }
 
 void declare_moves() {
-  const Handler copy = op<u64, u64>([](u64 a) { return a; });
+  const Handler copy = op([](u64 a) { return a; });
   on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", 2, copy);
   // `mov` with a vector on either side arrives under these names.
   on("pack v2 b32", 2, repack<32, true>);
@@ -90,14 +90,14 @@ void declare_moves() {
   on("unpack v2 b32", 2, repack<32, false>);
   on("unpack v2|v4 b64", 2, repack<64, false>);
   on("cvta to? global|const|param u64", 2, copy);
-  on("cvta shared|shared::cta|shared::cluster u64", 2, op<u64, u64>([](u64 a) { return a + shared_window; }));
-  on("cvta to shared|shared::cta|shared::cluster u64", 2, op<u64, u64>([](u64 a) { return a - shared_window; }));
-  on("cvta local u64", 2, op<u64, u64>([](u64 a) { return a + local_window; }));
-  on("cvta to local u64", 2, op<u64, u64>([](u64 a) { return a - local_window; }));
-  on("isspacep shared|shared::cta|shared::cluster", 2, op<u8, u64>([](u64 a) { return u8(a - shared_window < window_size); }));
-  on("isspacep local", 2, op<u8, u64>([](u64 a) { return u8(a - local_window < window_size); }));
-  on("isspacep global", 2, op<u8, u64>([](u64 a) { return u8(a - shared_window >= window_size && a - local_window >= window_size); }));
-  on("mapa shared::cluster? u32|u64", 3, op<u64, u64, u32>([](u64 a, u32 rank) {
+  on("cvta shared|shared::cta|shared::cluster u64", 2, op([](u64 a) { return a + shared_window; }));
+  on("cvta to shared|shared::cta|shared::cluster u64", 2, op([](u64 a) { return a - shared_window; }));
+  on("cvta local u64", 2, op([](u64 a) { return a + local_window; }));
+  on("cvta to local u64", 2, op([](u64 a) { return a - local_window; }));
+  on("isspacep shared|shared::cta|shared::cluster", 2, op([](u64 a) { return u8(a - shared_window < window_size); }));
+  on("isspacep local", 2, op([](u64 a) { return u8(a - local_window < window_size); }));
+  on("isspacep global", 2, op([](u64 a) { return u8(a - shared_window >= window_size && a - local_window >= window_size); }));
+  on("mapa shared::cluster? u32|u64", 3, op([](u64 a, u32 rank) {
     return (a & ~(0xffull << rank_shift)) | u64(rank + 1) << rank_shift;
   }));
   on("getctarank shared::cluster? u32|u64", 2, [](Warp& w, const Inst& i) {
@@ -105,7 +105,7 @@ void declare_moves() {
     each<u32, u64>(w, i, [&](u64 a) { return a >> rank_shift & 0xff ? u32(a >> rank_shift & 0xff) - 1 : own; });
   });
   on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64", 2,
-     op<u64, u64>([](u64) { return u64(0); }));
+     op([](u64) { return u64(0); }));
 }
 
 }  // namespace

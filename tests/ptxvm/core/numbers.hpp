@@ -79,6 +79,14 @@ struct Small {
 using f16 = Small<11, -14>;
 using bf16 = Small<8, -126>;
 
+// Two floats in one register.
+template <class T>
+struct Pair {
+  T low, high;
+};
+
+template <class T> inline constexpr bool is_pair = false;
+template <class T> inline constexpr bool is_pair<Pair<T>> = true;
 template <class T> inline constexpr bool is_small = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 template <class T> inline constexpr bool is_float = std::is_floating_point_v<T> || is_small<T>;
 
@@ -87,7 +95,8 @@ template <class T> using Compute = std::conditional_t<is_small<T>, double, T>;
 
 template <class T>
 inline T from_slot(u64 slot) {
-  if constexpr (is_small<T>) return T::raw(u16(slot));
+  if constexpr (is_pair<T>) return {from_slot<decltype(T::low)>(slot), from_slot<decltype(T::low)>(slot >> 4 * sizeof(T))};
+  else if constexpr (is_small<T>) return T::raw(u16(slot));
   else if constexpr (std::is_same_v<T, f32>) return std::bit_cast<f32>(u32(slot));
   else if constexpr (std::is_same_v<T, f64>) return std::bit_cast<f64>(slot);
   else return T(slot);
@@ -95,7 +104,8 @@ inline T from_slot(u64 slot) {
 
 template <class T>
 inline u64 to_slot(T value) {  // signed integers arrive sign-extended
-  if constexpr (is_small<T>) return value.bits;
+  if constexpr (is_pair<T>) return to_slot(value.low) | to_slot(value.high) << 4 * sizeof(T);
+  else if constexpr (is_small<T>) return value.bits;
   else if constexpr (std::is_same_v<T, f32>) return std::bit_cast<u32>(value);
   else if constexpr (std::is_same_v<T, f64>) return std::bit_cast<u64>(value);
   else return u64(s64(value)) & (std::is_signed_v<T> ? ~0ull : ~0ull >> (64 - 8 * sizeof(T)));
@@ -118,6 +128,31 @@ template <class T>
 inline T saturate(T x) {  // .sat: to [0, 1], NaN to +0
   return Compute<T>(x) > 0 ? (Compute<T>(x) < 1 ? x : T(1)) : T(0);
 }
+
+// .relu: negative numbers become +0.
+template <class T>
+inline T clamp_negative(T x) {
+  return Compute<T>(x) < 0 ? T(0) : x;
+}
+
+// min and max: -0 is less than +0; of a number and a NaN the number wins, unless NaNs are kept.
+template <bool largest, bool keeps_nan>
+struct Extreme {
+  template <class T>
+  T operator()(T a, T b) const {
+    if (a != a || b != b) return keeps_nan ? a + b : a != a ? b : a;
+    const bool less = a < b || (a == b && std::signbit(a));
+    return less != largest ? a : b;
+  }
+  template <class T>
+  T operator()(T a, T b, T c) const {
+    return (*this)((*this)(a, b), c);
+  }
+};
+inline constexpr Extreme<false, false> minimum;
+inline constexpr Extreme<true, false> maximum;
+inline constexpr Extreme<false, true> minimum_nan;
+inline constexpr Extreme<true, true> maximum_nan;
 
 // a*b + c in double, rounded to odd, so that a second rounding to at most 51 bits is correct. a*b must be exact.
 inline double fma_to_odd(double a, double b, double c) {
