@@ -20,12 +20,11 @@ void Machine::complete(Block& block, Barrier& barrier) {
     else learn(*w, lanes, clocks);
     const u32 here = lanes;
     const auto split = std::find_if(w->splits.begin(), w->splits.end(), [here](const Split& s) { return s.lanes == here; });
-    split->state = Split::ready;
-    ++split->pc;
-    if (inst) for_lanes(lanes, [&, w = w, inst = inst](int lane) {
-      const u32 results[] = {barrier.votes, barrier.votes == barrier.expected, barrier.votes > 0};
-      w->slot(inst->op[0])[lane] = results[inst->function];
-    });
+    *split = {Split::ready, split->pc + 1, here};
+    if (!inst) continue;
+    const u32 results[] = {barrier.votes, barrier.votes == barrier.expected, barrier.votes > 0};
+    u64* result = w->slot(inst->op[0]);
+    for_lanes(lanes, [&](int lane) { result[lane] = results[inst->function]; });
   }
   barrier = {};
   ++progress;
@@ -56,11 +55,13 @@ namespace {
 
 u32 uniform(const Warp& w, const Inst& i, s32 slot) {
   const u32 value = u32(w.slot(slot)[std::countr_zero(w.lanes)]);
-  for_lanes(w.lanes, [&](int lane) {
-    if (u32(w.slot(slot)[lane]) != value) w.machine->fail("barrier", w, i, lane, 0, "lanes of a warp name different barriers");
-  });
+  if (const u32 others = lanes_where(w.lanes, [&](int lane) { return u32(w.slot(slot)[lane]) != value; }))
+    w.fail("barrier", i, others, "lanes of a warp name different barriers");
   return value;
 }
+
+// The lanes whose predicate operand holds.
+u32 votes_of(const Warp& w, const Inst& i, s32 slot) { return i.negated_c ? ~w.predicate(slot) : w.predicate(slot); }
 
 // Calls f for each group of lanes that name the same members, with the group as the executing lanes, once all members
 // that have not exited are here.
@@ -70,10 +71,9 @@ void for_groups(Warp& w, const Inst& i, s32 mask, F f) {
   std::vector<u32> groups;
   for (u32 rest = all; rest; rest &= ~groups.back()) {
     const u32 members = u32(w.slot(mask)[std::countr_zero(rest)]);
-    u32 group = 0;
-    for_lanes(rest, [&](int lane) { group |= u32(u32(w.slot(mask)[lane]) == members) << lane; });
+    const u32 group = lanes_where(rest, [&](int lane) { return u32(w.slot(mask)[lane]) == members; });
     if (const u32 strangers = group & ~members)
-      w.machine->fail("member mask", w, i, std::countr_zero(strangers), 0, "a lane takes part that is not in the member mask");
+      w.fail("member mask", i, strangers, "a lane takes part that is not in the member mask");
     if (members & w.live & ~group) return w.wait(Split::at_sync);
     groups.push_back(group);
   }
@@ -94,46 +94,36 @@ void branch(Warp& w, const Inst& i) {
   ++w.machine->counters[i.index].divergent;
 }
 
-struct BarrierForm {
-  bool waits = true, reduces = false;
-};
-
 // Operands: [result,] barrier [, count] [, predicate]
-template <BarrierForm form, bool aligned>
 void block_barrier(Warp& w, const Inst& i) {
-  if ((aligned || i.aligned) && !w.meet()) return;
+  if (i.aligned && !w.meet()) return;
   Machine& m = *w.machine;
-  Block& block = *w.block;
-  const s32* operand = i.op.data() + form.reduces;
+  const s32* operand = i.op.data() + i.reduces;
   const u32 number = uniform(w, i, operand[0]);
-  const bool counted = i.operands - 2 * form.reduces > 1;
+  const bool counted = i.operands - 2 * i.reduces > 1;
   const u32 expected = counted ? uniform(w, i, operand[1]) : m.threads_per_block();
-  const int lane = std::countr_zero(w.lanes);
-  if (number >= block.barriers.size()) m.fail("barrier", w, i, lane, 0, "there are 16 barriers, 0 to 15");
-  Barrier& barrier = block.barriers[number];
+  if (number >= w.block->barriers.size()) w.fail("barrier", i, w.lanes, "there are 16 barriers, 0 to 15");
+  Barrier& barrier = w.block->barriers[number];
   if (barrier.arrived && barrier.expected != expected)
-    m.fail("barrier", w, i, lane, 0, "expects " + std::to_string(expected) + " threads; others came expecting " + std::to_string(barrier.expected));
+    w.fail("barrier", i, w.lanes, "expects ", expected, " threads; others came expecting ", barrier.expected);
   barrier.expected = expected;
   barrier.arrived += std::popcount(w.lanes);
-  if (barrier.arrived > expected) m.fail("barrier", w, i, lane, 0, "more threads come than the " + std::to_string(expected) + " expected");
+  if (barrier.arrived > expected)
+    w.fail("barrier", i, w.lanes, "more threads come than the ", expected, " expected");
   m.gather(barrier.clocks, w, w.lanes);
-  if constexpr (form.reduces) {
-    const u32 votes = w.predicate(i.op[i.operands - 1]);
-    barrier.votes += std::popcount((i.negated_c ? ~votes : votes) & w.lanes);
-  }
-  if constexpr (form.waits) {
-    barrier.waiting.push_back({&w, w.lanes, form.reduces ? &i : nullptr});
+  if (i.reduces) barrier.votes += std::popcount(votes_of(w, i, i.op[i.operands - 1]) & w.lanes);
+  if (!i.arrives) {
+    barrier.waiting.push_back({&w, w.lanes, i.reduces ? &i : nullptr});
     w.wait(Split::at_barrier);
   }
-  if (barrier.arrived == expected) m.complete(block, barrier);
+  if (barrier.arrived == expected) m.complete(*w.block, barrier);
 }
 
 template <bool releases>
 void cluster_arrive(Warp& w, const Inst& i) {
   if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
-  if (const u32 again = w.arrived & w.lanes)
-    w.machine->fail("barrier", w, i, std::countr_zero(again), 0, "arrives a second time without a wait");
+  if (const u32 again = w.arrived & w.lanes) w.fail("barrier", i, again, "arrives a second time without a wait");
   w.arrived |= w.lanes;
   for_lanes(w.lanes, [&](int lane) { w.phase[lane] = cluster.phase; });
   if constexpr (releases) w.machine->gather(cluster.gathering, w, w.lanes);
@@ -144,10 +134,8 @@ void cluster_arrive(Warp& w, const Inst& i) {
 void cluster_wait(Warp& w, const Inst& i) {
   if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
-  if (const u32 never = w.lanes & ~w.arrived) w.machine->fail("barrier", w, i, std::countr_zero(never), 0, "waits without having arrived");
-  bool complete = true;
-  for_lanes(w.lanes, [&](int lane) { complete = complete && w.phase[lane] != cluster.phase; });
-  if (!complete) return w.wait(Split::at_cluster);
+  if (const u32 never = w.lanes & ~w.arrived) w.fail("barrier", i, never, "waits without having arrived");
+  if (lanes_where(w.lanes, [&](int lane) { return w.phase[lane] == cluster.phase; })) return w.wait(Split::at_cluster);
   w.arrived &= ~w.lanes;
   w.machine->learn(w, w.lanes, cluster.done);
 }
@@ -160,23 +148,17 @@ void warp_barrier(Warp& w, const Inst& i) {
   });
 }
 
-enum Shuffle { up, down, butterfly, indexed };
-
-template <Shuffle mode>
 void shuffle(Warp& w, const Inst& i) {
   std::array<u64, warp_size> source;
   std::copy_n(w.slot(i.op[1]), warp_size, source.begin());
   const auto one_lane = [&](int lane) {
     const u32 b = u32(w.slot(i.op[2])[lane]) & 31, c = u32(w.slot(i.op[3])[lane]), segment = c >> 8 & 31;
     const int last = (lane & segment) | (c & 31 & ~segment), first = lane & segment;
-    int from = mode == up          ? lane - int(b)
-               : mode == down      ? lane + int(b)
-               : mode == butterfly ? lane ^ int(b)
-                                   : first | int(b & ~segment);
-    const bool inside = mode == up ? from >= last : from <= last;
-    if (!inside) from = lane;
-    if (!(w.lanes >> from & 1))
-      w.machine->fail("shuffle", w, i, lane, 0, "reads lane " + std::to_string(from) + ", which does not take part");
+    const int sources[] = {lane - int(b), lane + int(b), lane ^ int(b), first | int(b & ~segment)};  // up down bfly idx
+    const int wanted = sources[i.function];
+    const bool inside = i.function == 0 ? wanted >= last : wanted <= last;
+    const int from = inside ? wanted : lane;
+    if (!(w.lanes >> from & 1)) w.fail("shuffle", i, 1u << lane, "reads lane ", from, ", which does not take part");
     w.slot(i.op[0])[lane] = u32(source[from]);
     if (i.also >= 0) w.slot(i.also)[lane] = inside;
   };
@@ -187,7 +169,7 @@ void shuffle(Warp& w, const Inst& i) {
 template <class F>
 Handler vote(F) {
   return [](Warp& w, const Inst& i) {
-    const u32 votes = i.negated_c ? ~w.predicate(i.op[1]) : w.predicate(i.op[1]);
+    const u32 votes = votes_of(w, i, i.op[1]);
     for_groups(w, i, i.op[2], [&] {
       const u32 result = F{}(votes & w.lanes, w.lanes);
       for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = result; });
@@ -199,37 +181,26 @@ template <class T, class F>
 Handler reduction(F) {
   return [](Warp& w, const Inst& i) {
     for_groups(w, i, i.op[2], [&] {
-      const u64* source = w.slot(i.op[1]);
-      T total = from_slot<T>(source[std::countr_zero(w.lanes)]);
-      for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = F{}(total, from_slot<T>(source[lane])); });
+      const auto value = [&](int lane) {
+        const T x = from_slot<T>(w.slot(i.op[1])[lane]);
+        if constexpr (is_float<T>) return i.absolute ? std::fabs(x) : x;
+        else return x;
+      };
+      T total = value(std::countr_zero(w.lanes));
+      for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = F{}(total, value(lane)); });
       for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = to_slot<T>(canonical(total)); });
     });
   };
 }
 
-template <class T>
-void declare_reductions(T) {
-  const std::string t = " " + type_name<T>();
-  on("redux sync add" + t, 3, reduction<T>([](T a, T b) { return T(u32(a) + u32(b)); }));
-  on("redux sync min" + t, 3, reduction<T>([](T a, T b) { return std::min(a, b); }));
-  on("redux sync max" + t, 3, reduction<T>([](T a, T b) { return std::max(a, b); }));
-}
-
-template <bool largest, bool absolute, bool keeps_nan>
-void declare_float_reduction(const std::string& modifiers) {
-  on(std::string("redux sync ") + (largest ? "max" : "min") + modifiers + " f32", 3, reduction<f32>([](f32 a, f32 b) {
-    if (absolute) a = std::fabs(a), b = std::fabs(b);
-    if (a != a || b != b) return keeps_nan ? a + b : a != a ? b : a;
-    return (a < b || (a == b && std::signbit(a))) != largest ? a : b;
-  }));
-}
-
-template <bool largest>
-void declare_float_reductions() {
-  declare_float_reduction<largest, false, false>("");
-  declare_float_reduction<largest, false, true>(" NaN");
-  declare_float_reduction<largest, true, false>(" abs");
-  declare_float_reduction<largest, true, true>(" abs NaN");
+void elect(Warp& w, const Inst& i) {
+  for_groups(w, i, i.op[1], [&] {
+    const int leader = std::countr_zero(w.lanes);
+    for_lanes(w.lanes, [&](int lane) {
+      w.slot(i.op[0])[lane] = leader;
+      if (i.also >= 0) w.slot(i.also)[lane] = lane == leader;
+    });
+  });
 }
 
 }  // namespace
@@ -239,46 +210,36 @@ void declare_control() {
   on("bra uni?", 0, branch);
   on("exit", 0, [](Warp& w, const Inst&) { w.exit_lanes(); });
   on("ret uni?", 0, [](Warp& w, const Inst&) { w.exit_lanes(); });
-  on("trap", 0, [](Warp& w, const Inst& i) { w.machine->fail("trap", w, i, std::countr_zero(w.lanes), 0, "the kernel gave up"); });
+  on("trap", 0, [](Warp& w, const Inst& i) { w.fail("trap", i, w.lanes, "the kernel gave up"); });
   on("nanosleep u32", 1, [](Warp&, const Inst&) {});
   on("griddepcontrol wait|launch_dependents", 0, [](Warp&, const Inst&) {});
   section(Class::sync);
-  on("bar cta? sync", 1, block_barrier<BarrierForm{}, true>, 1);
-  on("bar cta? arrive", 2, block_barrier<BarrierForm{.waits = false}, true>);
-  on("barrier cta? sync aligned?", 1, block_barrier<BarrierForm{}, false>, 1);
-  on("barrier cta? arrive aligned?", 2, block_barrier<BarrierForm{.waits = false}, false>);
-  on("bar cta? red popc u32", 3, block_barrier<BarrierForm{.reduces = true}, true>, 1);
-  on("bar cta? red and|or pred", 3, block_barrier<BarrierForm{.reduces = true}, true>, 1);
-  on("barrier cta? red popc aligned? u32", 3, block_barrier<BarrierForm{.reduces = true}, false>, 1);
-  on("barrier cta? red and|or aligned? pred", 3, block_barrier<BarrierForm{.reduces = true}, false>, 1);
+  for (const auto& [name, aligned] : {std::pair<std::string, std::string>{"bar", ""}, {"barrier", " aligned?"}}) {
+    on(name + " cta? sync" + aligned, 1, block_barrier, 1);
+    on(name + " cta? arrive" + aligned, 2, block_barrier);
+    on(name + " cta? red popc" + aligned + " u32", 3, block_barrier, 1);
+    on(name + " cta? red and|or" + aligned + " pred", 3, block_barrier, 1);
+  }
   on("bar warp sync", 1, warp_barrier);
   on("barrier cluster arrive release? aligned?", 0, cluster_arrive<true>);
   on("barrier cluster arrive relaxed aligned?", 0, cluster_arrive<false>);
   on("barrier cluster wait acquire? aligned?", 0, cluster_wait);
-  on("shfl sync up b32", 5, shuffle<up>);
-  on("shfl sync down b32", 5, shuffle<down>);
-  on("shfl sync bfly b32", 5, shuffle<butterfly>);
-  on("shfl sync idx b32", 5, shuffle<indexed>);
+  on("shfl sync up|down|bfly|idx b32", 5, shuffle);
   on("vote sync all pred", 3, vote([](u32 votes, u32 all) { return u32(votes == all); }));
   on("vote sync any pred", 3, vote([](u32 votes, u32) { return u32(votes != 0); }));
   on("vote sync uni pred", 3, vote([](u32 votes, u32 all) { return u32(votes == all || votes == 0); }));
   on("vote sync ballot b32", 3, vote([](u32 votes, u32) { return votes; }));
-  on("activemask b32", 1, [](Warp& w, const Inst& i) { for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = w.lanes; }); });
-  on("elect sync", 2, [](Warp& w, const Inst& i) {
-    for_groups(w, i, i.op[1], [&] {
-      const int leader = std::countr_zero(w.lanes);
-      for_lanes(w.lanes, [&](int lane) {
-        w.slot(i.op[0])[lane] = leader;
-        if (i.also >= 0) w.slot(i.also)[lane] = lane == leader;
-      });
+  on("activemask b32", 1, [](Warp& w, const Inst& i) { each<u32>(w, i, [&] { return w.lanes; }); });
+  on("elect sync", 2, elect);
+  for_types<u32, s32>([]<class T>(T) {
+    for_integer_functions<T>([](const std::string& function, const std::string& type, auto f) {
+      on("redux sync " + function + " " + type, 3, reduction<T>(f));
     });
   });
-  for_types<u32, s32>([](auto t) { declare_reductions(t); });
-  on("redux sync and b32", 3, reduction<u32>([](u32 a, u32 b) { return a & b; }));
-  on("redux sync or b32", 3, reduction<u32>([](u32 a, u32 b) { return a | b; }));
-  on("redux sync xor b32", 3, reduction<u32>([](u32 a, u32 b) { return a ^ b; }));
-  declare_float_reductions<false>();
-  declare_float_reductions<true>();
+  on("redux sync min abs? f32", 3, reduction<f32>(minimum));
+  on("redux sync max abs? f32", 3, reduction<f32>(maximum));
+  on("redux sync min abs? NaN f32", 3, reduction<f32>(minimum_nan));
+  on("redux sync max abs? NaN f32", 3, reduction<f32>(maximum_nan));
 }
 
 }  // namespace ptxvm

@@ -130,7 +130,7 @@ void move_matrices(Warp& w, const Inst& i, bool stores) {
   const auto addresses = addresses_of(w, i, i.op[stores ? 0 : i.vec]);
   const s32* registers = i.op.data() + stores;
   const u32 all = w.lanes;
-  if (all != all_lanes) m.fail("divergence", w, i, std::countr_zero(all), 0, "needs all 32 lanes");
+  if (all != all_lanes) w.fail("divergence", i, all, "needs all 32 lanes");
   w.lanes = i.vec == 4 ? all_lanes : (1u << 8 * i.vec) - 1;
   m.count_access(w, i, addresses.data(), 16);
   for_lanes(w.lanes, [&](int lane) {

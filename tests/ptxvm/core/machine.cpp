@@ -56,10 +56,6 @@ void Warp::leave() {
 
 u32 Cluster::rank(const Block* block) const { return u32(std::find(blocks.begin(), blocks.end(), block) - blocks.begin()); }
 
-void Machine::fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, const std::string& message, s64 other_inst) const {
-  throw Violation{kind, message, i.index, other_inst, w.block->linear, w.index * warp_size + lane, address};
-}
-
 const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
     std::unordered_map<std::string, Special> t;
@@ -198,15 +194,14 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
     for (const Warp& w : block->warps)
       for (const Split& split : w.splits)
         if (!at || split.state < at->state || (split.state == Split::at_sync && at->state != Split::at_sync)) blamed = &w, at = &split;
-  std::string message = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
-                        : at->state == Split::at_sync ? "lanes that must take part never come here"
-                                                      : "threads that must take part never come here";
+  const char* what = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
+                     : at->state == Split::at_sync ? "lanes that must take part never come here"
+                                                   : "threads that must take part never come here";
+  const u32 threads = threads_per_block(), elsewhere = std::popcount(blamed->live & ~at->lanes);
   const Block& block = *blamed->block;
-  message += "; of block " + std::to_string(block.linear) + ", " + std::to_string(threads_per_block() - block.live) + " of " +
-             std::to_string(threads_per_block()) + " threads have exited";
-  const int elsewhere = std::popcount(blamed->live & ~at->lanes);
-  if (elsewhere) message += ", lanes of this warp that are elsewhere: " + std::to_string(elsewhere);
-  fail("deadlock", *blamed, code[at->pc], std::countr_zero(at->lanes), 0, message);
+  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", block.linear, ", ", threads - block.live, " of ",
+               threads, " threads have exited", elsewhere ? ", lanes of this warp that are elsewhere: " : "",
+               elsewhere ? std::to_string(elsewhere) : "");
 }
 
 void Machine::run() {

@@ -2,6 +2,7 @@
 #pragma once
 #include <functional>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 
 #include "memory.hpp"
@@ -17,6 +18,13 @@ struct Dim {
   u64 count() const { return u64(x) * y * z; }
   Dim at(u64 linear) const { return {u32(linear % x), u32(linear / x % y), u32(linear / x / y)}; }
 };
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
 
 struct Violation {
   std::string kind, message;
@@ -69,6 +77,9 @@ struct Warp {
   void wait(Split::State state);
   // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
   bool meet();
+  // Ends the launch: the first of the lanes has broken a rule that is not about memory.
+  template <class... Parts>
+  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, Parts... parts) const;
   void exit_lanes();
 
  private:
@@ -168,7 +179,11 @@ struct Machine {
   void complete(Block& block, Barrier& barrier);
   void check_cluster(Cluster& cluster);
 
-  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, const std::string& message, s64 other_inst = -1) const;
+  // Ends the launch: the lane has broken a rule. The message is all the parts, one after the other.
+  template <class... Parts>
+  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, Parts... parts) const {
+    throw Violation{kind, text(parts...), i.index, -1, w.block->linear, w.index * warp_size + lane, address};
+  }
   u32 threads_per_block() const { return u32(launch.block.count()); }
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 
@@ -181,13 +196,26 @@ struct Machine {
   size_t last_region_ = 0;
 };
 
+template <class... Parts>
+void Warp::fail(const char* kind, const Inst& i, u32 among, Parts... parts) const {
+  machine->fail(kind, *this, i, std::countr_zero(among), 0, parts...);
+}
+
 // Calls f on each of the lanes.
 template <class F>
 inline void for_lanes(u32 lanes, F f) {
   for (; lanes; lanes &= lanes - 1) f(std::countr_zero(lanes));
 }
 
-// The same in an order that depends on the schedule, where lanes may get in each other's way.
+// Those of the lanes for which f holds.
+template <class F>
+inline u32 lanes_where(u32 lanes, F f) {
+  u32 found = 0;
+  for_lanes(lanes, [&](int lane) { found |= u32(f(lane)) << lane; });
+  return found;
+}
+
+// for_lanes in an order that depends on the schedule, where lanes may get in each other's way.
 template <class F>
 inline void for_lanes_scheduled(Machine& m, u32 lanes, F f) {
   const bool backwards = m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 
 #include "machine.hpp"
 
@@ -20,12 +19,6 @@ void Region::refine(unsigned bytes) {
 
 namespace {
 
-std::string hex(u64 value) {
-  std::ostringstream text;
-  text << "0x" << std::hex << value;
-  return text.str();
-}
-
 std::string describe_miss(const std::vector<Region>& regions, u64 address) {
   const Region* nearest = nullptr;
   u64 best = ~0ull;
@@ -33,9 +26,9 @@ std::string describe_miss(const std::vector<Region>& regions, u64 address) {
     const u64 distance = address < r.base ? r.base - address : address - (r.base + r.size) + 1;
     if (distance < best) best = distance, nearest = &r;
   }
-  if (!nearest || best > 1 << 20) return "no allocation is near " + hex(address);
-  if (address < nearest->base) return std::to_string(best) + " bytes before the start of " + nearest->name;
-  return std::to_string(best - 1) + " bytes past the end of " + nearest->name;
+  if (!nearest || best > 1 << 20) return text("no allocation is near 0x", std::hex, address);
+  if (address < nearest->base) return text(best, " bytes before the start of ", nearest->name);
+  return text(best - 1, " bytes past the end of ", nearest->name);
 }
 
 }  // namespace
@@ -62,7 +55,7 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
         owner = owner->cluster->blocks[rank - 1];
         offset &= (1u << rank_shift) - 1;
         if (owner->live == 0)
-          fail("out of bounds", w, i, lane, address, "shared memory of block " + std::to_string(owner->linear) + ", which has exited");
+          fail("out of bounds", w, i, lane, address, "shared memory of block ", owner->linear, ", which has exited");
       }
       region = &owner->shared;
       break;
@@ -71,7 +64,7 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
       if (last_region_ >= regions.size() || address - regions[last_region_].base >= regions[last_region_].size) {
         const auto after = std::upper_bound(regions.begin(), regions.end(), address, [](u64 a, const Region& r) { return a < r.base; });
         if (after == regions.begin() || address - (after - 1)->base >= (after - 1)->size)
-          fail("out of bounds", w, i, lane, address, std::to_string(bytes) + "-byte access, " + describe_miss(regions, address));
+          fail("out of bounds", w, i, lane, address, bytes, "-byte access, ", describe_miss(regions, address));
         last_region_ = after - 1 - regions.begin();
       }
       region = &regions[last_region_];
@@ -80,8 +73,7 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
   }
   if (offset + bytes > region->size || offset + bytes < offset)
     fail("out of bounds", w, i, lane, address,
-         std::to_string(bytes) + "-byte access at byte " + std::to_string(s64(offset)) + " of " + region->name + ", which has " +
-             std::to_string(region->size));
+         bytes, "-byte access at byte ", s64(offset), " of ", region->name, ", which has ", region->size);
   return {region, offset};
 }
 
@@ -89,16 +81,15 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
   const Spot spot = locate(w, i, lane, address, bytes);
   Region& r = *spot.region;
   if (address % bytes)
-    fail("misaligned", w, i, lane, address, std::to_string(bytes) + "-byte access at byte " + std::to_string(spot.offset) + " of " + r.name);
-  if (use != Use::read && r.readonly) fail("read-only", w, i, lane, address, "write to " + r.name);
+    fail("misaligned", w, i, lane, address, bytes, "-byte access at byte ", spot.offset, " of ", r.name);
+  if (use != Use::read && r.readonly) fail("read-only", w, i, lane, address, "write to ", r.name);
   const u8 least = use == Use::write ? unwritten : written;
   u8 state = written;
   for (unsigned k = 0; k < bytes; ++k) state = std::min(state, r.state[spot.offset + k]);
   if (state < least) {
     const bool outside = state == forbidden;
-    fail(outside ? "out of bounds" : "unwritten read", w, i, lane, address,
-         std::to_string(bytes) + " bytes at byte " + std::to_string(spot.offset) + " of " + r.name +
-             (outside ? ", outside of its elements" : ", which nobody has written"));
+    fail(outside ? "out of bounds" : "unwritten read", w, i, lane, address, bytes, " bytes at byte ", spot.offset, " of ", r.name,
+         outside ? ", outside of its elements" : ", which nobody has written");
   }
   if (r.tracked) {
     if (bytes < r.granule) r.refine(bytes);

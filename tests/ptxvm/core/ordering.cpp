@@ -41,9 +41,10 @@ namespace {
 
 [[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, u32 thread, u32 inst) {
   const u64 byte = cell * spot.region->granule;
-  const std::string other = std::to_string(thread % m.threads_per_block()) + " of block " + std::to_string(thread / m.threads_per_block());
-  m.fail("race", w, i, lane, spot.region->base + byte,
-         "byte " + std::to_string(byte) + " of " + spot.region->name + " " + what + " by thread " + other + " with nothing that orders the two", inst);
+  const u32 size = m.threads_per_block();
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread % size, " of block ",
+                                   thread / size, " with nothing that orders the two");
+  throw Violation{"race", message, i.index, inst, w.block->linear, w.index * warp_size + lane, spot.region->base + byte};
 }
 
 }  // namespace

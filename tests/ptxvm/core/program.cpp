@@ -51,24 +51,26 @@ void look_up(const Meaning<T>& meaning, const std::string& word, T& result) {
 
 void read_modifiers(Inst& inst, const Words& words) {
   static const Meaning<bool Inst::*> flags = {
-      {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"aligned", &Inst::aligned},
+      {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"abs", &Inst::absolute},
       {"trans", &Inst::transposed}, {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
-      {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral}};
+      {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral},
+      {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
   static const Meaning<Rounding> roundings = {
-      {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up}, {"rna", Rounding::away},
-      {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down}, {"rpi", Rounding::up}};
+      {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up},
+      {"rna", Rounding::away}, {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down}, {"rpi", Rounding::up}};
   static const Meaning<Space> spaces = {
       {"global", Space::global}, {"const", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared},
       {"shared::cluster", Space::shared}, {"local", Space::local}, {"param", Space::param}};
   static const Meaning<Scope> scopes = {  // an ordering without a scope reaches the grid
-      {"relaxed", Scope::grid}, {"volatile", Scope::grid}, {"acquire", Scope::grid}, {"release", Scope::grid}, {"acq_rel", Scope::grid},
-      {"cta", Scope::block}, {"cluster", Scope::cluster}, {"gpu", Scope::grid}, {"gl", Scope::grid}, {"sys", Scope::grid}};
+      {"relaxed", Scope::grid}, {"volatile", Scope::grid}, {"acquire", Scope::grid}, {"release", Scope::grid},
+      {"acq_rel", Scope::grid}, {"atom", Scope::grid}, {"red", Scope::grid}, {"cta", Scope::block},
+      {"cluster", Scope::cluster}, {"gpu", Scope::grid}, {"gl", Scope::grid}, {"sys", Scope::grid}};
   static const Meaning<u8> relations = {
       {"eq", equal}, {"ne", less | greater}, {"lt", less}, {"le", less | equal}, {"gt", greater}, {"ge", greater | equal},
-      {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal}, {"num", less | equal | greater}, {"nan", unordered},
-      {"equ", equal | unordered}, {"neu", less | greater | unordered}, {"ltu", less | unordered},
-      {"leu", less | equal | unordered}, {"gtu", greater | unordered}, {"geu", greater | equal | unordered}};
-  static const Meaning<u8> functions = {{"and", 1}, {"or", 2}, {"xor", 3}};
+      {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal}, {"equ", equal | unordered},
+      {"neu", less | greater | unordered}, {"ltu", less | unordered}, {"leu", less | equal | unordered},
+      {"gtu", greater | unordered}, {"geu", greater | equal | unordered}, {"num", less | equal | greater}, {"nan", unordered}};
+  static const Meaning<u8> functions = {{"and", 1}, {"or", 2}, {"xor", 3}, {"up", 0}, {"down", 1}, {"bfly", 2}, {"idx", 3}};
   static const Meaning<u8> counts = {{"v2", 2}, {"v4", 4}, {"v8", 8}, {"x2", 2}, {"x4", 4}};
   for (const std::string& word : words) {
     if (const auto flag = flags.find(word); flag != flags.end()) inst.*flag->second = true;
@@ -99,18 +101,16 @@ void on(const std::string& pattern, int operands, Handler run, int optional) {
 }
 
 Inst decode(const std::string& opcode, int operands) {
-  Words words = split(opcode, '.');
-  const std::string name = words[0];
-  words.erase(words.begin());
+  const Words words = split(opcode, '.');
+  const std::string& name = words[0];
   const auto [first, last] = forms().equal_range(name);
   if (first == last) throw std::invalid_argument("unknown instruction '" + name + "'");
   std::string counts;
   for (auto it = first; it != last; ++it) {
     const Form& form = it->second;
-    if (!matches(words, 0, form.groups, 0)) continue;
+    if (!matches(words, 1, form.groups, 0)) continue;
     Inst inst{form.run, form.kind};
     read_modifiers(inst, words);
-    if ((name == "atom" || name == "red") && inst.scope == Scope::weak) inst.scope = Scope::grid;
     inst.operands = u8(operands);
     const int least = form.operands + inst.vec - 1;
     if (operands >= least && operands <= least + form.optional) return inst;

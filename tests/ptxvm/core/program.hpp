@@ -35,13 +35,16 @@ struct Inst {
   // The modifiers
   u8 vec = 1;
   u8 accepts = 0;                // relations that make a comparison true
-  u8 function = 0;               // which of several: and or xor / up down bfly idx / ...
+  u8 function = 0;               // and or xor: 1 2 3; up down bfly idx: 0 1 2 3
   bool ftz = false, sat = false, relu = false, wrap = false;
   bool integral = false;         // round to an integer (.rni ...)
   bool negated_c = false;        // a predicate operand written `!c`
   bool transposed = false;
   bool constant = false;         // ld.nc: the memory must not change during the launch
-  bool acquires = false, releases = false, aligned = false;
+  bool acquires = false, releases = false;
+  bool aligned = false;          // a barrier that all lanes reach together
+  bool arrives = false, reduces = false;  // bar.arrive, bar.red
+  bool absolute = false;
   Rounding rounding = Rounding::nearest;
   Space space = Space::generic;
   Scope scope = Scope::weak;
