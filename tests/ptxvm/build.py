@@ -17,18 +17,10 @@ from types import ModuleType
 
 _SOURCES = Path(__file__).parent / "core"
 # The core's results are IEEE's: no contraction to fma, no assumption about the rounding mode.
-_FLAGS = [
-    "-std=c++20",
-    "-O2",
-    "-ftree-vectorize",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-frounding-math",
-    "-fno-math-errno",
-    "-Wall",
-    "-Wextra",
-]
+_FLAGS = (
+    "-std=c++20 -O2 -ftree-vectorize -march=native -fPIC -fvisibility=hidden -Wall -Wextra "
+    "-ffp-contract=off -frounding-math -fno-math-errno"
+).split()
 
 
 def cache_directory() -> Path:
@@ -46,17 +38,13 @@ def digest(*parts: str | bytes) -> str:
 def core() -> ModuleType:
     """The compiled core; the first call on a machine compiles it."""
     compiler = os.environ.get("CXX", "g++")
-    flags = _FLAGS + (["-march=native"] if _accepts(compiler, "-march=native") else [])
-    sources = sorted(_SOURCES.glob("*.[ch]pp"))
-    key = digest(
-        *(p.read_bytes() for p in sources), " ".join(flags), _resolved(compiler, flags), sys.version, platform.machine()
-    )
-    directory = cache_directory() / f"core-{key}"
+    sources = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]pp"))]
+    directory = cache_directory() / f"core-{digest(*sources, _resolved(compiler), sys.version, platform.machine())}"
     library = directory / f"ptxvm_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-            _compile(Path(scratch), compiler, flags, library.name)
+            _compile(Path(scratch), compiler, library.name)
             directory.mkdir(exist_ok=True)
             os.replace(Path(scratch) / library.name, library)
     spec = importlib.util.spec_from_file_location("ptxvm_core", library)
@@ -66,23 +54,19 @@ def core() -> ModuleType:
     return module
 
 
-def _accepts(compiler: str, flag: str) -> bool:
-    command = [compiler, flag, "-E", "-x", "c++", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+def _resolved(compiler: str) -> str:
+    """What the compiler makes of the flags on this processor: -march=native must not be shared between machines."""
+    command = [compiler, *_FLAGS, "-Q", "--help=target"]
+    return " ".join(command) + subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def _resolved(compiler: str, flags: list[str]) -> str:
-    """What the compiler makes of its flags on this processor: -march=native must not be shared between machines."""
-    return subprocess.run([compiler, *flags, "-Q", "--help=target"], capture_output=True, text=True).stdout
-
-
-def _compile(directory: Path, compiler: str, flags: list[str], library: str) -> None:
+def _compile(directory: Path, compiler: str, library: str) -> None:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = {source: f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
     (directory / "build.ninja").write_text(
-        f"flags = {' '.join(flags + includes)}\n"
+        f"flags = {' '.join(_FLAGS + includes)}\n"
         f"rule compile\n  command = {compiler} $flags -c $in -o $out\n"
         f"rule link\n  command = {compiler} -shared $in -o $out\n"
         + "".join(f"build {name}: compile {source}\n" for source, name in objects.items())

@@ -57,13 +57,9 @@ def compile_triton(kernel: Any, args: Sequence[Any], *, target: int = 80, **opti
 
 
 def launch_triton(
-    kernel: Any,
-    grid: Dim | Callable[[Mapping[str, Any]], Dim],
-    *args: Any,
-    target: int = 80,
-    schedule: str | int = "forward",
-    **options: Any,
-) -> Report:
+    kernel: Any, grid: Dim | Callable[[Mapping[str, Any]], Dim], *args: Any,
+    target: int = 80, schedule: str | int = "forward", **options: Any,
+) -> Report:  # fmt: skip
     """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, B=128)`.
 
     Triton lets lanes that hold copies of a sum store it to the same place, though contraction to fma may have made the
@@ -73,10 +69,8 @@ def launch_triton(
     meta = compiled.metadata
     sizes = grid({**options, **values}) if callable(grid) else grid
     blocks = int(np.prod(sizes)) * meta.num_ctas
-    scratch = [
-        np.zeros(size * blocks, np.uint8) if size else None
-        for size in (meta.global_scratch_size, meta.profile_scratch_size)
-    ]
+    scratch_sizes = (meta.global_scratch_size, meta.profile_scratch_size)
+    scratch = [np.zeros(size * blocks, np.uint8) if size else None for size in scratch_sizes]
     return launch(
         compiled.asm["ptx"], meta.name, sizes, meta.num_warps * 32, [*values.values(), *scratch], shared=meta.shared,
         cooperative=meta.launch_cooperative_grid, schedule=schedule, lanes_may_collide=True,
@@ -98,9 +92,7 @@ def compile_cuda(source: str, *, target: int | str = 80, flags: Sequence[str] = 
     """The PTX that nvcc makes of CUDA C++, for compute_<target>; kept in the cache."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise FileNotFoundError(
-            "nvcc is not on the PATH, in CUDA_HOME, or in a wheel: pip install nvidia-cuda-nvcc (see the dev extra)"
-        )
+        raise FileNotFoundError("no nvcc on the PATH, in CUDA_HOME, or in a wheel (see the dev extra)")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     command = [nvcc, "-ptx", "-lineinfo", "-std=c++17", f"-arch=compute_{target}", *flags]
     kept = cache_directory() / "ptx" / f"{digest(source, version, ' '.join(command[1:]))}.ptx"
@@ -117,15 +109,8 @@ def compile_cuda(source: str, *, target: int | str = 80, flags: Sequence[str] = 
 
 
 def launch_cuda(
-    source: str,
-    name: str,
-    grid: Dim,
-    block: Dim,
-    args: Sequence[Any],
-    *,
-    target: int | str = 80,
-    flags: Sequence[str] = (),
-    **options: Any,
-) -> Report:
+    source: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
+    target: int | str = 80, flags: Sequence[str] = (), **options: Any,
+) -> Report:  # fmt: skip
     """Compiles CUDA C++ with nvcc and runs one of its kernels; `options` are those of `launch`."""
     return launch(compile_cuda(source, target=target, flags=flags), name, grid, block, args, **options)

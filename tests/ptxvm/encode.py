@@ -105,16 +105,11 @@ class _Slots:
         core().check_instruction(opcode, len(names))
         if instruction.guard and instruction.guard not in self.registers:
             raise ValueError(f"register {instruction.guard} is not declared")
-        program.add(
-            opcode,
-            [self.slot(name, opcode) for name in names],
-            self.registers[instruction.guard] if instruction.guard else -1,
-            instruction.negated,
-            self.slot(instruction.also, opcode) if instruction.also else -1,
-            sum(operand.offset for operand in operands),
-            target,
-            any(operand.negated for operand in operands),
-        )
+        guard = self.registers[instruction.guard] if instruction.guard else -1
+        also = self.slot(instruction.also, opcode) if instruction.also else -1
+        offset, negated = sum(o.offset for o in operands), any(o.negated for o in operands)
+        slots = [self.slot(name, opcode) for name in names]
+        program.add(opcode, slots, guard, instruction.negated, also, offset, target, negated)
 
 
 def _name_move(instruction: Instruction) -> str:

@@ -56,20 +56,10 @@ def _encoded(text: str, name: str) -> Encoded:
 
 
 def launch(
-    ptx: str,
-    name: str,
-    grid: Dim,
-    block: Dim,
-    args: Sequence[Any],
-    *,
-    cluster: Dim | None = None,
-    shared: int = 0,
-    cooperative: bool = False,
-    schedule: str | int = "forward",
-    lanes_may_collide: bool = False,
-    names: Sequence[str] | None = None,
-    patience: int = 50_000_000,
-) -> Report:
+    ptx: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
+    cluster: Dim | None = None, shared: int = 0, cooperative: bool = False, schedule: str | int = "forward",
+    lanes_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
+) -> Report:  # fmt: skip
     """Runs a kernel and returns what it did; a broken rule raises Violation.
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
@@ -109,12 +99,11 @@ def launch(
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
-    result = core().run(
-        encoded.program, grid3, block3, cluster3, options, [a.argument() for a in allocations], bytes(params)
-    )
+    regions = [a.argument() for a in allocations]
+    result = core().run(encoded.program, grid3, block3, cluster3, options, regions, bytes(params))
     seconds = time.perf_counter() - start
     if "violation" in result:
-        raise _explain(module, kernel.instructions, block3, grid3, *result["violation"])
+        raise _explain(module, kernel, block3, grid3, *result["violation"])
     for allocation in allocations:
         if wrong := allocation.miscounts():
             raise Violation("write count", f"write count: {wrong}")
@@ -148,23 +137,25 @@ def _check_shape(kernel: Kernel, grid: Sequence[int], block: Sequence[int], clus
         f"grid {grid} is not a multiple of cluster {cluster}": any(g % c for g, c in zip(grid, cluster, strict=True)),
         f"a cluster has at most 16 blocks, not {blocks}": blocks > 16,
     }  # fmt: skip
-    for message, holds in problems.items():
-        if holds:
-            raise ValueError(message)
+    if found := [message for message, holds in problems.items() if holds]:
+        raise ValueError(found[0])
+
+
+def _is_memory(value: Any) -> bool:
+    return isinstance(value, Out) or is_array(value)
 
 
 def _pointers(memory: Memory, arg: Any, label: str) -> list[ArrayView]:
     """Registers the arrays of an argument as memory."""
     parts = arg.values if isinstance(arg, Struct) else (arg,)
-    return [memory.add(part, label) for part in parts if isinstance(part, Out) or is_array(part)]
+    return [memory.add(part, label) for part in parts if _is_memory(part)]
 
 
 def _pack(param: Variable, arg: Any, label: str, addresses: list[int]) -> bytes:
     """The bytes of an argument as its parameter takes them."""
     if isinstance(arg, Struct):
-        values, remaining = [], iter(addresses)
-        for value in arg.values:
-            values.append(next(remaining) if isinstance(value, Out) or is_array(value) else value)
+        remaining = iter(addresses)
+        values = [next(remaining) if _is_memory(value) else value for value in arg.values]
         data = struct.pack("@" + arg.form, *values)
     elif isinstance(arg, bytes):
         data = arg
@@ -187,21 +178,19 @@ def _pack(param: Variable, arg: Any, label: str, addresses: list[int]) -> bytes:
 
 
 def _explain(
-    module: Module, instructions: list[Instruction], block: Sequence[int], grid: Sequence[int],
+    module: Module, kernel: Kernel, block: Sequence[int], grid: Sequence[int],
     kind: str, message: str, inst: int, other: int, block_number: int, thread_number: int, address: int,
 ) -> Violation:  # fmt: skip
     def place(number: int, sizes: Sequence[int]) -> tuple[int, int, int]:
         return number % sizes[0], number // sizes[0] % sizes[1], number // sizes[0] // sizes[1]
 
-    def cite(index: int) -> str:
-        i = instructions[index]
+    def cite(i: Instruction) -> str:
         source = module.describe(i.location)
         return f"PTX line {i.line}: {i.text}" + (f"   [{source}]" if source else "")
 
-    lines = [f"{kind}: {message}", f"  at {cite(inst)}"]
+    at, block_at, thread_at = kernel.instructions[inst], place(block_number, grid), place(thread_number, block)
+    lines = [f"{kind}: {message}", f"  at {cite(at)}"]
     if other >= 0:
-        lines.append(f"  and {cite(other)}")
-    block_at, thread_at = place(block_number, grid), place(thread_number, block)
+        lines.append(f"  and {cite(kernel.instructions[other])}")
     lines.append(f"  block {block_at}, thread {thread_at}" + (f", address {address:#x}" if address else ""))
-    i = instructions[inst]
-    return Violation(kind, "\n".join(lines), i, module.describe(i.location), block_at, thread_at, address)
+    return Violation(kind, "\n".join(lines), at, module.describe(at.location), block_at, thread_at, address)

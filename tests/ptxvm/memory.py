@@ -45,9 +45,8 @@ class ArrayView:
         if 0 in self.shape:
             return self.address, self.address
         reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        return self.address + sum(r for r in reach if r < 0), self.address + sum(
-            r for r in reach if r > 0
-        ) + self.itemsize
+        before, after = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        return self.address + before, self.address + after + self.itemsize
 
     def select(self, data: Bytes, start: int) -> Bytes:
         """The bytes of the elements, [*shape, itemsize], in `data`, which begins at address `start`."""
@@ -69,15 +68,8 @@ def view(array: Any, label: str) -> ArrayView:
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
         label = f"{label} ({array.dtype}{list(array.shape)})"
-        return ArrayView(
-            array.ctypes.data,
-            array.shape,
-            array.strides,
-            array.itemsize,
-            owner.ctypes.data,
-            label,
-            array.flags.writeable,
-        )
+        start, writable = array.ctypes.data, array.flags.writeable
+        return ArrayView(start, array.shape, array.strides, array.itemsize, owner.ctypes.data, label, writable)
     if array.device.type != "cpu":
         raise TypeError(f"{label} is on {array.device}; the machine runs on CPU tensors")
     size = array.element_size()

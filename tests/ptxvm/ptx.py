@@ -30,17 +30,9 @@ _INSTRUCTION = re.compile(
 )
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _NAME = re.compile(r"-?[\w$%.]+$")
-_FIXED = (
-    "reqntid",
-    "maxntid",
-    "minnctapersm",
-    "maxnreg",
-    "reqnctapercluster",
-    "maxclusterrank",
-    "explicitcluster",
-    "blocksareclusters",
-    "pragma",
-)
+_ATTRIBUTES = (
+    "reqntid maxntid minnctapersm maxnreg reqnctapercluster maxclusterrank explicitcluster blocksareclusters pragma"
+).split()
 
 
 class PTXError(ValueError):
@@ -117,20 +109,17 @@ class Module:
         """The kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
         found = [k for k in self.kernels if k == name] or [k for k in self.kernels if f"{len(name)}{name}" in k]
         if len(found) != 1:
-            raise KeyError(
-                f"{len(found) or 'no'} kernels match {name!r}; the text has {', '.join(self.kernels) or 'none'}"
-            )
+            there = ", ".join(self.kernels) or "none"
+            raise KeyError(f"{len(found) or 'no'} kernels match {name!r}; the text has {there}")
         return self.kernels[found[0]]
 
     def describe(self, location: Location | None) -> str:
         """`file:line` of a location, with the place that it was inlined into."""
         if location is None:
             return ""
-        text = f"{PurePath(self.files.get(location.file, '?')).name}:{location.line}"
-        if location.inlined_at:
-            file, line = location.inlined_at
-            text += f" (inlined at {PurePath(self.files.get(file, '?')).name}:{line})"
-        return text
+        places = [(location.file, location.line)] + ([location.inlined_at] if location.inlined_at else [])
+        texts = [f"{PurePath(self.files.get(file, '?')).name}:{line}" for file, line in places]
+        return texts[0] + "".join(f" (inlined at {text})" for text in texts[1:])
 
 
 def literal(text: str) -> int | float | None:
@@ -185,11 +174,10 @@ class _Parser:
             self.directive(found["directive"], found["rest"].split())
         elif found["entry"]:
             self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
-            self.kernel.params = [
-                variable("param", p.replace(".param", "", 1)) for p in (found["params"] or "").split(",") if p.strip()
-            ]
+            params = [p.replace(".param", "", 1) for p in (found["params"] or "").split(",") if p.strip()]
+            self.kernel.params = [variable("param", p) for p in params]
             for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
-                if name not in _FIXED:
+                if name not in _ATTRIBUTES:
                     raise ValueError(f"unknown directive '.{name}' of a kernel")
                 self.kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
             self.scopes = [({}, "")]
@@ -245,11 +233,8 @@ class _Parser:
             numbers = [literal(o.strip("-+ \t")) for o in offsets]
             if not all(isinstance(n, int) for n in numbers):
                 raise ValueError(f"cannot read the address {text}")
-            return Operand(
-                (self.resolve(base.strip()),),
-                "address",
-                sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True)),
-            )
+            offset = sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True))
+            return Operand((self.resolve(base.strip()),), "address", offset)
         return Operand((self.resolve(text.lstrip("!").strip()),), negated=text[0] == "!")
 
     def resolve(self, name: str) -> str:

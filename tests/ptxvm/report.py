@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+_DIRECTIONS = [(space, what, what == "written") for space in ("global", "shared") for what in ("read", "written")]
+
+
 @dataclass(frozen=True)
 class Row:
     """The counts of one PTX instruction."""
@@ -57,11 +60,8 @@ class Report:
 
     def traffic(self, space: str, writes: bool) -> Traffic:
         """All reads, or all writes and atomics, of "global" or "shared" memory."""
-        rows = [
-            r
-            for r in self.rows
-            if r.bytes and r.space == space and writes == (r.operation in ("st", "stmatrix", "atom", "red"))
-        ]
+        writing = ("st", "stmatrix", "atom", "red")
+        rows = [r for r in self.rows if r.bytes and r.space == space and (r.operation in writing) == writes]
         return Traffic(*(sum(getattr(r, name) for r in rows) for name in ("requests", "bytes", "sectors", "conflicts")))
 
     @property
@@ -104,22 +104,16 @@ class Report:
         """Totals and instructions as JSON."""
         data: dict[str, Any] = asdict(self)
         data["instructions"] = data.pop("rows")
-        data |= {
-            f"{space}_{name}": asdict(self.traffic(space, name == "written"))
-            for space in ("global", "shared")
-            for name in ("read", "written")
-        }
-        for name in ("barriers", "divergent_branches", "thread_instructions"):
-            data[name] = getattr(self, name)
+        data |= {f"{space}_{what}": asdict(self.traffic(space, writes)) for space, what, writes in _DIRECTIONS}
+        data |= {name: getattr(self, name) for name in ("barriers", "divergent_branches", "thread_instructions")}
         return json.dumps(data | {"warp_instructions": self.instructions}, indent=1)
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.grid)) + " blocks of " + "x".join(map(str, self.block)) + " threads"
         head = f"{'':14}{'requests':>10}{'bytes':>12}{'sectors':>10}{'sectors/request':>17}{'bank conflicts':>16}"
         lines = [f"{self.kernel} ({self.target}), {size}, schedule {self.schedule}", head]
-        for name, space, writes in [("global read", "global", False), ("global written", "global", True),
-                                    ("shared read", "shared", False), ("shared written", "shared", True)]:  # fmt: skip
-            t = self.traffic(space, writes)
+        for space, what, writes in _DIRECTIONS:
+            t, name = self.traffic(space, writes), f"{space} {what}"
             rest = f"{t.sectors:10}{t.sectors / max(1, t.requests):17.2f}" if space == "global" else f"{t.conflicts:43}"
             lines += [f"{name:14}{t.requests:10}{t.bytes:12}{rest}"] if t.requests else []
         issued = ", ".join(f"{count} {kind}" for kind, count in self.instructions.items() if count)
