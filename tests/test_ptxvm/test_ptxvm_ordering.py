@@ -284,3 +284,23 @@ def test_outputs_may_be_written_several_times_where_that_is_said() -> None:
         Violation, match=r"element \[0\] of argument 0 \(uint32\[1\]\) was written 2 times, not 1; 1 of 1 elements"
     ):
         launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32))])
+
+
+def test_the_reads_of_a_word_are_kept_for_each_of_its_halves() -> None:
+    body = """and.b32 %d, %t, 31;
+    shr.u32 %e, %t, 5;
+    setp.eq.u32 %p, %e, 0; @%p bra SECOND_HALF;
+    setp.eq.u32 %p, %e, 1; @%p bra UNORDERED;
+    setp.eq.u32 %p, %e, 2; @%p bra ORDERED;
+    bar.sync 2, 96;
+    bar.sync 1, 64;
+    setp.ne.u32 %p, %d, 0; @%p exit;
+    st.global.u16 [%m+8], %d;
+    exit;
+    UNORDERED: ld.global.u32 %e, [%m+8]; bar.arrive 1, 64; exit;
+    ORDERED: ld.global.u32 %e, [%m+8]; bar.arrive 2, 96; exit;
+    SECOND_HALF: bar.sync 2, 96;
+    setp.ne.u32 %p, %d, 0; @%p exit;
+    st.global.u16 [%m+10], %d;"""
+    with pytest.raises(Violation, match=r"race: byte 10 of .* was read by thread 32 of block 0"):
+        run(body, blocks=1, threads=128)

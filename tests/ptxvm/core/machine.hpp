@@ -152,7 +152,7 @@ struct Machine {
   std::vector<Region> regions;     // sorted by base
   Region params;
   std::vector<Counter> counters;
-  std::vector<std::vector<Read>> read_lists;
+  std::vector<std::vector<Access>> read_lists{1};
   std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
   std::mt19937_64 random;
   u64 progress = 0, issued = 0;
@@ -165,7 +165,9 @@ struct Machine {
   void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
 
   // ordering.cpp: happens-before
-  bool ordered(const Warp& w, int lane, u32 thread, u32 clock) const;
+  bool knows(const Warp& w, int lane, u32 thread, u32 clock) const;
+  u32 unordered(const Warp& w, int lane, const Access& earlier) const;
+  bool races(const Warp& w, int lane, Scope scope, const Access& earlier) const;
   bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;
   void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope, bool agrees);
   void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope);
@@ -193,6 +195,7 @@ struct Machine {
   void step(Warp& w, u64 instructions);
   [[noreturn]] void report_stuck(const std::vector<Block*>& blocks);
   Spot locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes);
+  void refine(Region& region, unsigned bytes);  // makes its cells as small as this
   size_t last_region_ = 0;
 };
 

@@ -8,12 +8,17 @@
 
 namespace ptxvm {
 
-void Region::refine(unsigned bytes) {
-  while (granule > bytes) {
-    std::vector<Cell> finer(cells.size() * 2);
-    for (size_t k = 0; k < finer.size(); ++k) finer[k] = cells[k / 2];
-    cells.swap(finer);
-    granule /= 2;
+void Machine::refine(Region& region, unsigned bytes) {
+  while (region.granule > bytes) {
+    std::vector<Cell> finer(region.cells.size() * 2);
+    for (size_t k = 0; k < finer.size(); ++k) {
+      finer[k] = region.cells[k / 2];
+      if (k % 2 == 0 || !finer[k].earlier_reads) continue;
+      read_lists.push_back(read_lists[finer[k].earlier_reads]);  // each half has a list of its own
+      finer[k].earlier_reads = u32(read_lists.size() - 1);
+    }
+    region.cells.swap(finer);
+    region.granule /= 2;
   }
 }
 
@@ -92,7 +97,7 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
          outside ? ", outside of its elements" : ", which nobody has written");
   }
   if (r.tracked) {
-    if (bytes < r.granule) r.refine(bytes);
+    refine(r, bytes);
     const bool agrees = fresh && r.shared && state == written && !std::memcmp(fresh, spot.data(), bytes);
     for (u64 cell = spot.offset / r.granule; cell < (spot.offset + bytes) / r.granule; ++cell) {
       if (use == Use::read) check_read(w, i, lane, spot, cell, scope);

@@ -23,18 +23,17 @@ struct Release {
   u32 block;
 };
 
-// The last accesses to one granule. Threads and warps are numbered through the grid; a clock of 0 means never.
-struct Cell {
-  u32 writer, write_clock;
-  u32 write_inst : 24, write_scope : 2, : 6;
-  u32 read_warp, read_clock, read_lanes;  // lanes of one warp, or the index of a list of reads
-  u32 read_inst : 24, read_scope : 2, many_reads : 1, : 5;
-  u32 writes;
+// An access by lanes of one warp. Warps are numbered through the grid; a clock of 0 means never.
+struct Access {
+  u32 warp = 0, clock = 0, lanes = 0, inst : 24 = 0;
+  Scope scope : 8 = Scope::weak;
 };
 
-struct Read {
-  u32 warp, clock, lanes, inst;
-  Scope scope;
+// The last accesses to one granule: the write, and the reads since.
+struct Cell {
+  Access write, read;
+  u32 earlier_reads = 0;  // index of a list of them; 0 means none
+  u32 writes = 0;
 };
 
 enum ByteState : u8 { forbidden, unwritten, written };
@@ -56,7 +55,6 @@ struct Region {
     granule = 4;
     cells.assign((size + 3) / 4, Cell{});
   }
-  void refine(unsigned bytes);
 };
 
 // A region that owns its bytes.

@@ -16,14 +16,26 @@ void join(Clocks& into, const Clocks& other) {
   }
 }
 
-bool Machine::ordered(const Warp& w, int lane, u32 thread, u32 clock) const {
-  if (clock == 0 || thread == w.thread(lane)) return true;
+bool Machine::knows(const Warp& w, int lane, u32 thread, u32 clock) const {
+  if (thread == w.thread(lane)) return true;
   const u32 size = threads_per_block(), block = thread / size, in_block = thread % size;
   if (block == w.block->linear && clock <= w.block->common[in_block]) return true;
   const SharedClocks& known = w.clocks[lane].known;
   if (!known) return false;
   const auto found = known->find(block);
   return found != known->end() && clock <= found->second[in_block];
+}
+
+// The lanes of an earlier access that nothing orders before what this lane does now.
+u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
+  if (earlier.clock == 0) return 0;
+  const u32 warps = warps_per_block(), first = earlier.warp / warps * threads_per_block() + earlier.warp % warps * warp_size;
+  return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, first + other, earlier.clock); });
+}
+
+bool Machine::races(const Warp& w, int lane, Scope scope, const Access& earlier) const {
+  return unordered(w, lane, earlier) &&
+         !compatible(u32(w.block->linear), scope, earlier.warp / warps_per_block(), earlier.scope);
 }
 
 // Two strong accesses do not race if each one's scope reaches the other.
@@ -39,90 +51,61 @@ bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) c
 
 namespace {
 
-[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, u32 thread, u32 inst) {
+[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
+                       const Access& other) {
   const u64 byte = cell * spot.region->granule;
-  const u32 size = m.threads_per_block();
-  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread % size, " of block ",
-                                   thread / size, " with nothing that orders the two");
-  throw Violation{"race", message, i.index, inst, w.block->linear, w.index * warp_size + lane, spot.region->base + byte};
+  const u32 warps = m.warps_per_block(), unordered = m.unordered(w, lane, other);
+  const u32 thread = other.warp % warps * warp_size + std::countr_zero(unordered ? unordered : other.lanes);
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread, " of block ",
+                                   other.warp / warps, " with nothing that orders the two");
+  const u32 own_thread = w.index * warp_size + lane;
+  throw Violation{"race", message, i.index, other.inst, w.block->linear, own_thread, spot.region->base + byte};
 }
 
 }  // namespace
 
 void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope, bool agrees) {
   Cell& cell = spot.region->cells[index];
-  const u32 size = threads_per_block(), block = u32(w.block->linear), warps = warps_per_block();
-  if (!agrees && !ordered(w, lane, cell.writer, cell.write_clock) &&
-      !compatible(block, scope, cell.writer / size, Scope(cell.write_scope))) {
-    const u32 other = cell.writer - w.thread(0);  // its lane, if it is of this warp
-    const bool collides = storing && spot.region->shared && other < warp_size && w.lanes >> other & 1 && storing[other] == storing[lane];
-    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.writer, cell.write_inst);
+  if (!agrees && races(w, lane, scope, cell.write)) {
+    const int other = std::countr_zero(cell.write.lanes);
+    const bool together = storing && cell.write.warp == w.number() && w.lanes >> other & 1;
+    const bool collides = together && spot.region->shared && storing[other] == storing[lane];
+    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.write);
     ++counters[i.index].collisions;
   }
-  const auto check = [&](const Read& read) {
-    const u32 reader_block = read.warp / warps, first = reader_block * size + read.warp % warps * warp_size;
-    if (compatible(block, scope, reader_block, read.scope)) return;
-    for_lanes(read.lanes, [&](int other) {
-      if (!ordered(w, lane, first + other, read.clock)) race(*this, "was read", w, i, lane, spot, index, first + other, read.inst);
-    });
+  const auto check = [&](const Access& read) {
+    if (races(w, lane, scope, read)) race(*this, "was read", w, i, lane, spot, index, read);
   };
-  if (cell.many_reads) {
-    std::vector<Read>& reads = read_lists[cell.read_lanes];
-    std::for_each(reads.begin(), reads.end(), check);
-    reads.clear();
-  } else if (cell.read_clock) {
-    check({cell.read_warp, cell.read_clock, cell.read_lanes, cell.read_inst, Scope(cell.read_scope)});
-  }
-  cell.read_clock = cell.many_reads = 0;
-  cell.writer = w.thread(lane);
-  cell.write_clock = w.clocks[lane].clock;
-  cell.write_inst = i.index;
-  cell.write_scope = u32(scope);
+  std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+  std::for_each(earlier.begin(), earlier.end(), check);
+  earlier.clear();
+  check(cell.read);
+  cell.read = {};
+  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
   ++cell.writes;
 }
 
 void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope) {
   Cell& cell = spot.region->cells[index];
-  const u32 size = threads_per_block(), block = u32(w.block->linear), warps = warps_per_block();
-  const bool changed = i.constant && cell.write_clock;
-  if (changed || (!ordered(w, lane, cell.writer, cell.write_clock) &&
-                  !compatible(block, scope, cell.writer / size, Scope(cell.write_scope))))
-    race(*this, "was written", w, i, lane, spot, index, cell.writer, cell.write_inst);
-  const u32 clock = w.clocks[lane].clock, warp = w.number();
-  const Read read{warp, clock, 1u << lane, i.index, scope};
-  const auto joins = [&](u32 other_warp, u32 other_clock, Scope other_scope) {
-    return other_warp == warp && other_clock == clock && other_scope == scope;
-  };
+  if ((i.constant && cell.write.clock) || races(w, lane, scope, cell.write))
+    race(*this, "was written", w, i, lane, spot, index, cell.write);
+  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
+  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == scope) {
+    cell.read.lanes |= read.lanes;
+    return;
+  }
   // A read that is known to this thread need not be kept: who is ordered after this one is ordered after it too.
-  const auto superseded = [&](const Read& other) {
-    const u32 first = other.warp / warps * size + other.warp % warps * warp_size;
-    bool all = true;
-    for_lanes(other.lanes, [&](int l) { all = all && ordered(w, lane, first + l, other.clock); });
-    return all;
-  };
-  if (cell.many_reads) {
-    std::vector<Read>& reads = read_lists[cell.read_lanes];
-    if (!reads.empty() && joins(reads.back().warp, reads.back().clock, reads.back().scope)) {
-      reads.back().lanes |= read.lanes;
-      return;
+  if (unordered(w, lane, cell.read)) {
+    if (!cell.earlier_reads) {
+      cell.earlier_reads = u32(read_lists.size());
+      read_lists.emplace_back();
     }
-    if (reads.size() == reads.capacity()) reads.erase(std::remove_if(reads.begin(), reads.end(), superseded), reads.end());
-    reads.push_back(read);
-    return;
+    std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+    if (earlier.size() == earlier.capacity())
+      std::erase_if(earlier, [&](const Access& other) { return !unordered(w, lane, other); });
+    earlier.push_back(cell.read);
   }
-  if (cell.read_clock && joins(cell.read_warp, cell.read_clock, Scope(cell.read_scope))) {
-    cell.read_lanes |= read.lanes;
-    return;
-  }
-  const Read last{cell.read_warp, cell.read_clock, cell.read_lanes, cell.read_inst, Scope(cell.read_scope)};
-  cell.read_inst = i.index;
-  if (cell.read_clock && !superseded(last)) {
-    cell.many_reads = 1;
-    cell.read_lanes = u32(read_lists.size());
-    read_lists.push_back({last, read});
-    return;
-  }
-  cell.read_warp = warp, cell.read_clock = clock, cell.read_lanes = read.lanes, cell.read_scope = u32(scope);
+  cell.read = read;
 }
 
 // Adds to `into` all that the lanes know and did, and starts a new clock for them.
