@@ -47,7 +47,9 @@ void declare_integer_arithmetic(T) {
   using Bits = std::make_unsigned_t<T>;
   constexpr int width = 8 * sizeof(T);
   const std::string t = " " + type_name<T>();
-  for_integer_functions<T>([](const std::string& name, const std::string& type, auto f) { on(name + " " + type, 3, op(f)); });
+  for_integer_functions<T>([](const std::string& name, const std::string& type, auto f) {
+    on(name + " " + type, 3, op(f));
+  });
   // The arithmetic is on unsigned values, because overflow wraps.
   on("sub" + t, 3, op([](Bits a, Bits b) { return T(a - b); }));
   on("mul lo" + t, 3, op([](Bits a, Bits b) { return T(u64(a) * b); }));

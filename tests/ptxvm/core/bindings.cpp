@@ -15,8 +15,8 @@ namespace {
 struct Program {
   std::vector<Inst> code;
 
-  void add(const std::string& opcode, const std::vector<s32>& operands, s32 guard, bool negated, s32 also, s64 offset, u32 target,
-           bool negated_c) {
+  void add(const std::string& opcode, const std::vector<s32>& operands, s32 guard, bool negated, s32 also, s64 offset,
+           u32 target, bool negated_c) {
     Inst inst = decode(opcode, int(operands.size()));
     std::copy(operands.begin(), operands.end(), inst.op.begin());
     inst.guard = guard, inst.negated = negated, inst.also = also, inst.offset = offset, inst.target = target;
@@ -26,21 +26,25 @@ struct Program {
   }
 };
 
-Dim to_dim(const std::array<u32, 3>& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
+using Sizes = std::array<u32, 3>;
+Dim to_dim(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
 
 // `regions`: name, address, size, host address of the bytes, host address of their states, readonly, host address for
 // the number of writes to each byte or 0.
 using RegionArgument = std::tuple<std::string, u64, u64, u64, u64, bool, u64>;
 
-py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::array<u32, 3>& block, const std::array<u32, 3>& cluster,
-             py::dict options, const std::vector<RegionArgument>& regions, py::bytes params) {
+py::dict run(const Program& program, const Sizes& grid, const Sizes& block, const Sizes& cluster, py::dict options,
+             const std::vector<RegionArgument>& regions, py::bytes params) {
   Machine m;
   m.code = program.code;
   Launch& l = m.launch;
   l.grid = to_dim(grid), l.block = to_dim(block), l.cluster = to_dim(cluster);
-  const auto get = [&options](const char* name, auto& field) { field = options[name].cast<std::decay_t<decltype(field)>>(); };
+  const auto get = [&options](const char* name, auto& field) {
+    field = options[name].cast<std::decay_t<decltype(field)>>();
+  };
   get("shared_size", l.shared_size), get("dynamic_shared", l.dynamic_shared), get("local_size", l.local_size);
-  get("cooperative", l.cooperative), get("explicit_cluster", l.explicit_cluster), get("lanes_may_collide", l.lanes_may_collide);
+  get("cooperative", l.cooperative), get("explicit_cluster", l.explicit_cluster);
+  get("lanes_may_collide", l.lanes_may_collide);
   get("order", l.order), get("seed", l.seed), get("patience", l.patience), get("grid_workspace", l.grid_workspace);
   get("registers", l.registers), get("slots", l.slots), get("constants", l.constants), get("specials", l.specials);
   for (const auto& [name, base, size, data, state, readonly, counts] : regions) {
@@ -73,8 +77,9 @@ py::dict run(const Program& program, const std::array<u32, 3>& grid, const std::
     static const char* const spaces[] = {"generic", "global", "shared", "local", "param"};
     const char* space = spaces[int(m.code[k].space)];
     if (m.code[k].space == Space::generic) space = c.sectors ? "global" : "shared";  // where the accesses went
-    counters.append(py::make_tuple(class_names[int(m.code[k].kind)], space, c.warps, c.threads, c.requests, c.bytes, c.sectors,
-                                   c.conflicts, c.divergent, c.collisions));
+    const char* kind = class_names[int(m.code[k].kind)];
+    counters.append(py::make_tuple(kind, space, c.warps, c.threads, c.requests, c.bytes, c.sectors, c.conflicts,
+                                   c.divergent, c.collisions));
   }
   result["counters"] = counters;
   return result;

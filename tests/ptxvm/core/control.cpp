@@ -1,6 +1,4 @@
 // Branches, barriers, and what lanes of a warp do together.
-#include <algorithm>
-
 #include "instructions.hpp"
 #include "lanes.hpp"
 
@@ -18,9 +16,8 @@ void Machine::complete(Block& block, Barrier& barrier) {
   for (const auto& [w, lanes, inst] : barrier.waiting) {
     if (everyone) for_lanes(lanes, [w = w, &clocks](int lane) { w->clocks[lane].known = clocks; });
     else learn(*w, lanes, clocks);
-    const u32 here = lanes;
-    const auto split = std::find_if(w->splits.begin(), w->splits.end(), [here](const Split& s) { return s.lanes == here; });
-    *split = {Split::ready, split->pc + 1, here};
+    for (Split& split : w->splits)
+      if (split.lanes == lanes) split = {Split::ready, split.pc + 1, lanes};
     if (!inst) continue;
     const u32 results[] = {barrier.votes, barrier.votes == barrier.expected, barrier.votes > 0};
     u64* result = w->slot(inst->op[0]);

@@ -37,8 +37,7 @@ D convert(const Inst& i, S s) {
     if constexpr (std::is_same_v<D, f32>)
       if (i.ftz) d = flush(d);
     if (i.sat) d = saturate(d);
-    if (i.relu) d = Compute<D>(d) > 0 ? d : Compute<D>(d) != Compute<D>(d) ? d : D(0);
-    return d;
+    return i.relu ? clamp_negative(d) : d;
   }
 }
 
@@ -51,16 +50,17 @@ void convert_lanes(Warp& w, const Inst& i) {
 
 // Two f32 to a pair; the first operand goes to the high half.
 template <class T>
-void convert_pair(Warp& w, const Inst& i) {
-  each<u32, f32, f32>(w, i, [&](f32 high, f32 low) { return u32(convert<T>(i, low).bits | convert<T>(i, high).bits << 16); });
-}
+constexpr auto convert_pair = [](const Inst& i, f32 high, f32 low) {
+  return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
+};
 
 template <class D, class S>
 void declare_conversion(D, S) {
-  const bool narrows = is_small<D> || (is_float<S> && sizeof(D) < sizeof(S));
+  const bool narrows = is_small<D> || sizeof(D) < sizeof(S), to_float = is_float<D>, from_float = is_float<S>;
   std::string form = "cvt";
-  if (is_float<D> && is_float<S>) form += std::is_same_v<D, S> ? " rni|rzi|rmi|rpi?" : !narrows ? "" : is_small<D> ? " rn|rz|rm|rp|rna" : " rn|rz|rm|rp";
-  else if (is_float<D> || is_float<S>) form += is_float<D> ? " rn|rz|rm|rp" : " rni|rzi|rmi|rpi";
+  if (std::is_same_v<D, S> && to_float) form += " rni|rzi|rmi|rpi?";
+  else if (to_float && from_float) form += !narrows ? "" : is_small<D> ? " rn|rz|rm|rp|rna" : " rn|rz|rm|rp";
+  else if (to_float || from_float) form += to_float ? " rn|rz|rm|rp" : " rni|rzi|rmi|rpi";
   if (std::is_same_v<D, f32> || std::is_same_v<S, f32>) form += " ftz?";
   form += is_small<D> && is_float<S> ? " sat|relu? " : " sat? ";
   on(form + type_name<D>() + " " + type_name<S>(), 2, convert_lanes<D, S>);
@@ -94,9 +94,9 @@ void declare_moves() {
   on("cvta to shared|shared::cta|shared::cluster u64", 2, op([](u64 a) { return a - shared_window; }));
   on("cvta local u64", 2, op([](u64 a) { return a + local_window; }));
   on("cvta to local u64", 2, op([](u64 a) { return a - local_window; }));
-  on("isspacep shared|shared::cta|shared::cluster", 2, op([](u64 a) { return u8(a - shared_window < window_size); }));
-  on("isspacep local", 2, op([](u64 a) { return u8(a - local_window < window_size); }));
-  on("isspacep global", 2, op([](u64 a) { return u8(a - shared_window >= window_size && a - local_window >= window_size); }));
+  on("isspacep shared|shared::cta|shared::cluster", 2, op([](u64 a) { return u8(in_shared(a)); }));
+  on("isspacep local", 2, op([](u64 a) { return u8(in_local(a)); }));
+  on("isspacep global", 2, op([](u64 a) { return u8(!in_shared(a) && !in_local(a)); }));
   on("mapa shared::cluster? u32|u64", 3, op([](u64 a, u32 rank) {
     return (a & ~(0xffull << rank_shift)) | u64(rank + 1) << rank_shift;
   }));
@@ -115,8 +115,8 @@ void declare_conversions() {
   for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
     for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
   });
-  on("cvt rn|rz relu? f16x2 f32", 3, convert_pair<f16>);
-  on("cvt rn|rz relu? bf16x2 f32", 3, convert_pair<bf16>);
+  on("cvt rn|rz relu? f16x2 f32", 3, op(convert_pair<f16>));
+  on("cvt rn|rz relu? bf16x2 f32", 3, op(convert_pair<bf16>));
   section(Class::move);
   declare_moves();
 }

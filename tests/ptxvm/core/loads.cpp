@@ -80,37 +80,31 @@ template <class T, class F>
 void declare_atomic(const std::string& operation, const std::string& type, F, int operands = 3) {
   const std::string op = " " + operation, t = " " + type, stated = " relaxed|acquire|release|acq_rel";
   // The ISA's order of modifiers, Triton's, and that of CUDA's headers.
-  for (const std::string& form : {order + scope + space + op, space + scope + stated + op, space + op + stated + scope}) {
+  const std::string forms[] = {order + scope + space + op, space + scope + stated + op, space + op + stated + scope};
+  for (const std::string& form : forms) {
     on("atom" + form + t, operands, update<T, true, F>);
     on("red" + form + t, operands - 1, update<T, false, F>);
   }
 }
 
 template <class T>
-void declare_atomics(T) {
-  const std::string t = type_name<T>(), b = bits_name<T>();
-  if constexpr (is_float<T>) {
-    declare_atomic<T>(is_small<T> ? "add noftz" : "add", t, [](T m, T v, T) { return canonical(T(Compute<T>(m) + Compute<T>(v))); });
-  } else {
-    declare_atomic<T>("add", t, [](T m, T v, T) { return T(m + v); });
-    declare_atomic<T>("min", t, [](T m, T v, T) { return std::min(m, v); });
-    declare_atomic<T>("max", t, [](T m, T v, T) { return std::max(m, v); });
-    if constexpr (std::is_unsigned_v<T>) {
-      declare_atomic<T>("and", b, [](T m, T v, T) { return T(m & v); });
-      declare_atomic<T>("or", b, [](T m, T v, T) { return T(m | v); });
-      declare_atomic<T>("xor", b, [](T m, T v, T) { return T(m ^ v); });
-      declare_atomic<T>("exch", b, [](T, T v, T) { return v; });
-      declare_atomic<T>("cas", b, [](T m, T expected, T v) { return m == expected ? v : m; }, 4);
-      declare_atomic<T>("inc", t, [](T m, T v, T) { return m >= v ? T(0) : T(m + 1); });
-      declare_atomic<T>("dec", t, [](T m, T v, T) { return m == 0 || m > v ? v : T(m - 1); });
-    }
-  }
-}
+constexpr auto float_sum = [](T m, T v, T) { return canonical(T(Compute<T>(m) + Compute<T>(v))); };
 
 template <class T>
-u64 update_pair(u64 memory, u64 value) {
-  const u16 low = T(from_slot<T>(memory) + from_slot<T>(value)).bits, high = T(from_slot<T>(memory >> 16) + from_slot<T>(value >> 16)).bits;
-  return low | u32(high) << 16;
+constexpr auto pair_sum = [](Pair<T> m, Pair<T> v, Pair<T>) { return Pair<T>{T(m.low + v.low), T(m.high + v.high)}; };
+
+template <class T>
+void declare_integer_atomics(T) {
+  const std::string t = type_name<T>(), b = bits_name<T>();
+  for_integer_functions<T>([](const std::string& function, const std::string& type, auto f) {
+    declare_atomic<T>(function, type, [](T m, T v, T) { return decltype(f){}(m, v); });
+  });
+  if constexpr (std::is_unsigned_v<T>) {
+    declare_atomic<T>("exch", b, [](T, T v, T) { return v; });
+    declare_atomic<T>("cas", b, [](T m, T expected, T v) { return m == expected ? v : m; }, 4);
+    declare_atomic<T>("inc", t, [](T m, T v, T) { return m >= v ? T(0) : T(m + 1); });
+    declare_atomic<T>("dec", t, [](T m, T v, T) { return m == 0 || m > v ? v : T(m - 1); });
+  }
 }
 
 // ldmatrix and stmatrix move 8x8 matrices of 16-bit elements. Lane 8*m + r has the address of row r of matrix m;
@@ -124,7 +118,8 @@ Element holder(const Inst& i, int row, int column) {
   return {row * 4 + column / 2, column % 2 * 16};
 }
 
-void move_matrices(Warp& w, const Inst& i, bool stores) {
+template <bool stores>
+void move_matrices(Warp& w, const Inst& i) {
   if (!w.meet()) return;
   Machine& m = *w.machine;
   const auto addresses = addresses_of(w, i, i.op[stores ? 0 : i.vec]);
@@ -162,13 +157,14 @@ void move_matrices(Warp& w, const Inst& i, bool stores) {
 template <class T>
 void declare_moves_to_memory(T) {
   const std::string evict = "evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate?";
-  const std::string hints = " L1::" + evict + " L2::evict_normal|L2::evict_first|L2::evict_last? L2::cache_hint? L2::64B|L2::128B|L2::256B?";
+  const std::string hints =
+      " L1::" + evict + " L2::evict_normal|L2::evict_first|L2::evict_last? L2::cache_hint? L2::64B|L2::128B|L2::256B?";
+  const std::string spaces = " global|shared|shared::cta|shared::cluster|local", vector = " v2|v4|v8? ";
   std::string t = type_name<T>();
   if (!is_float<T> && std::is_unsigned_v<T>) t += "|" + bits_name<T>();
-  on("ld weak|volatile|relaxed|acquire?" + scope + " global|shared|shared::cta|shared::cluster|local|param|const? ca|cg|cs|lu|cv? nc?" +
-         hints + " v2|v4|v8? " + t, 2, load<T>, 1);
-  on("st weak|volatile|relaxed|release?" + scope + " global|shared|shared::cta|shared::cluster|local? wb|cg|cs|wt?" + hints +
-         " v2|v4|v8? " + t, 2, store<T>, 1);
+  const std::string rest = hints + vector + t;
+  on("ld weak|volatile|relaxed|acquire?" + scope + spaces + "|param|const? ca|cg|cs|lu|cv? nc?" + rest, 2, load<T>, 1);
+  on("st weak|volatile|relaxed|release?" + scope + spaces + "? wb|cg|cs|wt?" + rest, 2, store<T>, 1);
 }
 
 }  // namespace
@@ -176,12 +172,15 @@ void declare_moves_to_memory(T) {
 void declare_memory() {
   section(Class::memory);
   for_types<u8, s8, u16, s16, u32, s32, u64, s64, f32, f64>([](auto t) { declare_moves_to_memory(t); });
-  for_types<u32, s32, u64, s64, f16, bf16, f32, f64>([](auto t) { declare_atomics(t); });
+  for_types<u32, s32, u64, s64>([](auto t) { declare_integer_atomics(t); });
+  for_types<f32, f64>([]<class T>(T) { declare_atomic<T>("add", type_name<T>(), float_sum<T>); });
+  for_types<f16, bf16>([]<class T>(T) {
+    declare_atomic<T>("add noftz", type_name<T>(), float_sum<T>);
+    declare_atomic<Pair<T>>("add noftz", type_name<Pair<T>>(), pair_sum<T>);
+  });
   declare_atomic<u16>("cas", "b16", [](u16 m, u16 expected, u16 v) { return m == expected ? v : m; }, 4);
-  declare_atomic<u32>("add noftz", "f16x2", [](u32 m, u32 v, u32) { return u32(update_pair<f16>(m, v)); });
-  declare_atomic<u32>("add noftz", "bf16x2", [](u32 m, u32 v, u32) { return u32(update_pair<bf16>(m, v)); });
-  on("ldmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, [](Warp& w, const Inst& i) { move_matrices(w, i, false); });
-  on("stmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, [](Warp& w, const Inst& i) { move_matrices(w, i, true); });
+  on("ldmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, move_matrices<false>);
+  on("stmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, move_matrices<true>);
   on("fence acq_rel|sc cta|cluster|gpu|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
   on("membar cta|gl|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
   on("prefetch global|local? L1|L2", 1, [](Warp&, const Inst&) {});

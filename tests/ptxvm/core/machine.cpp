@@ -7,7 +7,9 @@
 namespace ptxvm {
 
 u32 Warp::number() const { return u32(block->linear) * machine->warps_per_block() + index; }
-u32 Warp::thread(int lane) const { return u32(block->linear) * machine->threads_per_block() + index * warp_size + lane; }
+u32 Warp::thread(int lane) const {
+  return u32(block->linear) * machine->threads_per_block() + index * warp_size + lane;
+}
 
 u32 Warp::predicate(s32 number) const {
   const u64* p = slot(number);
@@ -54,7 +56,9 @@ void Warp::leave() {
   if (splits[0].lanes == 0) splits.erase(splits.begin());
 }
 
-u32 Cluster::rank(const Block* block) const { return u32(std::find(blocks.begin(), blocks.end(), block) - blocks.begin()); }
+u32 Cluster::rank(const Block* block) const {
+  return u32(std::find(blocks.begin(), blocks.end(), block) - blocks.begin());
+}
 
 const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
@@ -72,7 +76,9 @@ const Special& special(const std::string& name) {
     triple("%nctaid", [](const Launch& l, const Warp&, u32) { return l.grid; });
     triple("%clusterid", [over](const Launch& l, const Warp& w, u32) { return over(w.block->index, l.cluster); });
     triple("%nclusterid", [over](const Launch& l, const Warp&, u32) { return over(l.grid, l.cluster); });
-    triple("%cluster_ctaid", [modulo](const Launch& l, const Warp& w, u32) { return modulo(w.block->index, l.cluster); });
+    triple("%cluster_ctaid", [modulo](const Launch& l, const Warp& w, u32) {
+      return modulo(w.block->index, l.cluster);
+    });
     triple("%cluster_nctaid", [](const Launch& l, const Warp&, u32) { return l.cluster; });
     t["%cluster_ctarank"] = [](const Launch&, const Warp& w, u32) { return w.block->cluster->rank(w.block); };
     t["%cluster_nctarank"] = [](const Launch& l, const Warp&, u32) { return l.cluster.count(); };
@@ -89,7 +95,8 @@ const Special& special(const std::string& name) {
     t["%lanemask_ge"] = [](const Launch&, const Warp&, u32 k) { return ~((1u << k % warp_size) - 1); };
     t["%dynamic_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.dynamic_shared; };
     t["%total_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.shared_size; };
-    t["%envreg1"] = [](const Launch& l, const Warp&, u32) { return l.grid_workspace >> 32; };  // as the driver passes it
+    // as the driver passes it
+    t["%envreg1"] = [](const Launch& l, const Warp&, u32) { return l.grid_workspace >> 32; };
     t["%envreg2"] = [](const Launch& l, const Warp&, u32) { return u32(l.grid_workspace); };
     return t;
   }();
@@ -193,14 +200,15 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
   for (const Block* block : blocks)
     for (const Warp& w : block->warps)
       for (const Split& split : w.splits)
-        if (!at || split.state < at->state || (split.state == Split::at_sync && at->state != Split::at_sync)) blamed = &w, at = &split;
+        if (!at || split.state < at->state || (split.state == Split::at_sync && at->state != Split::at_sync))
+          blamed = &w, at = &split;
   const char* what = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
                      : at->state == Split::at_sync ? "lanes that must take part never come here"
                                                    : "threads that must take part never come here";
   const u32 threads = threads_per_block(), elsewhere = std::popcount(blamed->live & ~at->lanes);
   const Block& block = *blamed->block;
-  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", block.linear, ", ", threads - block.live, " of ",
-               threads, " threads have exited", elsewhere ? ", lanes of this warp that are elsewhere: " : "",
+  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", block.linear, ", ", threads - block.live,
+               " of ", threads, " threads have exited", elsewhere ? ", lanes of this warp that are elsewhere: " : "",
                elsewhere ? std::to_string(elsewhere) : "");
 }
 

@@ -161,7 +161,8 @@ struct Machine {
   void run();
 
   // memory.cpp: checks one lane's access. `fresh` are the bytes to be written, if any.
-  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope, const u8* fresh = nullptr);
+  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope,
+             const u8* fresh = nullptr);
   void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
 
   // ordering.cpp: happens-before

@@ -42,9 +42,7 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
   Space space = i.space;
   u64 offset = address;
   if (space == Space::generic) {
-    space = address - shared_window < window_size  ? Space::shared
-            : address - local_window < window_size ? Space::local
-                                                   : Space::global;
+    space = in_shared(address) ? Space::shared : in_local(address) ? Space::local : Space::global;
     if (space == Space::shared) offset = address - shared_window;
     if (space == Space::local) offset = address - local_window;
   }
@@ -67,7 +65,8 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
     }
     default: {
       if (last_region_ >= regions.size() || address - regions[last_region_].base >= regions[last_region_].size) {
-        const auto after = std::upper_bound(regions.begin(), regions.end(), address, [](u64 a, const Region& r) { return a < r.base; });
+        const auto below = [](u64 a, const Region& r) { return a < r.base; };
+        const auto after = std::upper_bound(regions.begin(), regions.end(), address, below);
         if (after == regions.begin() || address - (after - 1)->base >= (after - 1)->size)
           fail("out of bounds", w, i, lane, address, bytes, "-byte access, ", describe_miss(regions, address));
         last_region_ = after - 1 - regions.begin();
@@ -82,7 +81,8 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
   return {region, offset};
 }
 
-Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope, const u8* fresh) {
+Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope,
+                    const u8* fresh) {
   const Spot spot = locate(w, i, lane, address, bytes);
   Region& r = *spot.region;
   if (address % bytes)
@@ -93,8 +93,8 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
   for (unsigned k = 0; k < bytes; ++k) state = std::min(state, r.state[spot.offset + k]);
   if (state < least) {
     const bool outside = state == forbidden;
-    fail(outside ? "out of bounds" : "unwritten read", w, i, lane, address, bytes, " bytes at byte ", spot.offset, " of ", r.name,
-         outside ? ", outside of its elements" : ", which nobody has written");
+    fail(outside ? "out of bounds" : "unwritten read", w, i, lane, address, bytes, " bytes at byte ", spot.offset,
+         " of ", r.name, outside ? ", outside of its elements" : ", which nobody has written");
   }
   if (r.tracked) {
     refine(r, bytes);
@@ -113,7 +113,7 @@ void Machine::count_access(Warp& w, const Inst& i, const u64* addresses, unsigne
   ++counter.requests;
   counter.bytes += u64(bytes) * std::popcount(w.lanes);
   const u64 first = addresses[std::countr_zero(w.lanes)];
-  const bool generic_shared = i.space == Space::generic && first - shared_window < window_size;
+  const bool generic_shared = i.space == Space::generic && in_shared(first);
   if (i.space == Space::shared || generic_shared) {
     // 32 banks of 4 bytes serve 128 bytes at a time: a quarter of the warp with 16-byte accesses.
     const int group = bytes <= 4 ? 32 : int(128 / bytes);
@@ -132,7 +132,7 @@ void Machine::count_access(Warp& w, const Inst& i, const u64* addresses, unsigne
       });
       if (most) counter.conflicts += most - 1;
     }
-  } else if (i.space == Space::global || (i.space == Space::generic && first - local_window >= window_size)) {
+  } else if (i.space == Space::global || (i.space == Space::generic && !in_local(first))) {
     std::array<u64, 64> sectors;
     int n = 0;
     for_lanes(w.lanes, [&](int lane) {

@@ -75,6 +75,8 @@ struct Spot {
 };
 
 inline constexpr u64 shared_window = 1ull << 40, local_window = 1ull << 41, window_size = 1ull << 32;
+inline bool in_shared(u64 address) { return address - shared_window < window_size; }
+inline bool in_local(u64 address) { return address - local_window < window_size; }
 // An address in a cluster's shared memory is (rank + 1) << rank_shift | offset; rank bits of 0 mean the own block.
 inline constexpr int rank_shift = 24;
 

@@ -95,8 +95,10 @@ template <class T> using Compute = std::conditional_t<is_small<T>, double, T>;
 
 template <class T>
 inline T from_slot(u64 slot) {
-  if constexpr (is_pair<T>) return {from_slot<decltype(T::low)>(slot), from_slot<decltype(T::low)>(slot >> 4 * sizeof(T))};
-  else if constexpr (is_small<T>) return T::raw(u16(slot));
+  if constexpr (is_pair<T>) {
+    using Half = decltype(T::low);
+    return {from_slot<Half>(slot), from_slot<Half>(slot >> 8 * sizeof(Half))};
+  } else if constexpr (is_small<T>) return T::raw(u16(slot));
   else if constexpr (std::is_same_v<T, f32>) return std::bit_cast<f32>(u32(slot));
   else if constexpr (std::is_same_v<T, f64>) return std::bit_cast<f64>(slot);
   else return T(slot);
@@ -132,7 +134,7 @@ inline T saturate(T x) {  // .sat: to [0, 1], NaN to +0
 // .relu: negative numbers become +0.
 template <class T>
 inline T clamp_negative(T x) {
-  return Compute<T>(x) < 0 ? T(0) : x;
+  return Compute<T>(x) <= 0 ? T(0) : x;
 }
 
 // min and max: -0 is less than +0; of a number and a NaN the number wins, unless NaNs are kept.

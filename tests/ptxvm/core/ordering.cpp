@@ -29,7 +29,8 @@ bool Machine::knows(const Warp& w, int lane, u32 thread, u32 clock) const {
 // The lanes of an earlier access that nothing orders before what this lane does now.
 u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
   if (earlier.clock == 0) return 0;
-  const u32 warps = warps_per_block(), first = earlier.warp / warps * threads_per_block() + earlier.warp % warps * warp_size;
+  const u32 warps = warps_per_block();
+  const u32 first = earlier.warp / warps * threads_per_block() + earlier.warp % warps * warp_size;
   return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, first + other, earlier.clock); });
 }
 
@@ -56,8 +57,8 @@ namespace {
   const u64 byte = cell * spot.region->granule;
   const u32 warps = m.warps_per_block(), unordered = m.unordered(w, lane, other);
   const u32 thread = other.warp % warps * warp_size + std::countr_zero(unordered ? unordered : other.lanes);
-  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread, " of block ",
-                                   other.warp / warps, " with nothing that orders the two");
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread,
+                                   " of block ", other.warp / warps, " with nothing that orders the two");
   const u32 own_thread = w.index * warp_size + lane;
   throw Violation{"race", message, i.index, other.inst, w.block->linear, own_thread, spot.region->base + byte};
 }

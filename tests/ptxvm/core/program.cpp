@@ -57,7 +57,8 @@ void read_modifiers(Inst& inst, const Words& words) {
       {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
   static const Meaning<Rounding> roundings = {
       {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up},
-      {"rna", Rounding::away}, {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down}, {"rpi", Rounding::up}};
+      {"rna", Rounding::away}, {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down},
+      {"rpi", Rounding::up}};
   static const Meaning<Space> spaces = {
       {"global", Space::global}, {"const", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared},
       {"shared::cluster", Space::shared}, {"local", Space::local}, {"param", Space::param}};
@@ -66,11 +67,13 @@ void read_modifiers(Inst& inst, const Words& words) {
       {"acq_rel", Scope::grid}, {"atom", Scope::grid}, {"red", Scope::grid}, {"cta", Scope::block},
       {"cluster", Scope::cluster}, {"gpu", Scope::grid}, {"gl", Scope::grid}, {"sys", Scope::grid}};
   static const Meaning<u8> relations = {
-      {"eq", equal}, {"ne", less | greater}, {"lt", less}, {"le", less | equal}, {"gt", greater}, {"ge", greater | equal},
-      {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal}, {"equ", equal | unordered},
-      {"neu", less | greater | unordered}, {"ltu", less | unordered}, {"leu", less | equal | unordered},
-      {"gtu", greater | unordered}, {"geu", greater | equal | unordered}, {"num", less | equal | greater}, {"nan", unordered}};
-  static const Meaning<u8> functions = {{"and", 1}, {"or", 2}, {"xor", 3}, {"up", 0}, {"down", 1}, {"bfly", 2}, {"idx", 3}};
+      {"eq", equal}, {"ne", less | greater}, {"lt", less}, {"le", less | equal}, {"gt", greater},
+      {"ge", greater | equal}, {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal},
+      {"equ", equal | unordered}, {"neu", less | greater | unordered}, {"ltu", less | unordered},
+      {"leu", less | equal | unordered}, {"gtu", greater | unordered}, {"geu", greater | equal | unordered},
+      {"num", less | equal | greater}, {"nan", unordered}};
+  static const Meaning<u8> functions = {
+      {"and", 1}, {"or", 2}, {"xor", 3}, {"up", 0}, {"down", 1}, {"bfly", 2}, {"idx", 3}};
   static const Meaning<u8> counts = {{"v2", 2}, {"v4", 4}, {"v8", 8}, {"x2", 2}, {"x4", 4}};
   for (const std::string& word : words) {
     if (const auto flag = flags.find(word); flag != flags.end()) inst.*flag->second = true;
