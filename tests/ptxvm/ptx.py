@@ -30,9 +30,10 @@ _INSTRUCTION = re.compile(
 )
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _NAME = re.compile(r"-?[\w$%.]+$")
-_ATTRIBUTES = (
-    "reqntid maxntid minnctapersm maxnreg reqnctapercluster maxclusterrank explicitcluster blocksareclusters pragma"
-).split()
+_ATTRIBUTES = [
+    "reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "maxclusterrank", "explicitcluster",
+    "blocksareclusters", "pragma",
+]  # fmt: skip
 
 
 class PTXError(ValueError):

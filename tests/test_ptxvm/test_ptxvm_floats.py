@@ -196,6 +196,11 @@ def test_relu_conversion_clears_negatives_and_keeps_nan() -> None:
     assert evaluate("cvt.rn.relu.bf16.f32 d, a;", x, out=np.uint16).tolist() == [0, 0, 0, 0x4000, 0x7FFF, 0]
 
 
+def test_relu_of_fma_clears_negatives_and_keeps_nan() -> None:
+    x, one, zero = np.array([[0xBC00, 0x8000, 0, 0x4000, 0x7E00], [0x3C00] * 5, [0x8000] * 5], np.uint16)
+    assert evaluate("fma.rn.relu.f16 d, a, b, c;", x, one, zero, out=np.uint16).tolist() == [0, 0, 0, 0x4000, 0x7FFF]
+
+
 @pytest.mark.parametrize("form", ["f16", "bf16"])
 def test_mixed_precision_arithmetic(form: str) -> None:
     a = np.random.default_rng(4).normal(size=500).astype(np.float32)

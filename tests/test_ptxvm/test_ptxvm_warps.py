@@ -119,6 +119,8 @@ def test_float_reductions() -> None:
     assert run("max") == np.nanmax(values) and run("min") == np.nanmin(values)
     assert run("max.abs") == np.nanmax(np.abs(values)) and run("min.abs") == np.nanmin(np.abs(values))
     assert np.isnan(run("max.NaN")) and np.isnan(run("min.NaN"))
+    alone = "mov.u32 %d, 0; setp.eq.u32 %p, %t, 0; @%p redux.sync.max.abs.f32 %d, %v, 1;"
+    assert run_warp(alone, np.full(32, 0xBF800000)).tolist() == [0x3F800000] + [0] * 31  # -1 alone
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
