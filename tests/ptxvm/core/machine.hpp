@@ -166,7 +166,7 @@ struct Machine {
   void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
 
   // ordering.cpp: happens-before
-  bool knows(const Warp& w, int lane, u32 thread, u32 clock) const;
+  bool knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const;
   u32 unordered(const Warp& w, int lane, const Access& earlier) const;
   bool races(const Warp& w, int lane, Scope scope, const Access& earlier) const;
   bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;

@@ -16,10 +16,9 @@ void join(Clocks& into, const Clocks& other) {
   }
 }
 
-bool Machine::knows(const Warp& w, int lane, u32 thread, u32 clock) const {
-  if (thread == w.thread(lane)) return true;
-  const u32 size = threads_per_block(), block = thread / size, in_block = thread % size;
-  if (block == w.block->linear && clock <= w.block->common[in_block]) return true;
+bool Machine::knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const {
+  const bool same_thread = in_block == w.index * warp_size + lane;
+  if (block == w.block->linear && (same_thread || clock <= w.block->common[in_block])) return true;
   const SharedClocks& known = w.clocks[lane].known;
   if (!known) return false;
   const auto found = known->find(block);
@@ -29,9 +28,8 @@ bool Machine::knows(const Warp& w, int lane, u32 thread, u32 clock) const {
 // The lanes of an earlier access that nothing orders before what this lane does now.
 u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
   if (earlier.clock == 0) return 0;
-  const u32 warps = warps_per_block();
-  const u32 first = earlier.warp / warps * threads_per_block() + earlier.warp % warps * warp_size;
-  return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, first + other, earlier.clock); });
+  const u32 block = earlier.warp / warps_per_block(), first = earlier.warp % warps_per_block() * warp_size;
+  return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, block, first + other, earlier.clock); });
 }
 
 bool Machine::races(const Warp& w, int lane, Scope scope, const Access& earlier) const {
