@@ -239,3 +239,10 @@ def test_partial_warps_run_with_a_full_member_mask() -> None:
     assert (
         run_warp("shfl.sync.idx.b32 %d, %v, 2, 31, -1; bar.warp.sync -1;", threads=40).tolist() == [2] * 32 + [34] * 8
     )
+
+
+def test_lanes_that_part_cannot_meet_at_two_aligned_barriers() -> None:
+    apart = "mov.u32 %d, 1; setp.lt.u32 %p, %t, 16; @%p bra A; barrier.sync 0; bra B; A: barrier.sync 0; B:"
+    assert run_warp(apart).tolist() == [1] * 32
+    with pytest.raises(Violation, match="deadlock: lanes that must take part never come here"):
+        run_warp(apart.replace("barrier.sync", "bar.sync"))
