@@ -1,0 +1,234 @@
+// The state of a launch: warps, blocks, clusters, and the machine that runs them.
+#pragma once
+#include <functional>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+
+#include "memory.hpp"
+#include "program.hpp"
+
+namespace ptxvm {
+
+inline constexpr int warp_size = 32;
+inline constexpr u32 all_lanes = 0xffffffff;
+
+struct Dim {
+  u32 x = 1, y = 1, z = 1;
+  u64 count() const { return u64(x) * y * z; }
+  Dim at(u64 linear) const { return {u32(linear % x), u32(linear / x % y), u32(linear / x / y)}; }
+};
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+struct Violation {
+  std::string kind, message;
+  s64 inst, other_inst;
+  u64 block;
+  u32 thread;
+  u64 address;
+};
+
+// Lanes of a warp that are at the same instruction.
+struct Split {
+  enum State : u8 { ready, at_sync, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
+  u32 pc, lanes;
+};
+
+struct ThreadClock {
+  u32 clock = 1;
+  SharedClocks known;              // beyond what the whole block knows
+  SharedClocks fenced;             // what it knew at its last fence
+  Scope fence_scope = Scope::weak;
+  std::vector<Release> observed;   // by relaxed reads since the last fence
+};
+
+struct Machine;
+struct Block;
+
+struct Warp {
+  Machine* machine = nullptr;
+  Block* block = nullptr;
+  u32 index = 0;                   // in the block
+  std::vector<u64> registers;      // [slot][lane]
+  std::vector<Split> splits;       // splits[0] is the one that runs
+  u32 live = 0;                    // lanes that have not exited
+  u32 lanes = 0;                   // that execute the current instruction
+  bool stays = false;              // the current instruction has moved the program counter itself, or waits
+  u32 turns = 0;
+  u32 arrived = 0;                 // at the cluster barrier
+  std::array<u32, warp_size> phase{};
+  std::array<ThreadClock, warp_size> clocks;
+  std::vector<OwnedRegion> local;
+
+  u64* slot(s32 number) { return registers.data() + u64(number) * warp_size; }
+  const u64* slot(s32 number) const { return registers.data() + u64(number) * warp_size; }
+  u32 number() const;              // in the grid
+  u32 thread(int lane) const;      // in the grid
+  u32 predicate(s32 slot) const;
+  bool ready() const { return !splits.empty() && splits[0].state == Split::ready; }
+  void reconverge(bool lowest_first = true);
+  // Makes the executing lanes wait at this instruction; the rest of the running split moves on.
+  void wait(Split::State state);
+  // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
+  bool meet();
+  // Ends the launch: the first of the lanes has broken a rule that is not about memory.
+  template <class... Parts>
+  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, Parts... parts) const;
+  void exit_lanes();
+
+ private:
+  void leave();  // the executing lanes leave the running split, which moves on or ends
+};
+
+struct Barrier {
+  struct Waiter {
+    Warp* warp;
+    u32 lanes;
+    const Inst* reduction;         // bar.red: the instruction that gets a result
+  };
+  u32 expected = 0, arrived = 0, votes = 0;
+  Clocks clocks;
+  std::vector<Waiter> waiting;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  u32 rank(const Block* block) const;
+  u32 phase = 0, arrived = 0;
+  Clocks gathering;
+  SharedClocks done;
+};
+
+struct Block {
+  u64 linear = 0;
+  Dim index;
+  Cluster* cluster = nullptr;
+  std::vector<Warp> warps;
+  OwnedRegion shared;
+  std::vector<u32> common;         // clock of each thread up to which every thread of the block knows it
+  std::array<Barrier, 16> barriers;
+  u32 live = 0;
+};
+
+struct Counter {
+  u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0, collisions = 0;
+};
+
+// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
+struct Launch;
+using Special = std::function<u64(const Launch&, const Warp&, u32 thread)>;
+const Special& special(const std::string& name);
+
+struct Launch {
+  Dim grid, block, cluster;
+  u64 shared_size = 0, dynamic_shared = 0, local_size = 0;
+  bool cooperative = false, explicit_cluster = false;
+  bool lanes_may_collide = false;  // in one store to shared memory; one of them wins
+  int order = 0;                   // 0 forward, 1 reversed, 2 shuffled
+  u64 seed = 0, patience = 0;      // warp instructions without progress before a launch counts as stuck
+  u32 slots = 0, registers = 0;    // slots, of which the first are registers
+  std::vector<std::pair<u32, u64>> constants;
+  std::vector<std::pair<u32, std::string>> specials;
+  u64 grid_workspace = 0;          // address of the cooperative launch's barrier
+
+  Dim clusters() const { return {grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z}; }
+  u64 cluster_of(u64 block_number) const {
+    const Dim at = grid.at(block_number), all = clusters();
+    return at.x / cluster.x + u64(all.x) * (at.y / cluster.y + u64(all.y) * (at.z / cluster.z));
+  }
+};
+
+enum class Use : u8 { read, write, update };
+
+struct Machine {
+  std::vector<Inst> code;
+  Launch launch;
+  std::vector<Region> regions;     // sorted by base
+  Region params;
+  std::vector<Counter> counters;
+  std::vector<std::vector<Access>> read_lists{1};
+  std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
+  std::mt19937_64 random;
+  u64 progress = 0, issued = 0;
+  const u64* storing = nullptr;    // addresses of the store that is executed, by lane
+
+  void run();
+
+  // memory.cpp: checks one lane's access. `fresh` are the bytes to be written, if any.
+  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope,
+             const u8* fresh = nullptr);
+  void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
+
+  // ordering.cpp: happens-before
+  bool knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const;
+  u32 unordered(const Warp& w, int lane, const Access& earlier) const;
+  bool races(const Warp& w, int lane, Scope scope, const Access& earlier) const;
+  bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;
+  void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope, bool agrees);
+  void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope);
+  void fence(Warp& w, Scope scope);
+  void publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends);
+  void observe(Warp& w, const Inst& i, int lane, u64 flag);
+  void gather(Clocks& into, Warp& w, u32 lanes);
+  void learn(Warp& w, u32 lanes, const SharedClocks& clocks);
+
+  // control.cpp
+  void complete(Block& block, Barrier& barrier);
+  void check_cluster(Cluster& cluster);
+
+  // Ends the launch: the lane has broken a rule. The message is all the parts, one after the other.
+  template <class... Parts>
+  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, Parts... parts) const {
+    throw Violation{kind, text(parts...), i.index, -1, w.block->linear, w.index * warp_size + lane, address};
+  }
+  u32 threads_per_block() const { return u32(launch.block.count()); }
+  u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
+
+ private:
+  void start(Block& block, u64 linear, Cluster* cluster);
+  void run_together(std::vector<Block*>& blocks);
+  void step(Warp& w, u64 instructions);
+  [[noreturn]] void report_stuck(const std::vector<Block*>& blocks);
+  Spot locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes);
+  void refine(Region& region, unsigned bytes);  // makes its cells as small as this
+  size_t last_region_ = 0;
+};
+
+template <class... Parts>
+void Warp::fail(const char* kind, const Inst& i, u32 among, Parts... parts) const {
+  machine->fail(kind, *this, i, std::countr_zero(among), 0, parts...);
+}
+
+// Calls f on each of the lanes.
+template <class F>
+inline void for_lanes(u32 lanes, F f) {
+  for (; lanes; lanes &= lanes - 1) f(std::countr_zero(lanes));
+}
+
+// Those of the lanes for which f holds.
+template <class F>
+inline u32 lanes_where(u32 lanes, F f) {
+  u32 found = 0;
+  for_lanes(lanes, [&](int lane) { found |= u32(f(lane)) << lane; });
+  return found;
+}
+
+// for_lanes in an order that depends on the schedule, where lanes may get in each other's way.
+template <class F>
+inline void for_lanes_scheduled(Machine& m, u32 lanes, F f) {
+  const bool backwards = m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1);
+  if (!backwards) return for_lanes(lanes, f);
+  while (lanes) {
+    const int lane = std::bit_width(lanes) - 1;
+    lanes ^= 1u << lane;
+    f(lane);
+  }
+}
+
+}  // namespace ptxvm

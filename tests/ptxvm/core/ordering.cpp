@@ -1,0 +1,179 @@
+// Happens-before, in the manner of vector clocks (FastTrack), for threads of one launch.
+//
+// A thread's clock ticks whenever it makes what it did so far known to others: at barriers, fences and releases.
+// A thread knows another's access if it knows that thread's clock to be at least the access's.
+#include <algorithm>
+
+#include "machine.hpp"
+
+namespace ptxvm {
+
+void join(Clocks& into, const Clocks& other) {
+  for (const auto& [block, theirs] : other) {
+    auto& ours = into[block];
+    if (ours.size() < theirs.size()) ours.resize(theirs.size());
+    for (size_t k = 0; k < theirs.size(); ++k) ours[k] = std::max(ours[k], theirs[k]);
+  }
+}
+
+bool Machine::knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const {
+  const bool same_thread = in_block == w.index * warp_size + lane;
+  if (block == w.block->linear && (same_thread || clock <= w.block->common[in_block])) return true;
+  const SharedClocks& known = w.clocks[lane].known;
+  if (!known) return false;
+  const auto found = known->find(block);
+  return found != known->end() && clock <= found->second[in_block];
+}
+
+// The lanes of an earlier access that nothing orders before what this lane does now.
+u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
+  if (earlier.clock == 0) return 0;
+  const u32 block = earlier.warp / warps_per_block(), first = earlier.warp % warps_per_block() * warp_size;
+  return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, block, first + other, earlier.clock); });
+}
+
+bool Machine::races(const Warp& w, int lane, Scope scope, const Access& earlier) const {
+  return unordered(w, lane, earlier) &&
+         !compatible(u32(w.block->linear), scope, earlier.warp / warps_per_block(), earlier.scope);
+}
+
+// Two strong accesses do not race if each one's scope reaches the other.
+bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) const {
+  switch (std::min(scope, other)) {
+    case Scope::weak: return false;
+    case Scope::block: return block == other_block;
+    case Scope::cluster: return launch.cluster_of(block) == launch.cluster_of(other_block);
+    case Scope::grid: return true;
+  }
+  return false;
+}
+
+namespace {
+
+[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
+                       const Access& other) {
+  const u64 byte = cell * spot.region->granule;
+  const u32 warps = m.warps_per_block(), unordered = m.unordered(w, lane, other);
+  const u32 thread = other.warp % warps * warp_size + std::countr_zero(unordered ? unordered : other.lanes);
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread,
+                                   " of block ", other.warp / warps, " with nothing that orders the two");
+  const u32 own_thread = w.index * warp_size + lane;
+  throw Violation{"race", message, i.index, other.inst, w.block->linear, own_thread, spot.region->base + byte};
+}
+
+}  // namespace
+
+void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope, bool agrees) {
+  Cell& cell = spot.region->cells[index];
+  if (!agrees && races(w, lane, scope, cell.write)) {
+    const int other = std::countr_zero(cell.write.lanes);
+    const bool together = storing && cell.write.warp == w.number() && w.lanes >> other & 1;
+    const bool collides = together && spot.region->shared && storing[other] == storing[lane];
+    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.write);
+    ++counters[i.index].collisions;
+  }
+  const auto check = [&](const Access& read) {
+    if (races(w, lane, scope, read)) race(*this, "was read", w, i, lane, spot, index, read);
+  };
+  std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+  std::for_each(earlier.begin(), earlier.end(), check);
+  earlier.clear();
+  check(cell.read);
+  cell.read = {};
+  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
+  ++cell.writes;
+}
+
+void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope) {
+  Cell& cell = spot.region->cells[index];
+  if ((i.constant && cell.write.clock) || races(w, lane, scope, cell.write))
+    race(*this, "was written", w, i, lane, spot, index, cell.write);
+  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
+  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == scope) {
+    cell.read.lanes |= read.lanes;
+    return;
+  }
+  // A read that is known to this thread need not be kept: who is ordered after this one is ordered after it too.
+  if (unordered(w, lane, cell.read)) {
+    if (!cell.earlier_reads) {
+      cell.earlier_reads = u32(read_lists.size());
+      read_lists.emplace_back();
+    }
+    std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+    if (earlier.size() == earlier.capacity())
+      std::erase_if(earlier, [&](const Access& other) { return !unordered(w, lane, other); });
+    earlier.push_back(cell.read);
+  }
+  cell.read = read;
+}
+
+// Adds to `into` all that the lanes know and did, and starts a new clock for them.
+void Machine::gather(Clocks& into, Warp& w, u32 lanes) {
+  const u32 block = u32(w.block->linear);
+  auto& own = into[block];
+  if (own.empty()) own = w.block->common;
+  const std::vector<u32>& common = w.block->common;
+  for (size_t k = 0; k < own.size(); ++k) own[k] = std::max(own[k], common[k]);
+  const Clocks* last = nullptr;
+  for_lanes(lanes, [&](int lane) {
+    ThreadClock& t = w.clocks[lane];
+    into[block][w.index * warp_size + lane] = t.clock++;
+    if (t.known && t.known.get() != last) join(into, *(last = t.known.get()));
+  });
+}
+
+void Machine::learn(Warp& w, u32 lanes, const SharedClocks& clocks) {
+  SharedClocks before, after;
+  for_lanes(lanes, [&](int lane) {
+    SharedClocks& known = w.clocks[lane].known;
+    if (!known) {
+      known = clocks;
+    } else if (known != clocks) {
+      if (!after || known != before) {
+        auto merged = std::make_shared<Clocks>(*known);
+        join(*merged, *clocks);
+        before = known, after = std::move(merged);
+      }
+      known = after;
+    }
+  });
+}
+
+void Machine::fence(Warp& w, Scope scope) {
+  for_lanes(w.lanes, [&](int lane) {
+    ThreadClock& t = w.clocks[lane];
+    for (const Release& release : t.observed)
+      if (compatible(u32(w.block->linear), scope, release.block, release.scope)) learn(w, 1u << lane, release.clocks);
+    t.observed.clear();
+    auto now = std::make_shared<Clocks>();
+    gather(*now, w, 1u << lane);
+    t.fenced = std::move(now);
+    t.fence_scope = scope;
+  });
+}
+
+// A strong write: whoever reads it learns what its thread knew at its release, or at the fence before it.
+void Machine::publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends) {
+  ThreadClock& t = w.clocks[lane];
+  std::vector<Release>& releases = flags[flag];
+  if (!extends) releases.clear();  // a read-modify-write continues the release sequence, a store ends it
+  if (i.releases) {
+    auto now = std::make_shared<Clocks>();
+    gather(*now, w, 1u << lane);
+    releases.push_back({std::move(now), i.scope, u32(w.block->linear)});
+  } else if (t.fenced) {
+    releases.push_back({t.fenced, std::min(i.scope, t.fence_scope), u32(w.block->linear)});
+  }
+}
+
+void Machine::observe(Warp& w, const Inst& i, int lane, u64 flag) {
+  const auto found = flags.find(flag);
+  if (found == flags.end()) return;
+  for (const Release& release : found->second) {
+    if (!compatible(u32(w.block->linear), i.scope, release.block, release.scope)) continue;
+    if (i.acquires) learn(w, 1u << lane, release.clocks);
+    else w.clocks[lane].observed.push_back(release);
+  }
+}
+
+}  // namespace ptxvm

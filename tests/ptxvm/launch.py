@@ -1,0 +1,196 @@
+"""Launching a kernel of a PTX text on arrays, with every check."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .build import core
+from .encode import Encoded, encode
+from .memory import ArrayView, Memory, Out, is_array
+from .ptx import Instruction, Kernel, Module, Variable, parse
+from .report import Report, Row
+
+Dim = int | Sequence[int]
+
+_WORKSPACE = 1 << 42  # address of a cooperative launch's grid barrier
+_FLOATS = {"f16": "<e", "f32": "<f", "f64": "<d"}
+
+
+class Violation(Exception):
+    """A rule that a kernel broke, and where."""
+
+    def __init__(
+        self, kind: str, message: str, at: Instruction | None = None, source: str = "",
+        block: tuple[int, ...] = (), thread: tuple[int, ...] = (), address: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.kind, self.block, self.thread, self.address, self.source = kind, block, thread, address, source
+        self.instruction, self.line = (at.text, at.line) if at else ("", 0)
+
+
+class Struct:
+    """A parameter passed by value: a format of the struct module with native alignment, and its values.
+
+    An array among the values stands for its address (format "P").
+    """
+
+    def __init__(self, form: str, *values: Any) -> None:
+        self.form, self.values = form, values
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Module:
+    return parse(text)
+
+
+@lru_cache(maxsize=256)
+def _encoded(text: str, name: str) -> Encoded:
+    module = _parsed(text)
+    return encode(module, module.kernel(name))
+
+
+def launch(
+    ptx: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
+    cluster: Dim | None = None, shared: int = 0, cooperative: bool = False, schedule: str | int = "forward",
+    lanes_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
+) -> Report:  # fmt: skip
+    """Runs a kernel and returns what it did; a broken rule raises Violation.
+
+    args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
+    shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
+    lanes_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
+    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
+    counts as stuck.
+    """
+    module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
+    kernel = encoded.kernel
+    grid3, block3 = _dim(grid, "grid"), _dim(block, "block")
+    required = kernel.attributes.get("reqnctapercluster")
+    cluster3 = _dim(cluster if cluster is not None else required or 1, "cluster")
+    _check_shape(kernel, grid3, block3, cluster3)
+    if len(args) != len(encoded.params):
+        raise TypeError(f"{kernel.name} takes {len(encoded.params)} arguments, not {len(args)}")
+    memory = Memory()
+    labels = [names[k] if names else f"argument {k}" for k in range(len(args))]
+    pointers = [_pointers(memory, arg, label) for arg, label in zip(args, labels, strict=True)]
+    memory.allocate()
+    params = bytearray(encoded.param_size)
+    for (param, offset), arg, label, views in zip(encoded.params, args, labels, pointers, strict=True):
+        data = _pack(param, arg, label, [memory.address(v) for v in views])
+        params[offset : offset + param.size] = data
+    for variable, address in encoded.globals:
+        initial = np.frombuffer(bytearray(variable.data or bytes(variable.size)), np.uint8)
+        memory.reserve(initial, address, f"variable {variable.name}", readonly=variable.space == "const")
+    if cooperative:
+        memory.reserve(np.zeros(64, np.uint8), _WORKSPACE, "the grid barrier")
+    order = {"forward": 0, "reversed": 1}.get(schedule, 2) if isinstance(schedule, str) else 2
+    if order == 2 and not isinstance(schedule, int):
+        raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
+    options = encoded.layout | {
+        "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
+        "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
+        "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "grid_workspace": _WORKSPACE,
+    }  # fmt: skip
+    allocations = sorted(memory.allocations, key=lambda a: a.base)
+    start = time.perf_counter()
+    regions = [a.argument() for a in allocations]
+    result = core().run(encoded.program, grid3, block3, cluster3, options, regions, bytes(params))
+    seconds = time.perf_counter() - start
+    if "violation" in result:
+        raise _explain(module, kernel, block3, grid3, *result["violation"])
+    for allocation in allocations:
+        if wrong := allocation.miscounts():
+            raise Violation("write count", f"write count: {wrong}")
+    rows = [
+        Row(i.line, i.text, module.describe(i.location), i.opcode, *counts)
+        for i, counts in zip(kernel.instructions, result["counters"], strict=False)
+    ]
+    return Report(kernel.name, module.target.rstrip(","), grid3, block3, cluster3, str(schedule), seconds, rows)
+
+
+def _dim(sizes: Dim, what: str) -> tuple[int, int, int]:
+    values = (sizes,) if isinstance(sizes, int) else tuple(int(s) for s in sizes)
+    limits = {"grid": (2**31 - 1, 65535, 65535), "block": (1024, 1024, 64), "cluster": (16, 16, 16)}[what]
+    padded = (*values, 1, 1)[:3]
+    if not 1 <= len(values) <= 3 or any(not 1 <= v <= limit for v, limit in zip(padded, limits, strict=True)):
+        raise ValueError(f"{what} {values} is not within {limits}")
+    return padded[0], padded[1], padded[2]
+
+
+def _check_shape(kernel: Kernel, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int]) -> None:
+    threads, blocks = int(np.prod(block)), int(np.prod(cluster))
+    compiled = {name: (*sizes, 1, 1)[:3] for name, sizes in kernel.attributes.items() if sizes}
+    most = int(np.prod(compiled.get("maxntid", 1024)))
+    problems = {
+        f"a block has at most 1024 threads, not {threads}": threads > 1024,
+        f"{kernel.name} was compiled for blocks of {compiled.get('reqntid')}":
+            tuple(block) != compiled.get("reqntid", block),
+        f"{kernel.name} was compiled for at most {most} threads a block, not {threads}": threads > most,
+        f"{kernel.name} was compiled for clusters of {compiled.get('reqnctapercluster')}":
+            tuple(cluster) != compiled.get("reqnctapercluster", cluster),
+        f"grid {grid} is not a multiple of cluster {cluster}": any(g % c for g, c in zip(grid, cluster, strict=True)),
+        f"a cluster has at most 16 blocks, not {blocks}": blocks > 16,
+    }  # fmt: skip
+    if found := [message for message, holds in problems.items() if holds]:
+        raise ValueError(found[0])
+
+
+def _is_memory(value: Any) -> bool:
+    return isinstance(value, Out) or is_array(value)
+
+
+def _pointers(memory: Memory, arg: Any, label: str) -> list[ArrayView]:
+    """Registers the arrays of an argument as memory."""
+    parts = arg.values if isinstance(arg, Struct) else (arg,)
+    return [memory.add(part, label) for part in parts if _is_memory(part)]
+
+
+def _pack(param: Variable, arg: Any, label: str, addresses: list[int]) -> bytes:
+    """The bytes of an argument as its parameter takes them."""
+    if isinstance(arg, Struct):
+        remaining = iter(addresses)
+        values = [next(remaining) if _is_memory(value) else value for value in arg.values]
+        data = struct.pack("@" + arg.form, *values)
+    elif isinstance(arg, bytes):
+        data = arg
+    elif addresses or arg is None:
+        data = (addresses[0] if addresses else 0).to_bytes(8, "little")
+    elif param.type in _FLOATS:
+        data = struct.pack(_FLOATS[param.type], float(arg))
+    elif isinstance(arg, (int, np.integer)):
+        low, high = -(1 << 8 * param.size - 1), (1 << 8 * param.size) - 1
+        if not low <= int(arg) <= high:
+            raise ValueError(f"{label} = {arg} does not fit a parameter of type {param.type}")
+        data = (int(arg) & high).to_bytes(param.size, "little")
+    elif isinstance(arg, float):
+        data = struct.pack({2: "<e", 4: "<f", 8: "<d"}[param.size], arg)
+    else:
+        raise TypeError(f"{label} is a {type(arg).__name__}, which no parameter takes")
+    if len(data) > param.size or (len(data) < param.size and not isinstance(arg, Struct)):
+        raise ValueError(f"{label} has {len(data)} bytes; parameter {param.name} has {param.size}")
+    return data.ljust(param.size, b"\0")
+
+
+def _explain(
+    module: Module, kernel: Kernel, block: Sequence[int], grid: Sequence[int],
+    kind: str, message: str, inst: int, other: int, block_number: int, thread_number: int, address: int,
+) -> Violation:  # fmt: skip
+    def place(number: int, sizes: Sequence[int]) -> tuple[int, int, int]:
+        return number % sizes[0], number // sizes[0] % sizes[1], number // sizes[0] // sizes[1]
+
+    def cite(i: Instruction) -> str:
+        source = module.describe(i.location)
+        return f"PTX line {i.line}: {i.text}" + (f"   [{source}]" if source else "")
+
+    at, block_at, thread_at = kernel.instructions[inst], place(block_number, grid), place(thread_number, block)
+    lines = [f"{kind}: {message}", f"  at {cite(at)}"]
+    if other >= 0:
+        lines.append(f"  and {cite(kernel.instructions[other])}")
+    lines.append(f"  block {block_at}, thread {thread_at}" + (f", address {address:#x}" if address else ""))
+    return Violation(kind, "\n".join(lines), at, module.describe(at.location), block_at, thread_at, address)

@@ -1,0 +1,277 @@
+"""Reading PTX text: modules, kernels, variables and instructions, each with its line."""
+
+from __future__ import annotations
+
+import re
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+_SPACE = re.compile(r"\s*")
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_STATEMENT = re.compile(
+    r"""(?P<directive>\.(?:version|address_size|target|file|loc|pragma)\b)(?P<rest>[^\n;]*);?
+    | \.section\s+\S+\s*\{[^}]*\}
+    | (?:\.\w+\s+)*\.func\b[^;{]*;
+    | (?:\.\w+\s+)*\.entry\s+(?P<entry>[\w$]+)\s*(?:\((?P<params>[^)]*)\))?(?P<attributes>[^{]*)\{
+    | (?P<brace>[{}])
+    | (?P<label>[\w$%.]+)\s*:(?!:)
+    | (?:\.\w+\s+)*\.(?P<space>reg|shared|local|global|const|param)\b(?P<variable>[^;]*);
+    | (?P<statement>[^;{}][^;]*)(?P<end>;)?""",
+    re.VERBOSE,
+)
+_VARIABLE = re.compile(
+    r"\s*(?P<attributes>(?:\.\w+(?:\s+\d+)?\s+)*)(?P<name>[\w$%]+)(?P<sizes>(?:\s*\[\d*\])*)\s*(?:=\s*(?P<data>.*))?\s*$",
+    re.DOTALL,
+)
+_INSTRUCTION = re.compile(
+    r"(?:@(?P<negated>!?)\s*(?P<guard>[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*)$", re.DOTALL
+)
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+_NAME = re.compile(r"-?[\w$%.]+$")
+_ATTRIBUTES = [
+    "reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "maxclusterrank", "explicitcluster",
+    "blocksareclusters", "pragma",
+]  # fmt: skip
+
+
+class PTXError(ValueError):
+    """PTX text that cannot be read, or an instruction that is not known; the message names the line."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(f"PTX line {line}: {message}")
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in the source, as `.loc` gives it, and the place that it was inlined into."""
+
+    file: int
+    line: int
+    inlined_at: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Registers, symbols or literals: one, those of a vector `{a, b}`, or the base of an address `[a+8]`."""
+
+    names: tuple[str, ...]
+    kind: str = "value"
+    offset: int = 0
+    negated: bool = False
+
+
+@dataclass(frozen=True)
+class Instruction:
+    line: int
+    text: str
+    opcode: str
+    operands: tuple[Operand, ...]
+    guard: str | None = None
+    negated: bool = False
+    also: str | None = None  # q in `setp.lt.f32 p|q, a, b`
+    location: Location | None = None
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of a state space, or a parameter. An `extern` array has size 0: the launch gives it."""
+
+    name: str
+    space: str
+    type: str
+    align: int
+    size: int
+    data: bytes = b""
+
+
+@dataclass
+class Kernel:
+    name: str
+    line: int
+    params: list[Variable] = field(default_factory=list)
+    attributes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    variables: list[Variable] = field(default_factory=list)
+    registers: set[str] = field(default_factory=set)
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Module:
+    target: str = ""
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    variables: list[Variable] = field(default_factory=list)
+    files: dict[int, str] = field(default_factory=dict)
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
+        found = [k for k in self.kernels if k == name] or [k for k in self.kernels if f"{len(name)}{name}" in k]
+        if len(found) != 1:
+            there = ", ".join(self.kernels) or "none"
+            raise KeyError(f"{len(found) or 'no'} kernels match {name!r}; the text has {there}")
+        return self.kernels[found[0]]
+
+    def describe(self, location: Location | None) -> str:
+        """`file:line` of a location, with the place that it was inlined into."""
+        if location is None:
+            return ""
+        places = [(location.file, location.line)] + ([location.inlined_at] if location.inlined_at else [])
+        texts = [f"{PurePath(self.files.get(file, '?')).name}:{line}" for file, line in places]
+        return texts[0] + "".join(f" (inlined at {text})" for text in texts[1:])
+
+
+def literal(text: str) -> int | float | None:
+    """The value of a literal, an int (for 0f and 0d the bits) or a decimal float; None if it is none."""
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", digits):
+        return int(digits[2:], 16)
+    if re.fullmatch(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", digits):
+        number = digits.rstrip("U")
+        return sign * (int(number, 8) if re.fullmatch(r"0\d+", number) else int(number, 0))
+    return sign * float(digits) if re.fullmatch(r"\d+\.\d*", digits) else None
+
+
+def size_of(kind: str) -> int:
+    """The bytes of a type: 4 for `f32`, 8 for `b64`, 4 for `f16x2`."""
+    found = re.fullmatch(r"(?:[busf]|bf)(8|16|32|64|128)(x2)?", kind)
+    if not found:
+        raise ValueError(f"unknown type {kind!r}")
+    return int(found[1]) // 8 * (2 if found[2] else 1)
+
+
+def parse(text: str) -> Module:
+    """Reads a PTX text."""
+    return _Parser(text).module
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        clean = _COMMENT.sub(lambda m: "\n" * m.group().count("\n"), text)
+        self.ends = [k for k, c in enumerate(clean) if c == "\n"]
+        self.module = Module()
+        self.kernel: Kernel | None = None
+        self.location: Location | None = None
+        # The registers of the blocks that are open, by name or by prefix and count for `%r<9>`, and a suffix that
+        # makes names unique.
+        self.scopes: list[tuple[dict[str, int | None], str]] = []
+        at, blocks = 0, 0
+        while found := _STATEMENT.match(clean, _SPACE.match(clean, at).end()):  # type: ignore[union-attr]
+            line = bisect_right(self.ends, found.start()) + 1
+            try:
+                blocks += found["brace"] == "{"
+                self.statement(line, found, f"#{blocks}")
+            except ValueError as error:
+                raise PTXError(line, str(error)) from None
+            at = found.end()
+        if self.kernel:
+            raise PTXError(len(self.ends) + 1, "the text ends too early")
+
+    def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
+        variables = self.kernel.variables if self.kernel else self.module.variables
+        if found["directive"]:
+            self.directive(found["directive"], found["rest"].split())
+        elif found["entry"]:
+            self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
+            params = [p.replace(".param", "", 1) for p in (found["params"] or "").split(",") if p.strip()]
+            self.kernel.params = [variable("param", p) for p in params]
+            for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
+                if name not in _ATTRIBUTES:
+                    raise ValueError(f"unknown directive '.{name}' of a kernel")
+                self.kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
+            self.scopes = [({}, "")]
+        elif found["brace"] == "{":
+            self.scopes.append(({}, suffix))
+        elif found["brace"] == "}":
+            self.scopes.pop()
+            self.kernel = self.kernel if self.scopes else None
+        elif found["label"] and self.kernel:
+            self.kernel.labels[found["label"]] = len(self.kernel.instructions)
+        elif found["space"] == "reg":
+            for name, count in re.findall(r"([\w$%]+)(?:<(\d+)>)?\s*(?:,|$)", found["variable"].split(None, 1)[1]):
+                self.scopes[-1][0][name] = int(count) if count else None
+        elif found["space"]:
+            variables.append(variable(found["space"], found["variable"]))
+        elif found["statement"]:
+            if not self.kernel or found["statement"].startswith("."):
+                raise ValueError(f"unknown directive {found['statement'].split()[0]!r}")
+            if not found["end"]:
+                raise ValueError("the text ends too early")
+            self.instruction(self.kernel, line, found["statement"])
+
+    def directive(self, name: str, words: list[str]) -> None:
+        if name == ".target":
+            self.module.target = words[0].rstrip(",")
+        elif name == ".file":
+            self.module.files[int(words[0])] = words[1].strip('",')
+        elif name == ".loc":
+            at = words.index("inlined_at") + 1 if "inlined_at" in words else 0
+            self.location = Location(int(words[0]), int(words[1]), (int(words[at]), int(words[at + 1])) if at else None)
+
+    def instruction(self, kernel: Kernel, line: int, text: str) -> None:
+        found = _INSTRUCTION.match(text)
+        if not found:
+            raise ValueError(f"cannot read {text!r}")
+        line += text[: found.start("opcode")].count("\n")
+        operands = [operand.strip() for operand in _OPERAND.findall(found["operands"])]
+        also = None
+        if operands and "|" in operands[0]:
+            operands[0], also = operands[0].split("|")
+        kernel.instructions.append(Instruction(
+            line, " ".join(text.split()) + ";", found["opcode"], tuple(self.operand(o) for o in operands),
+            self.resolve(found["guard"]) if found["guard"] else None, found["negated"] == "!",
+            self.resolve(also.strip()) if also else None, self.location,
+        ))  # fmt: skip
+
+    def operand(self, text: str) -> Operand:
+        if text[0] == "{":
+            return Operand(tuple(self.resolve(name.strip()) for name in text[1:-1].split(",")), "vector")
+        if text[0] == "[":
+            base, *offsets = re.findall(r"[-+\s]*[^-+\s]+", text[1:-1])
+            signs = [(-1) ** o.count("-") for o in offsets]
+            numbers = [literal(o.strip("-+ \t")) for o in offsets]
+            if not all(isinstance(n, int) for n in numbers):
+                raise ValueError(f"cannot read the address {text}")
+            offset = sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True))
+            return Operand((self.resolve(base.strip()),), "address", offset)
+        return Operand((self.resolve(text.lstrip("!").strip()),), negated=text[0] == "!")
+
+    def resolve(self, name: str) -> str:
+        """The unique name of a register; other names are returned as they are."""
+        if not _NAME.match(name):
+            raise ValueError(f"cannot read the operand {name!r}")
+        stem = name.rstrip("0123456789")
+        for names, suffix in reversed(self.scopes):
+            count = names.get(stem)
+            if name in names or (count is not None and name != stem and int(name[len(stem) :]) < count):
+                assert self.kernel
+                self.kernel.registers.add(name + suffix)
+                return name + suffix
+        return name
+
+
+def variable(space: str, text: str) -> Variable:
+    """`.align 4 .b8 name[16] = {1, 2}`; for a parameter what follows `.ptr` is about what it points to."""
+    found = _VARIABLE.match(text)
+    if not found:
+        raise ValueError(f"cannot read the variable {text.strip()!r}")
+    words = found["attributes"].split(".ptr")[0].replace(".", " ").split()
+    kind = words[-1] if words else ""
+    count = 1
+    for size in re.findall(r"\[(\d*)\]", found["sizes"]):
+        count *= int(size or 0)
+    size = size_of(kind)
+    data = b"".join(_initial(kind, value) for value in re.findall(r"[^{},\s]+", found["data"] or ""))
+    align = int(words[words.index("align") + 1]) if "align" in words else size
+    return Variable(found["name"], space, kind, align, count * size, data.ljust(count * size, b"\0") if data else b"")
+
+
+def _initial(kind: str, text: str) -> bytes:
+    value = literal(text)
+    if value is None:
+        raise ValueError(f"cannot initialise a variable with {text!r}")
+    if isinstance(value, float):
+        return struct.pack("<f" if kind == "f32" else "<d", value)
+    return (value % (1 << 8 * size_of(kind))).to_bytes(size_of(kind), "little")
