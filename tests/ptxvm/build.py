@@ -48,7 +48,8 @@ def core() -> ModuleType:
             directory.mkdir(exist_ok=True)
             os.replace(Path(scratch) / library.name, library)
     spec = importlib.util.spec_from_file_location("ptxvm_core", library)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -57,7 +58,7 @@ def core() -> ModuleType:
 def _resolved(compiler: str) -> str:
     """What the compiler makes of the flags on this processor: -march=native must not be shared between machines."""
     command = [compiler, *_FLAGS, "-Q", "--help=target"]
-    return " ".join(command) + subprocess.run(command, capture_output=True, text=True).stdout
+    return " ".join(command) + subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
 
 def _compile(directory: Path, compiler: str, library: str) -> None:
@@ -76,6 +77,6 @@ def _compile(directory: Path, compiler: str, library: str) -> None:
     ninja = shutil.which("ninja") or (str(beside) if beside.exists() else None)
     if ninja is None:
         raise RuntimeError("the core of ptxvm needs ninja to build: pip install ninja")
-    done = subprocess.run([ninja, "-C", str(directory)], capture_output=True, text=True)
+    done = subprocess.run([ninja, "-C", str(directory)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the core of ptxvm does not compile:\n{done.stdout}{done.stderr}")

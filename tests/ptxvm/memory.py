@@ -53,7 +53,8 @@ class ArrayView:
         shape = (*self.shape, self.itemsize)
         if 0 in self.shape:
             return np.empty(shape, np.uint8)
-        return np.ndarray(shape, np.uint8, data.data, self.address - start, (*self.strides, 1))
+        elements: Bytes = np.ndarray(shape, np.uint8, data.data, self.address - start, (*self.strides, 1))
+        return elements
 
 
 def is_array(value: object) -> bool:
@@ -144,9 +145,10 @@ class Memory:
                 groups.append((start, max(end, high), [*items, item]))
             elif high > low:
                 groups.append((low, high, [item]))
-        for low, high, items in groups:
+        for lowest, high, items in groups:
             first = items[0][0]
-            low -= (low - first.owner) % 16  # begin where vectors can begin; the bytes before stay forbidden
+            # Begin where vectors can begin; the bytes before stay forbidden.
+            low = lowest - (lowest - first.owner) % 16
             base = self._owners[first.owner] + low - first.owner
             data: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
             allocation = Allocation(low, high - low, base, first.label, np.zeros(high - low, np.uint8), data)

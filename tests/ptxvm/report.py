@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
 _DIRECTIONS = [(space, what, what == "written") for space in ("global", "shared") for what in ("read", "written")]
 
 

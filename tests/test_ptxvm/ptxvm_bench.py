@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -147,4 +148,4 @@ def samples(form: str, count: int, seed: int = 0) -> np.ndarray:
 def is_nan(code: int, form: str) -> bool:
     """Whether bits are a NaN."""
     value = exact(code, form)
-    return isinstance(value, float) and value != value
+    return isinstance(value, float) and math.isnan(value)

@@ -225,11 +225,8 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
 def test_violations_of_one_warp(body: str, kind: str, message: str) -> None:
     for schedule in ("forward", 4):
         with pytest.raises(Violation) as caught:
-            try:
-                run_warp("mov.u32 %d, 0; " + body, schedule=schedule)
-            except Violation as violation:
-                assert violation.kind == kind, str(violation)
-                raise
+            run_warp("mov.u32 %d, 0; " + body, schedule=schedule)
+        assert caught.value.kind == kind, str(caught.value)
         assert message.replace("thread 0", "thread") in str(caught.value).replace("thread 0", "thread").replace(
             "thread 31", "thread"
         )
