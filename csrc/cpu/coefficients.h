@@ -93,4 +93,6 @@ struct Coefficients {
       shift[c] = -factor * sum * inverse;
     }
   }
+
+  static constexpr VectorKernels kernels{gates, eval, forward, backward};
 };

@@ -17,7 +17,9 @@ struct Columns {
     if (c < C) f(c, int(C - c));
   }
 
-  // Calls f.template operator()<k>(n, s) for k adjacent positions at once, so that k of them share the channels' sums.
+  template <int k> struct Positions { static constexpr int count = k; };
+
+  // Calls f(n, s, Positions<k>) for k adjacent positions at once: they share the loads of the channels' vectors.
   template <class Function>
   static TSBN_INLINE void each_position(const Block& b, Function f) {
     for (int64_t n = b.n0; n < b.n1; ++n) {
@@ -26,16 +28,14 @@ struct Columns {
       for (; s < b.s1; ++s) f(n, s, Positions<1>{});
     }
   }
-  template <int k> struct Positions { static constexpr int count = k; };
-
-  // Three vectors of C sums, padded to whole registers.
+  // The two sums of each channel and the origin they are taken around, padded to whole registers.
   struct Scratch {
-    A *sum, *squares, *shift;
+    A *first, *second, *shift;
     int64_t padded;
     Scratch(void* memory, int64_t C) : padded((C + L - 1) / L * L) {
-      sum = static_cast<A*>(memory);
-      squares = sum + padded;
-      shift = squares + padded;
+      first = static_cast<A*>(memory);
+      second = first + padded;
+      shift = second + padded;
       for (int64_t c = 0; c < padded; ++c) shift[c] = 0;
     }
     template <class Values>
@@ -44,7 +44,7 @@ struct Columns {
       for (int64_t c = 0; c < padded; c += L) store(shift + c, rounded<T>(load(shift + c)));
     }
     void clear_sums() {
-      for (int64_t c = 0; c < padded; ++c) sum[c] = squares[c] = 0;
+      for (int64_t c = 0; c < padded; ++c) first[c] = second[c] = 0;
     }
   };
 
@@ -60,8 +60,8 @@ struct Columns {
           sum += d;
           squares += d * d;
         }
-        store(scratch.sum + c, load(scratch.sum + c) + sum);
-        store(scratch.squares + c, load(scratch.squares + c) + squares);
+        store(scratch.first + c, load(scratch.first + c) + sum);
+        store(scratch.second + c, load(scratch.second + c) + squares);
       });
     });
   }
@@ -71,9 +71,9 @@ struct Columns {
     const double inverse = 1 / size;
     int64_t far = 0;  // a count, not a flag: the loop stays a vector loop
     for (int64_t c = 0; c < C; ++c) {
-      const double sum = k.sum[c], offset = sum * inverse;
+      const double sum = k.first[c], offset = sum * inverse;
       mean[c] = k.shift[c] + offset;
-      m2[c] = k.squares[c] - sum * offset;
+      m2[c] = k.second[c] - sum * offset;
       far += is_far(offset, m2[c] * inverse);
     }
     return far > 0;
@@ -90,7 +90,7 @@ struct Columns {
     Block b = w.partition.block(begin);
     const Block few{b.n0, b.n0 + 1, b.s0, b.s1 - b.s0 < kFew ? b.s1 : b.s0 + kFew};
     add_block(w, x, few, k);
-    k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return k.sum[c] / A(few.positions()); });
+    k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return k.first[c] / A(few.positions()); });
     add_block(w, x, b, k);
     double count = double(b.positions());
     if (block_moments(k, w.C, count, mean, m2)) {
@@ -126,13 +126,13 @@ struct Columns {
             first += g;
             second += g * (load_up_to(p + j * w.x.s + c, lanes, origin) - origin);
           }
-          store(k.sum + c, load(k.sum + c) + first);
-          store(k.squares + c, load(k.squares + c) + second);
+          store(k.first + c, load(k.first + c) + first);
+          store(k.second + c, load(k.second + c) + second);
         });
       });
       for (int64_t c = 0; c < w.C; ++c) {
-        partial[c] += k.sum[c];
-        partial[w.C + c] += k.squares[c];
+        partial[c] += k.first[c];
+        partial[w.C + c] += k.second[c];
       }
     }
   }
@@ -143,9 +143,9 @@ struct Columns {
     const T* x = slab(w.x, task);
     const T* dy = kWithDy ? slab(w.dy, task) : nullptr;
     T* out = slab(w.out, task);
-    const A *center = static_cast<const A*>(w.vectors.center) + task * w.C, *scale = static_cast<const A*>(w.vectors.scale) + task * w.C,
-            *shift = static_cast<const A*>(w.vectors.shift) + task * w.C;
-    const A* dy_scale = kWithDy ? static_cast<const A*>(w.vectors.dy_scale) + task * w.C : nullptr;
+    const auto vector = [&](const void* v) TSBN_LAMBDA { return static_cast<const A*>(v) + task * w.C; };
+    const A *center = vector(w.vectors.center), *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift);
+    const A* dy_scale = kWithDy ? vector(w.vectors.dy_scale) : nullptr;
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
         const T* p = x + n * w.x.n + s * w.x.s;

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <vector>
 
 namespace tsbn::cpu {
 
@@ -18,8 +19,8 @@ struct InstructionSet {
   bool available;
 };
 
-const InstructionSet* instruction_sets() {  // best first, portable last
-  static const InstructionSet sets[] = {
+const std::vector<InstructionSet>& instruction_sets() {  // best first; the last runs everywhere
+  static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
       {"avx512", avx512::kernels,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -31,17 +32,19 @@ const InstructionSet* instruction_sets() {  // best first, portable last
   return sets;
 }
 
-const InstructionSet* best() {
-  const InstructionSet* set = instruction_sets();
-  while (!set->available) ++set;
-  return set;
+// The best that this processor runs, of that name if one is given; nullptr where there is none.
+const InstructionSet* find(const std::string& name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.available && (name.empty() || name == set.name)) return &set;
+  }
+  return nullptr;
 }
 
 std::atomic<const InstructionSet*> chosen{nullptr};
 
 const InstructionSet& current() {
   const InstructionSet* set = chosen.load(std::memory_order_relaxed);
-  if (set == nullptr) chosen.store(set = best(), std::memory_order_relaxed);
+  if (set == nullptr) chosen.store(set = find(""), std::memory_order_relaxed);
   return *set;
 }
 
@@ -52,17 +55,9 @@ const Kernels& kernels(Family family, DType dtype) { return current().kernels(fa
 const char* instruction_set() { return current().name; }
 
 bool set_instruction_set(const std::string& name) {
-  if (name.empty()) {
-    chosen.store(best());
-    return true;
-  }
-  for (const InstructionSet* set = instruction_sets();; ++set) {
-    if (set->name == name) {
-      if (set->available) chosen.store(set);
-      return set->available;
-    }
-    if (std::string(set->name) == "portable") return false;
-  }
+  const InstructionSet* set = find(name);
+  if (set != nullptr) chosen.store(set);
+  return set != nullptr;
 }
 
 }  // namespace tsbn::cpu

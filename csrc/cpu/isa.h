@@ -11,8 +11,7 @@ namespace {
 #include "coefficients.h"
 
 template <template <class> class Slabs, class T>
-constexpr Kernels kernels_of{Slabs<T>::kernels,
-                             {Coefficients<T>::gates, Coefficients<T>::eval, Coefficients<T>::forward, Coefficients<T>::backward}};
+constexpr Kernels kernels_of{Slabs<T>::kernels, Coefficients<T>::kernels};
 }  // namespace
 
 const Kernels& kernels(Family family, DType dtype) {

@@ -41,7 +41,7 @@ void with_element_type(const Tensor& tensor, F f) {
 template <class A>
 class Workspace {
  public:
-  static constexpr int kVectors = 13;  // the most that an operator takes: the backward pass in evaluation, all converted
+  static constexpr int kVectors = 13;  // the most an operator takes: the backward in evaluation, all converted
 
   Workspace(int64_t T, int64_t C)
       : T_(T), C_(C), memory_(kVectors * size_t(T * C) * sizeof(A)), next_(static_cast<A*>(memory_.data())) {}

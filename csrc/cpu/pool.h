@@ -1,7 +1,7 @@
 // Large outputs come from huge-page blocks that are reused once their tensor is gone.
 //
 // A fresh output costs more in page faults (one per 4 KiB, each zeroed) than the arithmetic that fills it. The pool
-// asks for 2 MiB pages and keeps freed blocks, up to a limit. Idle neighbours are joined and blocks are split to fit, and
+// asks for 2 MiB pages and keeps freed blocks, up to a limit. Idle neighbours are joined, blocks are split to fit, and
 // a new mapping replaces as many idle bytes: live and idle blocks together stay near the most that was ever live.
 #pragma once
 #include <cstddef>

@@ -110,9 +110,9 @@ struct Rows {
     const T* x = slab(w.x, w, group);
     const T* dy = kWithDy ? slab(w.dy, w, group) : nullptr;
     T* out = slab(w.out, w, group);
-    const V center = V{} + static_cast<const A*>(w.vectors.center)[group], scale = V{} + static_cast<const A*>(w.vectors.scale)[group],
-            shift = V{} + static_cast<const A*>(w.vectors.shift)[group];
-    const V dy_scale = kWithDy ? V{} + static_cast<const A*>(w.vectors.dy_scale)[group] : V{};
+    const auto factor = [&](const void* v) TSBN_LAMBDA { return V{} + static_cast<const A*>(v)[group]; };
+    const V center = factor(w.vectors.center), scale = factor(w.vectors.scale), shift = factor(w.vectors.shift);
+    const V dy_scale = kWithDy ? factor(w.vectors.dy_scale) : V{};
 
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       const Block b = w.partition.block(index);

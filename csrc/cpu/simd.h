@@ -155,8 +155,12 @@ template <class T> TSBN_INLINE F load_first(const T* p, int count, F fill) {
   const F v = widen((H)_mm256_maskz_loadu_epi16(mask, p), (T*)nullptr);
   return (F)_mm512_mask_mov_ps((__m512)fill, mask, (__m512)v);
 }
-TSBN_INLINE void store_first(f32* p, int count, F v) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v); }
-TSBN_INLINE void store_first(f64* p, int count, D v) { _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v); }
+TSBN_INLINE void store_first(f32* p, int count, F v) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+TSBN_INLINE void store_first(f64* p, int count, D v) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+}
 template <class T> TSBN_INLINE void store_first(T* p, int count, F v) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)narrow(v, (T*)nullptr));
 }
