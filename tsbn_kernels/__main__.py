@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
@@ -21,8 +20,6 @@ def main() -> None:
     for backend in backends.backends():
         state = "available" if backend.available else "missing"
         print(f"  {backend.name:10} {state:10} {backend.detail}")
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
-    print(f"  Triton is {triton}; this version has no GPU kernels: GPU tensors run on the reference")
     reason = "forced by TSBN_BACKEND" if os.environ.get("TSBN_BACKEND") else "the first that is available"
     for device in _devices():
         try:
