@@ -77,7 +77,7 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
 @triton.jit(do_not_specialize=["T", "N", "splits", "share"])
 def forward_apply(
     x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
-    P: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
     split = tl.program_id(0) % splits
@@ -85,7 +85,7 @@ def forward_apply(
     if partials is None:
         average, variance = vector(mean, slab, tile), vector(var, slab, tile)
     else:
-        average, variance = merge_splits(partials, splits, slab, tile, P)
+        average, variance = merge_splits(partials, splits, slab, tile)
         if split == 0:
             store_vector(mean, average, slab)
             store_vector(var, variance, slab)

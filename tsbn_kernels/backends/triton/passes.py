@@ -53,7 +53,6 @@ class Pass:
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(dtype)
         self.tile = Tile(*map(tl.constexpr, self._tile()))
-        self.parts = tl.constexpr(1 << (plan.splits - 1).bit_length())
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
@@ -94,7 +93,7 @@ class Forward(Pass):
             self.slab = self.launch("forward_slab", plan.variant == "resident", eps, sigmoid)
         else:
             self.first = self.launch("forward_partial")
-            self.apply = self.launch("forward_apply", self.parts, eps, sigmoid)
+            self.apply = self.launch("forward_apply", eps, sigmoid)
 
     def __call__(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor) -> None:
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
@@ -127,7 +126,7 @@ class Backward(Pass):
             self.slab = self.launch("backward_slab", plan.variant == "resident", training, eps, sigmoid)
         else:
             self.first = self.launch("backward_partial", training, eps, sigmoid)
-            self.apply = self.launch("backward_apply", self.parts, training, eps, sigmoid)
+            self.apply = self.launch("backward_apply", training, eps, sigmoid)
 
     def __call__(
         self, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, dx: Tensor | None,

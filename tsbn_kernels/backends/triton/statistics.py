@@ -5,6 +5,8 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.tiles import load, tile_at, total
 
+LANES = tl.constexpr(16)  # splits whose partial sums are read at a time
+
 
 @triton.jit
 def merge_lanes(means, squares, counts, slab, tile):
@@ -37,17 +39,45 @@ def slab_statistics(x, slab, first, last, tile):
 
 
 @triton.jit
-def merge_splits(partials, splits, slab, tile, P: tl.constexpr):
-    """Mean and variance from the means, squared deviations and counts ``[3, splits, T, C]`` of the splits."""
-    i = tl.arange(0, P)[:, None]
-    inside = (i < splits) & (slab.channel < slab.C)
+def splits_at(first, slab):
+    """Where the partial sums of ``LANES`` splits lie within ``[splits, T, C]``, and which splits these are."""
+    i = first + tl.arange(0, LANES)[:, None]
     size = tl.cast(slab.T, tl.int64) * slab.C
-    data = partials + (i * size + slab.t.to(tl.int64) * slab.C + slab.channel)
-    means = tl.load(data, mask=inside, other=0.0)
-    squares = tl.load(data + splits * size, mask=inside, other=0.0)
-    counts = tl.load(data + 2 * splits * size, mask=inside, other=0.0)
+    return i * size + slab.t.to(tl.int64) * slab.C + slab.channel, i
+
+
+@triton.jit
+def merge_splits(partials, splits, slab, tile):
+    """Mean and variance from the means, squared deviations and counts ``[3, splits, T, C]`` of the splits."""
+    shape: tl.constexpr = (LANES, tile.B if tile.COLUMNS else 1)
+    means, squares, counts = tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC)
+    step = splits * (tl.cast(slab.T, tl.int64) * slab.C)
+    for first in range(0, splits, LANES):
+        index, i = splits_at(first, slab)
+        inside = (i < splits) & (slab.channel < slab.C)
+        more = tl.load(partials + 2 * step + index, mask=inside, other=0.0)
+        deviation = tl.load(partials + index, mask=inside, other=0.0) - means
+        before = counts
+        counts += more
+        share = more / tl.maximum(counts, 1.0)
+        means += deviation * share
+        squares += tl.load(partials + step + index, mask=inside, other=0.0) + deviation * deviation * before * share
     count = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
     first = tl.sum(means * counts, 0, keep_dims=True) / count
     mean = first + tl.sum((means - first) * counts, 0, keep_dims=True) / count
     deviation = means - mean
     return mean, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
+
+
+@triton.jit
+def add_splits(partials, splits, slab, tile):
+    """Sums of the two sums ``[2, splits, T, C]`` of the splits."""
+    shape: tl.constexpr = (LANES, tile.B if tile.COLUMNS else 1)
+    sums, dots = tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC)
+    step = splits * (tl.cast(slab.T, tl.int64) * slab.C)
+    for first in range(0, splits, LANES):
+        index, i = splits_at(first, slab)
+        inside = (i < splits) & (slab.channel < slab.C)
+        sums += tl.load(partials + index, mask=inside, other=0.0)
+        dots += tl.load(partials + step + index, mask=inside, other=0.0)
+    return tl.sum(sums, 0, keep_dims=True), tl.sum(dots, 0, keep_dims=True)
