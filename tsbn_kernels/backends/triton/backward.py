@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from tsbn_kernels.backends.triton.tiles import (
+    COUNTS,
+    VECTORS,
     gate_slope,
     gate_value,
     load,
@@ -68,7 +70,7 @@ def store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID: tl.co
         store_vector(dbias, sums, slab)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_slab(
     dy, x, dx, weight, mean, var, dweight, dbias, T, N, C, S, tile,
     RESIDENT: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -96,7 +98,7 @@ def backward_slab(
     store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_partial(
     dy, x, dx, weight, mean, var, partials, T, N, C, S, splits, share, tile,
     TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -114,7 +116,7 @@ def backward_partial(
     store_vector(data + splits * size, dots, slab)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_apply(
     dy, x, dx, weight, mean, var, dweight, dbias, partials, T, N, C, S, splits, share, tile,
     P: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
