@@ -36,7 +36,7 @@ def alternatives(plan: Plan) -> list[Plan]:
         others = [(plan.tile, 0.5), (plan.tile, 2.0)]
     else:
         a, b = plan.tile
-        tiles = [(a * 2, b), (max(1, a // 2), b)] if a > 1 else [(a, b * 2), (a, b // 2)]
+        tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
         others = [(plan.tile, 0.5), (plan.tile, 2.0), *((tile, 1.0) for tile in tiles)]
     found = [plan]
     for tile, factor in others:
