@@ -7,6 +7,7 @@ statistics are ``[T, C]``; statistics are float64 for float64 input, else float3
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ _dispatched = Operators(
 _reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
 
 
+@cache
 def operators(backend: str | None) -> Operators:
     """The operators of a backend; of the one that the dispatcher picks where it is None."""
     if backend == "reference":

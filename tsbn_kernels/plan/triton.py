@@ -30,6 +30,23 @@ def plan(work: Work, device: Device) -> Plan:
     return _split(streaming, "split", min(MAX_SPLITS, max(2, WAVES * wave // streaming.slabs)))
 
 
+def alternatives(plan: Plan) -> list[Plan]:
+    """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
+    if plan.variant == "resident":
+        others = [(plan.tile, 0.5), (plan.tile, 2.0)]
+    else:
+        a, b = plan.tile
+        tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
+        others = [(plan.tile, 0.5), (plan.tile, 2.0), *((tile, 1.0) for tile in tiles)]
+    found = [plan]
+    for tile, factor in others:
+        other = _plan(plan.work, plan.device, plan.variant, tile)
+        warps = int(other.warps * factor)
+        if 1 <= warps <= 32:
+            found.append(_split(replace(other, warps=warps), plan.variant, plan.splits))
+    return found
+
+
 def is_even(work: Work, tile: Tile) -> bool:
     """Whether every tile of every slab is full, so that no access needs a mask."""
     if work.family == "columns":

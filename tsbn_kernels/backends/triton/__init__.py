@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def detail() -> str:
     return version if torch.accelerator.is_available() else f"{version}, no GPU here"
 
 
+@cache
 def operator(name: str) -> Callable[..., Any]:
     """The operator ``forward_training``, ``forward_eval`` or ``backward`` by Triton's kernels."""
     function: Callable[..., Any] = getattr(importlib.import_module("tsbn_kernels.backends.triton.ops"), name)

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.statistics import add_splits
 from tsbn_kernels.backends.triton.tiles import (
+    COUNTS,
+    VECTORS,
     gate_slope,
     gate_value,
     load,
@@ -69,7 +71,7 @@ def store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID: tl.co
         store_vector(dbias, sums, slab)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_slab(
     dy, x, dx, weight, mean, var, dweight, dbias, T, N, C, S, tile,
     RESIDENT: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -97,7 +99,7 @@ def backward_slab(
     store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_partial(
     dy, x, dx, weight, mean, var, partials, T, N, C, S, splits, share, tile,
     TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -115,7 +117,7 @@ def backward_partial(
     store_vector(data + splits * size, dots, slab)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_apply(
     dy, x, dx, weight, mean, var, dweight, dbias, partials, T, N, C, S, splits, share, tile,
     TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,

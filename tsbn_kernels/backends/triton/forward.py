@@ -5,6 +5,8 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.statistics import merge_lanes, merge_splits, slab_statistics
 from tsbn_kernels.backends.triton.tiles import (
+    COUNTS,
+    VECTORS,
     gate_value,
     load,
     slab_at,
@@ -32,7 +34,7 @@ def normalize_tiles(x, y, slab, first, last, mean, scale, offset, tile):
         store(y, (load(x, slab, place, tile) - mean) * scale + offset, slab, place, tile)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_slab(
     x, y, weight, bias, mean, var, T, N, C, S, tile,
     RESIDENT: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -56,7 +58,7 @@ def forward_slab(
         normalize_tiles(x, y, slab, 0, tiles, average, scale, offset, tile)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_partial(x, partials, T, N, C, S, splits, share, tile):
     """First launch for split slabs: mean, squared deviations and count of a split into ``[3, splits, T, C]``.
 
@@ -74,7 +76,7 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
     store_vector(data + 2 * splits * size, count, slab)
 
 
-@triton.jit(do_not_specialize=["T", "N", "splits", "share"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_apply(
     x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
     EPS: tl.constexpr, SIGMOID: tl.constexpr,

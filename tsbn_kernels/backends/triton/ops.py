@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from tsbn_kernels.backends.triton.passes import Backward, Forward
-from tsbn_kernels.plan import DEVICES, Device, devices
+from tsbn_kernels.backends.triton.autotune import choose
+from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
+from tsbn_kernels.plan import DEVICES, Device, Plan, devices
+from tsbn_kernels.plan import triton as rules
 from tsbn_kernels.reference import accumulate_dtype
 
 _forwards: dict[Hashable, Forward] = {}
@@ -43,15 +45,21 @@ def _normalize(
         return torch.empty_like(x)
     dtypes = weight.dtype, None if bias is None else bias.dtype, mean.dtype, var.dtype
     key = _class(x), dtypes, num_tasks, eps, gate, stacking, training
+    vectors = weight.contiguous(), None if bias is None else bias.contiguous(), mean.contiguous(), var.contiguous()
     run = _forwards.get(key)
     if run is None:
-        run = _forwards[key] = Forward(
-            x, num_tasks, stacking, eps, gate, _device(x.device),
-            training=training, bias=bias is not None, parameter_size=weight.element_size(),
-        )  # fmt: skip
+        details = {"training": training, "bias": bias is not None, "parameter_size": weight.element_size()}
+        options = x, num_tasks, stacking, eps, gate
+
+        def prepare(plan: Plan) -> Callable[[], None]:
+            candidate = Forward(plan, *options)
+            return partial(candidate, x, candidate.output(x), *vectors)
+
+        plan = rules.plan(work_of(x, num_tasks, stacking, **details), _device(x.device))
+        run = _forwards[key] = Forward(choose(plan, prepare), *options)
     y = run.output(x)
     with _on(x.device):
-        run(x, y, weight.contiguous(), None if bias is None else bias.contiguous(), mean.contiguous(), var.contiguous())
+        run(x, y, *vectors)
     return y
 
 
@@ -78,38 +86,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.backward`."""
     needs = need_dx, need_dweight, need_dbias
-    dx, dweight, dbias = (
-        x.new_empty(0),
-        *(
-            weight.new_zeros(weight.shape) if need and x.numel() == 0 else weight.new_empty(weight.shape if need else 0)
-            for need in needs[1:]
-        ),
-    )
-    if x.numel() == 0:
-        return torch.empty_like(x) if need_dx else dx, dweight, dbias
-    if any(needs):
-        key = (
-            _class(dy),
-            _class(x),
-            weight.dtype,
-            mean.dtype,
-            var.dtype,
-            num_tasks,
-            eps,
-            gate,
-            stacking,
-            training,
-            needs,
-        )
-        run = _backwards.get(key)
-        if run is None:
-            run = _backwards[key] = Backward(
-                dy, x, num_tasks, stacking, eps, gate, _device(x.device),
-                training=training, needs_dx=need_dx, needs_dweight=need_dweight, bias=need_dbias,
-                parameter_size=weight.element_size(),
-            )  # fmt: skip
-        dx = run.output(x) if need_dx else dx
-        outputs = (tensor if need else None for tensor, need in zip((dx, dweight, dbias), needs, strict=True))
-        with _on(x.device):
-            run(dy, x, weight.contiguous(), mean.contiguous(), var.contiguous(), *outputs)
-    return dx, dweight, dbias
+    make = weight.new_zeros if x.numel() == 0 else weight.new_empty
+    dweight, dbias = make(weight.shape if need_dweight else 0), make(weight.shape if need_dbias else 0)
+    if x.numel() == 0 or not any(needs):
+        return x.new_empty(x.shape if need_dx else 0), dweight, dbias
+    dtypes = weight.dtype, mean.dtype, var.dtype
+    key = _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, training, needs
+    vectors = weight.contiguous(), mean.contiguous(), var.contiguous()
+    parameters = dweight if need_dweight else None, dbias if need_dbias else None
+    run = _backwards.get(key)
+    if run is None:
+        details = {"training": training, "needs_dx": need_dx, "needs_dweight": need_dweight, "bias": need_dbias}
+        work = work_of(x, num_tasks, stacking, direction="backward", parameter_size=weight.element_size(), **details)
+        options = dy, x, num_tasks, stacking, eps, gate
+
+        def prepare(plan: Plan) -> Callable[[], None]:
+            candidate = Backward(plan, *options)
+            return partial(candidate, dy, x, *vectors, candidate.output(x) if need_dx else None, *parameters)
+
+        run = _backwards[key] = Backward(choose(rules.plan(work, _device(x.device)), prepare), *options)
+    dx = run.output(x) if need_dx else None
+    with _on(x.device):
+        run(dy, x, *vectors, dx, *parameters)
+    return x.new_empty(0) if dx is None else dx, dweight, dbias

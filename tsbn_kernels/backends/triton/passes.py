@@ -11,7 +11,7 @@ from torch import Tensor
 from tsbn_kernels import layout
 from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.backends.triton.tiles import Tile, View
-from tsbn_kernels.plan import Device, Plan, Work
+from tsbn_kernels.plan import Plan, Work
 from tsbn_kernels.plan import triton as rules
 from tsbn_kernels.reference import accumulate_dtype
 
@@ -37,9 +37,8 @@ def work_of(x: Tensor, num_tasks: int, stacking: str, **details: Any) -> Work:
     samples = x.numel() // (num_tasks * x.shape[axis] * positions)
     shared = num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
     family = layout.family(x, stacking) or "rows"
-    return Work(
-        num_tasks, samples, x.shape[axis], positions, x.element_size(), family, shared_input=shared, **details
-    )  # fmt: skip
+    sizes = num_tasks, samples, x.shape[axis], positions, x.element_size()
+    return Work(*sizes, family, shared_input=shared, **details)
 
 
 class Pass:
@@ -81,10 +80,7 @@ class Pass:
 class Forward(Pass):
     """Statistics and y, or y by given statistics."""
 
-    def __init__(
-        self, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str, device: Device, **details: Any
-    ) -> None:  # fmt: skip
-        plan = rules.plan(work_of(x, num_tasks, stacking, **details), device)
+    def __init__(self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
         super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
         self.x = view_strides(x.shape, x.stride(), num_tasks, stacking)
         self.y = view_strides(x.shape, self.output_strides, num_tasks, stacking)
@@ -112,11 +108,7 @@ class Forward(Pass):
 class Backward(Pass):
     """Gradients of x, weight and bias, those that are asked for."""
 
-    def __init__(
-        self, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str, device: Device,
-        **details: Any,
-    ) -> None:  # fmt: skip
-        plan = rules.plan(work_of(x, num_tasks, stacking, direction="backward", **details), device)
+    def __init__(self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
         super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
         self.dy = view_strides(dy.shape, dy.stride(), num_tasks, stacking)
         self.x = view_strides(x.shape, x.stride(), num_tasks, stacking)

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+# Arguments that a kernel is not compiled anew for: sizes that no access depends on, and the alignment of vectors.
+COUNTS = ["T", "N", "splits", "share"]
+VECTORS = ["weight", "bias", "mean", "var", "dweight", "dbias", "partials"]
+
 
 class View(NamedTuple):
     """An activation ``[T, N, C, S]``: its first value and its strides in elements."""
