@@ -21,6 +21,7 @@ class Device:
         warp: threads of a warp.
         l2: the last cache.
         bandwidth: of the memory, as the data sheet gives it.
+        block_threads: the most of a block; less makes a toy, which needs other variants at small sizes.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Device:
     warp: int
     l2: int
     bandwidth: float
+    block_threads: int = 1024
 
     @property
     def clusters(self) -> bool:
@@ -49,7 +51,10 @@ DEVICES: dict[str, Device] = {
         Device("A100", "sm_80", 108, 65536, 164 * _KIB, 163 * _KIB, 2048, 32, 40 * _MIB, 2.039e12),
         Device("H100", "sm_90", 132, 65536, 228 * _KIB, 227 * _KIB, 2048, 32, 50 * _MIB, 3.35e12),
         Device("B200", "sm_100", 148, 65536, 228 * _KIB, 227 * _KIB, 2048, 32, 126 * _MIB, 8.0e12),
+        Device("RTX3090", "sm_86", 82, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 6 * _MIB, 0.936e12),
         Device("RTX4090", "sm_89", 128, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 72 * _MIB, 1.008e12),
+        Device("RTX5090", "sm_120", 170, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 96 * _MIB, 1.792e12),
+        Device("MI250X", "gfx90a", 110, 131072, 64 * _KIB, 64 * _KIB, 2048, 64, 8 * _MIB, 1.638e12),  # one of two dies
         Device("MI300X", "gfx942", 304, 131072, 64 * _KIB, 64 * _KIB, 2048, 64, 256 * _MIB, 5.3e12),
     )
 }
