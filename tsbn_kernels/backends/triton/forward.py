@@ -22,7 +22,7 @@ from tsbn_kernels.backends.triton.tiles import (
 def coefficients(weight, bias, variance, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
     """Scale and offset of ``y = (x - mean) * scale + offset``."""
     scale = gate_value(vector(weight, slab, tile), SIGMOID) * tl.rsqrt(variance + EPS)
-    offset = tl.zeros(scale.shape, tile.ACC) if bias is None else vector(bias, slab, tile)
+    offset = tl.cast(0.0, tile.ACC) if bias is None else vector(bias, slab, tile)
     return scale, offset
 
 

@@ -62,11 +62,11 @@ def merge_splits(partials, splits, slab, tile):
         share = more / tl.maximum(counts, 1.0)
         means += deviation * share
         squares += tl.load(partials + step + index, mask=inside, other=0.0) + deviation * deviation * before * share
-    count = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
-    first = tl.sum(means * counts, 0, keep_dims=True) / count
-    mean = first + tl.sum((means - first) * counts, 0, keep_dims=True) / count
+    count = tl.maximum(total(counts, tile), 1.0)
+    first = total(means * counts, tile) / count
+    mean = first + total((means - first) * counts, tile) / count
     deviation = means - mean
-    return mean, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
+    return mean, total(squares + deviation * deviation * counts, tile) / count
 
 
 @triton.jit
@@ -80,4 +80,4 @@ def add_splits(partials, splits, slab, tile):
         inside = (i < splits) & (slab.channel < slab.C)
         sums += tl.load(partials + index, mask=inside, other=0.0)
         dots += tl.load(partials + step + index, mask=inside, other=0.0)
-    return tl.sum(sums, 0, keep_dims=True), tl.sum(dots, 0, keep_dims=True)
+    return total(sums, tile), total(dots, tile)
