@@ -12,7 +12,7 @@ class Device:
     """A GPU. Sizes in bytes, bandwidth in bytes a second; registers are 32 bits wide.
 
     Attributes:
-        target: ``"sm_90"`` and the like, or AMD's ``"gfx942"``.
+        target: ``"sm_90"`` and the like, or AMD's ``"gfx942"``, or the name of another kind of GPU.
         multiprocessors: streaming multiprocessors, or compute units.
         registers: of one multiprocessor.
         shared_memory: of one multiprocessor, as all its blocks together may use it.
@@ -21,7 +21,7 @@ class Device:
         warp: threads of a warp.
         l2: the last cache.
         bandwidth: of the memory, as the data sheet gives it.
-        block_threads: the most of a block; less makes a toy, which needs other variants at small sizes.
+        block_threads: the most threads of one block.
     """
 
     name: str
@@ -86,7 +86,7 @@ def of(index: torch.device) -> Device:
     bandwidth = paper.bandwidth if paper.name in properties.name.replace(" ", "") else 2e3 * clock * width / 8
     return Device(
         name=properties.name,
-        target=architecture if torch.version.hip else f"sm_{capability}",
+        target=architecture or (f"sm_{capability}" if index.type == "cuda" else index.type),
         multiprocessors=told("multi_processor_count", told("gpu_subslice_count", paper.multiprocessors)),
         registers=told("regs_per_multiprocessor", paper.registers),
         shared_memory=told("shared_memory_per_multiprocessor", paper.shared_memory),
@@ -95,4 +95,5 @@ def of(index: torch.device) -> Device:
         warp=told("warp_size", paper.warp),
         l2=told("L2_cache_size", paper.l2),
         bandwidth=bandwidth or paper.bandwidth,
+        block_threads=told("max_threads_per_block", paper.block_threads),
     )
