@@ -80,7 +80,7 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "split"): {"rows": (80, 112), "columns": (80, 112)},
     ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
-    ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 88)},
+    ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
     ("backward", "split"): {"rows": (80, 88), "columns": (80, 88)},
     ("backward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
 }
@@ -153,7 +153,10 @@ def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
     """The same with ``splits`` programs a slab, or as many as have at least one tile."""
     share = _ceil(plan.tiles, splits)
     splits = _ceil(plan.tiles, share)
-    return plan if splits == 1 and variant == "split" else replace(plan, variant=variant, splits=splits)
+    if splits == 1 and variant == "split":
+        return plan
+    registers = _registers(plan.work, plan.device, variant, plan.tile, plan.warps * plan.device.warp)
+    return replace(plan, variant=variant, splits=splits, registers=registers)
 
 
 def _ceil(a: int, b: int) -> int:
