@@ -73,7 +73,7 @@ def launch_triton(
     scratch = [np.zeros(size * blocks, np.uint8) if size else None for size in scratch_sizes]
     return launch(
         compiled.asm["ptx"], meta.name, sizes, meta.num_warps * 32, [*values.values(), *scratch], shared=meta.shared,
-        cooperative=meta.launch_cooperative_grid, schedule=schedule, lanes_may_collide=True,
+        cooperative=meta.launch_cooperative_grid, schedule=schedule, stores_may_collide=True,
         names=[*values, "global_scratch", "profile_scratch"],
     )  # fmt: skip
 

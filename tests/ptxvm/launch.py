@@ -58,13 +58,13 @@ def _encoded(text: str, name: str) -> Encoded:
 def launch(
     ptx: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
     cluster: Dim | None = None, shared: int = 0, cooperative: bool = False, schedule: str | int = "forward",
-    lanes_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
+    stores_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
 ) -> Report:  # fmt: skip
     """Runs a kernel and returns what it did; a broken rule raises Violation.
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
     shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
-    lanes_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
+    stores_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
     which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
     counts as stuck.
     """
@@ -94,7 +94,7 @@ def launch(
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
     options = encoded.layout | {
         "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
-        "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
+        "explicit_cluster": cluster3 != (1, 1, 1), "stores_may_collide": stores_may_collide, "order": order,
         "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "grid_workspace": _WORKSPACE,
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)

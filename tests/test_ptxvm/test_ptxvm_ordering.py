@@ -160,7 +160,7 @@ def test_lanes_that_collide_are_counted_where_that_is_allowed() -> None:
         run(body, blocks=1)
     winners = {}
     for schedule in ("forward", "reversed"):
-        memory, report = run(body, blocks=1, schedule=schedule, lanes_may_collide=True)
+        memory, report = run(body, blocks=1, schedule=schedule, stores_may_collide=True)
         winners[schedule] = int(memory[0])
         assert sum(r.collisions for r in report.rows) == 31
     assert winners == {"forward": 31, "reversed": 0}

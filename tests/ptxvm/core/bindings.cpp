@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "instructions.hpp"
 #include "machine.hpp"
 
 namespace py = pybind11;
@@ -44,7 +43,7 @@ py::dict run(const Program& program, const Sizes& grid, const Sizes& block, cons
   };
   get("shared_size", l.shared_size), get("dynamic_shared", l.dynamic_shared), get("local_size", l.local_size);
   get("cooperative", l.cooperative), get("explicit_cluster", l.explicit_cluster);
-  get("lanes_may_collide", l.lanes_may_collide);
+  get("stores_may_collide", l.stores_may_collide);
   get("order", l.order), get("seed", l.seed), get("patience", l.patience), get("grid_workspace", l.grid_workspace);
   get("registers", l.registers), get("slots", l.slots), get("constants", l.constants), get("specials", l.specials);
   for (const auto& [name, base, size, data, state, readonly, counts] : regions) {

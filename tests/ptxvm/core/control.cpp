@@ -1,5 +1,4 @@
 // Branches, barriers, and what lanes of a warp do together.
-#include "instructions.hpp"
 #include "lanes.hpp"
 
 namespace ptxvm {
@@ -184,7 +183,7 @@ Handler reduction(F) {
         else return x;
       };
       T total = value(std::countr_zero(w.lanes));
-      for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = F{}(total, value(lane)); });
+      for_lanes(w.lanes & (w.lanes - 1), [&](int lane) { total = apply(F{}, i, total, value(lane)); });
       for_lanes(w.lanes, [&](int lane) { w.slot(i.op[0])[lane] = to_slot<T>(canonical(total)); });
     });
   };
@@ -233,10 +232,7 @@ void declare_control() {
       on("redux sync " + function + " " + type, 3, reduction<T>(f));
     });
   });
-  on("redux sync min abs? f32", 3, reduction<f32>(minimum));
-  on("redux sync max abs? f32", 3, reduction<f32>(maximum));
-  on("redux sync min abs? NaN f32", 3, reduction<f32>(minimum_nan));
-  on("redux sync max abs? NaN f32", 3, reduction<f32>(maximum_nan));
+  on("redux sync min|max abs? NaN? f32", 3, reduction<f32>(minimum_or_maximum));
 }
 
 }  // namespace ptxvm

@@ -7,9 +7,6 @@
 namespace ptxvm {
 
 u32 Warp::number() const { return u32(block->linear) * machine->warps_per_block() + index; }
-u32 Warp::thread(int lane) const {
-  return u32(block->linear) * machine->threads_per_block() + index * warp_size + lane;
-}
 
 u32 Warp::predicate(s32 number) const {
   const u64* p = slot(number);
@@ -56,48 +53,40 @@ void Warp::leave() {
   if (splits[0].lanes == 0) splits.erase(splits.begin());
 }
 
-u32 Cluster::rank(const Block* block) const {
-  return u32(std::find(blocks.begin(), blocks.end(), block) - blocks.begin());
-}
-
 const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
-    std::unordered_map<std::string, Special> t;
+    std::unordered_map<std::string, Special> t = {
+        {"%cluster_ctarank", [](Place p) { return p.warp.block->rank; }},
+        {"%cluster_nctarank", [](Place p) { return p.launch.cluster.count(); }},
+        {"%is_explicit_cluster", [](Place p) { return p.launch.explicit_cluster; }},
+        {"%laneid", [](Place p) { return p.lane(); }},
+        {"%warpid", [](Place p) { return p.warp.index; }},
+        {"%nwarpid", [](Place p) { return p.warp.block->warps.size(); }},
+        {"%gridid", [](Place) { return 0; }},
+        {"%smid", [](Place) { return 0; }},
+        {"%nsmid", [](Place) { return 1; }},
+        {"%lanemask_eq", [](Place p) { return 1u << p.lane(); }},
+        {"%lanemask_lt", [](Place p) { return (1u << p.lane()) - 1; }},
+        {"%lanemask_le", [](Place p) { return (2u << p.lane()) - 1; }},
+        {"%lanemask_gt", [](Place p) { return ~((2u << p.lane()) - 1); }},
+        {"%lanemask_ge", [](Place p) { return ~((1u << p.lane()) - 1); }},
+        {"%dynamic_smem_size", [](Place p) { return p.launch.dynamic_shared; }},
+        {"%total_smem_size", [](Place p) { return p.launch.shared_size; }},
+        {"%envreg1", [](Place p) { return p.launch.grid_workspace >> 32; }},  // as the driver passes it
+        {"%envreg2", [](Place p) { return u32(p.launch.grid_workspace); }}};
     const auto triple = [&t](const std::string& stem, auto dim) {
-      t[stem + ".x"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).x; };
-      t[stem + ".y"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).y; };
-      t[stem + ".z"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).z; };
+      t[stem + ".x"] = [dim](Place p) { return dim(p).x; };
+      t[stem + ".y"] = [dim](Place p) { return dim(p).y; };
+      t[stem + ".z"] = [dim](Place p) { return dim(p).z; };
     };
-    const auto over = [](Dim a, Dim b) { return Dim{a.x / b.x, a.y / b.y, a.z / b.z}; };
-    const auto modulo = [](Dim a, Dim b) { return Dim{a.x % b.x, a.y % b.y, a.z % b.z}; };
-    triple("%tid", [](const Launch& l, const Warp&, u32 k) { return l.block.at(k); });
-    triple("%ntid", [](const Launch& l, const Warp&, u32) { return l.block; });
-    triple("%ctaid", [](const Launch&, const Warp& w, u32) { return w.block->index; });
-    triple("%nctaid", [](const Launch& l, const Warp&, u32) { return l.grid; });
-    triple("%clusterid", [over](const Launch& l, const Warp& w, u32) { return over(w.block->index, l.cluster); });
-    triple("%nclusterid", [over](const Launch& l, const Warp&, u32) { return over(l.grid, l.cluster); });
-    triple("%cluster_ctaid", [modulo](const Launch& l, const Warp& w, u32) {
-      return modulo(w.block->index, l.cluster);
-    });
-    triple("%cluster_nctaid", [](const Launch& l, const Warp&, u32) { return l.cluster; });
-    t["%cluster_ctarank"] = [](const Launch&, const Warp& w, u32) { return w.block->cluster->rank(w.block); };
-    t["%cluster_nctarank"] = [](const Launch& l, const Warp&, u32) { return l.cluster.count(); };
-    t["%is_explicit_cluster"] = [](const Launch& l, const Warp&, u32) { return l.explicit_cluster; };
-    t["%laneid"] = [](const Launch&, const Warp&, u32 k) { return k % warp_size; };
-    t["%warpid"] = [](const Launch&, const Warp& w, u32) { return w.index; };
-    t["%nwarpid"] = [](const Launch&, const Warp& w, u32) { return w.block->warps.size(); };
-    t["%gridid"] = t["%smid"] = [](const Launch&, const Warp&, u32) { return 0; };
-    t["%nsmid"] = [](const Launch&, const Warp&, u32) { return 1; };
-    t["%lanemask_eq"] = [](const Launch&, const Warp&, u32 k) { return 1u << k % warp_size; };
-    t["%lanemask_lt"] = [](const Launch&, const Warp&, u32 k) { return (1u << k % warp_size) - 1; };
-    t["%lanemask_le"] = [](const Launch&, const Warp&, u32 k) { return (2u << k % warp_size) - 1; };
-    t["%lanemask_gt"] = [](const Launch&, const Warp&, u32 k) { return ~((2u << k % warp_size) - 1); };
-    t["%lanemask_ge"] = [](const Launch&, const Warp&, u32 k) { return ~((1u << k % warp_size) - 1); };
-    t["%dynamic_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.dynamic_shared; };
-    t["%total_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.shared_size; };
-    // as the driver passes it
-    t["%envreg1"] = [](const Launch& l, const Warp&, u32) { return l.grid_workspace >> 32; };
-    t["%envreg2"] = [](const Launch& l, const Warp&, u32) { return u32(l.grid_workspace); };
+    triple("%tid", [](Place p) { return p.launch.block.at(p.thread); });
+    triple("%ntid", [](Place p) { return p.launch.block; });
+    triple("%ctaid", [](Place p) { return p.warp.block->index; });
+    triple("%nctaid", [](Place p) { return p.launch.grid; });
+    triple("%clusterid", [](Place p) { return p.warp.block->index / p.launch.cluster; });
+    triple("%nclusterid", [](Place p) { return p.launch.grid / p.launch.cluster; });
+    triple("%cluster_ctaid", [](Place p) { return p.warp.block->index % p.launch.cluster; });
+    triple("%cluster_nctaid", [](Place p) { return p.launch.cluster; });
     return t;
   }();
   const auto found = table.find(name);
@@ -117,11 +106,9 @@ std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
 
 }  // namespace
 
-void Machine::start(Block& block, u64 linear, Cluster* cluster) {
+void Machine::start(Block& block) {
   const u32 threads = threads_per_block();
-  block.linear = linear;
-  block.index = launch.grid.at(linear);
-  block.cluster = cluster;
+  block.index = launch.grid.at(block.linear);
   block.live = threads;
   block.common.assign(threads, 0);
   block.barriers = {};
@@ -141,7 +128,7 @@ void Machine::start(Block& block, u64 linear, Cluster* cluster) {
     for (const auto& [slot, value] : launch.constants) std::fill_n(w.slot(slot), warp_size, value);
     for (const auto& [slot, name] : launch.specials) {
       const Special& value = special(name);
-      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value(launch, w, index * warp_size + lane);
+      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value({launch, w, index * warp_size + lane});
     }
     if (launch.local_size) {
       w.local.resize(warp_size);
@@ -205,33 +192,30 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
   const char* what = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
                      : at->state == Split::at_sync ? "lanes that must take part never come here"
                                                    : "threads that must take part never come here";
-  const u32 threads = threads_per_block(), elsewhere = std::popcount(blamed->live & ~at->lanes);
-  const Block& block = *blamed->block;
-  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", block.linear, ", ", threads - block.live,
-               " of ", threads, " threads have exited", elsewhere ? ", lanes of this warp that are elsewhere: " : "",
-               elsewhere ? std::to_string(elsewhere) : "");
+  const u32 threads = threads_per_block(), exited = threads - blamed->block->live;
+  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", blamed->block->linear, ", ", exited, " of ",
+               threads, " threads have exited; lanes of this warp that are elsewhere: ",
+               std::popcount(blamed->live & ~at->lanes));
 }
 
 void Machine::run() {
   random.seed(launch.seed);
   counters.assign(code.size(), {});
-  const u64 blocks = launch.grid.count(), group = launch.cooperative ? blocks : launch.cluster.count();
+  const Dim c = launch.cluster, g = launch.grid, many = g / c;
+  const u64 blocks = g.count(), group = launch.cooperative ? blocks : c.count();
   std::vector<Block> resident(group);
-  std::vector<Cluster> clusters(group / launch.cluster.count());
-  // The blocks of a cluster are neighbours in the grid; number clusters, then the blocks in each.
-  const Dim c = launch.cluster, g = launch.grid, many = launch.clusters();
+  std::vector<Cluster> clusters(group / c.count());
+  std::vector<Block*> together;
+  for (Block& block : resident) together.push_back(&block);
   for (u64 first : in_order(blocks / group, launch.order, random)) {
-    std::vector<Block*> together;
-    for (u64 k = 0; k < clusters.size(); ++k) {
-      Cluster& cluster = clusters[k] = {};
-      const Dim at = many.at(first * clusters.size() + k);
-      for (u64 rank = 0; rank < c.count(); ++rank) cluster.blocks.push_back(&resident[together.size() + rank]);
-      for (u64 rank = 0; rank < c.count(); ++rank) {
-        const Dim in = c.at(rank);
-        const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
-        start(*cluster.blocks[rank], x + g.x * (y + g.y * z), &cluster);
-        together.push_back(cluster.blocks[rank]);
-      }
+    // The blocks of a cluster are neighbours in the grid; number clusters, then the blocks in each.
+    for (u64 k = 0; k < group; ++k) {
+      const u64 number = k / c.count(), rank = k % c.count();
+      if (rank == 0) clusters[number] = {}, clusters[number].blocks.assign(&together[k], &together[k] + c.count());
+      const Dim at = many.at(first * clusters.size() + number), in = c.at(rank);
+      const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
+      resident[k].linear = x + g.x * (y + g.y * z), resident[k].rank = u32(rank), resident[k].cluster = &clusters[number];
+      start(resident[k]);
     }
     run_together(together);
   }

@@ -17,6 +17,9 @@ struct Dim {
   u32 x = 1, y = 1, z = 1;
   u64 count() const { return u64(x) * y * z; }
   Dim at(u64 linear) const { return {u32(linear % x), u32(linear / x % y), u32(linear / x / y)}; }
+  bool operator==(const Dim&) const = default;
+  Dim operator/(Dim b) const { return {x / b.x, y / b.y, z / b.z}; }
+  Dim operator%(Dim b) const { return {x % b.x, y % b.y, z % b.z}; }
 };
 
 template <class... Parts>
@@ -69,7 +72,6 @@ struct Warp {
   u64* slot(s32 number) { return registers.data() + u64(number) * warp_size; }
   const u64* slot(s32 number) const { return registers.data() + u64(number) * warp_size; }
   u32 number() const;              // in the grid
-  u32 thread(int lane) const;      // in the grid
   u32 predicate(s32 slot) const;
   bool ready() const { return !splits.empty() && splits[0].state == Split::ready; }
   void reconverge(bool lowest_first = true);
@@ -99,7 +101,6 @@ struct Barrier {
 
 struct Cluster {
   std::vector<Block*> blocks;
-  u32 rank(const Block* block) const;
   u32 phase = 0, arrived = 0;
   Clocks gathering;
   SharedClocks done;
@@ -109,6 +110,7 @@ struct Block {
   u64 linear = 0;
   Dim index;
   Cluster* cluster = nullptr;
+  u32 rank = 0;                    // in the cluster
   std::vector<Warp> warps;
   OwnedRegion shared;
   std::vector<u32> common;         // clock of each thread up to which every thread of the block knows it
@@ -120,16 +122,11 @@ struct Counter {
   u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0, collisions = 0;
 };
 
-// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
-struct Launch;
-using Special = std::function<u64(const Launch&, const Warp&, u32 thread)>;
-const Special& special(const std::string& name);
-
 struct Launch {
   Dim grid, block, cluster;
   u64 shared_size = 0, dynamic_shared = 0, local_size = 0;
   bool cooperative = false, explicit_cluster = false;
-  bool lanes_may_collide = false;  // in one store to shared memory; one of them wins
+  bool stores_may_collide = false;  // of one instruction, to shared memory; one of the values stays
   int order = 0;                   // 0 forward, 1 reversed, 2 shuffled
   u64 seed = 0, patience = 0;      // warp instructions without progress before a launch counts as stuck
   u32 slots = 0, registers = 0;    // slots, of which the first are registers
@@ -137,12 +134,18 @@ struct Launch {
   std::vector<std::pair<u32, std::string>> specials;
   u64 grid_workspace = 0;          // address of the cooperative launch's barrier
 
-  Dim clusters() const { return {grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z}; }
-  u64 cluster_of(u64 block_number) const {
-    const Dim at = grid.at(block_number), all = clusters();
-    return at.x / cluster.x + u64(all.x) * (at.y / cluster.y + u64(all.y) * (at.z / cluster.z));
-  }
+  bool same_cluster(u32 block, u32 other) const { return grid.at(block) / cluster == grid.at(other) / cluster; }
 };
+
+// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
+struct Place {
+  const Launch& launch;
+  const Warp& warp;
+  u32 thread;  // in the block
+  u32 lane() const { return thread % warp_size; }
+};
+using Special = std::function<u64(Place)>;
+const Special& special(const std::string& name);
 
 enum class Use : u8 { read, write, update };
 
@@ -156,22 +159,20 @@ struct Machine {
   std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
   std::mt19937_64 random;
   u64 progress = 0, issued = 0;
-  const u64* storing = nullptr;    // addresses of the store that is executed, by lane
 
   void run();
 
   // memory.cpp: checks one lane's access. `fresh` are the bytes to be written, if any.
-  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope,
-             const u8* fresh = nullptr);
+  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, const void* fresh = nullptr);
   void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
 
   // ordering.cpp: happens-before
   bool knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const;
   u32 unordered(const Warp& w, int lane, const Access& earlier) const;
-  bool races(const Warp& w, int lane, Scope scope, const Access& earlier) const;
+  bool races(const Warp& w, int lane, const Inst& i, const Access& earlier) const;
   bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;
-  void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope, bool agrees);
-  void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope);
+  void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, bool agrees);
+  void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell);
   void fence(Warp& w, Scope scope);
   void publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends);
   void observe(Warp& w, const Inst& i, int lane, u64 flag);
@@ -191,7 +192,7 @@ struct Machine {
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 
  private:
-  void start(Block& block, u64 linear, Cluster* cluster);
+  void start(Block& block);
   void run_together(std::vector<Block*>& blocks);
   void step(Warp& w, u64 instructions);
   [[noreturn]] void report_stuck(const std::vector<Block*>& blocks);

@@ -72,6 +72,7 @@ struct Spot {
   Region* region;
   u64 offset;
   u8* data() const { return region->data + offset; }
+  u64 flag() const { return reinterpret_cast<u64>(data()); }  // its name as a flag of releases
 };
 
 inline constexpr u64 shared_window = 1ull << 40, local_window = 1ull << 41, window_size = 1ull << 32;

@@ -32,20 +32,16 @@ u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
   return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, block, first + other, earlier.clock); });
 }
 
-bool Machine::races(const Warp& w, int lane, Scope scope, const Access& earlier) const {
+bool Machine::races(const Warp& w, int lane, const Inst& i, const Access& earlier) const {
   return unordered(w, lane, earlier) &&
-         !compatible(u32(w.block->linear), scope, earlier.warp / warps_per_block(), earlier.scope);
+         !compatible(u32(w.block->linear), i.scope, earlier.warp / warps_per_block(), earlier.scope);
 }
 
 // Two strong accesses do not race if each one's scope reaches the other.
 bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) const {
-  switch (std::min(scope, other)) {
-    case Scope::weak: return false;
-    case Scope::block: return block == other_block;
-    case Scope::cluster: return launch.cluster_of(block) == launch.cluster_of(other_block);
-    case Scope::grid: return true;
-  }
-  return false;
+  const Scope least = std::min(scope, other);
+  return least == Scope::grid || (least == Scope::block && block == other_block) ||
+         (least == Scope::cluster && launch.same_cluster(block, other_block));
 }
 
 namespace {
@@ -63,33 +59,31 @@ namespace {
 
 }  // namespace
 
-void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope, bool agrees) {
+void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, bool agrees) {
   Cell& cell = spot.region->cells[index];
-  if (!agrees && races(w, lane, scope, cell.write)) {
-    const int other = std::countr_zero(cell.write.lanes);
-    const bool together = storing && cell.write.warp == w.number() && w.lanes >> other & 1;
-    const bool collides = together && spot.region->shared && storing[other] == storing[lane];
-    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.write);
+  if (!agrees && races(w, lane, i, cell.write)) {
+    const bool copies = launch.stores_may_collide && spot.region->shared && cell.write.inst == i.index;
+    if (!copies) race(*this, "was written", w, i, lane, spot, index, cell.write);
     ++counters[i.index].collisions;
   }
   const auto check = [&](const Access& read) {
-    if (races(w, lane, scope, read)) race(*this, "was read", w, i, lane, spot, index, read);
+    if (races(w, lane, i, read)) race(*this, "was read", w, i, lane, spot, index, read);
   };
   std::vector<Access>& earlier = read_lists[cell.earlier_reads];
   std::for_each(earlier.begin(), earlier.end(), check);
   earlier.clear();
   check(cell.read);
   cell.read = {};
-  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
+  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
   ++cell.writes;
 }
 
-void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope) {
+void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index) {
   Cell& cell = spot.region->cells[index];
-  if ((i.constant && cell.write.clock) || races(w, lane, scope, cell.write))
+  if ((i.constant && cell.write.clock) || races(w, lane, i, cell.write))
     race(*this, "was written", w, i, lane, spot, index, cell.write);
-  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
-  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == scope) {
+  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
+  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == i.scope) {
     cell.read.lanes |= read.lanes;
     return;
   }
@@ -155,8 +149,9 @@ void Machine::fence(Warp& w, Scope scope) {
 // A strong write: whoever reads it learns what its thread knew at its release, or at the fence before it.
 void Machine::publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends) {
   ThreadClock& t = w.clocks[lane];
+  if (!extends && !flags.empty()) flags.erase(flag);  // a read-modify-write continues the release sequence
+  if (i.scope == Scope::weak) return;
   std::vector<Release>& releases = flags[flag];
-  if (!extends) releases.clear();  // a read-modify-write continues the release sequence, a store ends it
   if (i.releases) {
     auto now = std::make_shared<Clocks>();
     gather(*now, w, 1u << lane);

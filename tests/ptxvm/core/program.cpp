@@ -52,7 +52,8 @@ void look_up(const Meaning<T>& meaning, const std::string& word, T& result) {
 void read_modifiers(Inst& inst, const Words& words) {
   static const Meaning<bool Inst::*> flags = {
       {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"abs", &Inst::absolute},
-      {"trans", &Inst::transposed}, {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
+      {"max", &Inst::largest}, {"NaN", &Inst::keeps_nan}, {"l", &Inst::left}, {"trans", &Inst::transposed},
+      {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
       {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral},
       {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
   static const Meaning<Rounding> roundings = {
@@ -100,7 +101,7 @@ void on(const std::string& pattern, int operands, Handler run, int optional) {
     form.groups.push_back(split(tokens[k], '|'));
     if (may_miss) form.groups.back().push_back("");
   }
-  forms().emplace(tokens[0], form);
+  for (const std::string& name : split(tokens[0], '|')) forms().emplace(name, form);
 }
 
 Inst decode(const std::string& opcode, int operands) {

@@ -39,6 +39,9 @@ struct Inst {
   bool ftz = false, sat = false, relu = false, wrap = false;
   bool integral = false;         // round to an integer (.rni ...)
   bool negated_c = false;        // a predicate operand written `!c`
+  bool largest = false;          // max, not min
+  bool keeps_nan = false;
+  bool left = false;             // shf.l
   bool transposed = false;
   bool constant = false;         // ld.nc: the memory must not change during the launch
   bool acquires = false, releases = false;
@@ -51,12 +54,18 @@ struct Inst {
 };
 
 // Declares one form of instruction. The pattern is the ISA's syntax: the opcode and its modifiers in order, `a|b` for
-// a choice and a final `?` for one that may be missing: "add rn|rz|rm|rp? ftz? sat? f32".
+// a choice and a final `?` for one that may be missing: "min|max ftz? NaN? f32".
 // `operands` counts a vector as one; `optional` more may follow.
 void on(const std::string& pattern, int operands, Handler run, int optional = 0);
 
 // The class of the instructions that the following `on` calls declare.
 void section(Class kind);
+
+// The instruction set, by chapter.
+void declare_arithmetic();   // integers, bits, floats, comparisons
+void declare_conversions();  // cvt, mov, address arithmetic
+void declare_memory();       // ld, st, atom, red, fences
+void declare_control();      // branches, barriers, shuffles, votes
 
 // Finds the handler of an instruction and reads its modifiers; throws std::invalid_argument for an unknown one.
 Inst decode(const std::string& opcode, int operands);
