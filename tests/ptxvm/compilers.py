@@ -25,8 +25,7 @@ class _Pointer:
     def __init__(self, array: Any) -> None:
         import torch
 
-        memory = Memory()
-        self._address = memory.address(memory.add(array, ""))
+        self._address = Memory().add(array, "")
         self.dtype = getattr(torch, str(array.dtype)) if isinstance(array, np.ndarray) else array.dtype
 
     def data_ptr(self) -> int:

@@ -1,5 +1,6 @@
 // Instructions that compute a lane's registers from the same lane's registers.
 #include <algorithm>
+#include <functional>
 
 #include "lanes.hpp"
 
@@ -136,10 +137,6 @@ void declare_bit_tricks() {
   on("not pred", [](u8 a) { return u8(!a); });
 }
 
-constexpr auto plus = [](auto a, auto b) { return a + b; };
-constexpr auto minus = [](auto a, auto b) { return a - b; };
-constexpr auto times = [](auto a, auto b) { return a * b; };
-constexpr auto over = [](auto a, auto b) { return a / b; };
 template <class T>
 constexpr auto multiply_add = [](auto a, auto b, auto c) {
   if constexpr (is_small<T>) return fma_to_odd(a, b, c);
@@ -152,11 +149,23 @@ void declare_floats() {
   const bool wide = std::is_same_v<T, f64>;
   const std::string t = " " + type_name<P>(), mode = is_small<T> ? " rn" : " rn|rz|rm|rp";
   const std::string ftz = wide ? "" : " ftz?", sat = wide ? "" : " sat?";
-  on_floats<P, P, P>("add" + mode + "?" + ftz + sat + t, plus);
-  on_floats<P, P, P>("sub" + mode + "?" + ftz + sat + t, minus);
-  on_floats<P, P, P>("mul" + mode + "?" + ftz + sat + t, times);
+  on_floats<P, P, P>("add" + mode + "?" + ftz + sat + t, std::plus<>{});
+  on_floats<P, P, P>("sub" + mode + "?" + ftz + sat + t, std::minus<>{});
+  on_floats<P, P, P>("mul" + mode + "?" + ftz + sat + t, std::multiplies<>{});
   on_floats<P, P, P, P>("fma" + mode + ftz + (is_small<T> ? " sat|relu?" : sat) + t, multiply_add<T>);
   if constexpr (std::is_same_v<P, Pair<f32>>) return;
+  if constexpr (std::is_floating_point_v<P>) {
+    on_floats<P, P, P>("div" + mode + ftz + t, std::divides<>{});
+    on_floats<P, P>("rcp" + mode + ftz + t, [](P a) { return 1 / a; });
+    on_floats<P, P>("sqrt" + mode + ftz + t, [](P a) { return std::sqrt(a); });
+    on_floats<P, P, P>("copysign" + t, [](P sign, P size) { return std::copysign(size, sign); });
+  }
+  if constexpr (is_small<P>) {  // arithmetic in f32 of which the first operands have 16 bits
+    const std::string mixed = " rn|rz|rm|rp? sat? f32" + t;
+    on_floats<f32, P, f32>("add" + mixed, [](f32 a, f32 c) { return a + c; });
+    on_floats<f32, P, f32>("sub" + mixed, [](f32 a, f32 c) { return a - c; });
+    on_floats<f32, P, P, f32>("fma" + mixed, [](f32 a, f32 b, f32 c) { return std::fma(a, b, c); });
+  }
   on_floats<P, P>("neg" + ftz + t, [](auto a) { return -a; });
   on_floats<P, P>("abs" + ftz + t, [](auto a) { return std::fabs(a); });
   on_floats<P, P, P>("min|max" + ftz + (wide ? "" : " NaN?") + t, minimum_or_maximum);
@@ -165,29 +174,11 @@ void declare_floats() {
   on_floats<P, P>("tanh approx" + t, [](double a) { return std::tanh(a); });
 }
 
-template <class T>
-void declare_roots(T) {
-  const std::string t = (std::is_same_v<T, f32> ? " rn|rz|rm|rp ftz? " : " rn|rz|rm|rp ") + type_name<T>();
-  on_floats<T, T, T>("div" + t, over);
-  on_floats<T, T>("rcp" + t, [](T a) { return 1 / a; });
-  on_floats<T, T>("sqrt" + t, [](T a) { return std::sqrt(a); });
-  on_floats<T, T, T>("copysign " + type_name<T>(), [](T sign, T size) { return std::copysign(size, sign); });
-}
-
-// Arithmetic in f32 of which the first operands are 16-bit floats.
-template <class T>
-void declare_mixed_floats(T) {
-  const std::string t = " rn|rz|rm|rp? sat? f32 " + type_name<T>();
-  on_floats<f32, T, f32>("add" + t, [](f32 a, f32 c) { return a + c; });
-  on_floats<f32, T, f32>("sub" + t, [](f32 a, f32 c) { return a - c; });
-  on_floats<f32, T, T, f32>("fma" + t, [](f32 a, f32 b, f32 c) { return std::fma(a, b, c); });
-}
-
 // Functions are computed in double: after rounding, correctly rounded but for cases near a tie that double precision
 // cannot tell, about one in 2^28.
 void declare_f32_functions() {
   on_floats<f32, f32, f32, f32>("min|max ftz? NaN? f32", minimum_or_maximum);
-  on_floats<f32, f32, f32>("div approx|full ftz? f32", over);
+  on_floats<f32, f32, f32>("div approx|full ftz? f32", std::divides<>{});
   on_floats<f32, f32>("rcp approx ftz? f32", [](f32 a) { return 1 / a; });
   on_floats<f64, f64>("rcp approx ftz f64", [](f64 a) { return 1 / a; });
   on_floats<f32, f32>("sqrt approx ftz? f32", [](f32 a) { return std::sqrt(a); });
@@ -255,19 +246,17 @@ void declare_arithmetic() {
   for_types<u16, s16, u32, s32, u64, s64>([](auto t) {
     declare_integer_arithmetic(t);
     declare_comparisons(t);
+    if constexpr (std::is_unsigned_v<decltype(t)>) declare_bit_arithmetic(t);
   });
-  for_types<u16, u32, u64>([](auto t) { declare_bit_arithmetic(t); });
   declare_bit_tricks();
   section(Class::floating);
-  for_types<f32, f64>([](auto t) { declare_roots(t); });
-  declare_f32_functions();
   for_types<f16, bf16, f32, f64>([]<class T>(T t) {
     declare_comparisons(t);
     declare_floats<T, T>();
     if constexpr (sizeof(T) < 8) declare_floats<T, Pair<T>>();
-    if constexpr (is_small<T>) declare_mixed_floats(t);
     if constexpr (is_small<T>) declare_set_predicate<Pair<T>>(float_comparisons, " " + type_name<Pair<T>>());
   });
+  declare_f32_functions();
 }
 
 }  // namespace ptxvm

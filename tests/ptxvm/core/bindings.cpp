@@ -47,17 +47,13 @@ py::dict run(const Program& program, const Sizes& grid, const Sizes& block, cons
   get("order", l.order), get("seed", l.seed), get("patience", l.patience), get("grid_workspace", l.grid_workspace);
   get("registers", l.registers), get("slots", l.slots), get("constants", l.constants), get("specials", l.specials);
   for (const auto& [name, base, size, data, state, readonly, counts] : regions) {
-    Region r;
-    r.name = name, r.base = base, r.size = size, r.readonly = readonly;
-    r.data = reinterpret_cast<u8*>(data), r.state = reinterpret_cast<u8*>(state);
+    Region r{name, base, size, reinterpret_cast<u8*>(data), reinterpret_cast<u8*>(state), readonly};
     if (!readonly) r.track();
     m.regions.push_back(std::move(r));
   }
-  std::string bytes = params;
-  std::vector<u8> states(bytes.size(), written);
-  m.params.name = "the parameters", m.params.size = bytes.size(), m.params.readonly = true;
-  m.params.data = reinterpret_cast<u8*>(bytes.data()), m.params.state = states.data();
-
+  std::string bytes = params, states(bytes.size(), char(written));
+  m.params = {"the parameters", 0, bytes.size(), reinterpret_cast<u8*>(bytes.data()),
+              reinterpret_cast<u8*>(states.data()), true};
   py::dict result;
   try {
     m.run();

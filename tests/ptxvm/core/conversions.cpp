@@ -66,7 +66,19 @@ void repack(Warp& w, const Inst& i) {
   });
 }
 
-void declare_moves() {
+}  // namespace
+
+void declare_conversions() {
+  section(Class::convert);
+  for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
+    for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
+  });
+  for_types<f16, bf16>([]<class T>(T) {  // the first operand goes to the high half
+    on("cvt rn|rz relu? " + type_name<Pair<T>>() + " f32", [](const Inst& i, f32 high, f32 low) {
+      return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
+    });
+  });
+  section(Class::move);
   const auto copy = [](u64 a) { return a; };
   on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", copy);
   // `mov` with a vector on either side arrives under these names.
@@ -90,22 +102,6 @@ void declare_moves() {
   });
   on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64",
      [](u64) { return u64(0); });
-}
-
-}  // namespace
-
-void declare_conversions() {
-  section(Class::convert);
-  for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
-    for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
-  });
-  for_types<f16, bf16>([]<class T>(T) {  // the first operand goes to the high half
-    on("cvt rn|rz relu? " + type_name<Pair<T>>() + " f32", [](const Inst& i, f32 high, f32 low) {
-      return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
-    });
-  });
-  section(Class::move);
-  declare_moves();
 }
 
 }  // namespace ptxvm

@@ -36,7 +36,9 @@ void on_lanes(const std::string& pattern, D (F::*)(S...) const) {
 
 template <class F, class D, class... S>
 void on_lanes(const std::string& pattern, D (F::*)(const Inst&, S...) const) {
-  on(pattern, 1 + sizeof...(S), [](Warp& w, const Inst& i) { each<D, S...>(w, i, [&](S... s) { return F{}(i, s...); }); });
+  on(pattern, 1 + sizeof...(S), [](Warp& w, const Inst& i) {
+    each<D, S...>(w, i, [&](S... s) { return F{}(i, s...); });
+  });
 }
 
 // Declares an instruction that is a function of one lane's operands; its types are those of the operands.

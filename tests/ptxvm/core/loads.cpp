@@ -7,17 +7,19 @@ namespace ptxvm {
 
 namespace {
 
-// Calls f on each lane with its address, in an order that depends on the schedule if the lanes may get in each other's
-// way; `base` is the slot of the address.
+// Calls f on each lane with its address, for writes in an order that depends on the schedule.
 template <class F>
 void access(Warp& w, const Inst& i, s32 base, unsigned bytes, Use use, F f) {
   Machine& m = *w.machine;
   std::array<u64, warp_size> addresses;
   for (int l = 0; l < warp_size; ++l) addresses[l] = w.slot(base)[l] + u64(i.offset);
   m.count_access(w, i, addresses.data(), bytes);
-  const auto one_lane = [&](int lane) { f(lane, addresses[lane]); };
-  if (use == Use::read) for_lanes(w.lanes, one_lane);
-  else for_lanes_scheduled(m, w.lanes, one_lane), ++m.progress;
+  if (use != Use::read) ++m.progress;
+  const bool backwards = use != Use::read && (m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1));
+  for (u32 rest = w.lanes, lane; rest; rest &= ~(1u << lane)) {
+    lane = backwards ? std::bit_width(rest) - 1 : std::countr_zero(rest);
+    f(int(lane), addresses[lane]);
+  }
 }
 
 template <class T>

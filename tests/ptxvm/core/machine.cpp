@@ -20,7 +20,7 @@ u32 Warp::predicate(s32 number) const {
 void Warp::reconverge(bool lowest_first) {
   for (size_t a = 0; a < splits.size(); ++a)
     for (size_t b = splits.size() - 1; b > a; --b)
-      if (splits[a].pc == splits[b].pc && splits[a].state <= Split::at_sync && splits[b].state <= Split::at_sync) {
+      if (splits[a].pc == splits[b].pc && splits[a].state <= Split::ready && splits[b].state <= Split::ready) {
         splits[a] = {Split::ready, splits[a].pc, splits[a].lanes | splits[b].lanes};
         splits.erase(splits.begin() + b);
       }
@@ -34,6 +34,11 @@ void Warp::reconverge(bool lowest_first) {
 void Warp::wait(Split::State state) {
   splits.push_back({state, splits[0].pc, lanes});
   leave();
+}
+
+void Warp::fail(const char* kind, const Inst& i, u32 among, const std::string& message, u64 address, s64 other) const {
+  const u32 thread = index * warp_size + std::countr_zero(among);
+  throw Violation{kind, message, i.index, other, block->linear, thread, address};
 }
 
 void Warp::exit_lanes() {
@@ -187,15 +192,15 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
   for (const Block* block : blocks)
     for (const Warp& w : block->warps)
       for (const Split& split : w.splits)
-        if (!at || split.state < at->state || (split.state == Split::at_sync && at->state != Split::at_sync))
-          blamed = &w, at = &split;
-  const char* what = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
-                     : at->state == Split::at_sync ? "lanes that must take part never come here"
-                                                   : "threads that must take part never come here";
+        if (!at || split.state < at->state) blamed = &w, at = &split;
+  const std::string what = at->state == Split::at_sync ? "lanes that must take part never come here"
+                           : at->state == Split::ready ? "no progress: it waits for what never happens, or loops for ever"
+                                                       : "threads that must take part never come here";
   const u32 threads = threads_per_block(), exited = threads - blamed->block->live;
-  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", blamed->block->linear, ", ", exited, " of ",
-               threads, " threads have exited; lanes of this warp that are elsewhere: ",
-               std::popcount(blamed->live & ~at->lanes));
+  const std::string state = text("; of block ", blamed->block->linear, ", ", exited, " of ", threads,
+                                 " threads have exited; lanes of this warp that are elsewhere: ",
+                                 std::popcount(blamed->live & ~at->lanes));
+  blamed->fail("deadlock", code[at->pc], at->lanes, what + state);
 }
 
 void Machine::run() {

@@ -39,7 +39,7 @@ struct Violation {
 
 // Lanes of a warp that are at the same instruction.
 struct Split {
-  enum State : u8 { ready, at_sync, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
+  enum State : u8 { at_sync, ready, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
   u32 pc, lanes;
 };
 
@@ -79,9 +79,9 @@ struct Warp {
   void wait(Split::State state);
   // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
   bool meet();
-  // Ends the launch: the first of the lanes has broken a rule that is not about memory.
-  template <class... Parts>
-  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, Parts... parts) const;
+  // Ends the launch: the first of the lanes has broken a rule, by itself or together with another instruction.
+  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, const std::string& message, u64 address = 0,
+                         s64 other_inst = -1) const;
   void exit_lanes();
 
  private:
@@ -155,7 +155,6 @@ struct Machine {
   std::vector<Region> regions;     // sorted by base
   Region params;
   std::vector<Counter> counters;
-  std::vector<std::vector<Access>> read_lists{1};
   std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
   std::mt19937_64 random;
   u64 progress = 0, issued = 0;
@@ -171,6 +170,8 @@ struct Machine {
   u32 unordered(const Warp& w, int lane, const Access& earlier) const;
   bool races(const Warp& w, int lane, const Inst& i, const Access& earlier) const;
   bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;
+  [[noreturn]] void race(const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
+                         const Access& other);
   void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, bool agrees);
   void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell);
   void fence(Warp& w, Scope scope);
@@ -183,11 +184,6 @@ struct Machine {
   void complete(Block& block, Barrier& barrier);
   void check_cluster(Cluster& cluster);
 
-  // Ends the launch: the lane has broken a rule. The message is all the parts, one after the other.
-  template <class... Parts>
-  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, Parts... parts) const {
-    throw Violation{kind, text(parts...), i.index, -1, w.block->linear, w.index * warp_size + lane, address};
-  }
   u32 threads_per_block() const { return u32(launch.block.count()); }
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 
@@ -197,14 +193,8 @@ struct Machine {
   void step(Warp& w, u64 instructions);
   [[noreturn]] void report_stuck(const std::vector<Block*>& blocks);
   Spot locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes);
-  void refine(Region& region, unsigned bytes);  // makes its cells as small as this
   size_t last_region_ = 0;
 };
-
-template <class... Parts>
-void Warp::fail(const char* kind, const Inst& i, u32 among, Parts... parts) const {
-  machine->fail(kind, *this, i, std::countr_zero(among), 0, parts...);
-}
 
 // Calls f on each of the lanes.
 template <class F>
@@ -218,18 +208,6 @@ inline u32 lanes_where(u32 lanes, F f) {
   u32 found = 0;
   for_lanes(lanes, [&](int lane) { found |= u32(f(lane)) << lane; });
   return found;
-}
-
-// for_lanes in an order that depends on the schedule, where lanes may get in each other's way.
-template <class F>
-inline void for_lanes_scheduled(Machine& m, u32 lanes, F f) {
-  const bool backwards = m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1);
-  if (!backwards) return for_lanes(lanes, f);
-  while (lanes) {
-    const int lane = std::bit_width(lanes) - 1;
-    lanes ^= 1u << lane;
-    f(lane);
-  }
 }
 
 }  // namespace ptxvm

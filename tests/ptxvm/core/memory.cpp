@@ -8,37 +8,33 @@
 
 namespace ptxvm {
 
-void Machine::refine(Region& region, unsigned bytes) {
-  while (region.granule > bytes) {
-    std::vector<Cell> finer(region.cells.size() * 2);
-    for (size_t k = 0; k < finer.size(); ++k) {
-      finer[k] = region.cells[k / 2];
-      if (k % 2 == 0 || !finer[k].earlier_reads) continue;
-      read_lists.push_back(read_lists[finer[k].earlier_reads]);  // each half has a list of its own
-      finer[k].earlier_reads = u32(read_lists.size() - 1);
-    }
-    region.cells.swap(finer);
-    region.granule /= 2;
+void Region::refine(unsigned bytes) {
+  while (granule > bytes) {
+    std::vector<Cell> finer;
+    for (const Cell& cell : cells) finer.insert(finer.end(), 2, cell);
+    cells.swap(finer);
+    granule /= 2;
   }
 }
 
 namespace {
 
 std::string describe_miss(const std::vector<Region>& regions, u64 address) {
-  const Region* nearest = nullptr;
-  u64 best = ~0ull;
-  for (const Region& r : regions) {
-    const u64 distance = address < r.base ? r.base - address : address - (r.base + r.size) + 1;
-    if (distance < best) best = distance, nearest = &r;
-  }
-  if (!nearest || best > 1 << 20) return text("no allocation is near 0x", std::hex, address);
-  if (address < nearest->base) return text(best, " bytes before the start of ", nearest->name);
-  return text(best - 1, " bytes past the end of ", nearest->name);
+  const auto distance = [address](const Region& r) {
+    return address < r.base ? r.base - address : address - (r.base + r.size);
+  };
+  const auto nearer = [&](const Region& a, const Region& b) { return distance(a) < distance(b); };
+  const auto nearest = std::min_element(regions.begin(), regions.end(), nearer);
+  if (nearest == regions.end() || distance(*nearest) > 1 << 20)
+    return text("no allocation is near 0x", std::hex, address);
+  const char* where = address < nearest->base ? " bytes before the start of " : " bytes past the end of ";
+  return text(distance(*nearest), where, nearest->name);
 }
 
 }  // namespace
 
 Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes) {
+  const auto stray = [&](const auto&... parts) { w.fail("out of bounds", i, 1u << lane, text(parts...), address); };
   Space space = i.space;
   u64 offset = address;
   if (space == Space::generic) {
@@ -49,46 +45,38 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
   if (space == Space::shared) {
     Block* owner = w.block;
     if (const u64 rank = offset >> rank_shift) {
-      if (rank > owner->cluster->blocks.size())
-        fail("out of bounds", w, i, lane, address, "address in the shared memory of a block outside the cluster");
+      if (rank > owner->cluster->blocks.size()) stray("address in the shared memory of a block outside the cluster");
       owner = owner->cluster->blocks[rank - 1];
       offset &= (1u << rank_shift) - 1;
-      if (owner->live == 0)
-        fail("out of bounds", w, i, lane, address, "shared memory of block ", owner->linear, ", which has exited");
+      if (owner->live == 0) stray("shared memory of block ", owner->linear, ", which has exited");
     }
     region = &owner->shared;
   } else if (space == Space::global) {
     const auto inside = [address](const Region& r) { return address - r.base < r.size; };
-    if (last_region_ >= regions.size() || !inside(regions[last_region_])) {
+    if (last_region_ >= regions.size() || !inside(regions[last_region_]))
       last_region_ = std::find_if(regions.begin(), regions.end(), inside) - regions.begin();
-      if (last_region_ == regions.size())
-        fail("out of bounds", w, i, lane, address, bytes, "-byte access, ", describe_miss(regions, address));
-    }
+    if (last_region_ == regions.size()) stray(bytes, "-byte access, ", describe_miss(regions, address));
     region = &regions[last_region_];
     offset -= region->base;
   }
   if (offset + bytes > region->size || offset + bytes < offset)
-    fail("out of bounds", w, i, lane, address,
-         bytes, "-byte access at byte ", s64(offset), " of ", region->name, ", which has ", region->size);
+    stray(bytes, "-byte access at byte ", s64(offset), " of ", region->name, ", which has ", region->size);
   return {region, offset};
 }
 
 Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, const void* fresh) {
   const Spot spot = locate(w, i, lane, address, bytes);
   Region& r = *spot.region;
-  if (address % bytes)
-    fail("misaligned", w, i, lane, address, bytes, "-byte access at byte ", spot.offset, " of ", r.name);
-  if (use != Use::read && r.readonly) fail("read-only", w, i, lane, address, "write to ", r.name);
-  const u8 least = use == Use::write ? unwritten : written;
-  u8 state = written;
-  for (unsigned k = 0; k < bytes; ++k) state = std::min(state, r.state[spot.offset + k]);
-  if (state < least) {
-    const bool outside = state == forbidden;
-    fail(outside ? "out of bounds" : "unwritten read", w, i, lane, address, bytes, " bytes at byte ", spot.offset,
-         " of ", r.name, outside ? ", outside of its elements" : ", which nobody has written");
-  }
+  const auto fail = [&](const char* kind, const auto&... parts) { w.fail(kind, i, 1u << lane, text(parts...), address); };
+  if (address % bytes) fail("misaligned", bytes, "-byte access at byte ", spot.offset, " of ", r.name);
+  if (use != Use::read && r.readonly) fail("read-only", "write to ", r.name);
+  const u8 state = *std::min_element(r.state + spot.offset, r.state + spot.offset + bytes);
+  if (state == forbidden)
+    fail("out of bounds", bytes, " bytes at byte ", spot.offset, " of ", r.name, ", outside of its elements");
+  if (state == unwritten && use != Use::write)
+    fail("unwritten read", bytes, " bytes at byte ", spot.offset, " of ", r.name, ", which nobody has written");
   if (r.tracked) {
-    refine(r, bytes);
+    r.refine(bytes);
     const bool agrees = fresh && r.shared && state == written && !std::memcmp(fresh, spot.data(), bytes);
     for (u64 cell = spot.offset / r.granule; cell < (spot.offset + bytes) / r.granule; ++cell) {
       if (use == Use::read) check_read(w, i, lane, spot, cell);

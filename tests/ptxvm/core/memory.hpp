@@ -32,7 +32,7 @@ struct Access {
 // The last accesses to one granule: the write, and the reads since.
 struct Cell {
   Access write, read;
-  u32 earlier_reads = 0;  // index of a list of them; 0 means none
+  std::vector<Access> earlier_reads;
   u32 writes = 0;
 };
 
@@ -48,13 +48,14 @@ struct Region {
   bool shared = false;         // unordered writes of the same value are no race
   bool tracked = false;        // races are looked for
   unsigned granule = 4;        // bytes of a cell; shrinks to the smallest access seen
-  std::vector<Cell> cells;
+  std::vector<Cell> cells = {};
 
   void track() {
     tracked = true;
     granule = 4;
     cells.assign((size + 3) / 4, Cell{});
   }
+  void refine(unsigned bytes);  // makes its cells as small as this
 };
 
 // A region that owns its bytes.

@@ -44,34 +44,27 @@ bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) c
          (least == Scope::cluster && launch.same_cluster(block, other_block));
 }
 
-namespace {
-
-[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
-                       const Access& other) {
+void Machine::race(const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, const Access& other) {
   const u64 byte = cell * spot.region->granule;
-  const u32 warps = m.warps_per_block(), unordered = m.unordered(w, lane, other);
-  const u32 thread = other.warp % warps * warp_size + std::countr_zero(unordered ? unordered : other.lanes);
-  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread,
-                                   " of block ", other.warp / warps, " with nothing that orders the two");
-  const u32 own_thread = w.index * warp_size + lane;
-  throw Violation{"race", message, i.index, other.inst, w.block->linear, own_thread, spot.region->base + byte};
+  const u32 concurrent = unordered(w, lane, other), warp = other.warp % warps_per_block();
+  const u32 thread = warp * warp_size + std::countr_zero(concurrent ? concurrent : other.lanes);
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread, " of block ",
+                                   other.warp / warps_per_block(), " with nothing that orders the two");
+  w.fail("race", i, 1u << lane, message, spot.region->base + byte, other.inst);
 }
-
-}  // namespace
 
 void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, bool agrees) {
   Cell& cell = spot.region->cells[index];
   if (!agrees && races(w, lane, i, cell.write)) {
     const bool copies = launch.stores_may_collide && spot.region->shared && cell.write.inst == i.index;
-    if (!copies) race(*this, "was written", w, i, lane, spot, index, cell.write);
+    if (!copies) race("was written", w, i, lane, spot, index, cell.write);
     ++counters[i.index].collisions;
   }
   const auto check = [&](const Access& read) {
-    if (races(w, lane, i, read)) race(*this, "was read", w, i, lane, spot, index, read);
+    if (races(w, lane, i, read)) race("was read", w, i, lane, spot, index, read);
   };
-  std::vector<Access>& earlier = read_lists[cell.earlier_reads];
-  std::for_each(earlier.begin(), earlier.end(), check);
-  earlier.clear();
+  std::for_each(cell.earlier_reads.begin(), cell.earlier_reads.end(), check);
+  cell.earlier_reads.clear();
   check(cell.read);
   cell.read = {};
   cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
@@ -81,7 +74,7 @@ void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index
 void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index) {
   Cell& cell = spot.region->cells[index];
   if ((i.constant && cell.write.clock) || races(w, lane, i, cell.write))
-    race(*this, "was written", w, i, lane, spot, index, cell.write);
+    race("was written", w, i, lane, spot, index, cell.write);
   const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
   if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == i.scope) {
     cell.read.lanes |= read.lanes;
@@ -89,11 +82,7 @@ void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index)
   }
   // A read that is known to this thread need not be kept: who is ordered after this one is ordered after it too.
   if (unordered(w, lane, cell.read)) {
-    if (!cell.earlier_reads) {
-      cell.earlier_reads = u32(read_lists.size());
-      read_lists.emplace_back();
-    }
-    std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+    std::vector<Access>& earlier = cell.earlier_reads;
     if (earlier.size() == earlier.capacity())
       std::erase_if(earlier, [&](const Access& other) { return !unordered(w, lane, other); });
     earlier.push_back(cell.read);

@@ -1,6 +1,7 @@
 #include "program.hpp"
 
 #include <map>
+#include <sstream>
 #include <stdexcept>
 
 namespace ptxvm {
@@ -25,10 +26,8 @@ std::multimap<std::string, Form>& forms() {
 
 Words split(const std::string& text, char separator) {
   Words words;
-  size_t start = 0;
-  for (size_t end; (end = text.find(separator, start)) != std::string::npos; start = end + 1)
-    words.push_back(text.substr(start, end - start));
-  words.push_back(text.substr(start));
+  std::istringstream stream(text);
+  for (std::string word; std::getline(stream, word, separator);) words.push_back(word);
   return words;
 }
 
@@ -53,7 +52,7 @@ void read_modifiers(Inst& inst, const Words& words) {
   static const Meaning<bool Inst::*> flags = {
       {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"abs", &Inst::absolute},
       {"max", &Inst::largest}, {"NaN", &Inst::keeps_nan}, {"l", &Inst::left}, {"trans", &Inst::transposed},
-      {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
+      {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases}, {"relaxed", &Inst::relaxed},
       {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral},
       {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
   static const Meaning<Rounding> roundings = {

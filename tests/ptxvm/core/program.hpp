@@ -36,18 +36,16 @@ struct Inst {
   u8 vec = 1;
   u8 accepts = 0;                // relations that make a comparison true
   u8 function = 0;               // and or xor: 1 2 3; up down bfly idx: 0 1 2 3
-  bool ftz = false, sat = false, relu = false, wrap = false;
+  bool ftz = false, sat = false, relu = false, absolute = false;
   bool integral = false;         // round to an integer (.rni ...)
+  bool largest = false, keeps_nan = false;  // max, not min; .NaN
+  bool left = false, wrap = false;          // of shf
   bool negated_c = false;        // a predicate operand written `!c`
-  bool largest = false;          // max, not min
-  bool keeps_nan = false;
-  bool left = false;             // shf.l
-  bool transposed = false;
+  bool transposed = false;       // matrices
   bool constant = false;         // ld.nc: the memory must not change during the launch
-  bool acquires = false, releases = false;
+  bool acquires = false, releases = false, relaxed = false;
   bool aligned = false;          // a barrier that all lanes reach together
-  bool arrives = false, reduces = false;  // bar.arrive, bar.red
-  bool absolute = false;
+  bool arrives = false, reduces = false;    // bar.arrive, bar.red
   Rounding rounding = Rounding::nearest;
   Space space = Space::generic;
   Scope scope = Scope::weak;
