@@ -16,7 +16,7 @@ class Encoded:
     """A kernel that the core can run; what depends on the launch is not in it."""
 
     kernel: Kernel
-    program: Any
+    code: list[Any]
     layout: dict[str, Any]  # the part of the core's launch options that the text decides
     param_size: int
     params: list[tuple[Variable, int]]
@@ -49,12 +49,13 @@ def encode(module: Module, kernel: Kernel) -> Encoded:
             raise PTXError(instruction.line, f"{error}, in `{instruction.text}`") from None
     encoder.add(Instruction(kernel.line, "the end of the kernel", "exit", ()))
     layout = {"shared_size": shared_size, "local_size": local_size, **encoder.layout()}
-    return Encoded(kernel, encoder.program, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
+    return Encoded(kernel, encoder.code, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
 
 
 class _Encoder:
     def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
-        self.kernel, self.symbols, self.program = kernel, symbols, core().Program()
+        self.kernel, self.symbols = kernel, symbols
+        self.code: list[Any] = []
         # By name, or by value for constants: registers come first.
         self.slots: dict[str | int, int] = {name: k for k, name in enumerate(sorted(kernel.registers))}
 
@@ -84,13 +85,16 @@ class _Encoder:
                 raise ValueError(f"unknown label {label!r}")
             target, operands = self.kernel.labels[label], ()
         names = [name for operand in operands for name in operand]
-        core().check_instruction(opcode, len(names))
+        inst = core().decode(opcode, len(names))
         if i.guard and i.guard not in self.slots:
             raise ValueError(f"register {i.guard} is not declared")
-        guard = self.slots[i.guard] if i.guard else -1
-        also = self.slot(i.also, opcode) if i.also else -1
-        slots = [self.slot(name, opcode) for name in names]
-        self.program.add(opcode, slots, guard, i.guard_negated, also, i.offset, target, i.negated)
+        if i.guard:
+            inst.guard, inst.guard_negated = self.slots[i.guard], i.guard_negated
+        if i.also:
+            inst.also = self.slot(i.also, opcode)
+        inst.op = [self.slot(name, opcode) for name in names] + [0] * (len(inst.op) - len(names))
+        inst.offset, inst.target, inst.negated = i.offset, target, i.negated
+        self.code.append(inst)
 
 
 def _name_move(instruction: Instruction) -> str:

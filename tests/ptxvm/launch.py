@@ -99,7 +99,7 @@ def launch(
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
     regions = [a.argument() for a in allocations]
-    result = core().run(encoded.program, grid3, block3, cluster3, options, regions, bytes(params))
+    result = core().run(encoded.code, grid3, block3, cluster3, options, regions, bytes(params))
     seconds = time.perf_counter() - start
     if "violation" in result:
         raise _explain(module, kernel, block3, grid3, *result["violation"])

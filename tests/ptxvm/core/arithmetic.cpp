@@ -4,8 +4,6 @@
 
 #include "lanes.hpp"
 
-namespace ptxvm {
-
 namespace {
 
 // f on the values of the operands, rounded to a T, with .ftz, .sat and .relu if any of them is there.
@@ -197,7 +195,7 @@ bool compare(const Inst& i, T a, T b) {
 }
 
 bool combine(const Inst& i, bool compared, u64 c) {
-  const bool other = (c & 1) != i.negated_c;
+  const bool other = (c & 1) != i.negated;
   const bool results[] = {compared, compared && other, compared || other, compared != other};
   return results[i.function];
 }
@@ -242,14 +240,14 @@ void declare_comparisons(T) {
 }  // namespace
 
 void declare_arithmetic() {
-  section(Class::integer);
+  section("integer");
   for_types<u16, s16, u32, s32, u64, s64>([](auto t) {
     declare_integer_arithmetic(t);
     declare_comparisons(t);
     if constexpr (std::is_unsigned_v<decltype(t)>) declare_bit_arithmetic(t);
   });
   declare_bit_tricks();
-  section(Class::floating);
+  section("float");
   for_types<f16, bf16, f32, f64>([]<class T>(T t) {
     declare_comparisons(t);
     declare_floats<T, T>();
@@ -258,5 +256,3 @@ void declare_arithmetic() {
   });
   declare_f32_functions();
 }
-
-}  // namespace ptxvm

@@ -1,8 +1,6 @@
 // Branches, barriers, and what lanes of a warp do together.
 #include "lanes.hpp"
 
-namespace ptxvm {
-
 void Machine::complete(Block& block, Barrier& barrier) {
   u32 waiters = 0;
   for (const Barrier::Waiter& waiter : barrier.waiting) waiters += std::popcount(waiter.lanes);
@@ -58,7 +56,7 @@ u32 uniform(const Warp& w, const Inst& i, s32 slot) {
 
 // The executing lanes whose predicate operand holds.
 u32 votes_of(const Warp& w, const Inst& i, s32 slot) {
-  return w.lanes & (i.negated_c ? ~w.predicate(slot) : w.predicate(slot));
+  return w.lanes & (i.negated ? ~w.predicate(slot) : w.predicate(slot));
 }
 
 // Calls f for each group of lanes that name the same members in the last operand, with the group as the executing
@@ -188,14 +186,14 @@ void on_reduction(const std::string& function, F) {
 }  // namespace
 
 void declare_control() {
-  section(Class::control);
+  section("control");
   on("bra uni?", 0, branch);
   on("exit", 0, [](Warp& w, const Inst&) { w.exit_lanes(); });
   on("ret uni?", 0, [](Warp& w, const Inst&) { w.exit_lanes(); });
   on("trap", 0, [](Warp& w, const Inst& i) { w.fail("trap", i, w.lanes, "the kernel gave up"); });
   on("nanosleep u32", 1, [](Warp&, const Inst&) {});
   on("griddepcontrol wait|launch_dependents", 0, [](Warp&, const Inst&) {});
-  section(Class::sync);
+  section("sync");
   for (const auto& [name, aligned] : {std::pair<std::string, std::string>{"bar", ""}, {"barrier", " aligned?"}}) {
     on(name + " cta? sync" + aligned, 1, block_barrier, 1);
     on(name + " cta? arrive" + aligned, 2, block_barrier);
@@ -226,5 +224,3 @@ void declare_control() {
   });
   on_reduction<f32>("min|max abs? NaN? f32", minimum_or_maximum);
 }
-
-}  // namespace ptxvm

@@ -3,8 +3,6 @@
 
 #include "lanes.hpp"
 
-namespace ptxvm {
-
 namespace {
 
 template <class D>
@@ -69,7 +67,7 @@ void repack(Warp& w, const Inst& i) {
 }  // namespace
 
 void declare_conversions() {
-  section(Class::convert);
+  section("convert");
   for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
     for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
   });
@@ -78,7 +76,7 @@ void declare_conversions() {
       return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
     });
   });
-  section(Class::move);
+  section("move");
   const auto copy = [](u64 a) { return a; };
   on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", copy);
   // `mov` with a vector on either side arrives under these names.
@@ -103,5 +101,3 @@ void declare_conversions() {
   on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64",
      [](u64) { return u64(0); });
 }
-
-}  // namespace ptxvm

@@ -6,8 +6,6 @@
 
 #include "machine.hpp"
 
-namespace ptxvm {
-
 // Calls f on every lane's operands 1, 2, ... as the types S and stores the result, a D, in operand 0.
 template <class D, class... S, class F>
 inline void each(Warp& w, const Inst& i, F f) {
@@ -97,5 +95,3 @@ void for_integer_functions(Declare declare) {
     declare("xor", bits, [](T a, T b) { return T(a ^ b); });
   }
 }
-
-}  // namespace ptxvm

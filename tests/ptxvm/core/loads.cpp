@@ -3,8 +3,6 @@
 
 #include "lanes.hpp"
 
-namespace ptxvm {
-
 namespace {
 
 // Calls f on each lane with its address, for writes in an order that depends on the schedule.
@@ -139,7 +137,7 @@ void declare_moves_to_memory(T) {
 }  // namespace
 
 void declare_memory() {
-  section(Class::memory);
+  section("memory");
   for_types<u8, s8, u16, s16, u32, s32, u64, s64, f32, f64>([](auto t) { declare_moves_to_memory(t); });
   for_types<u32, s32, u64, s64>([](auto t) { declare_integer_atomics(t); });
   for_types<f32, f64>([]<class T>(T) { declare_atomic<T>("add", type_name<T>(), float_sum<T>); });
@@ -154,5 +152,3 @@ void declare_memory() {
   on("membar cta|gl|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
   on("prefetch global|local? L1|L2", 1, [](Warp&, const Inst&) {});
 }
-
-}  // namespace ptxvm

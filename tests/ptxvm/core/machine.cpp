@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <numeric>
 
-namespace ptxvm {
-
 u32 Warp::number() const { return u32(block->linear) * machine->warps_per_block() + index; }
 
 u32 Warp::predicate(s32 number) const {
@@ -148,18 +146,14 @@ void Machine::step(Warp& w, u64 instructions) {
   while (instructions-- && w.ready()) {
     const Inst& i = code[w.splits[0].pc];
     w.lanes = w.splits[0].lanes;
-    if (i.guard >= 0) w.lanes &= i.negated ? ~w.predicate(i.guard) : w.predicate(i.guard);
+    if (i.guard >= 0) w.lanes &= i.guard_negated ? ~w.predicate(i.guard) : w.predicate(i.guard);
     Counter& counter = counters[i.index];
     ++counter.warps;
     counter.threads += std::popcount(w.lanes);
     ++issued;
-    if (!w.lanes) {
-      ++w.splits[0].pc;
-    } else {
-      w.stays = false;
-      i.run(w, i);
-      if (!w.stays) ++w.splits[0].pc;
-    }
+    w.stays = false;
+    if (w.lanes) i.run(w, i);
+    if (!w.stays) ++w.splits[0].pc;
     if (w.splits.size() > 1) w.reconverge(lowest_first);
   }
 }
@@ -225,5 +219,3 @@ void Machine::run() {
     run_together(together);
   }
 }
-
-}  // namespace ptxvm

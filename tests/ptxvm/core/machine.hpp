@@ -8,8 +8,6 @@
 #include "memory.hpp"
 #include "program.hpp"
 
-namespace ptxvm {
-
 inline constexpr int warp_size = 32;
 inline constexpr u32 all_lanes = 0xffffffff;
 
@@ -209,5 +207,3 @@ inline u32 lanes_where(u32 lanes, F f) {
   for_lanes(lanes, [&](int lane) { found |= u32(f(lane)) << lane; });
   return found;
 }
-
-}  // namespace ptxvm

@@ -6,8 +6,6 @@
 
 #include "machine.hpp"
 
-namespace ptxvm {
-
 void Region::refine(unsigned bytes) {
   while (granule > bytes) {
     std::vector<Cell> finer;
@@ -83,7 +81,10 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
       else check_write(w, i, lane, spot, cell, agrees);
     }
   }
-  if (use != Use::read) std::memset(r.state + spot.offset, written, bytes);
+  if (use == Use::read) return spot;
+  std::memset(r.state + spot.offset, written, bytes);
+  if (r.counts)
+    for (u64 byte = spot.offset; byte < spot.offset + bytes; ++byte) r.counts[byte] += r.counts[byte] < 255;
   return spot;
 }
 
@@ -115,5 +116,3 @@ void Machine::count_access(Warp& w, const Inst& i, const u64* addresses, unsigne
     counter.sectors += end - units.data();
   }
 }
-
-}  // namespace ptxvm

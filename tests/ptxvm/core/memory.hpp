@@ -8,8 +8,6 @@
 #include "numbers.hpp"
 #include "program.hpp"
 
-namespace ptxvm {
-
 // What a thread knows to have happened: for each block, a clock for each of its threads. Missing blocks are all 0.
 using Clocks = std::unordered_map<u32, std::vector<u32>>;
 using SharedClocks = std::shared_ptr<const Clocks>;
@@ -33,7 +31,6 @@ struct Access {
 struct Cell {
   Access write, read;
   std::vector<Access> earlier_reads;
-  u32 writes = 0;
 };
 
 enum ByteState : u8 { forbidden, unwritten, written };
@@ -44,6 +41,7 @@ struct Region {
   u64 base = 0, size = 0;
   u8* data = nullptr;
   u8* state = nullptr;         // a ByteState for each byte
+  u8* counts = nullptr;        // of the writes to each byte, up to 255, if somebody wants to know
   bool readonly = false;
   bool shared = false;         // unordered writes of the same value are no race
   bool tracked = false;        // races are looked for
@@ -81,5 +79,3 @@ inline bool in_shared(u64 address) { return address - shared_window < window_siz
 inline bool in_local(u64 address) { return address - local_window < window_size; }
 // An address in a cluster's shared memory is (rank + 1) << rank_shift | offset; rank bits of 0 mean the own block.
 inline constexpr int rank_shift = 24;
-
-}  // namespace ptxvm

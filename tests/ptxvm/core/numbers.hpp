@@ -7,8 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-namespace ptxvm {
-
 using u8 = uint8_t;
 using u16 = uint16_t;
 using u32 = uint32_t;
@@ -154,5 +152,3 @@ inline void with_rounding(Rounding mode, F f) {
   f();
   std::fesetround(FE_TONEAREST);
 }
-
-}  // namespace ptxvm

@@ -6,8 +6,6 @@
 
 #include "machine.hpp"
 
-namespace ptxvm {
-
 void join(Clocks& into, const Clocks& other) {
   for (const auto& [block, theirs] : other) {
     auto& ours = into[block];
@@ -68,7 +66,6 @@ void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index
   check(cell.read);
   cell.read = {};
   cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
-  ++cell.writes;
 }
 
 void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index) {
@@ -159,5 +156,3 @@ void Machine::observe(Warp& w, const Inst& i, int lane, u64 flag) {
     else w.clocks[lane].observed.push_back(release);
   }
 }
-
-}  // namespace ptxvm

@@ -4,8 +4,6 @@
 #include <sstream>
 #include <stdexcept>
 
-namespace ptxvm {
-
 namespace {
 
 using Words = std::vector<std::string>;
@@ -14,10 +12,10 @@ struct Form {
   std::vector<Words> groups;  // an empty word in a group: it may be missing
   int operands, optional;
   Handler run;
-  Class kind;
+  const char* kind;
 };
 
-Class current_kind;
+const char* current_kind;
 
 std::multimap<std::string, Form>& forms() {
   static std::multimap<std::string, Form> table;
@@ -89,7 +87,7 @@ void read_modifiers(Inst& inst, const Words& words) {
 
 }  // namespace
 
-void section(Class kind) { current_kind = kind; }
+void section(const char* kind) { current_kind = kind; }
 
 void on(const std::string& pattern, int operands, Handler run, int optional) {
   Words tokens = split(pattern, ' ');
@@ -122,5 +120,3 @@ Inst decode(const std::string& opcode, int operands) {
   if (counts.empty()) throw std::invalid_argument("'" + name + "' is known, but not with these modifiers and types");
   throw std::invalid_argument("'" + opcode + "' takes " + counts + " operands, not " + std::to_string(operands));
 }
-
-}  // namespace ptxvm

@@ -6,26 +6,21 @@
 
 #include "numbers.hpp"
 
-namespace ptxvm {
-
 struct Warp;
 struct Inst;
 using Handler = void (*)(Warp&, const Inst&);
 
 enum class Space : u8 { generic, global, shared, local, param };
 enum class Scope : u8 { weak, block, cluster, grid };  // weak: an ordinary access, no synchronisation
-enum class Class : u8 { integer, floating, convert, move, memory, sync, control };
-
-inline constexpr const char* class_names[] = {"integer", "float", "convert", "move", "memory", "sync", "control"};
 
 // Relations of two values, as bits, so that a comparison is a set of accepted relations.
 enum Relation : u8 { less = 1, equal = 2, greater = 4, unordered = 8 };
 
 struct Inst {
   Handler run;
-  Class kind;
-  bool negated = false;          // @!p
+  const char* kind;              // its class, for the report
   s32 guard = -1;                // slot of the guard predicate
+  bool guard_negated = false;    // @!p
   s32 also = -1;                 // slot of the second result in `d|p`
   std::array<s32, 12> op{};      // slots of the operands, vectors flattened, in the order of the text
   u8 operands = 0;
@@ -40,7 +35,7 @@ struct Inst {
   bool integral = false;         // round to an integer (.rni ...)
   bool largest = false, keeps_nan = false;  // max, not min; .NaN
   bool left = false, wrap = false;          // of shf
-  bool negated_c = false;        // a predicate operand written `!c`
+  bool negated = false;          // a predicate operand written `!c`
   bool transposed = false;       // matrices
   bool constant = false;         // ld.nc: the memory must not change during the launch
   bool acquires = false, releases = false, relaxed = false;
@@ -57,7 +52,7 @@ struct Inst {
 void on(const std::string& pattern, int operands, Handler run, int optional = 0);
 
 // The class of the instructions that the following `on` calls declare.
-void section(Class kind);
+void section(const char* kind);
 
 // The instruction set, by chapter.
 void declare_arithmetic();   // integers, bits, floats, comparisons
@@ -67,5 +62,3 @@ void declare_control();      // branches, barriers, shuffles, votes
 
 // Finds the handler of an instruction and reads its modifiers; throws std::invalid_argument for an unknown one.
 Inst decode(const std::string& opcode, int operands);
-
-}  // namespace ptxvm
