@@ -45,15 +45,9 @@ class Struct:
         self.form, self.values = form, values
 
 
-@lru_cache(maxsize=64)
-def _parsed(text: str) -> Module:
-    return parse(text)
-
-
 @lru_cache(maxsize=256)
 def _encoded(text: str, name: str) -> Encoded:
-    module = _parsed(text)
-    return encode(module, module.kernel(name))
+    return encode(parse(text), parse(text).kernel(name))
 
 
 def launch(
@@ -69,7 +63,7 @@ def launch(
     which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
     counts as stuck.
     """
-    module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
+    module, encoded = parse(ptx), _encoded(ptx, name)
     kernel = encoded.kernel
     grid3, block3 = _dim(grid, "grid"), _dim(block, "block")
     required = kernel.attributes.get("reqnctapercluster")
@@ -88,13 +82,13 @@ def launch(
         memory.reserve(initial, address, f"variable {variable.name}", readonly=variable.space == "const")
     if cooperative:
         memory.reserve(np.zeros(64, np.uint8), _WORKSPACE, "the grid barrier")
-    order = {"forward": 0, "reversed": 1}.get(schedule, 2) if isinstance(schedule, str) else 2
-    if order == 2 and not isinstance(schedule, int):
+    if schedule not in ("forward", "reversed") and not isinstance(schedule, int):
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
+    order, seed = (2, schedule) if isinstance(schedule, int) else (["forward", "reversed"].index(schedule), 0)
     options = encoded.layout | {
         "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
         "explicit_cluster": cluster3 != (1, 1, 1), "stores_may_collide": stores_may_collide, "order": order,
-        "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "grid_workspace": _WORKSPACE,
+        "seed": seed, "patience": patience, "grid_workspace": _WORKSPACE,
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()

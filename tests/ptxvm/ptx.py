@@ -7,6 +7,7 @@ import re
 import struct
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePath
 
 _SPACE = re.compile(r"\s*")
@@ -136,6 +137,7 @@ def size_of(kind: str) -> int:
     return int(found[1]) // 8 * (2 if found[2] else 1)
 
 
+@lru_cache(maxsize=64)
 def parse(text: str) -> Module:
     """Reads a PTX text."""
     return _Parser(text).module

@@ -31,17 +31,15 @@ void on_floats(const std::string& pattern, F) {
   });
 }
 
-template <class T> struct Wider;
-template <> struct Wider<u16> { using type = u32; };
-template <> struct Wider<s16> { using type = s32; };
-template <> struct Wider<u32> { using type = u64; };
-template <> struct Wider<s32> { using type = s64; };
-template <> struct Wider<u64> { using type = unsigned __int128; };
-template <> struct Wider<s64> { using type = __int128; };
+// The integer of twice the size.
+template <class T, bool is_signed = std::is_signed_v<T>>
+using Wider = std::conditional_t<sizeof(T) == 2, std::conditional_t<is_signed, s32, u32>,
+              std::conditional_t<sizeof(T) == 4, std::conditional_t<is_signed, s64, u64>,
+                                 std::conditional_t<is_signed, __int128, unsigned __int128>>>;
 
 template <class T>
 void declare_integer_arithmetic(T) {
-  using Wide = typename Wider<T>::type;
+  using Wide = Wider<T>;
   using Bits = std::make_unsigned_t<T>;
   constexpr int width = 8 * sizeof(T);
   const std::string t = " " + type_name<T>();
@@ -55,7 +53,7 @@ void declare_integer_arithmetic(T) {
   on("mul hi" + t, [](T a, T b) { return T(Wide(a) * b >> width); });
   on("mad hi" + t, [](T a, T b, Bits c) { return T(Bits(Wide(a) * b >> width) + c); });
   if constexpr (width < 64) {
-    using UWide = std::make_unsigned_t<Wide>;
+    using UWide = Wider<T, false>;
     on("mul wide" + t, [](T a, T b) { return Wide(a) * b; });
     on("mad wide" + t, [](T a, T b, Wide c) { return Wide(UWide(Wide(a) * b) + UWide(c)); });
   }

@@ -8,17 +8,15 @@
 
 namespace py = pybind11;
 
-namespace {
-
 using Sizes = std::array<u32, 3>;
-Dim to_dim(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
+static Dim to_dim(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
 
 // `regions`: name, address, size, host address of the bytes, host address of their states, readonly, host address for
 // the number of writes to each byte or 0.
 using RegionArgument = std::tuple<std::string, u64, u64, u64, u64, bool, u64>;
 
-py::dict run(std::vector<Inst> code, const Sizes& grid, const Sizes& block, const Sizes& cluster, py::dict options,
-             const std::vector<RegionArgument>& regions, py::bytes params) {
+static py::dict run(std::vector<Inst> code, const Sizes& grid, const Sizes& block, const Sizes& cluster,
+                    py::dict options, const std::vector<RegionArgument>& regions, py::bytes params) {
   Machine m;
   m.code = std::move(code);
   for (u32 k = 0; k < m.code.size(); ++k) m.code[k].index = k;
@@ -56,8 +54,6 @@ py::dict run(std::vector<Inst> code, const Sizes& grid, const Sizes& block, cons
   result["counters"] = counters;
   return result;
 }
-
-}  // namespace
 
 PYBIND11_MODULE(ptxvm_core, module) {
   declare_arithmetic();

@@ -1,25 +1,25 @@
 // Branches, barriers, and what lanes of a warp do together.
 #include "lanes.hpp"
 
-void Machine::complete(Block& block, Barrier& barrier) {
-  u32 waiters = 0;
-  for (const Barrier::Waiter& waiter : barrier.waiting) waiters += std::popcount(waiter.lanes);
-  const bool everyone = waiters == threads_per_block();
+// Lets those go who wait at a barrier to which all have come.
+void Machine::complete(Block& block, u32 number) {
+  Barrier& barrier = block.barriers[number];
+  const bool everyone = barrier.waiting == threads_per_block();
   if (everyone) {
     block.common.swap(barrier.clocks[u32(block.linear)]);
     barrier.clocks.erase(u32(block.linear));
   }
   const SharedClocks clocks = barrier.clocks.empty() ? nullptr : std::make_shared<Clocks>(std::move(barrier.clocks));
-  for (const auto& [w, lanes, inst] : barrier.waiting) {
-    if (everyone) for_lanes(lanes, [w = w, &clocks](int lane) { w->clocks[lane].known = clocks; });
-    else learn(*w, lanes, clocks);
-    for (Split& split : w->splits)
-      if (split.lanes == lanes) split = {Split::ready, split.pc + 1, lanes};
-    if (!inst) continue;
-    const u32 results[] = {barrier.votes, barrier.votes == barrier.expected, barrier.votes > 0};
-    u64* result = w->slot(inst->op[0]);
-    for_lanes(lanes, [&](int lane) { result[lane] = results[inst->function]; });
-  }
+  for (Warp& w : block.warps)
+    for (Split& split : w.splits) {
+      if (split.state != Split::at_barrier || split.barrier != number) continue;
+      if (everyone) for_lanes(split.lanes, [&](int lane) { w.clocks[lane].known = clocks; });
+      else learn(w, split.lanes, clocks);
+      const Inst& i = code[split.pc];
+      const u32 results[] = {barrier.votes, barrier.votes == barrier.expected, barrier.votes > 0};
+      if (i.reduces) for_lanes(split.lanes, [&](int lane) { w.slot(i.op[0])[lane] = results[i.function]; });
+      split = {Split::ready, split.pc + 1, split.lanes};
+    }
   barrier = {};
   ++progress;
 }
@@ -37,12 +37,6 @@ void Machine::check_cluster(Cluster& cluster) {
     for (Warp& w : block->warps)
       for (Split& split : w.splits)
         if (split.state == Split::at_cluster) split.state = Split::ready;
-}
-
-bool Warp::meet() {
-  if (lanes == live) return true;
-  wait(Split::at_sync);
-  return false;
 }
 
 namespace {
@@ -101,7 +95,6 @@ void branch(Warp& w, const Inst& i) {
 
 // Operands: [result,] barrier [, count] [, predicate]
 void block_barrier(Warp& w, const Inst& i) {
-  if (i.aligned && !w.meet()) return;
   Machine& m = *w.machine;
   const s32* operand = i.op.data() + i.reduces;
   const u32 number = uniform(w, i, operand[0]);
@@ -117,15 +110,11 @@ void block_barrier(Warp& w, const Inst& i) {
     w.fail("barrier", i, w.lanes, text("more threads come than the ", expected, " expected"));
   m.gather(barrier.clocks, w, w.lanes);
   if (i.reduces) barrier.votes += std::popcount(votes_of(w, i, i.op[i.operands - 1]));
-  if (!i.arrives) {
-    barrier.waiting.push_back({&w, w.lanes, i.reduces ? &i : nullptr});
-    w.wait(Split::at_barrier);
-  }
-  if (barrier.arrived == expected) m.complete(*w.block, barrier);
+  if (!i.arrives) barrier.waiting += std::popcount(w.lanes), w.wait(Split::at_barrier, number);
+  if (barrier.arrived == expected) m.complete(*w.block, number);
 }
 
 void cluster_arrive(Warp& w, const Inst& i) {
-  if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
   if (const u32 again = w.arrived & w.lanes) w.fail("barrier", i, again, "arrives a second time without a wait");
   w.arrived |= w.lanes;
@@ -136,7 +125,6 @@ void cluster_arrive(Warp& w, const Inst& i) {
 }
 
 void cluster_wait(Warp& w, const Inst& i) {
-  if (i.aligned && !w.meet()) return;
   Cluster& cluster = *w.block->cluster;
   if (const u32 never = w.lanes & ~w.arrived) w.fail("barrier", i, never, "waits without having arrived");
   if (lanes_where(w.lanes, [&](int lane) { return w.phase[lane] == cluster.phase; })) return w.wait(Split::at_cluster);

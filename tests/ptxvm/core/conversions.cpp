@@ -96,7 +96,10 @@ void declare_conversions() {
     return (a & ~(0xffull << rank_shift)) | u64(rank + 1) << rank_shift;
   });
   on("getctarank shared::cluster? u32|u64", 2, [](Warp& w, const Inst& i) {
-    each<u32, u64>(w, i, [&](u64 a) { return a >> rank_shift & 0xff ? u32(a >> rank_shift & 0xff) - 1 : w.block->rank; });
+    each<u32, u64>(w, i, [&](u64 a) {
+      const u32 given = a >> rank_shift & 0xff;
+      return given ? given - 1 : w.block->rank;
+    });
   });
   on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64",
      [](u64) { return u64(0); });

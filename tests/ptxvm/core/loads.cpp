@@ -99,7 +99,6 @@ void declare_integer_atomics(T) {
 // lane t holds the elements 2*(t%4) and 2*(t%4) + 1 of row t/4, or of column t/4 with .trans.
 template <bool stores>
 void move_matrices(Warp& w, const Inst& i) {
-  if (!w.meet()) return;
   if (w.lanes != all_lanes) w.fail("divergence", i, w.lanes, "needs all 32 lanes");
   const s32* registers = i.op.data() + stores;
   const s32 base = i.op[stores ? 0 : i.vec];

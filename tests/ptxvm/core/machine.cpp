@@ -29,8 +29,8 @@ void Warp::reconverge(bool lowest_first) {
   if (!splits.empty()) std::iter_swap(splits.begin(), std::min_element(splits.begin(), splits.end(), before));
 }
 
-void Warp::wait(Split::State state) {
-  splits.push_back({state, splits[0].pc, lanes});
+void Warp::wait(Split::State state, u32 barrier) {
+  splits.push_back({state, splits[0].pc, lanes, barrier});
   leave();
 }
 
@@ -59,37 +59,38 @@ void Warp::leave() {
 const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
     std::unordered_map<std::string, Special> t = {
-        {"%cluster_ctarank", [](Place p) { return p.warp.block->rank; }},
-        {"%cluster_nctarank", [](Place p) { return p.launch.cluster.count(); }},
-        {"%is_explicit_cluster", [](Place p) { return p.launch.explicit_cluster; }},
-        {"%laneid", [](Place p) { return p.lane(); }},
-        {"%warpid", [](Place p) { return p.warp.index; }},
-        {"%nwarpid", [](Place p) { return p.warp.block->warps.size(); }},
-        {"%gridid", [](Place) { return 0; }},
-        {"%smid", [](Place) { return 0; }},
-        {"%nsmid", [](Place) { return 1; }},
-        {"%lanemask_eq", [](Place p) { return 1u << p.lane(); }},
-        {"%lanemask_lt", [](Place p) { return (1u << p.lane()) - 1; }},
-        {"%lanemask_le", [](Place p) { return (2u << p.lane()) - 1; }},
-        {"%lanemask_gt", [](Place p) { return ~((2u << p.lane()) - 1); }},
-        {"%lanemask_ge", [](Place p) { return ~((1u << p.lane()) - 1); }},
-        {"%dynamic_smem_size", [](Place p) { return p.launch.dynamic_shared; }},
-        {"%total_smem_size", [](Place p) { return p.launch.shared_size; }},
-        {"%envreg1", [](Place p) { return p.launch.grid_workspace >> 32; }},  // as the driver passes it
-        {"%envreg2", [](Place p) { return u32(p.launch.grid_workspace); }}};
+        {"%cluster_ctarank", [](const Warp& w, u32) { return w.block->rank; }},
+        {"%cluster_nctarank", [](const Warp& w, u32) { return w.machine->launch.cluster.count(); }},
+        {"%is_explicit_cluster", [](const Warp& w, u32) { return w.machine->launch.explicit_cluster; }},
+        {"%laneid", [](const Warp&, u32 k) { return k % warp_size; }},
+        {"%warpid", [](const Warp& w, u32) { return w.index; }},
+        {"%nwarpid", [](const Warp& w, u32) { return w.block->warps.size(); }},
+        {"%gridid", [](const Warp&, u32) { return 0; }},
+        {"%smid", [](const Warp&, u32) { return 0; }},
+        {"%nsmid", [](const Warp&, u32) { return 1; }},
+        {"%lanemask_eq", [](const Warp&, u32 k) { return 1u << k % warp_size; }},
+        {"%lanemask_lt", [](const Warp&, u32 k) { return (1u << k % warp_size) - 1; }},
+        {"%lanemask_le", [](const Warp&, u32 k) { return (2u << k % warp_size) - 1; }},
+        {"%lanemask_gt", [](const Warp&, u32 k) { return ~((2u << k % warp_size) - 1); }},
+        {"%lanemask_ge", [](const Warp&, u32 k) { return ~((1u << k % warp_size) - 1); }},
+        {"%dynamic_smem_size", [](const Warp& w, u32) { return w.machine->launch.dynamic_shared; }},
+        {"%total_smem_size", [](const Warp& w, u32) { return w.machine->launch.shared_size; }},
+        // The address of the grid's barrier, as the driver passes it
+        {"%envreg1", [](const Warp& w, u32) { return w.machine->launch.grid_workspace >> 32; }},
+        {"%envreg2", [](const Warp& w, u32) { return u32(w.machine->launch.grid_workspace); }}};
     const auto triple = [&t](const std::string& stem, auto dim) {
-      t[stem + ".x"] = [dim](Place p) { return dim(p).x; };
-      t[stem + ".y"] = [dim](Place p) { return dim(p).y; };
-      t[stem + ".z"] = [dim](Place p) { return dim(p).z; };
+      t[stem + ".x"] = [dim](const Warp& w, u32 k) { return dim(w, k).x; };
+      t[stem + ".y"] = [dim](const Warp& w, u32 k) { return dim(w, k).y; };
+      t[stem + ".z"] = [dim](const Warp& w, u32 k) { return dim(w, k).z; };
     };
-    triple("%tid", [](Place p) { return p.launch.block.at(p.thread); });
-    triple("%ntid", [](Place p) { return p.launch.block; });
-    triple("%ctaid", [](Place p) { return p.warp.block->index; });
-    triple("%nctaid", [](Place p) { return p.launch.grid; });
-    triple("%clusterid", [](Place p) { return p.warp.block->index / p.launch.cluster; });
-    triple("%nclusterid", [](Place p) { return p.launch.grid / p.launch.cluster; });
-    triple("%cluster_ctaid", [](Place p) { return p.warp.block->index % p.launch.cluster; });
-    triple("%cluster_nctaid", [](Place p) { return p.launch.cluster; });
+    triple("%tid", [](const Warp& w, u32 k) { return w.machine->launch.block.at(k); });
+    triple("%ntid", [](const Warp& w, u32) { return w.machine->launch.block; });
+    triple("%ctaid", [](const Warp& w, u32) { return w.block->index; });
+    triple("%nctaid", [](const Warp& w, u32) { return w.machine->launch.grid; });
+    triple("%clusterid", [](const Warp& w, u32) { return w.block->index / w.machine->launch.cluster; });
+    triple("%nclusterid", [](const Warp& w, u32) { return w.machine->launch.grid / w.machine->launch.cluster; });
+    triple("%cluster_ctaid", [](const Warp& w, u32) { return w.block->index % w.machine->launch.cluster; });
+    triple("%cluster_nctaid", [](const Warp& w, u32) { return w.machine->launch.cluster; });
     return t;
   }();
   const auto found = table.find(name);
@@ -97,9 +98,7 @@ const Special& special(const std::string& name) {
   return found->second;
 }
 
-namespace {
-
-std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
+static std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
   std::vector<u64> items(n);
   std::iota(items.begin(), items.end(), 0);
   if (order == 1) std::reverse(items.begin(), items.end());
@@ -107,23 +106,20 @@ std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
   return items;
 }
 
-}  // namespace
-
 void Machine::start(Block& block) {
   const u32 threads = threads_per_block();
   block.index = launch.grid.at(block.linear);
   block.live = threads;
   block.common.assign(threads, 0);
   block.barriers = {};
-  block.shared.allocate("shared memory", 0, launch.shared_size);
+  block.shared.allocate("shared memory", launch.shared_size);
   block.shared.shared = true;
   block.shared.track();
   block.warps.resize(warps_per_block());
   for (u32 index = 0; index < block.warps.size(); ++index) {
     Warp& w = block.warps[index];
-    const u32 lanes = std::min<u32>(warp_size, threads - index * warp_size);
     w.machine = this, w.block = &block, w.index = index, w.turns = w.arrived = 0;
-    w.live = lanes == warp_size ? all_lanes : (1u << lanes) - 1;
+    w.live = u32((1ull << std::min<u32>(warp_size, threads - index * warp_size)) - 1);
     w.splits = {{Split::ready, 0, w.live}};
     w.phase = {}, w.clocks = {};
     w.registers.resize(size_t(launch.slots) * warp_size);
@@ -131,12 +127,10 @@ void Machine::start(Block& block) {
     for (const auto& [slot, value] : launch.constants) std::fill_n(w.slot(slot), warp_size, value);
     for (const auto& [slot, name] : launch.specials) {
       const Special& value = special(name);
-      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value({launch, w, index * warp_size + lane});
+      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value(w, index * warp_size + lane);
     }
-    if (launch.local_size) {
-      w.local.resize(warp_size);
-      for (OwnedRegion& local : w.local) local.allocate("local memory", 0, launch.local_size);
-    }
+    w.local.resize(launch.local_size ? warp_size : 0);
+    for (OwnedRegion& local : w.local) local.allocate("local memory", launch.local_size);
   }
 }
 
@@ -152,7 +146,8 @@ void Machine::step(Warp& w, u64 instructions) {
     counter.threads += std::popcount(w.lanes);
     ++issued;
     w.stays = false;
-    if (w.lanes) i.run(w, i);
+    if (i.aligned && w.lanes && w.lanes != w.live) w.wait(Split::at_sync);
+    else if (w.lanes) i.run(w, i);
     if (!w.stays) ++w.splits[0].pc;
     if (w.splits.size() > 1) w.reconverge(lowest_first);
   }
@@ -187,9 +182,9 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
     for (const Warp& w : block->warps)
       for (const Split& split : w.splits)
         if (!at || split.state < at->state) blamed = &w, at = &split;
-  const std::string what = at->state == Split::at_sync ? "lanes that must take part never come here"
-                           : at->state == Split::ready ? "no progress: it waits for what never happens, or loops for ever"
-                                                       : "threads that must take part never come here";
+  std::string what = at->state == Split::at_sync ? "lanes" : "threads";
+  what += " that must take part never come here";
+  if (at->state == Split::ready) what = "no progress: it waits for what never happens, or loops for ever";
   const u32 threads = threads_per_block(), exited = threads - blamed->block->live;
   const std::string state = text("; of block ", blamed->block->linear, ", ", exited, " of ", threads,
                                  " threads have exited; lanes of this warp that are elsewhere: ",
@@ -213,8 +208,9 @@ void Machine::run() {
       if (rank == 0) clusters[number] = {}, clusters[number].blocks.assign(&together[k], &together[k] + c.count());
       const Dim at = many.at(first * clusters.size() + number), in = c.at(rank);
       const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
-      resident[k].linear = x + g.x * (y + g.y * z), resident[k].rank = u32(rank), resident[k].cluster = &clusters[number];
-      start(resident[k]);
+      Block& block = resident[k];
+      block.linear = x + g.x * (y + g.y * z), block.rank = u32(rank), block.cluster = &clusters[number];
+      start(block);
     }
     run_together(together);
   }

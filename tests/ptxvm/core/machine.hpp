@@ -1,12 +1,87 @@
-// The state of a launch: warps, blocks, clusters, and the machine that runs them.
+// The state of a launch: memory with its shadow, warps, blocks, clusters, and the machine that runs them.
 #pragma once
 #include <functional>
+#include <memory>
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
 
-#include "memory.hpp"
 #include "program.hpp"
+
+// What a thread knows to have happened: for each block, a clock for each of its threads. Missing blocks are all 0.
+using Clocks = std::unordered_map<u32, std::vector<u32>>;
+using SharedClocks = std::shared_ptr<const Clocks>;
+
+void join(Clocks& into, const Clocks& other);
+
+// What a release makes known to whoever acquires it, and how far it reaches.
+struct Release {
+  SharedClocks clocks;
+  Scope scope;
+  u32 block;
+};
+
+// An access by lanes of one warp. Warps are numbered through the grid; a clock of 0 means never.
+struct Access {
+  u32 warp = 0, clock = 0, lanes = 0, inst : 24 = 0;
+  Scope scope : 8 = Scope::weak;
+};
+
+// The last accesses to one granule: the write, and the reads since.
+struct Cell {
+  Access write, read;
+  std::vector<Access> earlier_reads;
+};
+
+enum ByteState : u8 { forbidden, unwritten, written };
+
+// One allocation. `base` is its address in the kernel's eyes.
+struct Region {
+  std::string name;
+  u64 base = 0, size = 0;
+  u8* data = nullptr;
+  u8* state = nullptr;         // a ByteState for each byte
+  u8* counts = nullptr;        // of the writes to each byte, up to 255, if somebody wants to know
+  bool readonly = false;
+  bool shared = false;         // unordered writes of the same value are no race
+  bool tracked = false;        // races are looked for
+  unsigned granule = 4;        // bytes of a cell; shrinks to the smallest access seen
+  std::vector<Cell> cells = {};
+
+  void track() {
+    tracked = true;
+    granule = 4;
+    cells.assign((size + 3) / 4, Cell{});
+  }
+  void refine(unsigned bytes);  // makes its cells as small as this
+};
+
+// A region that owns its bytes.
+struct OwnedRegion : Region {
+  std::vector<u8> bytes, states;
+  void allocate(std::string label, u64 length) {
+    name = std::move(label), size = length;
+    bytes.assign(length, 0xcd);
+    states.assign(length, unwritten);
+    data = bytes.data(), state = states.data();
+  }
+};
+
+struct Spot {
+  Region* region;
+  u64 offset;
+  u8* data() const { return region->data + offset; }
+  u64 flag() const { return reinterpret_cast<u64>(data()); }  // its name as a flag of releases
+};
+
+inline constexpr u64 shared_window = 1ull << 40, local_window = 1ull << 41, window_size = 1ull << 32;
+inline bool in_shared(u64 address) { return address - shared_window < window_size; }
+inline bool in_local(u64 address) { return address - local_window < window_size; }
+// An address in a cluster's shared memory is (rank + 1) << rank_shift | offset; rank bits of 0 mean the own block.
+inline constexpr int rank_shift = 24;
 
 inline constexpr int warp_size = 32;
 inline constexpr u32 all_lanes = 0xffffffff;
@@ -39,6 +114,7 @@ struct Violation {
 struct Split {
   enum State : u8 { at_sync, ready, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
   u32 pc, lanes;
+  u32 barrier = 0;                 // that it waits at
 };
 
 struct ThreadClock {
@@ -74,27 +150,18 @@ struct Warp {
   bool ready() const { return !splits.empty() && splits[0].state == Split::ready; }
   void reconverge(bool lowest_first = true);
   // Makes the executing lanes wait at this instruction; the rest of the running split moves on.
-  void wait(Split::State state);
-  // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
-  bool meet();
+  void wait(Split::State state, u32 barrier = 0);
   // Ends the launch: the first of the lanes has broken a rule, by itself or together with another instruction.
   [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, const std::string& message, u64 address = 0,
                          s64 other_inst = -1) const;
   void exit_lanes();
 
- private:
   void leave();  // the executing lanes leave the running split, which moves on or ends
 };
 
 struct Barrier {
-  struct Waiter {
-    Warp* warp;
-    u32 lanes;
-    const Inst* reduction;         // bar.red: the instruction that gets a result
-  };
-  u32 expected = 0, arrived = 0, votes = 0;
+  u32 expected = 0, arrived = 0, waiting = 0, votes = 0;
   Clocks clocks;
-  std::vector<Waiter> waiting;
 };
 
 struct Cluster {
@@ -135,14 +202,8 @@ struct Launch {
   bool same_cluster(u32 block, u32 other) const { return grid.at(block) / cluster == grid.at(other) / cluster; }
 };
 
-// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
-struct Place {
-  const Launch& launch;
-  const Warp& warp;
-  u32 thread;  // in the block
-  u32 lane() const { return thread % warp_size; }
-};
-using Special = std::function<u64(Place)>;
+// The value of a special register, %tid.x, in a thread of a block; throws std::invalid_argument for an unknown one.
+using Special = std::function<u64(const Warp& w, u32 thread)>;
 const Special& special(const std::string& name);
 
 enum class Use : u8 { read, write, update };
@@ -179,13 +240,12 @@ struct Machine {
   void learn(Warp& w, u32 lanes, const SharedClocks& clocks);
 
   // control.cpp
-  void complete(Block& block, Barrier& barrier);
+  void complete(Block& block, u32 number);
   void check_cluster(Cluster& cluster);
 
   u32 threads_per_block() const { return u32(launch.block.count()); }
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 
- private:
   void start(Block& block);
   void run_together(std::vector<Block*>& blocks);
   void step(Warp& w, u64 instructions);

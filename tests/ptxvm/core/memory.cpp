@@ -1,6 +1,4 @@
 // Checks of bounds, alignment and unwritten bytes, and the counts of sectors and bank conflicts.
-#include "memory.hpp"
-
 #include <algorithm>
 #include <cstring>
 
@@ -15,9 +13,7 @@ void Region::refine(unsigned bytes) {
   }
 }
 
-namespace {
-
-std::string describe_miss(const std::vector<Region>& regions, u64 address) {
+static std::string describe_miss(const std::vector<Region>& regions, u64 address) {
   const auto distance = [address](const Region& r) {
     return address < r.base ? r.base - address : address - (r.base + r.size);
   };
@@ -28,8 +24,6 @@ std::string describe_miss(const std::vector<Region>& regions, u64 address) {
   const char* where = address < nearest->base ? " bytes before the start of " : " bytes past the end of ";
   return text(distance(*nearest), where, nearest->name);
 }
-
-}  // namespace
 
 Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes) {
   const auto stray = [&](const auto&... parts) { w.fail("out of bounds", i, 1u << lane, text(parts...), address); };
@@ -63,9 +57,11 @@ Spot Machine::locate(Warp& w, const Inst& i, int lane, u64 address, unsigned byt
 }
 
 Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, const void* fresh) {
+  const auto fail = [&](const char* kind, const auto&... parts) {
+    w.fail(kind, i, 1u << lane, text(parts...), address);
+  };
   const Spot spot = locate(w, i, lane, address, bytes);
   Region& r = *spot.region;
-  const auto fail = [&](const char* kind, const auto&... parts) { w.fail(kind, i, 1u << lane, text(parts...), address); };
   if (address % bytes) fail("misaligned", bytes, "-byte access at byte ", spot.offset, " of ", r.name);
   if (use != Use::read && r.readonly) fail("read-only", "write to ", r.name);
   const u8 state = *std::min_element(r.state + spot.offset, r.state + spot.offset + bytes);

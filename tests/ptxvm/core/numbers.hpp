@@ -21,14 +21,8 @@ using f64 = double;
 enum class Rounding : u8 { nearest, zero, down, up, away };
 
 inline double round_integral(double x, Rounding mode) {
-  switch (mode) {
-    case Rounding::nearest: return std::nearbyint(x);
-    case Rounding::zero: return std::trunc(x);
-    case Rounding::down: return std::floor(x);
-    case Rounding::up: return std::ceil(x);
-    case Rounding::away: return std::round(x);
-  }
-  return x;
+  constexpr double (*by_mode[])(double) = {std::nearbyint, std::trunc, std::floor, std::ceil, std::round};
+  return by_mode[int(mode)](x);
 }
 
 // A 16-bit float with `Precision` significant bits (the hidden one included) and least normal exponent `MinExponent`.

@@ -44,10 +44,11 @@ bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) c
 
 void Machine::race(const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, const Access& other) {
   const u64 byte = cell * spot.region->granule;
-  const u32 concurrent = unordered(w, lane, other), warp = other.warp % warps_per_block();
-  const u32 thread = warp * warp_size + std::countr_zero(concurrent ? concurrent : other.lanes);
-  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread, " of block ",
-                                   other.warp / warps_per_block(), " with nothing that orders the two");
+  const u32 concurrent = unordered(w, lane, other), block = other.warp / warps_per_block();
+  const u32 first = other.warp % warps_per_block() * warp_size;
+  const u32 thread = first + std::countr_zero(concurrent ? concurrent : other.lanes);
+  const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread,
+                                   " of block ", block, " with nothing that orders the two");
   w.fail("race", i, 1u << lane, message, spot.region->base + byte, other.inst);
 }
 

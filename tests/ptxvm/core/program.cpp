@@ -52,7 +52,7 @@ void read_modifiers(Inst& inst, const Words& words) {
       {"max", &Inst::largest}, {"NaN", &Inst::keeps_nan}, {"l", &Inst::left}, {"trans", &Inst::transposed},
       {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases}, {"relaxed", &Inst::relaxed},
       {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral},
-      {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
+      {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
   static const Meaning<Rounding> roundings = {
       {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up},
       {"rna", Rounding::away}, {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down},
@@ -76,6 +76,7 @@ void read_modifiers(Inst& inst, const Words& words) {
   for (const std::string& word : words) {
     if (const auto flag = flags.find(word); flag != flags.end()) inst.*flag->second = true;
     if (word == "acq_rel") inst.acquires = inst.releases = true;
+    if (word == "bar") inst.aligned = words[1] != "warp";
     look_up(roundings, word, inst.rounding);
     look_up(spaces, word, inst.space);
     look_up(scopes, word, inst.scope);
