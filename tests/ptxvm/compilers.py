@@ -61,8 +61,8 @@ def launch_triton(
 ) -> Report:  # fmt: skip
     """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, B=128)`.
 
-    Triton lets lanes that hold copies of a sum store it to the same place, though contraction to fma may have made the
-    copies differ in the last bit: such collisions are counted, not refused.
+    Triton lets threads that hold copies of a sum store it to the same place, though contraction to fma may have made
+    the copies differ in the last bit: such collisions are counted, not refused.
     """
     compiled, values = compile_triton(kernel, args, target=target, **options)
     meta = compiled.metadata

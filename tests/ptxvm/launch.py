@@ -59,9 +59,9 @@ def launch(
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
     shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
-    stores_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
-    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
-    counts as stuck.
+    stores_may_collide: whether threads may store different values to the same place in shared memory by one
+    instruction; one of them stays. names: of the arguments, for messages. patience: warp instructions without progress
+    before a launch counts as stuck.
     """
     module, encoded = parse(ptx), _encoded(ptx, name)
     kernel = encoded.kernel

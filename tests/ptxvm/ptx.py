@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import PurePath
 
 _SPACE = re.compile(r"\s*")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_STRING_OR_COMMENT = re.compile(r"(\"[^\"]*\")|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _STATEMENT = re.compile(
     r"""(?P<directive>\.(?:version|address_size|target|file|loc|pragma)\b)(?P<rest>[^\n;]*);?
     | \.section\s+\S+\s*\{[^}]*\}
@@ -145,7 +145,7 @@ def parse(text: str) -> Module:
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        clean = _COMMENT.sub(lambda m: "\n" * m.group().count("\n"), text)
+        clean = _STRING_OR_COMMENT.sub(lambda m: m[1] or "\n" * m.group().count("\n"), text)
         self.ends = [k for k, c in enumerate(clean) if c == "\n"]
         self.module = Module()
         self.kernel: Kernel | None = None
@@ -168,7 +168,7 @@ class _Parser:
     def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
         variables = self.kernel.variables if self.kernel else self.module.variables
         if found["directive"]:
-            self.directive(found["directive"], found["rest"].split())
+            self.directive(found["directive"], found["rest"])
         elif found["entry"]:
             self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
             params = [p.replace(".param", "", 1) for p in (found["params"] or "").split(",") if p.strip()]
@@ -197,11 +197,12 @@ class _Parser:
                 raise ValueError("the text ends too early")
             self.instruction(self.kernel, line, found["statement"])
 
-    def directive(self, name: str, words: list[str]) -> None:
+    def directive(self, name: str, rest: str) -> None:
+        words = rest.split()
         if name == ".target":
             self.module.target = words[0].rstrip(",")
         elif name == ".file":
-            self.module.files[int(words[0])] = words[1].strip('",')
+            self.module.files[int(words[0])] = rest.split('"')[1]
         elif name == ".loc":
             at = words.index("inlined_at") + 1 if "inlined_at" in words else 0
             self.location = Location(int(words[0]), int(words[1]), (int(words[at]), int(words[at + 1])) if at else None)

@@ -26,7 +26,7 @@ class Row:
     sectors: int  # distinct 32-byte sectors of global memory, summed over requests
     conflicts: int  # shared-memory cycles beyond those that conflict-free banks would take
     divergent: int  # times that a branch parted a warp
-    collisions: int  # cells of shared memory for which lanes of one store had different values
+    collisions: int  # stores to cells of shared memory where it had stored another value, with nothing to order the two
 
     @property
     def operation(self) -> str:
@@ -95,6 +95,11 @@ class Report:
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
+    def collisions(self) -> int:
+        """Stores of a value to shared memory where the same instruction had stored another one."""
+        return sum(r.collisions for r in self.rows)
+
+    @property
     def thread_instructions(self) -> int:
         """Instructions that threads executed."""
         return sum(r.threads for r in self.rows)
@@ -104,7 +109,10 @@ class Report:
         data: dict[str, Any] = asdict(self)
         data["instructions"] = data.pop("rows")
         data |= {f"{space}_{what}": asdict(self.traffic(space, writes)) for space, what, writes in _DIRECTIONS}
-        data |= {name: getattr(self, name) for name in ("barriers", "divergent_branches", "thread_instructions")}
+        data |= {
+            name: getattr(self, name)
+            for name in ("barriers", "divergent_branches", "collisions", "thread_instructions")
+        }
         return json.dumps(data | {"warp_instructions": self.instructions}, indent=1)
 
     def __str__(self) -> str:
@@ -117,7 +125,8 @@ class Report:
             lines += [f"{name:14}{t.requests:10}{t.bytes:12}{rest}"] if t.requests else []
         issued = ", ".join(f"{count} {kind}" for kind, count in self.instructions.items() if count)
         lines.append(f"warp instructions: {issued}")
-        lines.append(f"{self.barriers} at barriers, {self.divergent_branches} divergent branches")
+        collided = f", {self.collisions} collisions of copies" if self.collisions else ""
+        lines.append(f"{self.barriers} at barriers, {self.divergent_branches} divergent branches{collided}")
         return "\n".join(lines)
 
     def table(self) -> str:

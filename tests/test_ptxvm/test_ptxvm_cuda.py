@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -231,6 +232,28 @@ def test_templates_are_found_by_their_plain_name() -> None:
     y = zeros(32, kind=np.int32)
     report = launch_cuda(source, "fill", 1, 32, [Out(y)], target=90)
     assert (y == 3).all() and "fill" in report.kernel
+
+
+def test_the_wheels_have_an_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache of its own: the text must come from this nvcc, with the headers of the wheels.
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("the wheels of nvcc are not installed")
+    assert "nvidia" in nvcc
+    source = (
+        "#include <cooperative_groups.h>\n#include <cuda_bf16.h>\n#include <cuda/std/limits>\n"
+        + r"""
+    extern "C" __global__ void halve(const __nv_bfloat16* x, float* y) {
+      const unsigned k = cooperative_groups::this_grid().thread_rank();
+      y[k] = __bfloat162float(x[k]) / 2 + cuda::std::numeric_limits<float>::min();
+    }"""
+    )
+    x, y = torch.arange(64).bfloat16(), zeros(64)
+    launch_cuda(f"// {nvcc}\n{source}", "halve", 2, 32, [x, Out(y)], target=90)
+    assert (y == np.arange(64) / 2 + np.finfo(np.float32).tiny).all()
 
 
 def test_local_memory_and_constants() -> None:

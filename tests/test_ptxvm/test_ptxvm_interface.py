@@ -79,7 +79,7 @@ def test_variables_labels_and_locations() -> None:
     module = parse(
         HEADER
         + """
-.file 1 "/some/where/a.cu"
+.file 1 "/some where//a.cu"
 .file 2 "/some/where/b.h"
 .global .align 4 .b8 bytes[4] = {1, 2, 255, 4};
 .global .f32 number = 0f3F800000;

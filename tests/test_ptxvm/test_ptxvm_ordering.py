@@ -154,16 +154,33 @@ def test_equal_values_in_shared_memory_are_no_race_but_in_global_memory_are() ->
         run("st.global.u32 [%m], 7;", blocks=1)
 
 
-def test_lanes_that_collide_are_counted_where_that_is_allowed() -> None:
+@pytest.mark.parametrize("threads", [32, 96])
+def test_stores_that_collide_are_counted_where_that_is_allowed(threads: int) -> None:
     body = "mov.u32 %e, tile; st.shared.u32 [%e], %t; bar.sync 0; ld.shared.u32 %d, [%e]; @%z st.global.u32 [%m], %d;"
     with pytest.raises(Violation, match="race"):
-        run(body, blocks=1)
+        run(body, blocks=1, threads=threads)
     winners = {}
     for schedule in ("forward", "reversed"):
-        memory, report = run(body, blocks=1, schedule=schedule, stores_may_collide=True)
+        memory, report = run(body, blocks=1, threads=threads, schedule=schedule, stores_may_collide=True)
         winners[schedule] = int(memory[0])
-        assert sum(r.collisions for r in report.rows) == 31
-    assert winners == {"forward": 31, "reversed": 0}
+        assert report.collisions == threads - 1 and f"{threads - 1} collisions of copies" in str(report)
+    assert winners == {"forward": threads - 1, "reversed": 0}
+
+
+OTHER_RACES = {
+    "stores of two instructions": "mov.u32 %e, tile; setp.lt.u32 %p, %t, 32; @%p st.shared.u32 [%e], %t; @!%p st.shared.u32 [%e], %t;",
+    "one instruction and then another": "mov.u32 %e, tile; st.shared.u32 [%e], 5; st.shared.u32 [%e], %t;",
+    "a read before a store": "mov.u32 %e, tile; st.shared.u32 [%e], 5; bar.sync 0; ld.shared.u32 %d, [%e]; st.shared.u32 [%e], 5;",
+    "a read after a store": "mov.u32 %e, tile; @%z st.shared.u32 [%e], 5; bar.sync 0; st.shared.u32 [%e], 5; ld.shared.u32 %d, [%e];",
+    "global memory": "st.global.u32 [%m], %t;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_RACES)
+def test_other_races_are_refused_where_stores_may_collide(case: str) -> None:
+    for schedule in SCHEDULES:
+        with pytest.raises(Violation, match="race: byte 0 of"):
+            run(OTHER_RACES[case], blocks=1, threads=64, schedule=schedule, stores_may_collide=True)
 
 
 def test_blocks_of_a_grid_are_not_ordered_by_running_one_after_the_other() -> None:

@@ -139,6 +139,19 @@ def test_welford_by_axis_is_right_and_the_flat_form_is_caught(dtype: torch.dtype
         assert errors[True][0] > 1e-3, "this compiler pairs reshaped operands of a reduction rightly: celebrate"
 
 
+def test_warps_that_store_copies_of_a_sum() -> None:
+    # Two or more of the eight warps hold each sum, and contraction makes some of the copies differ.
+    x = torch.randn(48, 16, 1024, generator=torch.manual_seed(7))
+    mean, variance = torch.empty(16), torch.empty(16)
+    options: dict[str, Any] = {"BN": 32, "BS": 32, "FLAT": False, "num_warps": 8, "target": 90}
+    report = launch_triton(moments, (16,), x, Out(mean), Out(variance), 48, 16, 1024, **options)
+    assert report.collisions > 0 and (mean - x.double().mean((0, 2))).abs().max() < 1e-6
+    compiled, _ = compile_triton(moments, [x, Out(mean), Out(variance), 48, 16, 1024], **options)
+    arguments = [x, Out(mean), Out(variance), 48, 16, 1024, None, None]
+    with pytest.raises(Violation, match="race: byte .* of shared memory was written"):
+        launch(compiled.asm["ptx"], "moments", 16, 256, arguments, shared=compiled.metadata.shared)
+
+
 def test_a_layer_of_three_tasks_runs_in_seconds() -> None:
     x = torch.randn(3 * 16, 64, 32 * 32, generator=torch.manual_seed(6)) * 2 + 3
     mean, variance = torch.empty(64), torch.empty(64)
