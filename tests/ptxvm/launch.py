@@ -20,6 +20,7 @@ from .report import Report, Row
 Dim = int | Sequence[int]
 
 _WORKSPACE = 1 << 42  # address of a cooperative launch's grid barrier
+_MOST_SHARED = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99}  # KiB that a block can opt in to; later 227
 _FLOATS = {2: "<e", 4: "<f", 8: "<d"}
 
 
@@ -85,8 +86,11 @@ def launch(
     if schedule not in ("forward", "reversed") and not isinstance(schedule, int):
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
     order, seed = (2, schedule) if isinstance(schedule, int) else (["forward", "reversed"].index(schedule), 0)
+    size, most = encoded.layout["shared_size"] + shared, _MOST_SHARED.get(module.target, 227) << 10
+    if size > most:
+        raise ValueError(f"a block of {module.target} has at most {most} bytes of shared memory, not {size}")
     options = encoded.layout | {
-        "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
+        "shared_size": size, "dynamic_shared": shared, "cooperative": cooperative,
         "explicit_cluster": cluster3 != (1, 1, 1), "stores_may_collide": stores_may_collide, "order": order,
         "seed": seed, "patience": patience, "grid_workspace": _WORKSPACE,
     }  # fmt: skip

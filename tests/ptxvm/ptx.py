@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePath
@@ -146,24 +145,23 @@ def parse(text: str) -> Module:
 class _Parser:
     def __init__(self, text: str) -> None:
         clean = _STRING_OR_COMMENT.sub(lambda m: m[1] or "\n" * m.group().count("\n"), text)
-        self.ends = [k for k, c in enumerate(clean) if c == "\n"]
         self.module = Module()
         self.kernel: Kernel | None = None
         self.location: Location | None = None
         # The registers of the blocks that are open, by name or by prefix and count for `%r<9>`, and a suffix that
         # makes names unique.
         self.scopes: list[tuple[dict[str, int | None], str]] = []
-        at, blocks = 0, 0
+        at, line, blocks = 0, 1, 0
         while found := _STATEMENT.match(clean, _SPACE.match(clean, at).end()):  # type: ignore[union-attr]
-            line = bisect_right(self.ends, found.start()) + 1
+            line += clean.count("\n", at, found.start())
             try:
                 blocks += found["brace"] == "{"
                 self.statement(line, found, f"#{blocks}")
             except ValueError as error:
                 raise PTXError(line, str(error)) from None
-            at = found.end()
+            at, line = found.end(), line + found.group().count("\n")
         if self.kernel:
-            raise PTXError(len(self.ends) + 1, "the text ends too early")
+            raise PTXError(line + clean.count("\n", at), "the text ends too early")
 
     def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
         variables = self.kernel.variables if self.kernel else self.module.variables

@@ -139,6 +139,9 @@ def test_outputs_start_unwritten_and_inputs_may_be_read_only() -> None:
     launch(COPY, "copy", 3, 128, [frozen, Out(X.copy()), 300, 1])
     with pytest.raises(Violation, match="read-only: write to argument 1"):
         launch(COPY, "copy", 3, 128, [X, frozen, 300, 1])
+    add = COPY.replace("st.global.u32 [%rd4]", "red.global.add.u32 [%rd4]")
+    with pytest.raises(Violation, match="read-only: write to argument 1"):
+        launch(add, "copy", 3, 128, [X, frozen, 300, 1])
     with pytest.raises(ValueError, match="argument 1 is an output, but the array is read-only"):
         launch(COPY, "copy", 3, 128, [X, Out(frozen), 300, 1])
 

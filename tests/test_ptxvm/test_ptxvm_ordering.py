@@ -50,6 +50,8 @@ SOUND = {
     "release and acquire": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "system scope": ("st.release.sys.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "fences": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", "fence.acq_rel.gpu;"),
+    "a narrow fence and a wide one": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];",
+                                      "fence.acq_rel.cta; fence.acq_rel.gpu;"),
     "old fences": ("membar.gl; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", "membar.sys;"),
     "atomics": ("atom.acq_rel.gpu.global.add.u32 %d, [%m+4], 1;", "atom.acq_rel.gpu.global.or.b32 %d, [%m+4], 0;", ""),
     "a reduction": ("red.release.gpu.global.max.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
@@ -84,6 +86,24 @@ def test_a_message_that_nothing_orders(way: str, schedule: Any) -> None:
     release, acquire, after = UNSOUND[way]
     with pytest.raises(Violation, match=r"race: .* with nothing that orders the two"):
         run(MESSAGE.format(release=release, acquire=acquire, after=after), schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_message_within_a_cluster(schedule: Any) -> None:
+    text = MESSAGE.format(
+        release="st.release.cluster.global.u32 [%m+4], 1;",
+        acquire="ld.acquire.cluster.global.u32 %d, [%m+4];",
+        after="",
+    )
+    memory, _ = run(text, schedule=schedule, cluster=2)
+    assert memory[2] == 42
+    with pytest.raises(Violation, match="race"):
+        run(text, schedule=schedule)
+    with pytest.raises(Violation, match="race"):
+        run(
+            text.replace("setp", "fence.acq_rel.cluster; setp").replace("acquire.cluster", "relaxed.gpu"),
+            schedule=schedule,
+        )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -217,6 +217,8 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("trap;", "trap", "the kernel gave up"),
     ("mov.u32 %e, tile; ld.shared.u32 %d, [%e];", "unwritten read", "byte 0 of shared memory, which nobody has written"),
     ("mov.u32 %e, tile; st.shared.u32 [%e+1024], %v;", "out of bounds", "4-byte access at byte 1024 of shared memory, which has 1024"),
+    ("mov.u32 %e, tile; setp.eq.u32 %p, %t, 0; @%p red.shared.add.u32 [%e], 1;", "unwritten read", "which nobody has written"),
+    ("mov.u32 %e, tile; st.shared.v2.u32 [%e+4], {%v, %v};", "misaligned", "8-byte access at byte 4 of shared memory"),
     ("mov.u32 %e, tile; st.shared.u32 [%e+2], %v;", "misaligned", "4-byte access at byte 2 of shared memory"),
     ("mov.u32 %e, tile; st.shared.u32 [%e], %v;", "race", "was written by thread 0 of block 0"),
     ("ld.global.u32 %d, [%i+128];", "out of bounds", "0 bytes past the end of argument 1 (uint32[32])"),

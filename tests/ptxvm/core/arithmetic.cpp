@@ -170,21 +170,6 @@ void declare_floats() {
   on_floats<P, P>("tanh approx" + t, [](double a) { return std::tanh(a); });
 }
 
-// Functions are computed in double: after rounding, correctly rounded but for cases near a tie that double precision
-// cannot tell, about one in 2^28.
-void declare_f32_functions() {
-  on_floats<f32, f32, f32, f32>("min|max ftz? NaN? f32", minimum_or_maximum);
-  on_floats<f32, f32, f32>("div approx|full ftz? f32", std::divides<>{});
-  on_floats<f32, f32>("rcp approx ftz? f32", [](f32 a) { return 1 / a; });
-  on_floats<f64, f64>("rcp approx ftz f64", [](f64 a) { return 1 / a; });
-  on_floats<f32, f32>("sqrt approx ftz? f32", [](f32 a) { return std::sqrt(a); });
-  on_floats<f32, f32>("rsqrt approx ftz? f32", [](f64 a) { return 1 / std::sqrt(a); });
-  on_floats<f64, f64>("rsqrt approx ftz? f64", [](f64 a) { return f64(1 / std::sqrt((long double)a)); });
-  on_floats<f32, f32>("lg2 approx ftz? f32", [](f64 a) { return std::log2(a); });
-  on_floats<f32, f32>("sin approx ftz? f32", [](f64 a) { return std::sin(a); });
-  on_floats<f32, f32>("cos approx ftz? f32", [](f64 a) { return std::cos(a); });
-}
-
 // Whether a relation that the instruction names holds.
 template <class T>
 bool compare(const Inst& i, T a, T b) {
@@ -252,5 +237,16 @@ void declare_arithmetic() {
     if constexpr (sizeof(T) < 8) declare_floats<T, Pair<T>>();
     if constexpr (is_small<T>) declare_set_predicate<Pair<T>>(float_comparisons, " " + type_name<Pair<T>>());
   });
-  declare_f32_functions();
+  // Functions are computed in double: after rounding, correctly rounded but for cases near a tie that double precision
+  // cannot tell, about one in 2^28.
+  on_floats<f32, f32, f32, f32>("min|max ftz? NaN? f32", minimum_or_maximum);
+  on_floats<f32, f32, f32>("div approx|full ftz? f32", std::divides<>{});
+  on_floats<f32, f32>("rcp approx ftz? f32", [](f32 a) { return 1 / a; });
+  on_floats<f64, f64>("rcp approx ftz f64", [](f64 a) { return 1 / a; });
+  on_floats<f32, f32>("sqrt approx ftz? f32", [](f32 a) { return std::sqrt(a); });
+  on_floats<f32, f32>("rsqrt approx ftz? f32", [](f64 a) { return 1 / std::sqrt(a); });
+  on_floats<f64, f64>("rsqrt approx ftz? f64", [](f64 a) { return f64(1 / std::sqrt((long double)a)); });
+  on_floats<f32, f32>("lg2 approx ftz? f32", [](f64 a) { return std::log2(a); });
+  on_floats<f32, f32>("sin approx ftz? f32", [](f64 a) { return std::sin(a); });
+  on_floats<f32, f32>("cos approx ftz? f32", [](f64 a) { return std::cos(a); });
 }

@@ -81,20 +81,6 @@ constexpr auto float_sum = [](T m, T v, T) { return canonical(T(Compute<T>(m) + 
 template <class T>
 constexpr auto pair_sum = [](Pair<T> m, Pair<T> v, Pair<T>) { return Pair<T>{T(m.low + v.low), T(m.high + v.high)}; };
 
-template <class T>
-void declare_integer_atomics(T) {
-  const std::string t = type_name<T>(), b = bits_name<T>();
-  for_integer_functions<T>([](const std::string& function, const std::string& type, auto f) {
-    declare_atomic<T>(function, type, [](T m, T v, T) { return decltype(f){}(m, v); });
-  });
-  if constexpr (std::is_unsigned_v<T>) {
-    declare_atomic<T>("exch", b, [](T, T v, T) { return v; });
-    declare_atomic<T>("cas", b, [](T m, T expected, T v) { return m == expected ? v : m; }, 4);
-    declare_atomic<T>("inc", t, [](T m, T v, T) { return m >= v ? T(0) : T(m + 1); });
-    declare_atomic<T>("dec", t, [](T m, T v, T) { return m == 0 || m > v ? v : T(m - 1); });
-  }
-}
-
 // ldmatrix and stmatrix move 8x8 matrices of 16-bit elements. Lane 8*m + r has the address of row r of matrix m;
 // lane t holds the elements 2*(t%4) and 2*(t%4) + 1 of row t/4, or of column t/4 with .trans.
 template <bool stores>
@@ -138,7 +124,18 @@ void declare_moves_to_memory(T) {
 void declare_memory() {
   section("memory");
   for_types<u8, s8, u16, s16, u32, s32, u64, s64, f32, f64>([](auto t) { declare_moves_to_memory(t); });
-  for_types<u32, s32, u64, s64>([](auto t) { declare_integer_atomics(t); });
+  for_types<u32, s32, u64, s64>([]<class T>(T) {
+    const std::string t = type_name<T>(), b = bits_name<T>();
+    for_integer_functions<T>([](const std::string& function, const std::string& type, auto f) {
+      declare_atomic<T>(function, type, [](T m, T v, T) { return decltype(f){}(m, v); });
+    });
+    if constexpr (std::is_unsigned_v<T>) {
+      declare_atomic<T>("exch", b, [](T, T v, T) { return v; });
+      declare_atomic<T>("cas", b, [](T m, T expected, T v) { return m == expected ? v : m; }, 4);
+      declare_atomic<T>("inc", t, [](T m, T v, T) { return m >= v ? T(0) : T(m + 1); });
+      declare_atomic<T>("dec", t, [](T m, T v, T) { return m == 0 || m > v ? v : T(m - 1); });
+    }
+  });
   for_types<f32, f64>([]<class T>(T) { declare_atomic<T>("add", type_name<T>(), float_sum<T>); });
   for_types<f16, bf16>([]<class T>(T) {
     declare_atomic<T>("add noftz", type_name<T>(), float_sum<T>);
@@ -149,5 +146,5 @@ void declare_memory() {
   on("stmatrix sync aligned m8n8 x1|x2|x4 trans? shared|shared::cta? b16", 2, move_matrices<true>);
   on("fence acq_rel|sc cta|cluster|gpu|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
   on("membar cta|gl|sys", 0, [](Warp& w, const Inst& i) { w.machine->fence(w, i.scope); });
-  on("prefetch global|local? L1|L2", 1, [](Warp&, const Inst&) {});
+  on("prefetch global|local? L1|L2|L2::evict_last|L2::evict_normal", 1, [](Warp&, const Inst&) {});
 }

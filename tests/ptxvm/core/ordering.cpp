@@ -123,9 +123,11 @@ void Machine::learn(Warp& w, u32 lanes, const SharedClocks& clocks) {
 void Machine::fence(Warp& w, Scope scope) {
   for_lanes(w.lanes, [&](int lane) {
     ThreadClock& t = w.clocks[lane];
-    for (const Release& release : t.observed)
-      if (compatible(u32(w.block->linear), scope, release.block, release.scope)) learn(w, 1u << lane, release.clocks);
-    t.observed.clear();
+    std::erase_if(t.observed, [&](const Release& release) {
+      if (!compatible(u32(w.block->linear), scope, release.block, release.scope)) return false;
+      learn(w, 1u << lane, release.clocks);
+      return true;
+    });
     auto now = std::make_shared<Clocks>();
     gather(*now, w, 1u << lane);
     t.fenced = std::move(now);
