@@ -50,8 +50,7 @@ def compile_triton(kernel: Any, args: Sequence[Any], *, target: int = 80, **opti
     rest["debug"] = False
     parsed, signature, constants, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
     compiled = compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=parsed.__dict__)
-    given = dict(zip(bound, args, strict=False)) | {k: v for k, v in bound.items() if k in options}
-    values = {name: given.get(name, value) for name, value in bound.items()}
+    values = bound | dict(zip(bound, args, strict=False))
     return compiled, {name: value for name, value in values.items() if signature[name] != "constexpr"}
 
 

@@ -48,7 +48,13 @@ def encode(module: Module, kernel: Kernel) -> Encoded:
         except ValueError as error:
             raise PTXError(instruction.line, f"{error}, in `{instruction.text}`") from None
     encoder.add(Instruction(kernel.line, "the end of the kernel", "exit", ()))
-    layout = {"shared_size": shared_size, "local_size": local_size, **encoder.layout()}
+    registers, slots = len(kernel.registers), list(encoder.slots.items())
+    constants = [(slot, value) for value, slot in slots if isinstance(value, int)]
+    specials = [(slot, name) for name, slot in slots[registers:] if isinstance(name, str) and name != "_"]
+    layout = {
+        "shared_size": shared_size, "local_size": local_size, "registers": registers, "slots": len(slots),
+        "constants": constants, "specials": specials,
+    }  # fmt: skip
     return Encoded(kernel, encoder.code, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
 
 
@@ -58,13 +64,6 @@ class _Encoder:
         self.code: list[Any] = []
         # By name, or by value for constants: registers come first.
         self.slots: dict[str | int, int] = {name: k for k, name in enumerate(sorted(kernel.registers))}
-
-    def layout(self) -> dict[str, Any]:
-        rest = list(self.slots.items())[len(self.kernel.registers) :]
-        constants = [(slot, value) for value, slot in rest if isinstance(value, int)]
-        specials = [(slot, name) for name, slot in rest if isinstance(name, str) and name != "_"]
-        registers = len(self.kernel.registers)
-        return {"registers": registers, "slots": len(self.slots), "constants": constants, "specials": specials}
 
     def slot(self, name: str, opcode: str) -> int:
         """The slot of a register, a special register, `_` as a destination, a symbol or a literal."""

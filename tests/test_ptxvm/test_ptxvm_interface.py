@@ -125,6 +125,13 @@ def test_gaps_of_a_view_are_out_of_bounds() -> None:
         launch(COPY, "copy", 3, 128, [np.zeros(600, np.uint32)[::2], Out(np.zeros(300, np.uint32)), 300, 1])
 
 
+def test_a_vector_that_reaches_past_the_end() -> None:
+    ptx = kernel("ld.param.u64 %a, [x]; ld.global.v2.u32 {%r, %r}, [%a+8];", ".param .u64 x")
+    launch(ptx, "f", 1, 1, [np.zeros(4, np.uint32)])
+    with pytest.raises(Violation, match=r"8-byte access at byte 8 of argument 0 \(uint32\[3\]\), which has 12"):
+        launch(ptx, "f", 1, 1, [np.zeros(3, np.uint32)])
+
+
 def test_alignment_is_that_within_the_array() -> None:
     x = np.zeros(1200, np.uint8)[2:]
     with pytest.raises(Violation, match="misaligned"):
@@ -211,6 +218,8 @@ def test_reports_count_what_happened() -> None:
     assert strided.global_written.sectors / strided.global_written.requests == 32
     (load,) = [r for r in report.rows if r.opcode == "ld.global.u32"]
     assert (load.line, load.warps, load.requests, load.threads) == (17, 10, 10, 300)
+    swapped = COPY.replace("mul.lo.u32 %r6", "xor.b32 %r5, %r5, 8; mul.lo.u32 %r6")  # sectors in another order
+    assert launch(swapped, "copy", 1, 128, [X[:128], Out(np.zeros(128, np.uint32)), 128, 1]).global_read.sectors == 16
     assert report.divergent_branches == 0 and report.instructions["memory"] == 4 * 12 + 2 * 10
     data = json.loads(report.to_json())
     assert data["global_read"] == {"requests": 10, "bytes": 1200, "sectors": 38, "conflicts": 0} and len(

@@ -64,6 +64,8 @@ UNSOUND = {
     "no fence after": ("membar.gl; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", ""),
     "a fence after the flag": ("st.volatile.global.u32 [%m+4], 1; membar.gl;", "ld.volatile.global.u32 %d, [%m+4];", "membar.gl;"),
     "a fence of the block": ("membar.cta; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", "membar.gl;"),
+    "a fence of the block at the reader": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", "fence.acq_rel.cta;"),
+    "a fence of the block and an acquire": ("fence.acq_rel.cta; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "a release to the block": ("st.release.cta.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "an acquire from the block": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.acquire.cta.global.u32 %d, [%m+4];", ""),
     "a plain flag": ("st.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
@@ -162,6 +164,55 @@ def test_a_write_must_be_ordered_after_every_read() -> None:
         run(body.replace("FENCE", "membar.cta;"), blocks=1, threads=64, schedule=schedule)
         with pytest.raises(Violation, match="race: byte 0 of shared memory was read by thread 32 of block 0"):
             run(body.replace("FENCE", ""), blocks=1, threads=64, schedule=schedule)
+
+
+def test_a_write_must_be_ordered_after_the_first_of_many_reads() -> None:
+    body = """setp.lt.u32 %p, %t, 32; @%p bra WRITER;
+    ld.global.u32 %d, [%m];
+    setp.ge.u32 %p, %t, 64; @%p bar.arrive 1, 96;
+    exit;
+    WRITER: bar.sync 1, 96;
+    @%z st.global.u32 [%m], 1;"""
+    for schedule in SCHEDULES:
+        with pytest.raises(Violation, match="race: byte 0 of argument 0"):
+            run(body, blocks=1, threads=128, schedule=schedule)
+        run(body.replace("ge.u32 %p, %t, 64", "ge.u32 %p, %t, 32").replace("96", "128"), blocks=1, threads=128)
+
+
+def test_weak_and_strong_reads_of_a_warp_are_kept_apart() -> None:
+    body = """@%y bra WRITER;
+    @%z ld.relaxed.gpu.global.u32 %d, [%m];
+    setp.eq.u32 %p, %t, 1; @%p ld.global.u32 %d, [%m];
+    exit;
+    WRITER: @%z st.relaxed.gpu.global.u32 [%m], 1;"""
+    for schedule in SCHEDULES:
+        run(body.replace("@%p ld.global", "@%p ld.relaxed.gpu.global"), schedule=schedule)
+        with pytest.raises(Violation, match="race: byte 0 of argument 0"):
+            run(body, schedule=schedule)
+
+
+def test_a_barrier_lets_only_its_own_threads_go() -> None:
+    # Warps 0 and 3 meet at barrier 1, warps 1 and 2 at barrier 2.
+    body = """mov.u32 %e, tile; mov.u32 %d, 0;
+    setp.ge.u32 %p, %t, 96; @%p bra LAST;
+    setp.ge.u32 %p, %t, 32; @%p bra MIDDLE;
+    bar.sync 1, 64;
+    @%z ld.shared.u32 %d, [%e]; @%z st.global.u32 [%m], %d;
+    exit;
+    MIDDLE: bar.sync 2, 64;
+    exit;
+    LAST: setp.eq.u32 %p, %t, 96; @%p st.shared.u32 [%e], 7; bar.sync 1, 64;"""
+    for schedule in SCHEDULES:
+        memory, _ = run(body, blocks=1, threads=128, schedule=schedule)
+        assert memory[0] == 7
+
+
+def test_a_kernel_that_writes_makes_progress() -> None:
+    body = "mov.u32 %d, 0; L: @%z st.global.u32 [%m], %d; add.u32 %d, %d, 1; setp.lt.u32 %p, %d, 2000; @%p bra L;"
+    memory, _ = run(body, blocks=1, patience=5000)
+    assert memory[0] == 1999
+    with pytest.raises(Violation, match="deadlock: no progress"):
+        run(body.replace("@%z st.global.u32 [%m], %d;", "").replace("2000", "20000"), blocks=1, patience=5000)
 
 
 def test_neighbouring_bytes_are_no_race() -> None:
@@ -284,6 +335,23 @@ def test_clusters_exchange_through_shared_memory(schedule: Any) -> None:
         run(CLUSTER.replace("FIRST", both.replace(".release", ".relaxed")).replace("LAST", both), **options)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("first", ["", "barrier.cluster.arrive.aligned;"])
+def test_a_cluster_does_not_wait_for_blocks_that_have_exited(first: str, schedule: Any) -> None:
+    # Block 0 is gone, with or without having arrived; the others wait for each other, and none passes early.
+    body = f"""mov.u32 %e, tile; setp.eq.u32 %p, %b, 0; @!%p bra REST;
+    {first} exit;
+    REST: st.shared.u32 [%e], %b;
+    barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+    rem.u32 %d, %b, 3; add.u32 %d, %d, 1;
+    mapa.shared::cluster.u32 %e, %e, %d;
+    ld.shared::cluster.u32 %d, [%e];
+    mul.wide.u32 %g, %b, 4; add.s64 %g, %m, %g; @%z st.global.u32 [%g], %d;
+    barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+    memory, _ = run(body, blocks=4, cluster=4, cooperative=False, schedule=schedule)
+    assert memory[:4].tolist() == [0, 2, 3, 1]
+
+
 def test_registers_of_a_cluster() -> None:
     body = """mov.u32 %d, %cluster_ctarank; mov.u32 %e, %cluster_nctarank; mad.lo.u32 %d, %e, 10, %d;
     mul.wide.u32 %g, %b, 4; add.s64 %g, %m, %g; @%z st.global.u32 [%g], %d;
@@ -317,6 +385,9 @@ def test_outputs_may_be_written_several_times_where_that_is_said() -> None:
 .entry f(.param .u64 y) { .reg .b64 %a; ld.param.u64 %a, [y]; st.global.u32 [%a], 1; st.global.u32 [%a], 2; ret; }"""
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=2)])
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=None)])
+    often = ptx.replace("[%a], 2;", "[%a], 2;" + " st.global.u32 [%a], 1;" * 255)  # 257 times
+    with pytest.raises(Violation, match="was written 255 times, not 1"):
+        launch(often, "f", 1, 1, [Out(np.zeros(1, np.uint32))])
     with pytest.raises(
         Violation, match=r"element \[0\] of argument 0 \(uint32\[1\]\) was written 2 times, not 1; 1 of 1 elements"
     ):

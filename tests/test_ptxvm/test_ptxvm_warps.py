@@ -210,6 +210,8 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("bar.warp.sync 0xfffffffe;", "member mask", "not in the member mask"),
     ("shfl.sync.idx.b32 %d, %v, 0, 31, %t;", "member mask", "not in the member mask"),
     ("setp.lt.u32 %p, %t, 8; @%p bar.warp.sync -1;", "deadlock", "lanes that must take part never come here"),
+    ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "barrier", "arrives a second time without a wait"),
+    ("barrier.cluster.wait.aligned;", "barrier", "waits without having arrived"),
     ("bar.sync 16;", "barrier", "there are 16 barriers"),
     ("bar.sync 0, 64;", "deadlock", "threads that must take part never come here"),
     ("setp.lt.u32 %p, %t, 8; @%p exit; barrier.sync 0;", "deadlock", "8 of 32 threads have exited"),

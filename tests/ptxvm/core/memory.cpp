@@ -71,7 +71,7 @@ Spot Machine::touch(Warp& w, const Inst& i, int lane, u64 address, unsigned byte
     fail("unwritten read", bytes, " bytes at byte ", spot.offset, " of ", r.name, ", which nobody has written");
   if (r.tracked) {
     r.refine(bytes);
-    const bool agrees = fresh && r.shared && state == written && !std::memcmp(fresh, spot.data(), bytes);
+    const bool agrees = fresh && r.shared && !std::memcmp(fresh, spot.data(), bytes);
     for (u64 cell = spot.offset / r.granule; cell < (spot.offset + bytes) / r.granule; ++cell) {
       if (use == Use::read) check_read(w, i, lane, spot, cell);
       else check_write(w, i, lane, spot, cell, agrees);
@@ -90,16 +90,14 @@ void Machine::count_access(Warp& w, const Inst& i, const u64* addresses, unsigne
   counter.bytes += u64(bytes) * std::popcount(w.lanes);
   const u64 first = addresses[std::countr_zero(w.lanes)];
   const bool generic = i.space == Space::generic;
-  std::array<u64, 4 * warp_size> units;  // words or sectors, each once
+  std::array<u64, warp_size> units;  // first words or sectors, each once
   u64* end = units.data();
   const auto drop_repeated = [&] { std::sort(units.data(), end), end = std::unique(units.data(), end); };
   if (i.space == Space::shared || (generic && in_shared(first))) {
     // 32 banks of 4 bytes serve 128 bytes at a time: a quarter of the warp with 16-byte accesses.
     const int group = bytes <= 4 ? 32 : int(128 / bytes);
     for (int start = 0; start < warp_size; start += group, end = units.data()) {
-      for_lanes(w.lanes & u32((1ull << group) - 1) << start, [&](int lane) {
-        for (u64 word = addresses[lane] / 4; word <= (addresses[lane] + bytes - 1) / 4; ++word) *end++ = word;
-      });
+      for_lanes(w.lanes & u32((1ull << group) - 1) << start, [&](int lane) { *end++ = addresses[lane] / 4; });
       drop_repeated();
       std::array<u32, 32> words_of_bank{};
       u32 most = 1;
