@@ -218,8 +218,10 @@ def test_reports_count_what_happened() -> None:
     assert strided.global_written.sectors / strided.global_written.requests == 32
     (load,) = [r for r in report.rows if r.opcode == "ld.global.u32"]
     assert (load.line, load.warps, load.requests, load.threads) == (17, 10, 10, 300)
-    swapped = COPY.replace("mul.lo.u32 %r6", "xor.b32 %r5, %r5, 8; mul.lo.u32 %r6")  # sectors in another order
-    assert launch(swapped, "copy", 1, 128, [X[:128], Out(np.zeros(128, np.uint32)), 128, 1]).global_read.sectors == 16
+    # Neighbouring lanes go to different sectors, the lanes of a warp to four of them.
+    dealt = "{ .reg .b32 %q; and.b32 %q, %r5, 3; shr.u32 %r5, %r5, 2; mad.lo.u32 %r5, %q, 8, %r5; } mul.lo.u32 %r6"
+    shuffled = launch(COPY.replace("mul.lo.u32 %r6", dealt), "copy", 1, 32, [X[:32], Out(X[:32].copy()), 32, 1])
+    assert shuffled.global_read.sectors == shuffled.global_written.sectors == 4
     assert report.divergent_branches == 0 and report.instructions["memory"] == 4 * 12 + 2 * 10
     data = json.loads(report.to_json())
     assert data["global_read"] == {"requests": 10, "bytes": 1200, "sectors": 38, "conflicts": 0} and len(

@@ -64,6 +64,11 @@ def test_shuffles(mode: str, width: int) -> None:
         ).all()
 
 
+def test_shuffles_take_five_bits_of_the_distance() -> None:
+    assert run_warp("shfl.sync.idx.b32 %d, %v, 35, 31, -1;").tolist() == [3] * 32
+    assert run_warp("shfl.sync.down.b32 %d, %v, 33, 31, -1;").tolist() == [*range(1, 32), 31]
+
+
 def test_a_shuffle_within_half_a_warp() -> None:
     body = """setp.ge.u32 %p, %t, 16; mov.u32 %d, 99;
     @%p bra HIGH;
