@@ -209,10 +209,10 @@ def test_a_barrier_lets_only_its_own_threads_go() -> None:
 
 def test_a_kernel_that_writes_makes_progress() -> None:
     body = "mov.u32 %d, 0; L: @%z st.global.u32 [%m], %d; add.u32 %d, %d, 1; setp.lt.u32 %p, %d, 2000; @%p bra L;"
-    memory, _ = run(body, blocks=1, patience=5000)
+    memory, _ = run(body, blocks=1, patience=4000)
     assert memory[0] == 1999
     with pytest.raises(Violation, match="deadlock: no progress"):
-        run(body.replace("@%z st.global.u32 [%m], %d;", "").replace("2000", "20000"), blocks=1, patience=5000)
+        run(body.replace("@%z st.global.u32 [%m], %d;", "").replace("2000", "20000"), blocks=1, patience=4000)
 
 
 def test_neighbouring_bytes_are_no_race() -> None:

@@ -99,6 +99,9 @@ def test_votes() -> None:
     assert set(run_warp(odd + "vote.sync.any.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {1}
     assert set(run_warp(odd + "vote.sync.all.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
     assert set(run_warp(odd + "vote.sync.uni.pred %q, !%p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
+    for limit in (0, 99):  # all of the lanes, none of them
+        uniform = f"setp.ge.u32 %p, %t, {limit}; vote.sync.uni.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;"
+        assert set(run_warp(uniform)) == {1}
     assert (
         run_warp(odd + "@%p bra A; activemask.b32 %d; bra B; A: activemask.b32 %d; B:").tolist()
         == [0x55555555, 0xAAAAAAAA] * 16
@@ -176,6 +179,14 @@ def test_a_named_barrier_orders_producer_and_consumer() -> None:
             run_warp(PRODUCER.replace("bar.sync 1", "bar.arrive 1"), threads=64, schedule=schedule)
 
 
+def test_warps_that_disagree_about_a_barrier() -> None:
+    body = "mov.u32 %d, 0; mov.u32 %e, 64; setp.ge.u32 %p, %t, 32; @%p mov.u32 %e, 96; bar.sync 1, %e;"
+    with pytest.raises(Violation, match=r"barrier: expects (64|96) threads; others came expecting (64|96)"):
+        run_warp(body, threads=64)
+    with pytest.raises(Violation, match="barrier: more threads come than the 48 expected"):
+        run_warp("mov.u32 %d, 0; bar.sync 1, 48;", threads=64)
+
+
 def test_branches_reconverge() -> None:
     # The shuffle needs all lanes: they must have met again after a branch with a loop on one side.
     body = """and.b32 %e, %v, 1; setp.ne.u32 %p, %e, 0; mov.u32 %d, 0;
@@ -217,6 +228,7 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("setp.lt.u32 %p, %t, 8; @%p bar.warp.sync -1;", "deadlock", "lanes that must take part never come here"),
     ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "barrier", "arrives a second time without a wait"),
     ("barrier.cluster.wait.aligned;", "barrier", "waits without having arrived"),
+    ("and.b32 %e, %t, 1; bar.sync %e;", "barrier", "lanes of a warp name different barriers"),
     ("bar.sync 16;", "barrier", "there are 16 barriers"),
     ("bar.sync 0, 64;", "deadlock", "threads that must take part never come here"),
     ("setp.lt.u32 %p, %t, 8; @%p exit; barrier.sync 0;", "deadlock", "8 of 32 threads have exited"),
