@@ -21,6 +21,7 @@ class Device:
         warp: threads of a warp.
         l2: the last cache.
         bandwidth: of the memory, as the data sheet gives it.
+        block_threads: the most threads of one block.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Device:
     warp: int
     l2: int
     bandwidth: float
+    block_threads: int = 1024
 
     @property
     def clusters(self) -> bool:
@@ -90,4 +92,5 @@ def of(index: torch.device) -> Device:
         warp=told("warp_size", paper.warp),
         l2=told("L2_cache_size", paper.l2),
         bandwidth=bandwidth or paper.bandwidth,
+        block_threads=told("max_threads_per_block", paper.block_threads),
     )

@@ -19,11 +19,11 @@ TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs
 def plan(work: Work, device: Device) -> Plan:
     """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
     if not work.reduces:
-        whole = _plan(work, device, "elementwise", _tile(work))
+        whole = _plan(work, device, "elementwise", _tile(work, device))
         return _split(whole, "elementwise", _ceil(whole.tiles, TILES_PER_PROGRAM))
     if slab := _resident_tile(work, device):
         return _plan(work, device, "resident", slab)
-    streaming = _plan(work, device, "streaming", _tile(work))
+    streaming = _plan(work, device, "streaming", _tile(work, device))
     wave = device.multiprocessors * streaming.resident_programs
     if streaming.slabs >= wave:
         return streaming
@@ -68,8 +68,8 @@ def _registers(work: Work, variant: Variant, tile: Tile) -> int:
 
 
 def _resident_tile(work: Work, device: Device) -> Tile | None:
-    """The tile that holds a whole slab, where 1024 threads can."""
-    most = 1024 * _values_per_thread(work, "resident")
+    """The tile that holds a whole slab, where the threads of one block can."""
+    most = device.block_threads * _values_per_thread(work, "resident")
     if work.family == "rows":
         a, b = _power(work.samples), _power(work.positions)
         return (a, b) if a * b <= most else None
@@ -80,9 +80,9 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
     return (a, b) if b >= narrowest else None
 
 
-def _tile(work: Work) -> Tile:
-    """The tile of at most 256 threads that covers a slab with the least waste."""
-    most = 256 * _values_per_thread(work, "streaming")
+def _tile(work: Work, device: Device) -> Tile:
+    """The tile of at most a quarter of a block's threads that covers a slab with the least waste."""
+    most = device.block_threads // 4 * _values_per_thread(work, "streaming")
     if work.family == "columns":
         b = _channel_blocks(work)[0]
         return min(most // b, _power(work.values)), b
