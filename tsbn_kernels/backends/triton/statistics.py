@@ -1,4 +1,7 @@
-"""Mean and sum of squared deviations of a slab, by tiles and by splits, with nothing lost where |mean| >> std."""
+"""Mean and sum of squared deviations of a slab, by tiles and by splits, with nothing lost where |mean| >> std.
+
+Not even the digits of the mean that its type cannot hold: they come as a second number, ``rest``.
+"""
 
 import triton
 import triton.language as tl
@@ -7,22 +10,32 @@ from tsbn_kernels.backends.triton.tiles import load, tile_at, total
 
 
 @triton.jit
+def refined(first, second):
+    """The sum of two numbers, the first one the larger, and what rounding takes from it."""
+    mean = first + second
+    return mean, second - (mean - first)
+
+
+@triton.jit
 def merge_lanes(means, squares, counts, slab, tile):
-    """Mean and squared deviations of a tile whose lanes hold those of ``counts`` values each, and the count of all.
+    """Mean, rest and squared deviations of a tile whose lanes hold those of ``counts`` values each; the count of all.
 
     The mean is refined once: equal values give exactly that value, and no deviation.
     """
     lanes = tl.zeros((tile.A, 1 if tile.COLUMNS else tile.B), tile.ACC) + counts
     count = total(lanes, tile)
     first = total(means * counts, tile) / count
-    mean = first + total((means - first) * counts, tile) / count
+    mean, rest = refined(first, total((means - first) * counts, tile) / count)
     deviation = means - mean
-    return mean, total(squares + deviation * deviation * counts, tile), count
+    return mean, rest, total(squares + deviation * deviation * counts, tile), count
 
 
 @triton.jit
 def slab_statistics(x, slab, first, last, tile):
-    """Mean, squared deviations and count of the tiles ``first`` to ``last``: each lane by Welford, then all by Chan."""
+    """Mean, rest, squared deviations and count of the tiles ``first`` to ``last``.
+
+    Each lane by Welford, then all by Chan.
+    """
     means = tl.zeros((tile.A, tile.B), tile.ACC)
     squares = tl.zeros((tile.A, tile.B), tile.ACC)
     counts = tl.zeros((1 if tile.EVEN else tile.A, 1 if tile.EVEN or tile.COLUMNS else tile.B), tile.ACC)
@@ -38,16 +51,17 @@ def slab_statistics(x, slab, first, last, tile):
 
 @triton.jit
 def merge_splits(partials, splits, slab, tile, P: tl.constexpr):
-    """Mean and variance from the means, squared deviations and counts ``[3, splits, T, C]`` of the splits."""
+    """Mean, rest and variance from the means, rests, squared deviations and counts ``[4, splits, T, C]`` of splits."""
     i = tl.arange(0, P)[:, None]
     inside = (i < splits) & (slab.channel < slab.C)
     size = tl.cast(slab.T, tl.int64) * slab.C
     data = partials + (i * size + slab.t.to(tl.int64) * slab.C + slab.channel)
     means = tl.load(data, mask=inside, other=0.0)
-    squares = tl.load(data + splits * size, mask=inside, other=0.0)
-    counts = tl.load(data + 2 * splits * size, mask=inside, other=0.0)
+    rests = tl.load(data + splits * size, mask=inside, other=0.0)
+    squares = tl.load(data + 2 * splits * size, mask=inside, other=0.0)
+    counts = tl.load(data + 3 * splits * size, mask=inside, other=0.0)
     count = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
     first = tl.sum(means * counts, 0, keep_dims=True) / count
-    mean = first + tl.sum((means - first) * counts, 0, keep_dims=True) / count
+    mean, rest = refined(first, tl.sum((means - first + rests) * counts, 0, keep_dims=True) / count)
     deviation = means - mean
-    return mean, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
+    return mean, rest, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
