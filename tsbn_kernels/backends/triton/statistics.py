@@ -6,14 +6,21 @@ Not even the digits of the mean that its type cannot hold: they come as a second
 import triton
 import triton.language as tl
 
-from tsbn_kernels.backends.triton.tiles import load, tile_at, total
+from tsbn_kernels.backends.triton.tiles import load, tile_at, total, within
 
 
 @triton.jit
-def refined(first, second):
-    """The sum of two numbers, the first one the larger, and what rounding takes from it."""
-    mean = first + second
-    return mean, second - (mean - first)
+def exact_sum(a, b):
+    """The sum of two numbers, and what rounding takes from it."""
+    both = a + b
+    part = both - a
+    return both, (a - (both - part)) + (b - part)
+
+
+@triton.jit
+def lane_total(counts, tile):
+    """The sum of what the lanes of a tile count."""
+    return total(tl.zeros((tile.A, 1 if tile.COLUMNS else tile.B), tile.ACC) + counts, tile)
 
 
 @triton.jit
@@ -22,10 +29,9 @@ def merge_lanes(means, squares, counts, slab, tile):
 
     The mean is refined once: equal values give exactly that value, and no deviation.
     """
-    lanes = tl.zeros((tile.A, 1 if tile.COLUMNS else tile.B), tile.ACC) + counts
-    count = total(lanes, tile)
+    count = lane_total(counts, tile)
     first = total(means * counts, tile) / count
-    mean, rest = refined(first, total((means - first) * counts, tile) / count)
+    mean, rest = exact_sum(first, total((means - first) * counts, tile) / count)
     deviation = means - mean
     return mean, rest, total(squares + deviation * deviation * counts, tile), count
 
@@ -34,19 +40,24 @@ def merge_lanes(means, squares, counts, slab, tile):
 def slab_statistics(x, slab, first, last, tile):
     """Mean, rest, squared deviations and count of the tiles ``first`` to ``last``.
 
-    Each lane by Welford, then all by Chan.
+    Each lane by Welford, then all by Chan; relative to the first tile's mean, so that no lane's mean is far from zero.
     """
-    means = tl.zeros((tile.A, tile.B), tile.ACC)
+    place = tile_at(first, slab, tile)
+    values = load(x, slab, place, tile)
+    counts = place.real
+    shift = total(values, tile) / lane_total(counts, tile)
+    means = within(values - shift, place, tile)
     squares = tl.zeros((tile.A, tile.B), tile.ACC)
-    counts = tl.zeros((1 if tile.EVEN else tile.A, 1 if tile.EVEN or tile.COLUMNS else tile.B), tile.ACC)
-    for k in tl.range(first, last, loop_unroll_factor=2 if tile.EVEN else 1):  # more loads in flight
+    for k in tl.range(first + 1, last, loop_unroll_factor=2 if tile.EVEN else 1):  # more loads in flight
         place = tile_at(k, slab, tile)
-        values = load(x, slab, place, tile)
+        values = load(x, slab, place, tile) - shift
         counts += place.real
         deviation = values - means
         means += deviation * (place.real / tl.maximum(counts, 1.0))
         squares += deviation * (values - means) * place.real
-    return merge_lanes(means, squares, counts, slab, tile)
+    mean, rest, squares, count = merge_lanes(means, squares, counts, slab, tile)
+    mean, lost = exact_sum(shift, mean)
+    return mean, rest + lost, squares, count
 
 
 @triton.jit
@@ -62,6 +73,6 @@ def merge_splits(partials, splits, slab, tile, P: tl.constexpr):
     counts = tl.load(data + 3 * splits * size, mask=inside, other=0.0)
     count = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
     first = tl.sum(means * counts, 0, keep_dims=True) / count
-    mean, rest = refined(first, tl.sum((means - first + rests) * counts, 0, keep_dims=True) / count)
-    deviation = means - mean
+    mean, rest = exact_sum(first, tl.sum((means - first + rests) * counts, 0, keep_dims=True) / count)
+    deviation = means - mean + rests
     return mean, rest, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
