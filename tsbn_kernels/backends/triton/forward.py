@@ -22,7 +22,7 @@ from tsbn_kernels.backends.triton.tiles import (
 def coefficients(weight, bias, rest, variance, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
     """Scale and offset of ``y = (x - mean) * scale + offset``; the offset makes good for the rest of the mean."""
     scale = gate_value(vector(weight, slab, tile), SIGMOID) * tl.rsqrt(variance + EPS)
-    offset = tl.zeros(scale.shape, tile.ACC) if bias is None else vector(bias, slab, tile)
+    offset = tl.cast(0.0, tile.ACC) if bias is None else vector(bias, slab, tile)
     return scale, offset if rest is None else offset - rest * scale
 
 
@@ -80,7 +80,7 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_apply(
     x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
-    P: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
     split = tl.program_id(0) % splits
@@ -88,7 +88,7 @@ def forward_apply(
     if partials is None:
         average, rest, variance = vector(mean, slab, tile), None, vector(var, slab, tile)
     else:
-        average, rest, variance = merge_splits(partials, splits, slab, tile, P)
+        average, rest, variance = merge_splits(partials, splits, slab, tile)
         if split == 0:
             store_vector(mean, average, slab)
             store_vector(var, variance, slab)

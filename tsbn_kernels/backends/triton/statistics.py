@@ -6,7 +6,9 @@ Not even the digits of the mean that its type cannot hold: they come as a second
 import triton
 import triton.language as tl
 
-from tsbn_kernels.backends.triton.tiles import load, tile_at, total, within
+from tsbn_kernels.backends.triton.tiles import load, tile_at, total, vector, within
+
+LANES = tl.constexpr(16)  # splits whose partial sums are read at a time
 
 
 @triton.jit
@@ -61,18 +63,51 @@ def slab_statistics(x, slab, first, last, tile):
 
 
 @triton.jit
-def merge_splits(partials, splits, slab, tile, P: tl.constexpr):
-    """Mean, rest and variance from the means, rests, squared deviations and counts ``[4, splits, T, C]`` of splits."""
-    i = tl.arange(0, P)[:, None]
-    inside = (i < splits) & (slab.channel < slab.C)
+def splits_at(first, slab):
+    """Where the partial sums of ``LANES`` splits lie within ``[splits, T, C]``, and which splits these are."""
+    i = first + tl.arange(0, LANES)[:, None]
     size = tl.cast(slab.T, tl.int64) * slab.C
-    data = partials + (i * size + slab.t.to(tl.int64) * slab.C + slab.channel)
-    means = tl.load(data, mask=inside, other=0.0)
-    rests = tl.load(data + splits * size, mask=inside, other=0.0)
-    squares = tl.load(data + 2 * splits * size, mask=inside, other=0.0)
-    counts = tl.load(data + 3 * splits * size, mask=inside, other=0.0)
-    count = tl.maximum(tl.sum(counts, 0, keep_dims=True), 1.0)
-    first = tl.sum(means * counts, 0, keep_dims=True) / count
-    mean, rest = exact_sum(first, tl.sum((means - first + rests) * counts, 0, keep_dims=True) / count)
-    deviation = means - mean + rests
-    return mean, rest, tl.sum(squares + deviation * deviation * counts, 0, keep_dims=True) / count
+    return i * size + slab.t.to(tl.int64) * slab.C + slab.channel, i
+
+
+@triton.jit
+def merge_splits(partials, splits, slab, tile):
+    """Mean, rest and variance from the means, rests, squared deviations and counts ``[4, splits, T, C]`` of splits.
+
+    By Chan, relative to the first split's mean.
+    """
+    shape: tl.constexpr = (LANES, tile.B if tile.COLUMNS else 1)
+    means, squares, counts = tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC)
+    shift = vector(partials, slab, tile)
+    step = splits * (tl.cast(slab.T, tl.int64) * slab.C)
+    for start in range(0, splits, LANES):
+        index, i = splits_at(start, slab)
+        inside = (i < splits) & (slab.channel < slab.C)
+        mean = tl.where(inside, tl.load(partials + index, mask=inside, other=0.0) - shift, 0.0)
+        deviation = mean + tl.load(partials + step + index, mask=inside, other=0.0) - means
+        more = tl.load(partials + 3 * step + index, mask=inside, other=0.0)
+        before = counts
+        counts += more
+        share = more / tl.maximum(counts, 1.0)
+        means += deviation * share
+        squares += tl.load(partials + 2 * step + index, mask=inside, other=0.0) + deviation * deviation * before * share
+    count = tl.maximum(total(counts, tile), 1.0)
+    first = total(means * counts, tile) / count
+    centre = first + total((means - first) * counts, tile) / count
+    deviation = means - centre
+    average, rest = exact_sum(shift, centre)
+    return average, rest, total(squares + deviation * deviation * counts, tile) / count
+
+
+@triton.jit
+def add_splits(partials, splits, slab, tile):
+    """Sums of the two sums ``[2, splits, T, C]`` of the splits."""
+    shape: tl.constexpr = (LANES, tile.B if tile.COLUMNS else 1)
+    sums, dots = tl.zeros(shape, tile.ACC), tl.zeros(shape, tile.ACC)
+    step = splits * (tl.cast(slab.T, tl.int64) * slab.C)
+    for first in range(0, splits, LANES):
+        index, i = splits_at(first, slab)
+        inside = (i < splits) & (slab.channel < slab.C)
+        sums += tl.load(partials + index, mask=inside, other=0.0)
+        dots += tl.load(partials + step + index, mask=inside, other=0.0)
+    return total(sums, tile), total(dots, tile)
