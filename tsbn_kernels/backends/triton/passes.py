@@ -114,7 +114,7 @@ class Forward(Pass):
             return
         partials = None
         if self.plan.variant == "split":
-            partials = self.partials(3, weight)
+            partials = self.partials(4, weight)
             self.first(source, partials, *self.sizes, *self.split)
         self.apply(source, result, *vectors, partials, *self.sizes, *self.split)
 
