@@ -115,7 +115,7 @@ def test_bytes_with_vectors_and_partials() -> None:
     assert p.variant == "split"
     assert p.splits > 1
     vector = 2 * 4 * 4
-    assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (2 * vector + 4 * p.splits * vector)
+    assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (3 * vector + 4 * p.splits * vector)
     assert p.bytes_written == p.work.activation_bytes + 2 * vector + 4 * p.splits * vector
 
 
