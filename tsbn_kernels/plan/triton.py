@@ -75,9 +75,9 @@ def limits_registers(plan: Plan) -> bool:
 # what the compilers take, and with less of which some kernel spills; benchmarks/compiled_kernels.csv has the figures.
 _Budgets = dict[Family, tuple[int, int]]
 _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
-    ("forward", "resident"): {"rows": (72, 72), "columns": (88, 88)},
-    ("forward", "streaming"): {"rows": (80, 112), "columns": (80, 112)},
-    ("forward", "split"): {"rows": (80, 112), "columns": (80, 112)},
+    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 104)},
+    ("forward", "streaming"): {"rows": (80, 128), "columns": (112, 136)},
+    ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
     ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
@@ -106,7 +106,9 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
     b = min(widest, most // a)
     while b > narrowest and work.tasks * _ceil(work.channels, b) < device.multiprocessors:
         b //= 2
-    return (a, b) if b >= narrowest else None
+    # Where a thread holds twice the values, no register is left for masks.
+    full = a * b > most // 2 and not is_even(work, (a, b))
+    return (a, b) if b >= narrowest and not full else None
 
 
 def _tile(work: Work, device: Device) -> Tile:
