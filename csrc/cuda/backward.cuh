@@ -11,7 +11,6 @@ template <class A> struct BackwardFactors {
 
 template <class T, int V, int CH> __device__ void backward(const Params& p) {
   using A = Acc<T>;
-  constexpr int U = 2;
   const Walk<T, V, CH> walk(p);
   const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
   T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
@@ -21,16 +20,26 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
 
   // In evaluation dx does not wait for the sums.
   const bool at_once = !p.n.training && p.out_data != nullptr;
-  A dy_scale[CH];
-  if (at_once && walk.mine > 0) {
+  BackwardFactors<A>* factors = walk.template factors<BackwardFactors<A>>();
+  const int64_t channel = walk.first_channel() + threadIdx.x;
+  Gate<A> gate(A(0), false);
+  A rstd = 0;
+  if (threadIdx.x < walk.width() && channel < p.n.channels) {
+    gate = Gate<A>(load_parameter<A>(p.weight_data, p.n.weight, walk.task, channel), p.n.sigmoid);
+    rstd = A(1) / sqrt(load_parameter<A>(p.var_data, p.n.var, walk.task, channel) + A(p.eps));
+    factors[threadIdx.x].center = load_parameter<A>(p.mean_data, p.n.mean, walk.task, channel);
+    factors[threadIdx.x].dy_scale = gate.value * rstd;
+  }
+  __syncthreads();
+  A center[CH] = {}, dy_scale[CH] = {};
+  if (walk.mine > 0) {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      const Gate<A> gate(load_parameter<A>(p.weight_data, p.n.weight, walk.task, walk.channel + c), p.n.sigmoid);
-      const A var = load_parameter<A>(p.var_data, p.n.var, walk.task, walk.channel + c);
-      dy_scale[c] = gate.value * (A(1) / sqrt(var + A(p.eps)));
+      const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
+      center[c] = f.center, dy_scale[c] = f.dy_scale;
     }
   }
-  const auto scale_and_write = [&](const Place& at, Slot<T, V> value) {
+  const auto scale_and_write = [&](const auto& at, Slot<T, V> value) {
     A v[V];
     value.get(v);
 #pragma unroll
@@ -41,31 +50,28 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
 
   if (p.n.phases & kReduce) {
     RunningSums<A, V, CH> running;
-    A center[CH] = {};
-    if (walk.mine > 0) {
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template forwards<2>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U], gradients[U];
+        A values[U][V], grads[U][V];
 #pragma unroll
-      for (int c = 0; c < CH; ++c) center[c] = load_parameter<A>(p.mean_data, p.n.mean, walk.task, walk.channel + c);
-    }
-    walk.template forwards<U>([&](uint32_t k, auto count) {
-      constexpr int n = decltype(count)::value;
-      Slot<T, V> slots[n], gradients[n];
-      Place at[n];
-      A values[n][V], grads[n][V];
+        for (int u = 0; u < U; ++u) {
+          const auto at = walk.template place<masked>(k + u);
+          slots[u] = walk.read(x, p.n.x, at);
+          gradients[u] = walk.read(dy, p.n.dy, at);
+        }
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        at[u] = walk.place(k + u);
-        slots[u] = walk.read(x, p.n.x, at[u]);
-        gradients[u] = walk.read(dy, p.n.dy, at[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < n; ++u) {
-        const uint32_t slot = walk.slot(k + u);
-        if (slot < resident) kept[slot] = slots[u], kept_dy[slot] = gradients[u];
-        slots[u].get(values[u]);
-        gradients[u].get(grads[u]);
-        if (at_once) scale_and_write(at[u], gradients[u]);
-      }
-      running.add(grads, values, center);
+        for (int u = 0; u < U; ++u) {
+          const uint32_t slot = walk.slot(k + u);
+          if (slot < resident) kept[slot] = slots[u], kept_dy[slot] = gradients[u];
+          slots[u].get(values[u]);
+          gradients[u].get(grads[u]);
+          if (at_once) scale_and_write(walk.template place<masked>(k + u), gradients[u]);
+        }
+        running.add(grads, values, center);  // padding has dy = 0
+      });
     });
     total = reduce<Sums<A>, CH>(running, walk.template states<Sums<A>>(), p.n.log_lanes, walk.cluster());
   }
@@ -75,14 +81,10 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
   }
   if (p.n.phases & kCombine) total = walk.template combine<Sums<A>>();
 
-  BackwardFactors<A>* factors = walk.template factors<BackwardFactors<A>>();
-  const int64_t channel = walk.first_channel() + threadIdx.x;
   if ((p.n.phases & (kReduce | kCombine)) && threadIdx.x < walk.width() && channel < p.n.channels) {
-    const Gate<A> gate(load_parameter<A>(p.weight_data, p.n.weight, walk.task, channel), p.n.sigmoid);
-    const A mean = load_parameter<A>(p.mean_data, p.n.mean, walk.task, channel);
-    const A rstd = A(1) / sqrt(load_parameter<A>(p.var_data, p.n.var, walk.task, channel) + A(p.eps));
     const A scale = gate.value * rstd, dot = total.dot * rstd, inverse = A(1) / A(p.n.positions);
-    factors[threadIdx.x] = {mean, scale, -scale * rstd * (dot * inverse), -scale * (total.total * inverse)};
+    factors[threadIdx.x].x_scale = -scale * rstd * (dot * inverse);
+    factors[threadIdx.x].offset = -scale * (total.total * inverse);
     if (walk.part == 0) {
       const int64_t i = walk.task * p.n.channels + channel;
       if (p.first != nullptr) store_parameter(p.first, p.n.weight.dtype, i, gate.slope * dot);
@@ -92,43 +94,49 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
   __syncthreads();
 
   if ((p.n.phases & kApply) && walk.mine > 0) {
-    BackwardFactors<A> own[CH];
+    A x_scale[CH] = {}, offset[CH] = {};
     if (!at_once) {
 #pragma unroll
-      for (int c = 0; c < CH; ++c) own[c] = factors[walk.channel - walk.first_channel() + c];
+      for (int c = 0; c < CH; ++c) {
+        const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
+        x_scale[c] = f.x_scale, offset[c] = f.offset;
+      }
     }
-    walk.template backwards<U>([&](uint32_t k, auto count) {
-      constexpr int n = decltype(count)::value;
-      Slot<T, V> slots[n], gradients[n];
-      Place at[n];
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template backwards<2>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U], gradients[U];
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        const uint32_t slot = walk.slot(k + u);
-        at[u] = walk.place(k + u);
-        if (slot < resident) {
-          slots[u] = kept[slot], gradients[u] = kept_dy[slot];
-        } else {
-          if (!at_once) slots[u] = walk.read(x, p.n.x, at[u]);
-          gradients[u] = walk.read(dy, p.n.dy, at[u]);
+        for (int u = 0; u < U; ++u) {
+          const uint32_t slot = walk.slot(k + u);
+          if (slot < resident) {
+            slots[u] = kept[slot], gradients[u] = kept_dy[slot];
+          } else {
+            const auto at = walk.template place<masked>(k + u);
+            if (!at_once) slots[u] = walk.read(x, p.n.x, at);
+            gradients[u] = walk.read(dy, p.n.dy, at);
+          }
         }
-      }
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        if (at_once) {
-          scale_and_write(at[u], gradients[u]);
-          continue;
-        }
-        A v[V], g[V];
-        slots[u].get(v);
-        gradients[u].get(g);
+        for (int u = 0; u < U; ++u) {
+          const auto at = walk.template place<masked>(k + u);
+          if (at_once) {
+            scale_and_write(at, gradients[u]);
+            continue;
+          }
+          A v[V], g[V];
+          slots[u].get(v);
+          gradients[u].get(g);
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
-          const BackwardFactors<A>& f = own[CH == 1 ? 0 : e];
-          v[e] = g[e] * f.dy_scale + ((v[e] - f.center) * f.x_scale + f.offset);
+          for (int e = 0; e < V; ++e) {
+            const int c = CH == 1 ? 0 : e;
+            v[e] = g[e] * dy_scale[c] + ((v[e] - center[c]) * x_scale[c] + offset[c]);
+          }
+          slots[u].set(v);
+          walk.write(dx, p.n.out, at, slots[u]);
         }
-        slots[u].set(v);
-        walk.write(dx, p.n.out, at[u], slots[u]);
-      }
+      });
     });
   }
   if (walk.cluster() > 1) cluster_wait();

@@ -8,7 +8,7 @@ template <class A> struct ForwardFactors {
   A center, scale, offset;
 };
 
-// From the statistics of a channel to its factors; `lost` is what rounding the mean to `center` left.
+// From the statistics of a channel to its factors; the mean is center + `lost`.
 template <class A>
 __device__ ForwardFactors<A> forward_factors(const Params& p, int64_t t, int64_t c, A center, A lost, A var) {
   const Gate<A> gate(load_parameter<A>(p.weight_data, p.n.weight, t, c), p.n.sigmoid);
@@ -19,7 +19,6 @@ __device__ ForwardFactors<A> forward_factors(const Params& p, int64_t t, int64_t
 
 template <class T, int V, int CH> __device__ void forward(const Params& p) {
   using A = Acc<T>;
-  constexpr int U = 4;
   const Walk<T, V, CH> walk(p);
   const T* x = walk.template start<T>(p.x_data, p.n.x);
   Slot<T, V>* kept = walk.kept();
@@ -28,31 +27,32 @@ template <class T, int V, int CH> __device__ void forward(const Params& p) {
 
   if (p.n.phases & kReduce) {
     Running<A, V, CH> running;
-    walk.template forwards<U>([&](uint32_t k, auto count) {
-      constexpr int n = decltype(count)::value;
-      Slot<T, V> slots[n];
-      Place at[n];
-      A values[n][V];
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template forwards<masked ? 2 : 4>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U];
+        A values[U][V];
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        at[u] = walk.place(k + u);
-        slots[u] = walk.read(x, p.n.x, at[u]);
-      }
+        for (int u = 0; u < U; ++u) slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        if (walk.slot(k + u) < resident) kept[walk.slot(k + u)] = slots[u];
-        slots[u].get(values[u]);
-      }
-      if (!Walk<T, V, CH>::kMasks || !p.n.masked) {
-        running.add(values, A(n * V / CH), [](int, int) { return true; });
-      } else {
-#pragma unroll
-        for (int u = 0; u < n; ++u) {
-          const int low = at[u].low, high = at[u].high;
-          const A(&one)[1][V] = reinterpret_cast<const A(&)[1][V]>(values[u]);
-          if (low < high) running.add(one, A(high - low), [=](int, int v) { return low <= v && v < high; });
+        for (int u = 0; u < U; ++u) {
+          if (walk.slot(k + u) < resident) kept[walk.slot(k + u)] = slots[u];
+          slots[u].get(values[u]);
         }
-      }
+        if constexpr (!masked) {
+          running.add(values, A(U * V / CH), [](int, int) { return true; });
+        } else {  // each slot has a number of values of its own
+#pragma unroll
+          for (int u = 0; u < U; ++u) {
+            const MaskedPlace at = walk.template place<true>(k + u);
+            const A(&one)[1][V] = reinterpret_cast<const A(&)[1][V]>(values[u]);
+            if (at.low < at.high) {
+              running.add(one, A(at.high - at.low), [=](int, int v) { return at.low <= v && v < at.high; });
+            }
+          }
+        }
+      });
     });
     total = reduce<Moments<A>, CH>(running, walk.template states<Moments<A>>(), p.n.log_lanes, walk.cluster());
   }
@@ -66,8 +66,8 @@ template <class T, int V, int CH> __device__ void forward(const Params& p) {
   const int64_t channel = walk.first_channel() + threadIdx.x;
   if (threadIdx.x < walk.width() && channel < p.n.channels) {
     if (p.n.training) {
-      const A mean = total.shift + total.rest, var = total.squares / total.count;
-      factors[threadIdx.x] = forward_factors(p, walk.task, channel, mean, (mean - total.shift) - total.rest, var);
+      const A mean = total.shift + total.rest, var = total.squares / A(p.n.positions);
+      factors[threadIdx.x] = forward_factors(p, walk.task, channel, mean, (total.shift - mean) + total.rest, var);
       if (walk.part == 0) {
         static_cast<A*>(p.first)[walk.task * p.n.channels + channel] = mean;
         static_cast<A*>(p.second)[walk.task * p.n.channels + channel] = var;
@@ -85,28 +85,29 @@ template <class T, int V, int CH> __device__ void forward(const Params& p) {
 #pragma unroll
     for (int c = 0; c < CH; ++c) own[c] = factors[walk.channel - walk.first_channel() + c];
     T* y = walk.start(static_cast<T*>(p.out_data), p.n.out);
-    walk.template backwards<U>([&](uint32_t k, auto count) {
-      constexpr int n = decltype(count)::value;
-      Slot<T, V> slots[n];
-      Place at[n];
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template backwards<masked ? 2 : 4>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U];
 #pragma unroll
-      for (int u = 0; u < n; ++u) {
-        at[u] = walk.place(k + u);
-        if (walk.slot(k + u) < resident) slots[u] = kept[walk.slot(k + u)];
-        else slots[u] = walk.read(x, p.n.x, at[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < n; ++u) {
-        A v[V];
-        slots[u].get(v);
-#pragma unroll
-        for (int e = 0; e < V; ++e) {
-          const ForwardFactors<A>& f = own[CH == 1 ? 0 : e];
-          v[e] = (v[e] - f.center) * f.scale + f.offset;
+        for (int u = 0; u < U; ++u) {
+          if (walk.slot(k + u) < resident) slots[u] = kept[walk.slot(k + u)];
+          else slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
         }
-        slots[u].set(v);
-        walk.write(y, p.n.out, at[u], slots[u]);
-      }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          A v[V];
+          slots[u].get(v);
+#pragma unroll
+          for (int e = 0; e < V; ++e) {
+            const ForwardFactors<A>& f = own[CH == 1 ? 0 : e];
+            v[e] = (v[e] - f.center) * f.scale + f.offset;
+          }
+          slots[u].set(v);
+          walk.write(y, p.n.out, walk.template place<masked>(k + u), slots[u]);
+        }
+      });
     });
   }
   if (walk.cluster() > 1) cluster_wait();

@@ -3,18 +3,18 @@
 #include "backward.cuh"
 #include "forward.cuh"
 
-#define TSBN_KERNEL(pass, name, T, V, CH)                                                                              \
-  extern "C" __global__ void __launch_bounds__(tsbn::cuda::kMaxThreads)                                                \
-      tsbn_##pass##_##name(const __grid_constant__ tsbn::cuda::Params p) {                                             \
-    tsbn::cuda::pass<T, V, CH>(p);                                                                                     \
+#define TSBN_KERNEL(pass, blocks, name, T, V, CH)                               \
+  extern "C" __global__ void __launch_bounds__(tsbn::cuda::kThreads, blocks)    \
+      tsbn_##pass##_##name(const __grid_constant__ tsbn::cuda::Params p) {      \
+    tsbn::cuda::pass<T, V, CH>(p);                                              \
   }
-#define TSBN_KERNELS(dtype, T)                                \
-  TSBN_KERNEL(forward, dtype##_rows, T, 16 / sizeof(T), 1)    \
-  TSBN_KERNEL(backward, dtype##_rows, T, 16 / sizeof(T), 1)   \
-  TSBN_KERNEL(forward, dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T))  \
-  TSBN_KERNEL(backward, dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T)) \
-  TSBN_KERNEL(forward, dtype##_scalar, T, 1, 1)               \
-  TSBN_KERNEL(backward, dtype##_scalar, T, 1, 1)
+#define TSBN_PAIR(name, T, V, CH)                                               \
+  TSBN_KERNEL(forward, tsbn::cuda::kForwardBlocks - (sizeof(T) == 8), name, T, V, CH)              \
+  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks, name, T, V, CH)
+#define TSBN_KERNELS(dtype, T)                                                  \
+  TSBN_PAIR(dtype##_rows, T, 16 / sizeof(T), 1)                                 \
+  TSBN_PAIR(dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T))                 \
+  TSBN_PAIR(dtype##_scalar, T, 1, 1)
 
 TSBN_KERNELS(f32, float)
 TSBN_KERNELS(f64, double)

@@ -47,6 +47,8 @@ struct Params {
   Numbers n;
 };
 
-constexpr int kMaxThreads = 512;
+// Threads of a block, and the blocks that a multiprocessor's registers must hold: enough loads in flight to keep the
+// memory busy. The compile gate holds every kernel to it.
+constexpr int kThreads = 256, kForwardBlocks = 3, kBackwardBlocks = 2;
 
 }  // namespace tsbn::cuda

@@ -10,7 +10,14 @@ namespace tsbn::cuda {
 __device__ inline float quotient(float a, float b) { return __fdividef(a, b); }
 __device__ inline double quotient(double a, double b) { return a / b; }
 
-// The mean is kept as shift + rest, shift being a value of the data: the rest keeps its digits where |mean| >> std.
+// A mean is kept as shift + rest: the nearest number, and what that leaves. So it keeps its digits where |mean| >> std,
+// and in merges of means that lie far apart.
+template <class A> __device__ void move(A& shift, A& rest, A by) {
+  const A step = rest + by, moved = shift + step;
+  rest = step - (moved - shift);
+  shift = moved;
+}
+
 template <class A> struct alignas(4 * sizeof(A)) Moments {
   A count = 0, shift = 0, rest = 0, squares = 0;  // squares: of the deviations from the mean
 };
@@ -21,7 +28,9 @@ template <class A> __device__ Moments<A> merge(const Moments<A>& a, const Moment
   if (a.count == A(0)) return b;
   const A count = a.count + b.count, share = quotient(b.count, count);
   const A delta = (b.shift - a.shift) + (b.rest - a.rest);
-  return {count, a.shift, a.rest + delta * share, a.squares + b.squares + delta * delta * (a.count * share)};
+  Moments<A> both{count, a.shift, a.rest, a.squares + b.squares + delta * delta * (a.count * share)};
+  move(both.shift, both.rest, delta * share);
+  return both;
 }
 
 template <class A> struct alignas(2 * sizeof(A)) Sums {
@@ -52,10 +61,11 @@ template <class A, int V> __device__ A fold(A (&v)[V]) {
 template <class A, int V, int CH> struct Running {
   A count = 0, shift[CH], rest[CH] = {}, squares[CH] = {};
 
-  // A tile is summed around the shift, then its squares around its own mean, while it is in registers: exact enough
-  // wherever the tile lies. `valid(u, v)` tells elements from padding, `size` how many of a channel are valid.
+  // A tile is summed around the mean so far, then its squares around its own mean, while it is in registers: exact
+  // enough wherever the tile lies. `valid(u, v)` tells elements from padding, `size` how many of a channel are valid.
   template <int U, class Valid> __device__ void add(const A (&x)[U][V], A size, Valid valid) {
-    A d[U][V], sum[V] = {}, square[V] = {}, mean[CH];
+    constexpr int L = CH == 1 && V > 4 ? 4 : V;  // sums side by side
+    A d[U][V], sum[L] = {}, square[L] = {}, mean[CH];
     if (count == A(0)) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) shift[c] = x[0][c];
@@ -69,7 +79,7 @@ template <class A, int V, int CH> struct Running {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         d[u][v] = valid(u, v) ? x[u][v] - shift[CH == 1 ? 0 : v] : A(0);
-        sum[v] += d[u][v];
+        sum[v % L] += d[u][v];
       }
     }
     const A inverse = quotient(A(1), size);
@@ -80,7 +90,7 @@ template <class A, int V, int CH> struct Running {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const A e = valid(u, v) ? d[u][v] - mean[CH == 1 ? 0 : v] : A(0);
-        square[v] += e * e;
+        square[v % L] += e * e;
       }
     }
     if constexpr (CH == 1) square[0] = fold(square);
@@ -88,7 +98,7 @@ template <class A, int V, int CH> struct Running {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       const A delta = mean[c] - rest[c];
-      rest[c] += delta * share;
+      move(shift[c], rest[c], delta * share);
       squares[c] += square[c] + delta * delta * weight;
     }
     count += size;
@@ -133,32 +143,50 @@ __device__ inline void cluster_wait() {}
 template <class S> __device__ S from_rank(const S* mine, unsigned) { return *mine; }
 #endif
 
+// Merges `count` states of each of `width` channels, in order, into the threads below `width`. All threads fetch, a batch
+// at a time, so that the latency of far memory is paid once. `area` has room for one state for each warp and channel.
+template <class State, class Fetch>
+__device__ State merge_in_order(State* area, uint32_t width, uint32_t count, Fetch fetch) {
+  const uint32_t batch = blockDim.x / 32;
+  State total;
+  for (uint32_t first = 0; first < count; first += batch) {
+    const uint32_t n = count - first < batch ? count - first : batch;
+    for (uint32_t i = threadIdx.x; i < n * width; i += blockDim.x) area[i] = fetch(first + i / width, i % width);
+    __syncthreads();
+    if (threadIdx.x < width) {
+#pragma unroll 1
+      for (uint32_t k = 0; k < n; ++k) total = merge(total, area[k * width + threadIdx.x]);
+    }
+    __syncthreads();
+  }
+  return total;
+}
+
 // The state of channel `threadIdx.x` of the slab, in the threads below CH << log_lanes. Lanes that share channels lie
-// 1 << log_lanes apart. `scratch` has room for one state for each warp and channel, and one more for each channel.
+// 1 << log_lanes apart. `area` has room for one state for each warp and channel, and one more for each channel.
 template <class State, int CH, class R>
-__device__ State reduce(const R& running, State* scratch, int log_lanes, unsigned cluster) {
-  const unsigned width = CH << log_lanes, warps = blockDim.x / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ State reduce(const R& running, State* area, int log_lanes, uint32_t cluster) {
+  const uint32_t width = CH << log_lanes, warps = blockDim.x / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int c = 0; c < CH; ++c) {
     State s = running.state(c);
+#pragma unroll 1
     for (int by = 16; by >= 1 << log_lanes; by /= 2) s = merge(s, shuffle_down(s, by));
-    if (lane < 1u << log_lanes) scratch[warp * width + lane * CH + c] = s;
+    if (lane < 1u << log_lanes) area[warp * width + lane * CH + c] = s;
   }
   __syncthreads();
   State total;
   if (threadIdx.x < width) {
-    for (unsigned w = 0; w < warps; ++w) total = merge(total, scratch[w * width + threadIdx.x]);
+#pragma unroll 1
+    for (uint32_t w = 0; w < warps; ++w) total = merge(total, area[w * width + threadIdx.x]);
   }
   if (cluster > 1) {
-    State* exchange = scratch + warps * width;
-    if (threadIdx.x < width) exchange[threadIdx.x] = total;
+    State* mine = area + warps * width;
+    if (threadIdx.x < width) mine[threadIdx.x] = total;
     cluster_arrive();
     cluster_wait();
-    if (threadIdx.x < width) {
-      total = State();
-      for (unsigned rank = 0; rank < cluster; ++rank) total = merge(total, from_rank(exchange + threadIdx.x, rank));
-    }
-    cluster_arrive();  // the others may still read; kernels wait before they end
+    total = merge_in_order(area, width, cluster, [&](uint32_t rank, uint32_t c) { return from_rank(mine + c, rank); });
+    cluster_arrive();  // others may still read `mine`: kernels wait before they end
   }
   return total;
 }

@@ -6,11 +6,15 @@ namespace tsbn::cuda {
 
 extern __shared__ __align__(16) unsigned char tsbn_memory[];
 
-// Where a slot lies: outer * stride.n + inner * stride.s from the slab's first element, and what of it is the slab's.
+// Where a slot lies: outer * stride.n + inner * stride.s from the slab's first element.
 struct Place {
   int64_t outer;
   uint32_t inner;
-  int low, high, lead;  // lead: elements between the start of the first slot of a run and the run
+};
+
+// Of a slot that a run may not fill: what of it is the run's, and how far its run begins behind its first slot.
+struct MaskedPlace : Place {
+  int low, high, lead;
 };
 
 template <class T, int V, int CH> struct Walk {
@@ -45,39 +49,58 @@ template <class T, int V, int CH> struct Walk {
   template <class E> __device__ const E* start(const void* data, const Operand& o) const {
     return start(static_cast<const E*>(data), o);
   }
-  // This thread's number for its channel `c` among those of the slab, and whether the tensor has it.
   __device__ int64_t first_channel() const { return (slab % p.n.tiles) * (CH << p.n.log_lanes); }
 
   __device__ uint32_t slot(uint32_t k) const { return threadIdx.x + k * blockDim.x; }
 
-  // Division of numbers below 2^31 by an invariant (Granlund and Montgomery, 1994).
-  __device__ Place place(uint32_t k) const {
-    const Numbers& n = p.n;
-    const uint32_t at = inner + (slot(k) >> n.log_lanes);
-    const uint32_t quotient = (__umulhi(at, uint32_t(n.multiplier)) + at) >> n.shift;
-    Place result{outer + quotient, at - quotient * uint32_t(n.divisor), 0, V, 0};
-    if (kMasks && n.masked) {
-      result.lead = (residue + uint32_t(result.outer) * uint32_t(n.x.n)) % V;
-      const int64_t before = int64_t(result.inner) * V - result.lead, after = n.run - before;
-      result.low = before < 0 ? int(-before) : 0;
-      result.high = after < V ? int(after) : V;
+  // Calls f(std::true_type()) if slots need masks, else f(std::false_type()).
+  template <class F> __device__ void choose_masks(F f) const {
+    if constexpr (kMasks) {
+      if (p.n.masked) return f(std::true_type());
     }
-    return result;
+    f(std::false_type());
   }
-  __device__ int64_t offset(const Place& at, const Operand& o) const {
-    return at.outer * o.n + int64_t(at.inner) * o.s - at.lead;
-  }
-  __device__ static bool whole(const Place& at) { return !kMasks || (at.low == 0 && at.high == V); }
 
-  __device__ Slot<T, V> read(const T* start, const Operand& o, const Place& at) const {
+  // Division of numbers below 2^31 by an invariant (Granlund and Montgomery, 1994).
+  __device__ void find(uint32_t k, Place& at) const {
+    const uint32_t i = inner + (slot(k) >> p.n.log_lanes);
+    const uint32_t quotient = (__umulhi(i, uint32_t(p.n.multiplier)) + i) >> p.n.shift;
+    at.outer = outer + quotient;
+    at.inner = i - quotient * uint32_t(p.n.divisor);
+  }
+  __device__ void find(uint32_t k, MaskedPlace& at) const {
+    find(k, static_cast<Place&>(at));
+    at.lead = int((residue + uint32_t(at.outer) * uint32_t(p.n.x.n)) % V);
+    const int64_t before = int64_t(at.inner) * V - at.lead, after = p.n.run - before;
+    at.low = before < 0 ? int(-before) : 0;
+    at.high = after < V ? int(after) : V;
+  }
+  template <bool kMasked> __device__ auto place(uint32_t k) const {
+    std::conditional_t<kMasked, MaskedPlace, Place> at;
+    find(k, at);
+    return at;
+  }
+  __device__ static int64_t offset(const Place& at, const Operand& o) { return at.outer * o.n + int64_t(at.inner) * o.s; }
+
+  __device__ static Slot<T, V> read(const T* start, const Operand& o, const Place& at) {
     Slot<T, V> result;
-    if (whole(at)) result.load(start + offset(at, o));
-    else result.load(start + offset(at, o), at.low, at.high);
+    result.load(start + offset(at, o));
     return result;
   }
-  __device__ void write(T* start, const Operand& o, const Place& at, const Slot<T, V>& value) const {
-    if (whole(at)) value.store(start + offset(at, o));
-    else value.store(start + offset(at, o), at.low, at.high);
+  __device__ static Slot<T, V> read(const T* start, const Operand& o, const MaskedPlace& at) {
+    Slot<T, V> result;
+    const T* from = start + offset(at, o) - at.lead;
+    if (at.low == 0 && at.high == V) result.load(from);
+    else result.load(from, at.low, at.high);
+    return result;
+  }
+  __device__ static void write(T* start, const Operand& o, const Place& at, const Slot<T, V>& value) {
+    value.store(start + offset(at, o));
+  }
+  __device__ static void write(T* start, const Operand& o, const MaskedPlace& at, const Slot<T, V>& value) {
+    T* to = start + offset(at, o) - at.lead;
+    if (at.low == 0 && at.high == V) value.store(to);
+    else value.store(to, at.low, at.high);
   }
 
   // ---- shared memory: states of the warps, of the block, factors; then the resident slots ------------------------
@@ -91,19 +114,15 @@ template <class T, int V, int CH> struct Walk {
     return reinterpret_cast<Slot<T, V>*>(tsbn_memory + (blockDim.x / 32 + 2) * width() * 4 * sizeof(A));
   }
 
-  // Merges the parts that the first launch of a split left.
-  template <class State> __device__ State combine() const {
-    State total;
-    if (threadIdx.x < width() && first_channel() + threadIdx.x < p.n.channels) {
-      const State* from = static_cast<const State*>(p.partial) + (slab * width() + threadIdx.x) * p.n.parts;
-      for (uint32_t k = 0; k < p.n.parts; ++k) total = merge(total, from[k]);
-    }
-    return total;
-  }
+  // The parts' states between the two launches of a split: [slab][part][channel].
   template <class State> __device__ void spill(const State& total) const {
-    if (threadIdx.x < width() && first_channel() + threadIdx.x < p.n.channels) {
-      static_cast<State*>(p.partial)[(slab * width() + threadIdx.x) * p.n.parts + part] = total;
-    }
+    State* to = static_cast<State*>(p.partial) + int64_t(blockIdx.x) * width();
+    if (threadIdx.x < width()) to[threadIdx.x] = total;
+  }
+  template <class State> __device__ State combine() const {
+    const State* from = static_cast<const State*>(p.partial) + slab * p.n.parts * width();
+    return merge_in_order(states<State>(), width(), uint32_t(p.n.parts),
+                          [&](uint32_t k, uint32_t c) { return from[k * width() + c]; });
   }
   // Blocks that share a slab exchange their states through a cluster, or else through two launches.
   __device__ uint32_t cluster() const {

@@ -85,9 +85,9 @@ def run_plan(
     reports = []
     partial: Tensor | None = torch.zeros(max(1, plan.partial_bytes), dtype=torch.uint8) if plan.partial_bytes else None
     for phases in plan.phases:
-        last = not phases & rules.SPILL
-        out = {name: value if last else None for name, value in arrays.items() if isinstance(value, Out)}
-        a = {**arrays, **out}
+        writes_out = phases & rules.APPLY or (phases & rules.REDUCE and not problem.training)
+        left = {"out": not writes_out, "first": phases & rules.SPILL, "second": phases & rules.SPILL}
+        a = {name: None if left.get(name) and isinstance(value, Out) else value for name, value in arrays.items()}
         vectors = [vector(arrays.get(name)) for name in ("weight", "bias", "mean", "var")]
         values = rules.numbers(problem, plan, phases, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         names = ("x", "dy", "out", "weight", "bias", "mean", "var", "first", "second")
