@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report
@@ -158,6 +159,23 @@ def celeba40(
             beside = json_path.with_suffix(".network.json")
             beside.write_text(json.dumps(asdict(network_run), indent=1) + "\n")
             console.print(f"network, with its memory and differences: {beside}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def host(
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
+) -> None:
+    """What a call of the Triton backend costs on the host, with the launch itself stubbed: no GPU is needed."""
+    try:
+        from benchmarks.host import PLAN, host_times
+    except ImportError as error:
+        _fail(f"the Triton backend is not installed: {error}")
+    times = host_times(tasks, QUICK_PLAN if quick else PLAN)
+    table = Table("host time of one call, us", "forward", "forward + backward", title=f"{tasks} tasks")
+    for name, passes in times.items():
+        table.add_row(name, *(f"{1e6 * each.median:.0f} ± {1e6 * each.iqr / 2:.0f}" for each in passes))
+    Console().print(table)
 
 
 def _fail(message: str) -> None:

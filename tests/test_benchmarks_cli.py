@@ -182,3 +182,11 @@ def test_the_package_itself_needs_none_of_the_extras():
     code = "import sys, tsbn_kernels; print({'rich', 'typer', 'matplotlib', 'skimage', 'PIL'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_host_overhead_needs_no_gpu() -> None:
+    pytest.importorskip("triton")
+    result = CliRunner().invoke(cli.app, ["host", "--tasks", "3", "--quick"])
+    assert result.exit_code == 0, result.output
+    assert "launch stubbed" in result.output
+    assert "loop of 3 BatchNorm2d" in result.output

@@ -1,30 +1,90 @@
-"""``python -m tsbn_kernels``: which backends are usable here, and which one runs on which device."""
+"""``python -m tsbn_kernels``: which backends are usable here, and which one runs on which device.
+
+``python -m tsbn_kernels plan --shape 40,256,64,64,64 --dtype bf16 --device H100``: what the kernels would do on a GPU.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 
 from tsbn_kernels import __version__, backends, memory
+from tsbn_kernels.layout import Family
+from tsbn_kernels.plan import DEVICES, Plan, Work, devices
+from tsbn_kernels.plan import triton as triton_rules
+from tsbn_kernels.plan.describe import table
+from tsbn_kernels.plan.work import Direction
+
+ITEM_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def _devices() -> list[str]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a report of the backends, or a plan."""
+    parser = argparse.ArgumentParser(prog="python -m tsbn_kernels", description="Which backends run here, and how.")
+    commands = parser.add_subparsers(dest="command", title="commands (without one: the backends of this machine)")
+    plan = commands.add_parser("plan", help="what the kernels do on a GPU, and the time that their bytes should take")
+    plan.add_argument("--shape", type=_shape, required=True, metavar="T,N,C[,H,W]", help="of the stacked activation")
+    plan.add_argument("--dtype", choices=ITEM_SIZES, default="fp32")
+    plan.add_argument("--device", type=_device, default="H100", metavar="NAME", help=", ".join(DEVICES))
+    plan.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
+    plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="instead of the data sheet's")
+    plan.add_argument("--shared-input", action="store_true", help="all tasks read one x")
+    options = parser.parse_args(arguments)
+    if options.command == "plan":
+        print(table(_plans(options), options.bandwidth and options.bandwidth * 1e9))
+    else:
+        _report()
+
+
+def _shape(text: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 3 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not T,N,C or T,N,C,H,W with sizes of 1 and more")
+    return sizes
+
+
+def _device(name: str) -> devices.Device:
+    try:
+        return devices.named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _plans(options: argparse.Namespace) -> list[Plan]:
+    tasks, samples, channels, *spatial = options.shape
+    positions = math.prod(spatial)
+    contiguous = options.format == "contiguous" or channels == 1
+    family: Family = "rows" if positions > 1 and contiguous else "columns"
+    passes: list[tuple[Direction, bool]] = [("forward", True), ("backward", True), ("forward", False)]
+    works = [
+        Work(
+            tasks, samples, channels, positions, ITEM_SIZES[options.dtype], family, direction, training,
+            shared_input=options.shared_input,
+        )
+        for direction, training in passes
+    ]  # fmt: skip
+    return [triton_rules.plan(work, options.device) for work in works]
+
+
+def _accelerators() -> list[str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return [] if accelerator is None else [accelerator.type]
 
 
-def main() -> None:
-    """Prints the report."""
+def _report() -> None:
     print(f"tsbn-kernels {__version__}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for backend in backends.backends():
         state = "available" if backend.available else "missing"
         print(f"  {backend.name:10} {state:10} {backend.detail}")
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
-    print(f"  Triton is {triton}; this version has no GPU kernels: GPU tensors run on the reference")
     reason = "forced by TSBN_BACKEND" if os.environ.get("TSBN_BACKEND") else "the first that is available"
-    for device in _devices():
+    for device in ["cpu", *_accelerators()]:
         try:
             print(f"{device} tensors run on: {backends.select(device)} ({reason})")
         except RuntimeError as error:

@@ -7,13 +7,14 @@ statistics are ``[T, C]``; statistics are float64 for float64 input, else float3
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, reference
-from tsbn_kernels.backends import cpu
+from tsbn_kernels.backends import cpu, triton
 from tsbn_kernels.reference import accumulate_dtype
 
 _library = torch.library.Library("tsbn", "DEF")
@@ -33,8 +34,11 @@ _library.define(
 )
 
 # The reference serves every device for which no backend registers kernels of its own.
-for _name in ("forward_training", "forward_eval", "backward"):
+_NAMES = ("forward_training", "forward_eval", "backward")
+for _name in _NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    for _key in triton.DISPATCH_KEYS if triton.available else ():
+        _library.impl(_name, triton.operator_or(_name, getattr(reference, _name)), _key)
 cpu.load()
 
 
@@ -52,9 +56,12 @@ _dispatched = Operators(
 _reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
 
 
+@cache
 def operators(backend: str | None) -> Operators:
-    """The operators of the backend that the dispatcher picks (None), or of the reference."""
-    return _reference if backend == "reference" else _dispatched
+    """The operators of a backend; of the one that the dispatcher picks where it is None."""
+    if backend == "reference":
+        return _reference
+    return Operators(*map(triton.operator, _NAMES)) if backend == "triton" else _dispatched
 
 
 def _empty_like(x: Tensor, stacking: str) -> Tensor:

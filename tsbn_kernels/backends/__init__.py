@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tsbn_kernels.backends import cpu
+from tsbn_kernels.backends import cpu, triton
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Backend:
 def backends() -> tuple[Backend, ...]:
     """All backends, the preferred ones first."""
     return (
+        Backend("triton", triton.device_types, triton.available, triton.detail()),
         Backend("cpu", ("cpu",), cpu.available, cpu.detail()),
         Backend("reference", (), True, "eager PyTorch, any device"),
     )

@@ -1,0 +1,199 @@
+"""Plans are pure functions of the work and the device: what they must hold, on paper devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import python
+
+from tsbn_kernels import __main__ as command
+from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
+from tsbn_kernels.plan.triton import alternatives, is_even, plan
+
+H100 = DEVICES["H100"]
+SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 32, 33, 49, 64, 255, 256, 257, 1000, 4096, 12345])
+WORKS = st.builds(
+    Work,
+    tasks=st.sampled_from([1, 2, 3, 40, 128]),
+    samples=SIZES,
+    channels=SIZES,
+    positions=SIZES,
+    item_size=st.sampled_from([2, 4, 8]),
+    family=st.sampled_from(["rows", "columns"]),
+    direction=st.sampled_from(["forward", "backward"]),
+    training=st.booleans(),
+    bias=st.booleans(),
+    needs_dx=st.booleans(),
+    needs_dweight=st.just(True),
+)
+
+# The CelebA network, samples 256 (channels, positions): layers 1, 2-3, 4-5, 6-7 and 8-9.
+CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64), 8: (512, 1)}
+
+
+def celeba(layer: int, **details: object) -> Work:
+    channels, positions = CELEBA[layer]
+    family = "columns" if positions == 1 else "rows"
+    return Work(40, 256, channels, positions, 2, family, **details)  # type: ignore[arg-type]
+
+
+def check(p: Plan) -> None:
+    """What holds for every plan."""
+    work, (a, b) = p.work, p.tile
+    assert a & (a - 1) == 0
+    assert b & (b - 1) == 0
+    if work.family == "rows":
+        assert p.slabs == work.tasks * work.channels
+        assert p.tiles == -(-work.samples // a) * -(-work.positions // b)
+    else:
+        assert p.slabs == work.tasks * -(-work.channels // b)
+        assert p.tiles == -(-work.values // a)
+    assert is_even(work, p.tile) == (p.tiles * p.slabs * a * b == work.elements)
+    assert (p.splits - 1) * p.share < p.tiles <= p.splits * p.share  # no split without a tile
+    assert 1 <= p.warps <= 32
+    assert p.warps & (p.warps - 1) == 0
+    assert p.registers <= 255
+    assert p.shared <= p.device.block_shared_memory
+    assert p.resident_programs * p.warps * p.device.warp <= p.device.threads
+    assert p.launches == (2 if p.variant == "split" else 1)
+    assert (p.variant == "elementwise") == (not work.reduces)
+    assert (p.variant == "resident") <= (p.tiles == 1)
+    assert p.bytes_read + p.bytes_written >= work.useful_bytes
+    once = work.tensors_read * work.activation_bytes
+    assert p.activation_bytes_read in (once, 2 * once)
+    assert p.seconds() > (p.bytes_read + p.bytes_written) / p.device.bandwidth
+
+
+@given(WORKS, st.sampled_from(list(DEVICES.values())))
+def test_every_plan(work: Work, device: Device) -> None:
+    chosen = plan(work, device)
+    check(chosen)
+    assert chosen == plan(work, device)
+    others = alternatives(chosen)
+    assert others[0] == chosen
+    for other in others:
+        check(other)
+        assert other.variant == chosen.variant
+
+
+@pytest.mark.parametrize("layer", CELEBA)
+def test_celeba_in_bfloat16_on_h100(layer: int) -> None:
+    """Layers 6 to 9 are read once, the others twice forward; all in one launch."""
+    forward, backward = (plan(celeba(layer, direction=d), H100) for d in ("forward", "backward"))
+    assert forward.launches == backward.launches == 1
+    activation = forward.work.activation_bytes
+    expected = ("resident", 1) if layer >= 6 else ("streaming", 2)
+    for p, tensors in ((forward, 1), (backward, 2)):
+        assert (p.variant, p.activation_bytes_read / activation) == (expected[0], expected[1] * tensors)
+        assert p.activation_bytes_written == activation
+        assert p.programs >= p.device.multiprocessors
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("family", ["rows", "columns"])
+def test_few_slabs_are_split(family: str, device: Device) -> None:
+    p = plan(Work(1, 256, 16, 4096, 2, family), device)  # type: ignore[arg-type]
+    assert (p.variant, p.launches) == ("split", 2)
+    assert p.programs >= device.multiprocessors // 5  # one block of 16 channels has at most 64 splits
+
+
+def test_tiles_divide_what_they_can() -> None:
+    """Sizes of the SegNet and ResNet-50 layers that are no powers of two: 27 * 2^k and so on."""
+    for samples, positions in ((4, 288 * 384), (4, 144 * 192), (4, 72 * 96), (16, 64 * 128)):
+        p = plan(Work(3, samples, 64, positions, 4), H100)
+        assert p.variant == "resident" or is_even(p.work, p.tile), (samples, positions, p.tile)
+
+
+def test_bytes_with_vectors_and_partials() -> None:
+    """A split forward counted by hand: x twice, the parameters by each split, three partial values a split."""
+    p = plan(Work(2, 64, 4, 4096, 4, bias=True), H100)
+    assert p.variant == "split"
+    assert p.splits > 1
+    vector = 2 * 4 * 4
+    assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (2 * vector + 3 * p.splits * vector)
+    assert p.bytes_written == p.work.activation_bytes + 2 * vector + 3 * p.splits * vector
+
+
+def test_partial_residency() -> None:
+    p = plan(celeba(1), H100)
+    quarter = dataclasses.replace(p, on_chip=0.25)
+    assert quarter.activation_bytes_read == 1.75 * p.work.activation_bytes
+
+
+def test_predicted_time() -> None:
+    p = plan(celeba(1), H100)
+    assert p.seconds(1e12) == pytest.approx((p.bytes_read + p.bytes_written) / 1e12, rel=1e-3)
+    assert p.seconds() == pytest.approx(16.1e9 / 3.35e12, rel=0.01)
+
+
+def test_devices_by_name() -> None:
+    assert devices.named("rtx 4090") is DEVICES["RTX4090"]
+    assert devices.named("h100").clusters
+    assert not devices.named("A100").clusters
+    assert not devices.named("MI300X").clusters
+    with pytest.raises(ValueError, match="unknown device 'V100'; known are A100"):
+        devices.named("V100")
+
+
+def test_device_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver tells is believed; what it does not is an H100's."""
+    told = types.SimpleNamespace(name="NVIDIA X", major=8, minor=6, multi_processor_count=28, L2_cache_size=3 << 20,
+                                 memory_clock_rate=7_501_000, memory_bus_width=192)  # fmt: skip
+    module = types.SimpleNamespace(get_device_properties=lambda device: told)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    device = devices.of(torch.device("cuda", 0))
+    assert (device.target, device.multiprocessors, device.l2, device.warp) == ("sm_86", 28, 3 << 20, 32)
+    assert device.bandwidth == pytest.approx(360e9, rel=0.001)
+    told.name = "NVIDIA A100-SXM4-80GB"
+    assert devices.of(torch.device("cuda", 0)).bandwidth == DEVICES["A100"].bandwidth
+
+
+# ---- python -m tsbn_kernels plan ---------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    command.main(["plan", *arguments])
+    return capsys.readouterr().out
+
+
+def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--shape", "40,256,64,64,64", "--dtype", "bf16", "--device", "H100")
+    assert "[T, N, C, S] = [40, 256, 64, 4096], 2 bytes a value, rows, 5 GiB" in text
+    assert "predicted" in text
+    assert "nothing was measured" in text
+    rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
+    assert rows["variant"] == ["streaming", "streaming", "elementwise"]
+    assert rows["bytes written"][:2] == ["5", "GiB"]
+
+
+def test_plan_of_other_layouts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "columns" in printed(capsys, "--shape", "40,256,512")
+    assert "columns" in printed(capsys, "--shape", "2,8,64,5,5", "--format", "channels_last")
+    assert "at 1.00 TB/s" in printed(capsys, "--shape", "2,8,64,5,5", "--bandwidth", "1000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "40"], "'40' is not T,N,C"),
+        (["--shape", "40,x,3"], "is not T,N,C"),
+        (["--shape", "40,0,3"], "with sizes of 1 and more"),
+        (["--shape", "4,4,4", "--device", "V100"], "unknown device 'V100'"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["plan", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_report_without_a_gpu() -> None:
+    done = python("from tsbn_kernels.__main__ import main; main([])", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "no GPU here" in done.stdout or "Triton is not installed" in done.stdout
+    assert "cpu tensors run on:" in done.stdout

@@ -1,0 +1,145 @@
+"""The backward kernels: one program a slab, or several in two launches."""
+
+import triton
+import triton.language as tl
+
+from tsbn_kernels.backends.triton.tiles import (
+    COUNTS,
+    VECTORS,
+    gate_slope,
+    gate_value,
+    load,
+    slab_at,
+    store,
+    store_vector,
+    tile_at,
+    tiles_of,
+    totals,
+    vector,
+    within,
+)
+
+
+@triton.jit
+def normalization(weight, mean, var, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
+    """The raw gate, mean, ``rstd`` and ``gate * rstd`` of the forward pass."""
+    raw = vector(weight, slab, tile)
+    rstd = tl.rsqrt(vector(var, slab, tile) + EPS)
+    return raw, vector(mean, slab, tile), rstd, gate_value(raw, SIGMOID) * rstd
+
+
+@triton.jit
+def coefficients(sums, dots, rstd, scale, slab, tile):
+    """Slope and offset of ``dx = dy * scale + (x - mean) * slope + offset``."""
+    count = tl.cast(slab.N, tile.ACC) * slab.S
+    return -(dots * rstd / count) * rstd * scale, -(sums / count) * scale
+
+
+@triton.jit
+def slab_sums(dy, x, dx, slab, first, last, mean, scale, tile, TRAINING: tl.constexpr):
+    """Sums of ``dy`` and ``dy * (x - mean)`` over tiles; in evaluation dx, where asked for, is written on the way."""
+    sums = tl.zeros((tile.A, tile.B), tile.ACC)
+    dots = tl.zeros((tile.A, tile.B), tile.ACC)
+    for k in range(first, last):
+        place = tile_at(k, slab, tile)
+        gradient = load(dy, slab, place, tile)
+        sums += gradient
+        dots += gradient * within(load(x, slab, place, tile) - mean, place, tile)
+        if not TRAINING and dx is not None:
+            store(dx, gradient * scale, slab, place, tile)
+    return totals(sums, dots, tile)
+
+
+@triton.jit
+def gradient_tiles(dy, x, dx, slab, first, last, mean, scale, slope, offset, tile, TRAINING: tl.constexpr):
+    """Writes dx of the tiles ``first`` to ``last``, the last one first: the cache may still hold it."""
+    for i in range(first, last):
+        place = tile_at(first + last - 1 - i, slab, tile)
+        gradient = load(dy, slab, place, tile) * scale
+        if TRAINING:
+            gradient += (load(x, slab, place, tile) - mean) * slope + offset
+        store(dx, gradient, slab, place, tile)
+
+
+@triton.jit
+def store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID: tl.constexpr):
+    """Gradients of weight and bias, where asked for."""
+    if dweight is not None:
+        store_vector(dweight, dots * rstd * gate_slope(raw, SIGMOID), slab)
+    if dbias is not None:
+        store_vector(dbias, sums, slab)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def backward_slab(
+    dy, x, dx, weight, mean, var, dweight, dbias, T, N, C, S, tile,
+    RESIDENT: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a slab by one program. RESIDENT: the slab is one tile, which stays in registers."""
+    slab = slab_at(tl.program_id(0), T, N, C, S, tile)
+    raw, average, rstd, scale = normalization(weight, mean, var, slab, tile, EPS, SIGMOID)
+    if RESIDENT:
+        place = tile_at(0, slab, tile)
+        gradient = load(dy, slab, place, tile)
+        deviation = within(load(x, slab, place, tile) - average, place, tile)
+        sums, dots = totals(gradient, gradient * deviation, tile)
+        if dx is not None:
+            result = gradient * scale
+            if TRAINING:
+                slope, offset = coefficients(sums, dots, rstd, scale, slab, tile)
+                result += deviation * slope + offset
+            store(dx, result, slab, place, tile)
+    else:
+        tiles = tiles_of(slab, tile)
+        sums, dots = slab_sums(dy, x, dx, slab, 0, tiles, average, scale, tile, TRAINING)
+        if TRAINING and dx is not None:
+            slope, offset = coefficients(sums, dots, rstd, scale, slab, tile)
+            gradient_tiles(dy, x, dx, slab, 0, tiles, average, scale, slope, offset, tile, True)
+    store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def backward_partial(
+    dy, x, dx, weight, mean, var, partials, T, N, C, S, splits, share, tile,
+    TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """First launch for split slabs: the two sums of a split into ``[2, splits, T, C]``; in evaluation also dx."""
+    split = tl.program_id(0) % splits
+    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    _, average, _, scale = normalization(weight, mean, var, slab, tile, EPS, SIGMOID)
+    first = split * share
+    last = tl.minimum(first + share, tiles_of(slab, tile))
+    sums, dots = slab_sums(dy, x, dx, slab, first, last, average, scale, tile, TRAINING)
+    size = tl.cast(T, tl.int64) * C
+    data = partials + split * size
+    store_vector(data, sums, slab)
+    store_vector(data + splits * size, dots, slab)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def backward_apply(
+    dy, x, dx, weight, mean, var, dweight, dbias, partials, T, N, C, S, splits, share, tile,
+    P: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Gradients by the sums that the splits' ``partials`` give: dx of a split, and the parameters' by the first one.
+
+    Without ``partials`` nothing is summed: dx in evaluation.
+    """
+    split = tl.program_id(0) % splits
+    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    raw, average, rstd, scale = normalization(weight, mean, var, slab, tile, EPS, SIGMOID)
+    slope, offset = average, average
+    if partials is not None:
+        i = tl.arange(0, P)[:, None]
+        inside = (i < splits) & (slab.channel < slab.C)
+        size = tl.cast(T, tl.int64) * C
+        data = partials + (i * size + slab.t.to(tl.int64) * C + slab.channel)
+        sums = tl.sum(tl.load(data, mask=inside, other=0.0), 0, keep_dims=True)
+        dots = tl.sum(tl.load(data + splits * size, mask=inside, other=0.0), 0, keep_dims=True)
+        slope, offset = coefficients(sums, dots, rstd, scale, slab, tile)
+        if split == 0:
+            store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
+    if dx is not None:
+        first = split * share
+        last = tl.minimum(first + share, tiles_of(slab, tile))
+        gradient_tiles(dy, x, dx, slab, first, last, average, scale, slope, offset, tile, TRAINING)

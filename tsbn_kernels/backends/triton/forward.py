@@ -1,0 +1,97 @@
+"""The forward kernels: one program a slab, or several in two launches."""
+
+import triton
+import triton.language as tl
+
+from tsbn_kernels.backends.triton.statistics import merge_lanes, merge_splits, slab_statistics
+from tsbn_kernels.backends.triton.tiles import (
+    COUNTS,
+    VECTORS,
+    gate_value,
+    load,
+    slab_at,
+    store,
+    store_vector,
+    tile_at,
+    tiles_of,
+    vector,
+)
+
+
+@triton.jit
+def coefficients(weight, bias, variance, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
+    """Scale and offset of ``y = (x - mean) * scale + offset``."""
+    scale = gate_value(vector(weight, slab, tile), SIGMOID) * tl.rsqrt(variance + EPS)
+    offset = tl.zeros(scale.shape, tile.ACC) if bias is None else vector(bias, slab, tile)
+    return scale, offset
+
+
+@triton.jit
+def normalize_tiles(x, y, slab, first, last, mean, scale, offset, tile):
+    """Writes y of the tiles ``first`` to ``last``, the last one first: the cache may still hold it."""
+    for i in range(first, last):
+        place = tile_at(first + last - 1 - i, slab, tile)
+        store(y, (load(x, slab, place, tile) - mean) * scale + offset, slab, place, tile)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def forward_slab(
+    x, y, weight, bias, mean, var, T, N, C, S, tile,
+    RESIDENT: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Statistics and y of a slab by one program. RESIDENT: the slab is one tile, which stays in registers."""
+    slab = slab_at(tl.program_id(0), T, N, C, S, tile)
+    if RESIDENT:
+        place = tile_at(0, slab, tile)
+        values = load(x, slab, place, tile)
+        average, squares, count = merge_lanes(values, tl.zeros(values.shape, tile.ACC), place.real, slab, tile)
+    else:
+        tiles = tiles_of(slab, tile)
+        average, squares, count = slab_statistics(x, slab, 0, tiles, tile)
+    variance = squares / count
+    scale, offset = coefficients(weight, bias, variance, slab, tile, EPS, SIGMOID)
+    store_vector(mean, average, slab)
+    store_vector(var, variance, slab)
+    if RESIDENT:
+        store(y, (values - average) * scale + offset, slab, place, tile)
+    else:
+        normalize_tiles(x, y, slab, 0, tiles, average, scale, offset, tile)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def forward_partial(x, partials, T, N, C, S, splits, share, tile):
+    """First launch for split slabs: mean, squared deviations and count of a split into ``[3, splits, T, C]``.
+
+    A split has ``share`` tiles, the last one fewer.
+    """
+    split = tl.program_id(0) % splits
+    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    first = split * share
+    last = tl.minimum(first + share, tiles_of(slab, tile))
+    average, squares, count = slab_statistics(x, slab, first, last, tile)
+    size = tl.cast(T, tl.int64) * C
+    data = partials + split * size
+    store_vector(data, average, slab)
+    store_vector(data + splits * size, squares, slab)
+    store_vector(data + 2 * splits * size, count, slab)
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+def forward_apply(
+    x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
+    P: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
+    split = tl.program_id(0) % splits
+    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    if partials is None:
+        average, variance = vector(mean, slab, tile), vector(var, slab, tile)
+    else:
+        average, variance = merge_splits(partials, splits, slab, tile, P)
+        if split == 0:
+            store_vector(mean, average, slab)
+            store_vector(var, variance, slab)
+    scale, offset = coefficients(weight, bias, variance, slab, tile, EPS, SIGMOID)
+    first = split * share
+    last = tl.minimum(first + share, tiles_of(slab, tile))
+    normalize_tiles(x, y, slab, first, last, average, scale, offset, tile)

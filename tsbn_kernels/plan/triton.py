@@ -1,0 +1,137 @@
+"""The rules of the Triton backend: variant, tile, warps and splits from the work and the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from tsbn_kernels.plan.core import Plan, Tile, Variant
+from tsbn_kernels.plan.devices import Device
+from tsbn_kernels.plan.work import Work
+
+MAX_SPLITS = 64
+WAVES = 2  # of split slabs: the second one evens out what the first one leaves
+TILES_PER_PROGRAM = 4  # where there is nothing to reduce
+LINE, SECTOR = 128, 32  # bytes: what a warp's load should fill, and the least that memory moves
+TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs beside its loads
+
+
+def plan(work: Work, device: Device) -> Plan:
+    """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
+    if not work.reduces:
+        whole = _plan(work, device, "elementwise", _tile(work))
+        return _split(whole, "elementwise", _ceil(whole.tiles, TILES_PER_PROGRAM))
+    if slab := _resident_tile(work, device):
+        return _plan(work, device, "resident", slab)
+    streaming = _plan(work, device, "streaming", _tile(work))
+    wave = device.multiprocessors * streaming.resident_programs
+    if streaming.slabs >= wave:
+        return streaming
+    return _split(streaming, "split", min(MAX_SPLITS, max(2, WAVES * wave // streaming.slabs)))
+
+
+def alternatives(plan: Plan) -> list[Plan]:
+    """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
+    if plan.variant == "resident":
+        others = [(plan.tile, 0.5), (plan.tile, 2.0)]
+    else:
+        a, b = plan.tile
+        tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
+        others = [(plan.tile, 0.5), (plan.tile, 2.0), *((tile, 1.0) for tile in tiles)]
+    found = [plan]
+    for tile, factor in others:
+        other = _plan(plan.work, plan.device, plan.variant, tile)
+        warps = int(other.warps * factor)
+        if 1 <= warps <= 32:
+            found.append(_split(replace(other, warps=warps), plan.variant, plan.splits))
+    return found
+
+
+def is_even(work: Work, tile: Tile) -> bool:
+    """Whether every tile of every slab is full, so that no access needs a mask."""
+    if work.family == "columns":
+        return work.values % tile[0] == 0 and work.channels % tile[1] == 0
+    return work.samples % tile[0] == 0 and work.positions % tile[1] == 0
+
+
+def _values_per_thread(work: Work, variant: Variant) -> int:
+    """Values of each activation that a thread holds: what keeps every kernel within 128 registers."""
+    values = 32 if variant == "resident" and work.direction == "forward" else 16
+    return values * 4 // work.statistics_size
+
+
+def _registers(work: Work, variant: Variant, tile: Tile) -> int:
+    """The budget a thread, from what is alive at a time; the tests compile every kernel and hold it to this."""
+    alive = {("forward", True): 1, ("forward", False): 3}.get((work.direction, variant == "resident"), 2)
+    held = alive * _values_per_thread(work, variant) * work.statistics_size // 4
+    return 32 + held + 16 * (work.family == "columns") + 32 * (not is_even(work, tile))
+
+
+def _resident_tile(work: Work, device: Device) -> Tile | None:
+    """The tile that holds a whole slab, where 1024 threads can."""
+    most = 1024 * _values_per_thread(work, "resident")
+    if work.family == "rows":
+        a, b = _power(work.samples), _power(work.positions)
+        return (a, b) if a * b <= most else None
+    a, widest, narrowest = _power(work.values), *_channel_blocks(work)
+    b = min(widest, most // a)
+    while b > narrowest and work.tasks * _ceil(work.channels, b) < device.multiprocessors:
+        b //= 2
+    return (a, b) if b >= narrowest else None
+
+
+def _tile(work: Work) -> Tile:
+    """The tile of at most 256 threads that covers a slab with the least waste."""
+    most = 256 * _values_per_thread(work, "streaming")
+    if work.family == "columns":
+        b = _channel_blocks(work)[0]
+        return min(most // b, _power(work.values)), b
+
+    def cost(tile: Tile) -> tuple[int, int]:
+        a, b = tile
+        return _ceil(work.samples, a) * _ceil(work.positions, b) * (a * b + TILE_OVERHEAD), -b
+
+    shortest = min(_power(work.positions), SECTOR // work.item_size)
+    rows, positions = _powers(1, _power(work.samples)), _powers(shortest, _power(work.positions))
+    return min(((a, b) for a, b in product(rows, positions) if a * b <= most), key=cost)
+
+
+def _channel_blocks(work: Work) -> tuple[int, int]:
+    """The widest and the narrowest block of channels of a column tile."""
+    channels = _power(work.channels)
+    return min(channels, LINE // work.item_size), min(channels, SECTOR // work.item_size)
+
+
+def _plan(work: Work, device: Device, variant: Variant, tile: Tile) -> Plan:
+    a, b = tile
+    if work.family == "columns":
+        slabs, tiles = work.tasks * _ceil(work.channels, b), _ceil(work.values, a)
+    else:
+        slabs, tiles = work.tasks * work.channels, _ceil(work.samples, a) * _ceil(work.positions, b)
+    warps = max(1, min(32, a * b // (device.warp * _values_per_thread(work, variant))))
+    return Plan(
+        work, device, variant, slabs, tile, tiles, warps,
+        registers=_registers(work, variant, tile),
+        shared=2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
+        on_chip=1.0 if variant == "resident" else 0.0,
+    )  # fmt: skip
+
+
+def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
+    """The same with ``splits`` programs a slab, or as many as have at least one tile."""
+    share = _ceil(plan.tiles, splits)
+    splits = _ceil(plan.tiles, share)
+    return plan if splits == 1 and variant == "split" else replace(plan, variant=variant, splits=splits)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(value: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [1 << e for e in range(first.bit_length() - 1, last.bit_length())]
