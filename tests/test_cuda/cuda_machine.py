@@ -128,7 +128,7 @@ def backward(
 ) -> Backward:  # fmt: skip
     dx = empty_output(p.x, p) if need[0] else None
     dweight, dbias = (torch.empty_like(p.weight) if needed else None for needed in need[1:])
-    problem = piece(p, p.x, dx, p.dy, training=training, sums=need[1] or need[2])
+    problem = piece(p, p.x, dx, p.dy, training=training, dweight=need[1], bias=need[2])
     plan = rules.lay_out(problem, variant, parts, shared_limit=shared, resident=resident, threads=threads)  # type: ignore
     arrays: dict[str, Any] = {"x": p.x, "dy": p.dy, "weight": p.weight, "mean": mean, "var": var}
     for name, value in (("out", dx), ("first", dweight), ("second", dbias)):

@@ -6,9 +6,16 @@ one element where 16-byte accesses would be misaligned; csrc/cuda/params.h says 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
+
+from tsbn_kernels.plan.core import LAUNCH_SECONDS, Plan
+from tsbn_kernels.plan.core import Variant as PlanVariant
+from tsbn_kernels.plan.devices import Device
+from tsbn_kernels.plan.work import Work
 
 Variant = Literal["streaming", "resident", "cluster", "split", "evaluation"]
 
@@ -20,6 +27,9 @@ REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
 CLUSTERS = (2, 4, 8, 16)
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
+SPLITS = (2, 4, 8, 16, 32, 64)
+BUBBLE_SECONDS = 1.5e-6  # of a block, from its last load to its first store: assumed, nobody measured it
+LATENCY_SECONDS = 0.8e-6  # of a load under load: assumed
 
 
 class Strides(NamedTuple):
@@ -46,10 +56,9 @@ class Problem:
     dy: Strides | None = None
     rows: bool = True
     training: bool = True
-    sums: bool = True  # backward: dweight or dbias are wanted
     parameter_dtype: str = "float32"
-    statistics_dtype: str = "float32"
-    bias: bool = False
+    bias: bool = False  # backward: dbias is wanted
+    dweight: bool = True
 
     @property
     def size(self) -> int:
@@ -66,6 +75,16 @@ class Problem:
     @property
     def operands(self) -> tuple[Strides, ...]:
         return tuple(o for o in (self.x, self.dy, self.out) if o is not None)
+
+    @property
+    def sums(self) -> bool:
+        """Whether anything needs sums over the slab."""
+        return self.training or (self.backward and (self.dweight or self.bias))
+
+    @property
+    def registers(self) -> int:
+        """The budget a thread: kForwardBlocks and kBackwardBlocks of csrc/cuda/params.h."""
+        return 128 if self.backward or self.dtype == "float64" else 80
 
     @property
     def two_passes(self) -> bool:
@@ -191,32 +210,151 @@ def lay_out(
     if kept < part_slots:
         kept = kept // threads * threads  # whole steps of the block: a warp's slots are all kept, or none
     if variant == "evaluation":
-        phases: tuple[int, ...] = (REDUCE,) if p.backward and p.sums else (APPLY,)
+        phases: tuple[int, ...] = (REDUCE,) if p.sums else (APPLY,)
     elif variant == "split":
         phases = (REDUCE | SPILL, COMBINE | APPLY if p.two_passes else COMBINE)
     else:
         phases = (REDUCE | APPLY if p.two_passes else REDUCE,)
+    states = slabs * parts * pieces.width * (2 if p.backward else 4) * p.accumulate_size if variant == "split" else 0
     read, written = _traffic(p, pieces, variant, parts, part_slots, kept)
-    states = p.T * pieces.tiles * pieces.width * parts * (2 if p.backward else 4) * p.accumulate_size
     return Launch(
         variant, pieces.kernel, threads, slabs * parts, parts if variant == "cluster" else 1,
-        scratch + kept * slot_bytes, phases, parts, part_slots, kept, states if variant == "split" else 0, read, written,
+        scratch + kept * slot_bytes, phases, parts, part_slots, kept, states, read + parts * states, written + states,
     )  # fmt: skip
 
 
 def _traffic(p: Problem, pieces: Cut, variant: Variant, parts: int, part_slots: int, kept: int) -> tuple[int, int]:
     """Bytes of global memory read and written; between masked slots, what is kept is counted by its share."""
-    elements = p.T * p.N * p.C * p.S
-    tensor = elements * p.size
-    inputs = 2 if p.backward else 1
+    tensor = p.T * p.N * p.C * p.S * p.size
+    inputs = 2 if p.backward and p.sums else 1
     read, written = inputs * tensor, tensor if p.out is not None else 0
-    if variant == "evaluation":
-        read = tensor if not p.sums or not p.backward else read
-    elif p.two_passes:
+    if variant != "evaluation" and p.two_passes:
         lengths = [max(0, min(part_slots, pieces.slots - k * part_slots)) for k in range(parts)]
         again = sum(max(0, length - kept) for length in lengths)
         read += inputs * tensor * again // pieces.slots
+    statistic, parameter = p.accumulate_size, DTYPE_SIZES[p.parameter_dtype]
+    if p.backward:
+        read += p.T * p.C * parts * (2 if variant == "split" else 1) * (parameter + 2 * statistic)
+        written += p.T * p.C * parameter * (p.dweight + p.bias)
+    else:
+        read += p.T * p.C * parts * ((1 + p.bias) * parameter + (0 if p.training else 2 * statistic))
+        written += p.T * p.C * 2 * statistic if p.training else 0
     return read, written
+
+
+# ---- the choice --------------------------------------------------------------------------------------------------
+
+
+def resident_blocks(problem: Problem, launch: Launch, device: Device) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    by_registers = device.registers // (problem.registers * launch.threads)
+    by_shared = device.shared_memory // (launch.shared + 1024)
+    return max(1, min(by_registers, by_shared, device.threads // launch.threads, 32))
+
+
+def seconds(problem: Problem, launch: Launch, device: Device) -> float:
+    """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it."""
+    held = resident_blocks(problem, launch, device)
+    room = device.multiprocessors * held // launch.cluster * launch.cluster
+    waves = launch.blocks / room
+    filled = waves / math.ceil(waves) if waves > 1 else 1.0
+    total = launch.bytes_read + launch.bytes_written
+    at_work = min(held, launch.blocks / device.multiprocessors)
+    in_flight = device.multiprocessors * at_work * launch.threads * 64  # four slots of a thread
+    flowing = min(1.0, in_flight / (device.bandwidth * LATENCY_SECONDS))
+    # While one block of a multiprocessor merges its sums, others load and store.
+    own = total / launch.blocks * device.multiprocessors / device.bandwidth
+    busy = min(1.0, held * own / (own + BUBBLE_SECONDS)) if problem.sums else 1.0
+    return total / (device.bandwidth * filled * flowing * busy) + launch.launches * LAUNCH_SECONDS
+
+
+def clusters_of(device: Device, most: int = 16) -> tuple[int, ...]:
+    """Sizes that a device takes: 16 only where data centres have it."""
+    most = min(most, 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8)
+    return tuple(size for size in CLUSTERS if size <= most) if device.clusters else ()
+
+
+def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> Iterator[Launch]:
+    """The launches worth comparing."""
+    slots = cut(problem).slots
+    if not problem.two_passes and not problem.sums:
+        for parts in (1, *SPLITS):
+            if slots // parts < MOST_SLOTS:
+                yield lay_out(problem, "evaluation", parts)
+        return
+    streaming: Variant = "streaming" if problem.training else "evaluation"
+    if slots <= MOST_SLOTS:
+        yield lay_out(problem, streaming)
+    limits = {min(device.block_shared_memory, device.shared_memory // blocks - 1024) for blocks in (1, 2, 3)}
+    for limit in sorted(limits) if problem.two_passes else (0,):
+        if problem.two_passes and slots <= MOST_SLOTS:
+            resident = lay_out(problem, "resident", shared_limit=limit)
+            if resident.resident > 0:
+                yield resident
+        for size in clusters_of(device, most_clustered):
+            if slots >= size * 32 and slots // size < MOST_SLOTS:
+                yield lay_out(problem, "cluster", size, shared_limit=limit)
+    for parts in SPLITS:
+        if slots >= parts * 4 * THREADS and slots // parts < MOST_SLOTS:
+            yield lay_out(problem, "split", parts)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, device: Device, most_clustered: int = 16) -> Launch:
+    """The launch with the least predicted time; of equal ones the simplest."""
+    return min(
+        candidates(problem, device, most_clustered),
+        key=lambda launch: (seconds(problem, launch, device), launch.launches, launch.parts),
+    )
+
+
+def dense(work: Work) -> Problem:
+    """The problem of a dense, task-major tensor."""
+    T, N, C, S = work.tasks, work.samples, work.channels, work.positions
+    rows = work.family == "rows"
+    t = N * C * S
+    out = Strides(t, C * S, S if rows else 1, 1 if rows else C)
+    x = out._replace(t=0) if work.shared_input else out
+    backward = work.direction == "backward"
+    dtype = {8: "float64", 4: "float32", 2: "bfloat16"}[work.item_size]
+    return Problem(
+        dtype, T, N, C, S, x, out if work.tensors_written else None, out if backward else None, rows=rows,
+        training=work.training, bias=work.bias, dweight=work.needs_dweight,
+        parameter_dtype={8: "float64", 4: "float32", 2: "bfloat16"}[work.parameter_size],
+    )  # fmt: skip
+
+
+def plan(work: Work, device: Device, variant: Variant | None = None) -> Plan:
+    """The plan for some work, by rule or (``variant``) the best of one kind, for people and comparisons.
+
+    Raises:
+        ValueError: the work or the device has no such variant.
+    """
+    problem = dense(work)
+    if variant is None:
+        launch = choose(problem, device)
+    else:
+        found = [launch for launch in candidates(problem, device) if launch.variant == variant]
+        if not found:
+            raise ValueError(f"{device.name} has no {variant} kernel for this work")
+        launch = min(found, key=lambda one: seconds(problem, one, device))
+    return as_plan(problem, launch, work, device)
+
+
+def as_plan(problem: Problem, launch: Launch, work: Work, device: Device) -> Plan:
+    """A launch in the terms that the backends share."""
+    pieces = cut(problem)
+    kept = min(1.0, launch.resident / launch.part_slots)
+    names: dict[Variant, PlanVariant] = {"split": "split", "evaluation": "elementwise"}
+    whole: PlanVariant = "resident" if kept == 1 else "streaming"
+    tile = (launch.threads >> pieces.log_lanes, pieces.width) if pieces.kernel == "columns" else (
+        1, launch.threads * pieces.vector
+    )  # fmt: skip
+    return Plan(
+        work, device, names.get(launch.variant, whole), problem.T * pieces.tiles, tile,
+        -(-pieces.slots // launch.threads), launch.threads // 32, problem.registers, launch.shared,
+        splits=1 if launch.cluster > 1 else launch.parts, cluster=launch.cluster, on_chip=kept,
+    )  # fmt: skip
 
 
 def numbers(problem: Problem, launch: Launch, phases: int, sigmoid: bool, vectors: tuple[int, ...]) -> tuple[int, ...]:
