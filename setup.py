@@ -3,8 +3,8 @@
 The libraries have no Python symbols and use only the stable ABI of PyTorch 2.10: one binary serves every Python and
 every later PyTorch. What cannot be built (no compiler, no PyTorch, no nvcc) is left out, and a line says so.
 
-The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU. ``TORCH_CUDA_ARCH_LIST``
-chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out.
+The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU.
+``TORCH_CUDA_ARCH_LIST`` chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
 
 
 def gencode(architectures: str) -> list[str]:
-    """nvcc's flags for a list such as ``8.0;9.0+PTX``."""
+    """Nvcc's flags for a list such as ``8.0;9.0+PTX``."""
     flags = []
     for entry in re.split(r"[;,\s]+", architectures.strip()):
         number = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry)
@@ -130,7 +130,7 @@ class BuildNative(build_ext):
             self.compiler.compile = compile_one
 
     def compile_kernels(self, ext: Extension) -> None:
-        """nvcc's part of the CUDA library; the runtime is linked statically, so no version of it must be found."""
+        """Nvcc's part of the CUDA library; the runtime is linked statically, so no version of it must be found."""
         target = Path(self.build_temp) / "csrc" / "cuda" / "kernels.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [
@@ -147,7 +147,7 @@ class BuildNative(build_ext):
     def static_runtime(self, nvcc: str) -> list[str]:
         """libcudart_static.a of the toolkit that nvcc belongs to, and what it needs."""
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
-        folders = re.findall(r'-L"?([^"\s]+)', dry.stderr) + [str(Path(nvcc).resolve().parents[1] / "lib")]
+        folders = [*re.findall(r'-L"?([^"\s]+)', dry.stderr), str(Path(nvcc).resolve().parents[1] / "lib")]
         for folder in folders:
             runtime = Path(folder) / "libcudart_static.a"
             if runtime.exists():

@@ -36,7 +36,7 @@ def source() -> str:
 
 @lru_cache
 def ptx(target: int = 90, text: str | None = None) -> str:
-    return compile_cuda(text or source(), target=target)
+    return compile_cuda(text or source(), target=target, flags=["-DTSBN_DEVICE_ONLY"])
 
 
 class Forward(NamedTuple):

@@ -116,7 +116,9 @@ def test_same_bits_in_every_order(variant: str, parts: int, memory_format: str, 
 @pytest.mark.parametrize("stacking", STACKINGS)
 def test_stackings(stacking: str, memory_format: str, dtype: torch.dtype) -> None:
     for gate, bias, spatial in (("sigmoid", False, (4, 5)), ("identity", True, (3, 3))):
-        p = problem(3, 4, 16, spatial, dtype=dtype, stacking=stacking, memory_format=memory_format, gate=gate, bias=bias)
+        p = problem(
+            3, 4, 16, spatial, dtype=dtype, stacking=stacking, memory_format=memory_format, gate=gate, bias=bias
+        )
         for variant, parts in (("streaming", 1), ("cluster", 2)):
             check(p, variant, parts)
 
@@ -153,9 +155,7 @@ def test_addresses(variant: str, memory_format: str, dtype: torch.dtype) -> None
 @formats
 @variants
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
-def test_parameters_of_any_dtype(
-    parameters: torch.dtype, variant: str, parts: int, memory_format: str
-) -> None:
+def test_parameters_of_any_dtype(parameters: torch.dtype, variant: str, parts: int, memory_format: str) -> None:
     p = problem(2, 3, 8, (4, 4), dtype=torch.bfloat16, parameter_dtype=parameters, memory_format=memory_format)
     transposed = p._replace(weight=p.weight.T.contiguous().T)
     there = forward(transposed, variant, parts)
@@ -321,7 +321,9 @@ def test_non_finite_values_stay_in_their_channel(variant: str, parts: int, memor
         everywhere = hit.repeat_interleave(3, dim=0)[..., None, None].expand_as(there.y)
         assert there.y[everywhere].isnan().all() and not there.mean[hit].isfinite().any()
         assert not there.var[hit].isfinite().any()
-        assert torch.equal(there.y[~everywhere], clean.y[~everywhere]) and torch.equal(there.mean[~hit], clean.mean[~hit])
+        assert torch.equal(there.y[~everywhere], clean.y[~everywhere]) and torch.equal(
+            there.mean[~hit], clean.mean[~hit]
+        )
 
 
 # ---- sizes beyond 32 bits ----------------------------------------------------------------------------------------

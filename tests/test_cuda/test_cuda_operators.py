@@ -87,8 +87,8 @@ def obey(inputs, outputs):
         pointers = []
         for name, address in zip(("x", "dy", "out", "w", "b", "m", "v", "first", "second", "partial"), addresses):
             value = partial if name == "partial" and address else known[address] if address else 0
-            written = {{"out": phases & 8 or (phases & 1 and not training), "first": not phases & 2, "second": not phases & 2}}
-            if isinstance(value, Out) and not written[name]:
+            written = phases & 8 or (phases & 1 and not training) if name == "out" else not phases & 2
+            if isinstance(value, Out) and not written:
                 value = 0
             pointers.append(value)
         kinds.append((names[0][access], cluster, blocks, phases))
@@ -220,5 +220,3 @@ def test_every_backend_can_be_forced_from_the_environment() -> None:
         if backend.available:
             program = "import tsbn_kernels.backends as b; print(b._override.name)"
             assert python_output(program, TSBN_BACKEND=backend.name).split() == [backend.name]
-
-

@@ -28,7 +28,7 @@ def load() -> None:
     """Loads the kernels; what is missing is remembered, not raised."""
     global available, _problem
     if not _LIBRARY.exists():
-        _problem = "the CUDA library was not built (no nvcc, or no CUDA build of PyTorch, when the package was installed)"
+        _problem = "the CUDA library was not built (no nvcc or no CUDA PyTorch when the package was installed)"
     elif torch.version.cuda is None:
         _problem = "this PyTorch has no CUDA"
     else:
@@ -76,7 +76,8 @@ def _strides(place: _Place | None, shape: tuple[int, ...], num_tasks: int, stack
     if place is None:
         return None
     view = layout.task_view(torch.empty_strided(shape, place.strides, device="meta"), num_tasks, stacking)
-    return rules.Strides(*view.stride(), place.residue)
+    t, n, c, s = view.stride()
+    return rules.Strides(t, n, c, s, place.residue)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -108,8 +109,9 @@ def _prepare(
     where = [_strides(place, shape, num_tasks, stacking) for place in (x, out, dy)]
     assert where[0] is not None
     assert vectors[0] is not None
+    T, N, C, S = layout.task_view(like, num_tasks, stacking).shape
     problem = rules.Problem(
-        _name(dtype), *layout.task_view(like, num_tasks, stacking).shape, where[0], where[1], where[2],
+        _name(dtype), T, N, C, S, where[0], where[1], where[2],
         rows=family == "rows", training=training, dweight=dweight, bias=bias, parameter_dtype=_name(vectors[0][0]),
     )  # fmt: skip
     launch = _choose(problem, device)
@@ -157,9 +159,7 @@ def _run(
     num_tasks, eps, gate, stacking = options
     places = (_place(x), None if dy is None else _place(dy), None if out is None else _place(out))
     vectors = tuple(_vector(v) for v in (weight, bias, *statistics))
-    prepared = _prepare(
-        x.shape, x.dtype, *places, vectors, x.device, num_tasks, stacking, gate, training, *needs
-    )  # fmt: skip
+    prepared = _prepare(x.shape, x.dtype, *places, vectors, x.device, num_tasks, stacking, gate, training, *needs)
     partial = x.new_empty(prepared.partial_bytes, dtype=torch.uint8) if prepared.partial_bytes else None
     for kernel, numbers in prepared.launches:
         torch.ops.tsbn._cuda_launch(kernel, numbers, eps, x, dy, out, weight, bias, *statistics, *results, partial)

@@ -193,8 +193,22 @@ def scratch_bytes(problem: Problem, pieces: Cut, threads: int) -> int:
 def lay_out(
     problem: Problem, variant: Variant, parts: int = 1, *, shared_limit: int = 0, threads: int = 0, resident: int = -1
 ) -> Launch:
-    """The launch of a variant; ``shared_limit`` bounds a block's shared memory, ``resident`` its kept slots (-1: all)."""
+    """The launch of a variant.
+
+    Args:
+        problem: what is to be computed.
+        variant: how.
+        parts: blocks that share a slab.
+        shared_limit: the most shared memory of a block.
+        threads: of a block; 0 chooses.
+        resident: slots that a block keeps; -1 for all that fit.
+
+    Raises:
+        ValueError: the variant does not exist for the problem.
+    """
     p, pieces = problem, cut(problem)
+    if parts > 1 and (variant in ("streaming", "resident") or (variant == "evaluation" and p.sums)):
+        raise ValueError(f"{parts} blocks that sum one slab must meet: in a cluster, or in a second launch")
     slabs = p.T * pieces.tiles
     part_slots = -(-pieces.slots // parts)
     part_slots = -(-part_slots >> pieces.log_lanes) << pieces.log_lanes
