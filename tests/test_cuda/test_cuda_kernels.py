@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_machine import Backward, Forward, backward, forward
-from ptxvm import find_nvcc
+from cuda_machine import Backward, Forward, backward, forward, ptx
+from ptxvm import Out, Struct, find_nvcc, launch, memory
 from support import (
     BACKWARD,
     DTYPES,
@@ -70,12 +70,20 @@ SIZES = [
 
 @dtypes
 @formats
-@variants
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(
-    size: tuple[int, int, int, tuple[int, ...]], variant: str, parts: int, memory_format: str, dtype: torch.dtype
+def test_sizes(size: tuple[int, int, int, tuple[int, ...]], memory_format: str, dtype: torch.dtype) -> None:
+    for variant, parts in (("resident", 1), ("cluster", 4)):
+        check(problem(*size, dtype=dtype, memory_format=memory_format), variant, parts)
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("size", [SIZES[4], SIZES[6]], ids=str)
+def test_sizes_without_clusters(
+    size: tuple[int, int, int, tuple[int, ...]], memory_format: str, dtype: torch.dtype
 ) -> None:
-    check(problem(*size, dtype=dtype, memory_format=memory_format), variant, parts)
+    for variant, parts in (("streaming", 1), ("split", 3)):
+        check(problem(*size, dtype=dtype, memory_format=memory_format), variant, parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,14 +106,14 @@ def test_targets(target: int, variant: str, parts: int, memory_format: str, dtyp
     check(problem(2, 3, 16, (5, 6), dtype=dtype, memory_format=memory_format), variant, parts, target=target)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @formats
 @variants
 def test_same_bits_in_every_order(variant: str, parts: int, memory_format: str, dtype: torch.dtype) -> None:
-    p = problem(1, 5, 16, (9, 8), dtype=dtype, memory_format=memory_format)
-    first = both(p, variant, parts, threads=128)
-    for schedule in SCHEDULES[1:]:
-        for one, other in zip(first, both(p, variant, parts, threads=128, schedule=schedule), strict=True):
+    p = problem(1, 5, 8, (9, 8), dtype=dtype, memory_format=memory_format)
+    first = both(p, variant, parts, threads=64)
+    for schedule in ("reversed", 1):
+        for one, other in zip(first, both(p, variant, parts, threads=64, schedule=schedule), strict=True):
             for actual, expected in zip(one[:3], other[:3], strict=True):
                 assert actual is not None and expected is not None
                 assert_same_bits(actual, expected)
@@ -119,8 +127,7 @@ def test_stackings(stacking: str, memory_format: str, dtype: torch.dtype) -> Non
         p = problem(
             3, 4, 16, spatial, dtype=dtype, stacking=stacking, memory_format=memory_format, gate=gate, bias=bias
         )
-        for variant, parts in (("streaming", 1), ("cluster", 2)):
-            check(p, variant, parts)
+        check(p, "cluster", 2)
 
 
 @dtypes
@@ -173,7 +180,7 @@ def test_parameters_of_any_dtype(parameters: torch.dtype, variant: str, parts: i
 @pytest.mark.parametrize(("variant", "parts"), [("resident", 1), ("cluster", 2)])
 def test_partial_residency(variant: str, parts: int, memory_format: str, direction: str) -> None:
     """Of five steps of a block, none to all stay in shared memory; the rest is read again."""
-    p = problem(1, 5, 8, (16, 32), dtype=torch.float32, memory_format=memory_format)
+    p = problem(1, 5, 4, (16, 16), dtype=torch.float32, memory_format=memory_format)
     there = forward(p, "streaming")
     for kept in (0, 64, 128, 192, 1 << 20):
         if direction == "forward":
@@ -247,7 +254,7 @@ def test_needed_gradients_only(
 @formats
 @pytest.mark.parametrize("change", NONSTATIONARY.values(), ids=NONSTATIONARY)
 def test_nonstationary_data(change: Any, memory_format: str, dtype: torch.dtype) -> None:
-    for spatial, variant, parts in (((9, 10), "cluster", 2), ((24, 50), "streaming", 1)):
+    for spatial, variant, parts in (((9, 10), "cluster", 2), ((24, 30), "streaming", 1)):
         p = problem(1, 6, 7, spatial, dtype=torch.float32, bias=False)
         p = p._replace(x=in_memory_format(change(p.x), "task_major", memory_format).to(dtype), dy=p.dy.to(dtype))
         assert_good_forward(p, forward(p, variant, parts))
@@ -257,7 +264,7 @@ def test_nonstationary_data(change: Any, memory_format: str, dtype: torch.dtype)
 @formats
 @pytest.mark.parametrize("ratio", [1.0, 30.0, 1e3])
 def test_mean_far_from_zero(ratio: float, memory_format: str, dtype: torch.dtype) -> None:
-    p = problem(2, 8, 3, (40, 41), dtype=dtype, memory_format=memory_format, mean=0.0, bias=False)
+    p = problem(2, 4, 3, (40, 41), dtype=dtype, memory_format=memory_format, mean=0.0, bias=False)
     p = p._replace(x=(p.x.double() + ratio).to(dtype))
     assert_good_forward(p, forward(p, "resident"))
 
@@ -277,7 +284,7 @@ def assert_good_forward(p: Problem, actual: Forward) -> None:
 @dtypes
 @formats
 @variants
-@pytest.mark.parametrize("value", [0.0, 7.25, -3e4, 0.1])
+@pytest.mark.parametrize("value", [0.0, -3e4, 0.1])
 def test_constant_input(value: float, variant: str, parts: int, memory_format: str, dtype: torch.dtype) -> None:
     p = problem(2, 3, 8, (5, 5), dtype=dtype, memory_format=memory_format)
     assert p.bias is not None
@@ -331,10 +338,26 @@ def test_non_finite_values_stay_in_their_channel(variant: str, parts: int, memor
 
 @formats
 @pytest.mark.parametrize("variant", ["streaming", "resident"])
-def test_offsets_beyond_32_bits(variant: str, memory_format: str) -> None:
-    """Tasks and samples that lie more than 2^31 elements apart."""
-    small = problem(2, 2, 8, (4, 4), dtype=torch.bfloat16, memory_format=memory_format, stacking="task_axis")
-    far = (1 << 31) + 64
-    memory = torch.empty(3 * far + small.x.numel(), dtype=torch.bfloat16)
-    x = memory.as_strided(small.x.shape, (2 * far, far, *small.x.stride()[2:])).copy_(small.x)
-    check(small._replace(x=x), variant)
+def test_offsets_beyond_32_bits(variant: Any, memory_format: str) -> None:
+    """Tasks that lie more than 2^32 elements apart: two arrays, which the machine puts that far from each other."""
+    p = problem(2, 2, 8, (4, 4), dtype=torch.bfloat16, memory_format=memory_format, stacking="task_axis", bias=False)
+    x, y = p.x.clone(), torch.empty_like(p.x)
+    mean, var = torch.empty(2, 8), torch.empty(2, 8)
+    # In the machine's order of addresses; the second tasks take the places of pointers that a forward does not use.
+    pointers = [x[0].clone(), x[1].clone(), Out(y[0].clone()), p.weight, 0, 0, 0, Out(mean), Out(var)]
+    last = Out(y[1].clone())
+    apart = memory._SPACING // x.element_size()
+    near = p.x.stride()[1:3] if memory_format == "contiguous" else (p.x.stride(1), 1)
+    step = 1 if memory_format == "contiguous" else 8
+    strides = rules.Strides(apart, *near, step)
+    described = rules.Problem(
+        "bfloat16", 2, 2, 8, 16, strides, strides._replace(t=4 * apart), rows=memory_format == "contiguous"
+    )
+    plan = rules.lay_out(described, variant, shared_limit=1 << 16)
+    numbers = rules.numbers(described, plan, plan.phases[0], True, (0, 8, 1, *(0,) * 9))
+    launch(
+        ptx(), f"tsbn_forward_bf16_{plan.kernel}", plan.blocks, plan.threads,
+        [Struct(f"10Pd{len(numbers)}q", *pointers, last, p.eps, *numbers)], shared=plan.shared,
+    )  # fmt: skip
+    got = torch.stack((pointers[2].array, last.array))
+    assert_within(got, definition(p).y, FORWARD[torch.bfloat16])
