@@ -38,8 +38,7 @@ def predictions(
 def table(rows: Sequence[tuple[str, str, str, Plan, Plan]], device: Device) -> Table:
     """A line for each pass of each layer."""
     result = Table(
-        title=f"predicted for {device.name} at {device.bandwidth / 1e12:.2f} TB/s from the bytes that the kernels move, "
-        "not measured"
+        title=f"predicted for {device.name} at {device.bandwidth / 1e12:.2f} TB/s from the bytes moved, not measured"
     )
     for name in ("layer", "dtype", "format", "pass", "chosen kernel"):
         result.add_column(name)

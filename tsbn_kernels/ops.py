@@ -61,16 +61,21 @@ _dispatched = Operators(
     torch.ops.tsbn.forward_training.default, torch.ops.tsbn.forward_eval.default, torch.ops.tsbn.backward.default
 )
 _reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
+_cuda = Operators(cuda.forward_training, cuda.forward_eval, cuda.backward)
 
 
 @cache
+def _triton() -> Operators:
+    return Operators(*map(triton.operator, _NAMES))
+
+
 def operators(backend: str | None) -> Operators:
     """The operators of a backend; of the one that the dispatcher picks where it is None."""
     if backend == "reference":
         return _reference
     if backend == "cuda":
-        return Operators(cuda.forward_training, cuda.forward_eval, cuda.backward)
-    return Operators(*map(triton.operator, _NAMES)) if backend == "triton" else _dispatched
+        return _cuda
+    return _triton() if backend == "triton" else _dispatched
 
 
 def _empty_like(x: Tensor, stacking: str) -> Tensor:
