@@ -23,6 +23,8 @@ TSBN_KERNELS(bf16, __nv_bfloat16)
 
 // The host's side is left out where only PTX is wanted.
 #ifndef TSBN_DEVICE_ONLY
+#include <atomic>
+
 #include "launch.h"
 
 namespace tsbn::cuda {
@@ -38,22 +40,41 @@ using Kernel = void (*)(const Params);
 constexpr Kernel kernels[4][3][2] = {
     {TSBN_NAMES(f32)}, {TSBN_NAMES(f64)}, {TSBN_NAMES(f16)}, {TSBN_NAMES(bf16)}};
 
+// Once for each kernel and device: as much shared memory as there is, and clusters of 16. The same for every launch, so
+// that threads that launch at once do not undo each other's setting.
+cudaError_t prepare(const void* kernel, std::atomic<uint64_t>& prepared) {
+  int device = 0, shared = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t(1) << (device % 64);
+  if (error != cudaSuccess || (device < 64 && (prepared.load() & bit))) return error;
+  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && major >= 9) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) prepared.fetch_or(bit);
+  return error;
+}
+
 struct Configuration : cudaLaunchConfig_t {
   const void* kernel;
   cudaLaunchAttribute attribute{};
-  cudaError_t error = cudaSuccess;
+  cudaError_t error;
 
   Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{} {
+    static std::atomic<uint64_t> prepared[4][3][2];
     kernel = reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.backward]);
     gridDim = dim3(unsigned(l.blocks));
     blockDim = dim3(unsigned(l.threads));
     dynamicSmemBytes = size_t(l.shared);
     stream = static_cast<cudaStream_t>(stream_handle);
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared));
+    error = prepare(kernel, prepared[l.dtype][l.access][l.backward]);
     if (l.cluster == 1) return;
-    if (l.cluster > 8 && error == cudaSuccess) {  // more than every device with clusters takes
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
     attrs = &attribute;
