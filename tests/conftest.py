@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from support import BACKENDS, on_backend
 
 from tsbn_kernels.backends import cpu
 
@@ -48,3 +49,10 @@ def native() -> None:
     """For tests of the native library itself."""
     if not cpu.available:
         pytest.skip("the native library was not built")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For tests that run on every backend that takes CPU tensors; see :func:`support.on_backend`."""
+    with on_backend(request.param):
+        yield request.param
