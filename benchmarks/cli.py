@@ -197,6 +197,27 @@ def host(
     Console().print(table)
 
 
+@app.command("compiled-kernels")
+def compiled_kernels_command(
+    path: Annotated[
+        Path | None, typer.Option("--csv", help="Default: the table beside this package's sources.")
+    ] = None,
+) -> None:
+    """Compile the Triton kernels of known networks' layers for every kind of GPU, and write what they take.
+
+    No GPU is needed. Takes some minutes.
+    """
+    from benchmarks import compiled_kernels
+
+    console = Console()
+    chosen = compiled_kernels.representatives()
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("compiling", total=len(chosen))
+        table = compiled_kernels.rows(chosen, notify=lambda _: progress.advance(bar))
+    compiled_kernels.write(path or compiled_kernels.TABLE, table)
+    console.print(f"{len(table)} kernels: {path or compiled_kernels.TABLE}", highlight=False, soft_wrap=True)
+
+
 def _fail(message: str) -> None:
     typer.secho(message, fg="red", err=True)
     raise typer.Exit(1)

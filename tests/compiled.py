@@ -53,7 +53,7 @@ def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report
     assert made.global_scratch_size == made.profile_scratch_size == 0
     return run_ptx(
         compiled.asm["ptx"], made.name, call.launch.programs, made.num_warps * 32, [*arguments, None, None],
-        shared=made.shared, schedule=schedule, lanes_may_collide=True,
+        shared=made.shared, schedule=schedule, stores_may_collide=True,
     )  # fmt: skip
 
 

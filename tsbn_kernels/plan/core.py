@@ -89,7 +89,9 @@ class Plan:
         if work.direction == "backward":
             vectors = self.launches * (2 * statistic + parameter)
         elif work.training:
-            vectors = parameter * (1 + work.bias)
+            vectors = parameter * (1 + work.bias) + statistic * (
+                self.variant == "split"
+            )  # the first split's mean again
         else:
             vectors = parameter * (1 + work.bias) + 2 * statistic
         return self.activation_bytes_read + self.parts * (vectors + self.parts * self._partials * statistic)

@@ -81,7 +81,7 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
     ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
-    ("backward", "split"): {"rows": (80, 88), "columns": (80, 88)},
+    ("backward", "split"): {"rows": (80, 88), "columns": (112, 88)},
     ("backward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
 }
 
