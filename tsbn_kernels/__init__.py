@@ -2,15 +2,21 @@
 
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
-from tsbn_kernels.modules import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.convert import convert_model, revert_model
+from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.multitask import MultiTaskModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedTSigmaBN",
     "FusedTSigmaBN1d",
     "FusedTSigmaBN2d",
     "FusedTSigmaBN3d",
+    "MultiTaskModel",
+    "convert_model",
     "functional",
     "memory",
+    "revert_model",
     "use_backend",
 ]
