@@ -48,3 +48,12 @@ def native() -> None:
     """For tests of the native library itself."""
     if not cpu.available:
         pytest.skip("the native library was not built")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks: with more threads most of the time goes into waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,18 +22,11 @@ from tsbn_kernels import (
     revert_model,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, N = 3, 8
 networks = pytest.mark.parametrize("name", NETWORKS)
 variants = pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are small: with more threads most of the time goes into waiting for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tsbn_kernels import MultiTaskModel, convert_model, revert_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("age", "smile", "hat")
 T, N = len(TASKS), 4
 

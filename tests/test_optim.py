@@ -11,6 +11,8 @@ from torch import nn
 
 from tsbn_kernels import MultiTaskModel, convert_model, parameter_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T = 3
 
 
