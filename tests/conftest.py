@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from support import BACKENDS, on_backend
 
 from tsbn_kernels.backends import cpu
 
@@ -57,3 +58,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For tests that run on every backend that takes CPU tensors; see :func:`support.on_backend`."""
+    with on_backend(request.param):
+        yield request.param

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, memory, reference
-from tsbn_kernels.backends import cpu
+from tsbn_kernels.backends import cpu, triton
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 STACKINGS = layout.STACKINGS
 FORMATS = ("contiguous", "channels_last")
 GATES = ("sigmoid", "identity")
+BACKENDS = ("native", "triton") if triton.available else ("native",)
 ROOT = Path(__file__).parent.parent
 
 
@@ -221,6 +222,21 @@ def assert_matches_definition(p: Problem, actual: Results) -> None:
     for got, wanted in ((actual.dweight, expected.dweight), (actual.dbias, expected.dbias)):
         exact_enough = Tolerance(STATISTICS[p.x.dtype], 1)  # sums of `positions` random terms
         assert_within(got, wanted, exact_enough, scale=max(1.0, positions**0.5) * 4)
+
+
+@contextmanager
+def on_backend(name: str) -> Iterator[None]:
+    """Runs the operators on Triton's kernels where ``name`` is "triton": on CPU tensors, interpreted, slowly.
+
+    The plans are those of a device on which a slab of more than 2048 values is read in tiles of 256.
+    """
+    if name != "triton":
+        yield
+        return
+    import interpreter
+
+    with interpreter.dispatched(interpreter.device(threads=64)):
+        yield
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

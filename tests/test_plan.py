@@ -110,13 +110,13 @@ def test_tiles_divide_what_they_can() -> None:
 
 
 def test_bytes_with_vectors_and_partials() -> None:
-    """A split forward counted by hand: x twice, the parameters by each split, three partial values a split."""
+    """A split forward counted by hand: x twice, the parameters by each split, four partial values a split."""
     p = plan(Work(2, 64, 4, 4096, 4, bias=True), H100)
     assert p.variant == "split"
     assert p.splits > 1
     vector = 2 * 4 * 4
-    assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (2 * vector + 3 * p.splits * vector)
-    assert p.bytes_written == p.work.activation_bytes + 2 * vector + 3 * p.splits * vector
+    assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (2 * vector + 4 * p.splits * vector)
+    assert p.bytes_written == p.work.activation_bytes + 2 * vector + 4 * p.splits * vector
 
 
 def test_partial_residency() -> None:

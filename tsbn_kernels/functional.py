@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsbn_kernels import backends, layout
-from tsbn_kernels.autograd import TaskBatchNorm
+from tsbn_kernels import autograd, backends, layout
 
 GATES = ("sigmoid", "identity")
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -59,8 +58,7 @@ def task_batch_norm(
     x = layout.supported(x, stacking)
     mean, var = (None, None) if training else (running_mean, running_var)
     backend = backends.override(x.device.type)
-    y: Tensor
-    y, mean, var = TaskBatchNorm.apply(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, backend)
+    y, mean, var = autograd.apply(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, backend)
     if training and x.numel() > 0:
         count = x.numel() // weight.numel()
         if running_mean is not None:

@@ -78,9 +78,13 @@ def gradient_like(dy: Tensor, x: Tensor, stacking: str) -> Tensor:
 
     Gradients arrive expanded (from ``sum()``) or in another memory format.
     """
-    if family(dy, stacking) == family(x, stacking):
+    wanted = family(x, stacking)
+    if family(dy, stacking) == wanted:
         return dy
-    return torch.empty_strided(x.shape, dense_strides(x, stacking), dtype=dy.dtype, device=dy.device).copy_(dy)
+    if wanted == "rows":
+        return dy.contiguous()
+    axis = channel_axis(stacking)
+    return dy.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:

@@ -57,11 +57,15 @@ _reference = Operators(reference.forward_training, reference.forward_eval, refer
 
 
 @cache
+def _triton() -> Operators:
+    return Operators(*map(triton.operator, _NAMES))
+
+
 def operators(backend: str | None) -> Operators:
     """The operators of a backend; of the one that the dispatcher picks where it is None."""
     if backend == "reference":
         return _reference
-    return Operators(*map(triton.operator, _NAMES)) if backend == "triton" else _dispatched
+    return _triton() if backend == "triton" else _dispatched
 
 
 def _empty_like(x: Tensor, stacking: str) -> Tensor:

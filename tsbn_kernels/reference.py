@@ -29,6 +29,12 @@ def gate_values(weight: Tensor, gate: str) -> Tensor:
     return torch.sigmoid(weight) if gate == "sigmoid" else weight
 
 
+def gate_slope(weight: Tensor, gate: str) -> Tensor:
+    """Derivative of :func:`gate_values` with respect to ``weight``, shape ``[T, C]``."""
+    value = gate_values(weight, gate)
+    return value * (1 - value) if gate == "sigmoid" else torch.ones_like(weight)
+
+
 def statistics(x: Tensor, num_tasks: int, stacking: str) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per task and channel, each ``[T, C]``."""
     view = task_view(x, num_tasks, stacking).to(accumulate_dtype(x.dtype))
@@ -96,7 +102,7 @@ def backward(
     view, grad = (task_view(tensor, num_tasks, stacking).to(dtype) for tensor in (x, dy))
     rstd = torch.rsqrt(var.to(dtype) + eps)
     xhat = (view - mean.to(dtype)[:, None, :, None]) * rstd[:, None, :, None]
-    value = gate_values(weight.to(dtype), gate)
+    raw = weight.to(dtype)
     total, dot = grad.sum(dim=(1, 3)), (grad * xhat).sum(dim=(1, 3))
 
     dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
@@ -104,9 +110,9 @@ def backward(
         if training:
             positions = max(1, view.shape[1] * view.shape[3])
             grad = grad - (total / positions)[:, None, :, None] - xhat * (dot / positions)[:, None, :, None]
-        dx = from_task_view((grad * (value * rstd)[:, None, :, None]).to(x.dtype), x, stacking)
+        dx = from_task_view((grad * (gate_values(raw, gate) * rstd)[:, None, :, None]).to(x.dtype), x, stacking)
     if need_dweight:
-        dweight = (value * (1 - value) * dot if gate == "sigmoid" else dot).to(weight.dtype)
+        dweight = (gate_slope(raw, gate) * dot).to(weight.dtype)
     if need_dbias:
         dbias = total.to(weight.dtype)
     return dx, dweight, dbias

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -12,6 +11,8 @@ import sys
 import sysconfig
 import tempfile
 from functools import cache
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -47,11 +48,9 @@ def core() -> ModuleType:
             _compile(Path(scratch), compiler, library.name)
             directory.mkdir(exist_ok=True)
             os.replace(Path(scratch) / library.name, library)
-    spec = importlib.util.spec_from_file_location("ptxvm_core", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = ExtensionFileLoader("ptxvm_core", str(library))
+    module = module_from_spec(ModuleSpec(loader.name, loader, origin=loader.path))
+    loader.exec_module(module)
     return module
 
 

@@ -25,8 +25,7 @@ class _Pointer:
     def __init__(self, array: Any) -> None:
         import torch
 
-        memory = Memory()
-        self._address = memory.address(memory.add(array, ""))
+        self._address = Memory().add(array, "")
         self.dtype = getattr(torch, str(array.dtype)) if isinstance(array, np.ndarray) else array.dtype
 
     def data_ptr(self) -> int:
@@ -51,8 +50,7 @@ def compile_triton(kernel: Any, args: Sequence[Any], *, target: int = 80, **opti
     rest["debug"] = False
     parsed, signature, constants, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
     compiled = compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=parsed.__dict__)
-    given = dict(zip(bound, args, strict=False)) | {k: v for k, v in bound.items() if k in options}
-    values = {name: given.get(name, value) for name, value in bound.items()}
+    values = bound | dict(zip(bound, args, strict=False))
     return compiled, {name: value for name, value in values.items() if signature[name] != "constexpr"}
 
 
@@ -62,8 +60,8 @@ def launch_triton(
 ) -> Report:  # fmt: skip
     """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, B=128)`.
 
-    Triton lets lanes that hold copies of a sum store it to the same place, though contraction to fma may have made the
-    copies differ in the last bit: such collisions are counted, not refused.
+    Triton lets threads that hold copies of a sum store it to the same place, though contraction to fma may have made
+    the copies differ in the last bit: such collisions are counted, not refused.
     """
     compiled, values = compile_triton(kernel, args, target=target, **options)
     meta = compiled.metadata
@@ -73,7 +71,7 @@ def launch_triton(
     scratch = [np.zeros(size * blocks, np.uint8) if size else None for size in scratch_sizes]
     return launch(
         compiled.asm["ptx"], meta.name, sizes, meta.num_warps * 32, [*values.values(), *scratch], shared=meta.shared,
-        cooperative=meta.launch_cooperative_grid, schedule=schedule, lanes_may_collide=True,
+        cooperative=meta.launch_cooperative_grid, schedule=schedule, stores_may_collide=True,
         names=[*values, "global_scratch", "profile_scratch"],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ import numpy as np
 
 from .build import core
 from .encode import Encoded, encode
-from .memory import ArrayView, Memory, Out, is_array
+from .memory import Memory, is_array
 from .ptx import Instruction, Kernel, Module, Variable, parse
 from .report import Report, Row
 
 Dim = int | Sequence[int]
 
 _WORKSPACE = 1 << 42  # address of a cooperative launch's grid barrier
-_FLOATS = {"f16": "<e", "f32": "<f", "f64": "<d"}
+_MOST_SHARED = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99}  # KiB that a block can opt in to; later 227
+_FLOATS = {2: "<e", 4: "<f", 8: "<d"}
 
 
 class Violation(Exception):
@@ -44,31 +46,25 @@ class Struct:
         self.form, self.values = form, values
 
 
-@lru_cache(maxsize=64)
-def _parsed(text: str) -> Module:
-    return parse(text)
-
-
 @lru_cache(maxsize=256)
 def _encoded(text: str, name: str) -> Encoded:
-    module = _parsed(text)
-    return encode(module, module.kernel(name))
+    return encode(parse(text), parse(text).kernel(name))
 
 
 def launch(
     ptx: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
     cluster: Dim | None = None, shared: int = 0, cooperative: bool = False, schedule: str | int = "forward",
-    lanes_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
+    stores_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
 ) -> Report:  # fmt: skip
     """Runs a kernel and returns what it did; a broken rule raises Violation.
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
     shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
-    lanes_may_collide: whether lanes of one store may write different values to the same place in shared memory, of
-    which one stays. names: of the arguments, for messages. patience: warp instructions without progress before a launch
-    counts as stuck.
+    stores_may_collide: whether threads may store different values to the same place in shared memory by one
+    instruction; one of them stays. names: of the arguments, for messages. patience: warp instructions without progress
+    before a launch counts as stuck.
     """
-    module, encoded = _parsed(ptx), _encoded(ptx, _parsed(ptx).kernel(name).name)
+    module, encoded = parse(ptx), _encoded(ptx, name)
     kernel = encoded.kernel
     grid3, block3 = _dim(grid, "grid"), _dim(block, "block")
     required = kernel.attributes.get("reqnctapercluster")
@@ -77,30 +73,31 @@ def launch(
     if len(args) != len(encoded.params):
         raise TypeError(f"{kernel.name} takes {len(encoded.params)} arguments, not {len(args)}")
     memory = Memory()
-    labels = [names[k] if names else f"argument {k}" for k in range(len(args))]
-    pointers = [_pointers(memory, arg, label) for arg, label in zip(args, labels, strict=True)]
-    memory.allocate()
+    labels = names or [f"argument {k}" for k in range(len(args))]
     params = bytearray(encoded.param_size)
-    for (param, offset), arg, label, views in zip(encoded.params, args, labels, pointers, strict=True):
-        data = _pack(param, arg, label, [memory.address(v) for v in views])
-        params[offset : offset + param.size] = data
+    for (param, offset), arg, label in zip(encoded.params, args, labels, strict=True):
+        params[offset : offset + param.size] = _pack(param, arg, label, memory)
+    memory.allocate()
     for variable, address in encoded.globals:
         initial = np.frombuffer(bytearray(variable.data or bytes(variable.size)), np.uint8)
         memory.reserve(initial, address, f"variable {variable.name}", readonly=variable.space == "const")
     if cooperative:
         memory.reserve(np.zeros(64, np.uint8), _WORKSPACE, "the grid barrier")
-    order = {"forward": 0, "reversed": 1}.get(schedule, 2) if isinstance(schedule, str) else 2
-    if order == 2 and not isinstance(schedule, int):
+    if schedule not in ("forward", "reversed") and not isinstance(schedule, int):
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
+    order, seed = (2, schedule) if isinstance(schedule, int) else (["forward", "reversed"].index(schedule), 0)
+    size, most = encoded.layout["shared_size"] + shared, _MOST_SHARED.get(module.target, 227) << 10
+    if size > most:
+        raise ValueError(f"a block of {module.target} has at most {most} bytes of shared memory, not {size}")
     options = encoded.layout | {
-        "shared_size": encoded.layout["shared_size"] + shared, "dynamic_shared": shared, "cooperative": cooperative,
-        "explicit_cluster": cluster3 != (1, 1, 1), "lanes_may_collide": lanes_may_collide, "order": order,
-        "seed": schedule if isinstance(schedule, int) else 0, "patience": patience, "grid_workspace": _WORKSPACE,
+        "shared_size": size, "dynamic_shared": shared, "cooperative": cooperative,
+        "explicit_cluster": cluster3 != (1, 1, 1), "stores_may_collide": stores_may_collide, "order": order,
+        "seed": seed, "patience": patience, "grid_workspace": _WORKSPACE,
     }  # fmt: skip
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
     regions = [a.argument() for a in allocations]
-    result = core().run(encoded.program, grid3, block3, cluster3, options, regions, bytes(params))
+    result = core().run(encoded.code, grid3, block3, cluster3, options, regions, bytes(params))
     seconds = time.perf_counter() - start
     if "violation" in result:
         raise _explain(module, kernel, block3, grid3, *result["violation"])
@@ -124,57 +121,43 @@ def _dim(sizes: Dim, what: str) -> tuple[int, int, int]:
 
 
 def _check_shape(kernel: Kernel, grid: Sequence[int], block: Sequence[int], cluster: Sequence[int]) -> None:
-    threads, blocks = int(np.prod(block)), int(np.prod(cluster))
+    threads, blocks = math.prod(block), math.prod(cluster)
     compiled = {name: (*sizes, 1, 1)[:3] for name, sizes in kernel.attributes.items() if sizes}
-    most = int(np.prod(compiled.get("maxntid", 1024)))
-    problems = {
-        f"a block has at most 1024 threads, not {threads}": threads > 1024,
-        f"{kernel.name} was compiled for blocks of {compiled.get('reqntid')}":
-            tuple(block) != compiled.get("reqntid", block),
-        f"{kernel.name} was compiled for at most {most} threads a block, not {threads}": threads > most,
-        f"{kernel.name} was compiled for clusters of {compiled.get('reqnctapercluster')}":
-            tuple(cluster) != compiled.get("reqnctapercluster", cluster),
-        f"grid {grid} is not a multiple of cluster {cluster}": any(g % c for g, c in zip(grid, cluster, strict=True)),
-        f"a cluster has at most 16 blocks, not {blocks}": blocks > 16,
-    }  # fmt: skip
-    if found := [message for message, holds in problems.items() if holds]:
-        raise ValueError(found[0])
+    most = math.prod(compiled.get("maxntid", (1024,)))
+    for what, sizes, name in (("blocks", block, "reqntid"), ("clusters", cluster, "reqnctapercluster")):
+        if sizes != compiled.get(name, sizes):
+            raise ValueError(f"{kernel.name} was compiled for {what} of {compiled[name]}")
+    if threads > 1024:
+        raise ValueError(f"a block has at most 1024 threads, not {threads}")
+    if threads > most:
+        raise ValueError(f"{kernel.name} was compiled for at most {most} threads a block, not {threads}")
+    if any(g % c for g, c in zip(grid, cluster, strict=True)):
+        raise ValueError(f"grid {grid} is not a multiple of cluster {cluster}")
+    if blocks > 16:
+        raise ValueError(f"a cluster has at most 16 blocks, not {blocks}")
 
 
-def _is_memory(value: Any) -> bool:
-    return isinstance(value, Out) or is_array(value)
-
-
-def _pointers(memory: Memory, arg: Any, label: str) -> list[ArrayView]:
-    """Registers the arrays of an argument as memory."""
-    parts = arg.values if isinstance(arg, Struct) else (arg,)
-    return [memory.add(part, label) for part in parts if _is_memory(part)]
-
-
-def _pack(param: Variable, arg: Any, label: str, addresses: list[int]) -> bytes:
-    """The bytes of an argument as its parameter takes them."""
+def _pack(param: Variable, arg: Any, label: str, memory: Memory) -> bytes:
+    """The bytes of an argument as its parameter takes them; its arrays become memory."""
     if isinstance(arg, Struct):
-        remaining = iter(addresses)
-        values = [next(remaining) if _is_memory(value) else value for value in arg.values]
-        data = struct.pack("@" + arg.form, *values)
+        values = [memory.add(value, label) if is_array(value) else value for value in arg.values]
+        data = struct.pack("@" + arg.form, *values).ljust(param.size, b"\0")
     elif isinstance(arg, bytes):
         data = arg
-    elif addresses or arg is None:
-        data = (addresses[0] if addresses else 0).to_bytes(8, "little")
-    elif param.type in _FLOATS:
-        data = struct.pack(_FLOATS[param.type], float(arg))
+    elif is_array(arg) or arg is None:
+        data = (0 if arg is None else memory.add(arg, label)).to_bytes(8, "little")
+    elif isinstance(arg, float) or (param.type in ("f16", "f32", "f64") and isinstance(arg, (int, np.number))):
+        data = struct.pack(_FLOATS[param.size], float(arg))
     elif isinstance(arg, (int, np.integer)):
         low, high = -(1 << 8 * param.size - 1), (1 << 8 * param.size) - 1
         if not low <= int(arg) <= high:
             raise ValueError(f"{label} = {arg} does not fit a parameter of type {param.type}")
         data = (int(arg) & high).to_bytes(param.size, "little")
-    elif isinstance(arg, float):
-        data = struct.pack({2: "<e", 4: "<f", 8: "<d"}[param.size], arg)
     else:
         raise TypeError(f"{label} is a {type(arg).__name__}, which no parameter takes")
-    if len(data) > param.size or (len(data) < param.size and not isinstance(arg, Struct)):
+    if len(data) != param.size:
         raise ValueError(f"{label} has {len(data)} bytes; parameter {param.name} has {param.size}")
-    return data.ljust(param.size, b"\0")
+    return data
 
 
 def _explain(

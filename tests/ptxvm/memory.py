@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class ArrayView:
     owner: int  # address of the whole array that this is a view of
     label: str
     writable: bool = True
+    out: Out | None = None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -58,12 +59,17 @@ class ArrayView:
 
 
 def is_array(value: object) -> bool:
-    """Whether this is a numpy array or a torch tensor."""
-    return isinstance(value, np.ndarray) or hasattr(value, "untyped_storage")
+    """Whether this is a numpy array or a torch tensor, or an Out."""
+    return isinstance(value, (Out, np.ndarray)) or hasattr(value, "untyped_storage")
 
 
 def view(array: Any, label: str) -> ArrayView:
-    """Describes an array; torch tensors must be on the CPU."""
+    """Describes an array, or that of an Out; torch tensors must be on the CPU."""
+    if isinstance(array, Out):
+        described = replace(view(array.array, label), out=array)
+        if not described.writable:
+            raise ValueError(f"{label} is an output, but the array is read-only")
+        return described
     if isinstance(array, np.ndarray):
         owner = array
         while isinstance(owner.base, np.ndarray):
@@ -84,31 +90,31 @@ class Allocation:
     """A span of memory that the kernel may touch; views of one array share it."""
 
     start: int  # in this process
-    size: int
     base: int  # in the kernel's address space
     label: str
     state: Bytes
     data: Bytes
     readonly: bool = False
     counts: Bytes | None = None
-    outputs: list[tuple[ArrayView, int]] = field(default_factory=list)
+    outputs: list[ArrayView] = field(default_factory=list)
 
     def argument(self) -> tuple[str, int, int, int, int, bool, int]:
         """The region as the core takes it."""
+        data, state = self.data.ctypes.data, self.state.ctypes.data
         counts = 0 if self.counts is None else self.counts.ctypes.data
-        return self.label, self.base, self.size, self.data.ctypes.data, self.state.ctypes.data, self.readonly, counts
+        return self.label, self.base, self.data.size, data, state, self.readonly, counts
 
     def miscounts(self) -> str:
         """Describes the first element that was not written as often as it should be, if any."""
-        for output, writes in self.outputs:
-            assert self.counts is not None
+        for output in self.outputs:
+            assert self.counts is not None and output.out is not None and output.out.writes is not None
             counts = output.select(self.counts, self.start)
-            wrong = np.argwhere((counts != min(writes, 255)).any(-1))
+            wrong = np.argwhere((counts != min(output.out.writes, 255)).any(-1))
             if len(wrong):
                 index = tuple(int(k) for k in wrong[0])
                 return (
-                    f"element {list(index)} of {output.label} was written {int(counts[index].max())} times, "
-                    f"not {writes}; {len(wrong)} of {max(1, int(np.prod(output.shape)))} elements are wrong"
+                    f"element {list(index)} of {output.label} was written {int(counts[index].max())} times, not "
+                    f"{output.out.writes}; {len(wrong)} of {max(1, int(np.prod(output.shape)))} elements are wrong"
                 )
         return ""
 
@@ -117,53 +123,51 @@ class Memory:
     """The allocations of one launch."""
 
     def __init__(self) -> None:
-        self._views: list[tuple[ArrayView, Out | None]] = []
-        self.allocations: list[Allocation] = []
+        self._views: list[ArrayView] = []
         self._owners: dict[int, int] = {}
+        self.allocations: list[Allocation] = []
 
-    def add(self, value: Any, label: str) -> ArrayView:
-        """Adds an array or an Out; call `allocate` when all are there."""
-        out = value if isinstance(value, Out) else None
-        described = view(out.array if out else value, label)
-        if out and not described.writable:
-            raise ValueError(f"{label} is an output, but the array is read-only")
-        self._views.append((described, out))
-        self._owners.setdefault(described.owner, _FIRST + len(self._owners) * _SPACING)
-        return described
+    def add(self, array: Any, label: str) -> int:
+        """Adds an array or an Out, and returns the address of its first element in the kernel's eyes.
 
-    def address(self, described: ArrayView) -> int:
-        """The address of the first element in the kernel's eyes, aligned as it is within its owner."""
-        return self._owners[described.owner] + described.address - described.owner
+        It is aligned there as it is within its owner. Call `allocate` when all are there.
+        """
+        described = view(array, label)
+        self._views.append(described)
+        base = self._owners.setdefault(described.owner, _FIRST + len(self._owners) * _SPACING)
+        return base + described.address - described.owner
 
-    def allocate(self) -> list[Allocation]:
+    def allocate(self) -> None:
         """Makes the allocations: views whose spans overlap share one."""
-        groups: list[tuple[int, int, list[tuple[ArrayView, Out | None]]]] = []
-        for item in sorted(self._views, key=lambda item: item[0].span):
-            low, high = item[0].span
-            if groups and low < groups[-1][1]:
-                start, end, items = groups.pop()
-                groups.append((start, max(end, high), [*items, item]))
-            elif high > low:
-                groups.append((low, high, [item]))
-        for lowest, high, items in groups:
-            first = items[0][0]
+        groups: list[list[ArrayView]] = []
+        end = 0
+        for described in sorted(self._views, key=lambda v: v.span):
+            low, high = described.span
+            if low == high:
+                continue
+            if low < end:
+                groups[-1].append(described)
+            else:
+                groups.append([described])
+            end = max(end, high)
+        for views in groups:
+            first, high = views[0], max(v.span[1] for v in views)
             # Begin where vectors can begin; the bytes before stay forbidden.
-            low = lowest - (lowest - first.owner) % 16
+            low = first.span[0] - (first.span[0] - first.owner) % 16
             base = self._owners[first.owner] + low - first.owner
             data: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
-            allocation = Allocation(low, high - low, base, first.label, np.zeros(high - low, np.uint8), data)
-            allocation.readonly = not any(v.writable for v, _ in items)
-            for described, out in items:
-                described.select(allocation.state, low)[...] = _UNWRITTEN if out else _WRITTEN
-                if out:
+            allocation = Allocation(low, base, first.label, np.zeros(high - low, np.uint8), data)
+            allocation.readonly = not any(v.writable for v in views)
+            for described in views:
+                described.select(allocation.state, low)[...] = _UNWRITTEN if described.out else _WRITTEN
+                if described.out:
                     described.select(data, low)[...] = 0xFF  # NaN as a float
-                    if out.writes is not None:
-                        allocation.counts = np.zeros(high - low, np.uint8)
-                        allocation.outputs.append((described, out.writes))
+                if described.out and described.out.writes is not None:
+                    allocation.counts = np.zeros(high - low, np.uint8)
+                    allocation.outputs.append(described)
             self.allocations.append(allocation)
-        return sorted(self.allocations, key=lambda a: a.base)
 
     def reserve(self, data: Bytes, base: int, label: str, readonly: bool = False) -> None:
         """Adds memory at a given address of the kernel's address space: module variables, workspaces."""
         state = np.full(data.size, _WRITTEN, np.uint8)
-        self.allocations.append(Allocation(data.ctypes.data, data.size, base, label, state, data, readonly))
+        self.allocations.append(Allocation(data.ctypes.data, base, label, state, data, readonly))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePath
 
 _SPACE = re.compile(r"\s*")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_STRING_OR_COMMENT = re.compile(r"(\"[^\"]*\")|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _STATEMENT = re.compile(
     r"""(?P<directive>\.(?:version|address_size|target|file|loc|pragma)\b)(?P<rest>[^\n;]*);?
     | \.section\s+\S+\s*\{[^}]*\}
@@ -30,10 +31,9 @@ _INSTRUCTION = re.compile(
 )
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _NAME = re.compile(r"-?[\w$%.]+$")
-_ATTRIBUTES = [
-    "reqntid", "maxntid", "minnctapersm", "maxnreg", "reqnctapercluster", "maxclusterrank", "explicitcluster",
-    "blocksareclusters", "pragma",
-]  # fmt: skip
+_ATTRIBUTES = re.compile(
+    r"reqntid|maxntid|minnctapersm|maxnreg|reqnctapercluster|maxclusterrank|explicitcluster|blocksareclusters|pragma"
+)
 
 
 class PTXError(ValueError):
@@ -54,23 +54,15 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Operand:
-    """Registers, symbols or literals: one, those of a vector `{a, b}`, or the base of an address `[a+8]`."""
-
-    names: tuple[str, ...]
-    kind: str = "value"
-    offset: int = 0
-    negated: bool = False
-
-
-@dataclass(frozen=True)
 class Instruction:
     line: int
     text: str
     opcode: str
-    operands: tuple[Operand, ...]
+    operands: tuple[tuple[str, ...], ...]  # registers, symbols, literals: one, or those of a vector `{a, b}`
+    offset: int = 0  # of the address
+    negated: bool = False  # one of the operands is a predicate `!p`
     guard: str | None = None
-    negated: bool = False
+    guard_negated: bool = False  # @!p
     also: str | None = None  # q in `setp.lt.f32 p|q, a, b`
     location: Location | None = None
 
@@ -123,15 +115,17 @@ class Module:
         return texts[0] + "".join(f" (inlined at {text})" for text in texts[1:])
 
 
-def literal(text: str) -> int | float | None:
-    """The value of a literal, an int (for 0f and 0d the bits) or a decimal float; None if it is none."""
+def literal(text: str, kind: str = "f64") -> int | None:
+    """The value of a literal, for a float its bits (those of a decimal fraction as this kind of float); or None."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", digits):
         return int(digits[2:], 16)
     if re.fullmatch(r"(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", digits):
         number = digits.rstrip("U")
         return sign * (int(number, 8) if re.fullmatch(r"0\d+", number) else int(number, 0))
-    return sign * float(digits) if re.fullmatch(r"\d+\.\d*", digits) else None
+    if re.fullmatch(r"\d+\.\d*", digits):
+        return int.from_bytes(struct.pack("<f" if kind == "f32" else "<d", sign * float(digits)), "little")
+    return None
 
 
 def size_of(kind: str) -> int:
@@ -142,6 +136,7 @@ def size_of(kind: str) -> int:
     return int(found[1]) // 8 * (2 if found[2] else 1)
 
 
+@lru_cache(maxsize=64)
 def parse(text: str) -> Module:
     """Reads a PTX text."""
     return _Parser(text).module
@@ -149,36 +144,35 @@ def parse(text: str) -> Module:
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        clean = _COMMENT.sub(lambda m: "\n" * m.group().count("\n"), text)
-        self.ends = [k for k, c in enumerate(clean) if c == "\n"]
+        clean = _STRING_OR_COMMENT.sub(lambda m: m[1] or "\n" * m.group().count("\n"), text)
         self.module = Module()
         self.kernel: Kernel | None = None
         self.location: Location | None = None
         # The registers of the blocks that are open, by name or by prefix and count for `%r<9>`, and a suffix that
         # makes names unique.
         self.scopes: list[tuple[dict[str, int | None], str]] = []
-        at, blocks = 0, 0
+        at, line, blocks = 0, 1, 0
         while found := _STATEMENT.match(clean, _SPACE.match(clean, at).end()):  # type: ignore[union-attr]
-            line = bisect_right(self.ends, found.start()) + 1
+            line += clean.count("\n", at, found.start())
             try:
                 blocks += found["brace"] == "{"
                 self.statement(line, found, f"#{blocks}")
             except ValueError as error:
                 raise PTXError(line, str(error)) from None
-            at = found.end()
+            at, line = found.end(), line + found.group().count("\n")
         if self.kernel:
-            raise PTXError(len(self.ends) + 1, "the text ends too early")
+            raise PTXError(line + clean.count("\n", at), "the text ends too early")
 
     def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
         variables = self.kernel.variables if self.kernel else self.module.variables
         if found["directive"]:
-            self.directive(found["directive"], found["rest"].split())
+            self.directive(found["directive"], found["rest"])
         elif found["entry"]:
             self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
             params = [p.replace(".param", "", 1) for p in (found["params"] or "").split(",") if p.strip()]
             self.kernel.params = [variable("param", p) for p in params]
             for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
-                if name not in _ATTRIBUTES:
+                if not _ATTRIBUTES.fullmatch(name):
                     raise ValueError(f"unknown directive '.{name}' of a kernel")
                 self.kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
             self.scopes = [({}, "")]
@@ -201,11 +195,12 @@ class _Parser:
                 raise ValueError("the text ends too early")
             self.instruction(self.kernel, line, found["statement"])
 
-    def directive(self, name: str, words: list[str]) -> None:
+    def directive(self, name: str, rest: str) -> None:
+        words = rest.split()
         if name == ".target":
             self.module.target = words[0].rstrip(",")
         elif name == ".file":
-            self.module.files[int(words[0])] = words[1].strip('",')
+            self.module.files[int(words[0])] = rest.split('"')[1]
         elif name == ".loc":
             at = words.index("inlined_at") + 1 if "inlined_at" in words else 0
             self.location = Location(int(words[0]), int(words[1]), (int(words[at]), int(words[at + 1])) if at else None)
@@ -215,31 +210,30 @@ class _Parser:
         if not found:
             raise ValueError(f"cannot read {text!r}")
         line += text[: found.start("opcode")].count("\n")
-        operands = [operand.strip() for operand in _OPERAND.findall(found["operands"])]
-        also = None
-        if operands and "|" in operands[0]:
-            operands[0], also = operands[0].split("|")
+        texts = [operand.strip() for operand in _OPERAND.findall(found["operands"])]
+        first, _, also = texts[0].partition("|") if texts else ("", "", "")
+        operands: list[tuple[str, ...]] = []
+        offset = 0
+        for operand in [first, *texts[1:]][: len(texts)]:
+            if operand[0] == "[":
+                base, *terms = re.findall(r"[-+\s]*[^-+\s]+", operand[1:-1])
+                operands.append((self.resolve(base),))
+                for term in terms:
+                    if (number := literal(term.strip("-+ \t"))) is None:
+                        raise ValueError(f"cannot read the address {operand}")
+                    offset += number * (-1) ** term.count("-")
+            else:
+                operands.append(tuple(self.resolve(name) for name in operand.strip("{!}").split(",")))
+        guard, second = (self.resolve(name) if name else None for name in (found["guard"], also))
+        negated, guard_negated = any(o[0] == "!" for o in texts), found["negated"] == "!"
+        plain = " ".join(text.split()) + ";"
         kernel.instructions.append(Instruction(
-            line, " ".join(text.split()) + ";", found["opcode"], tuple(self.operand(o) for o in operands),
-            self.resolve(found["guard"]) if found["guard"] else None, found["negated"] == "!",
-            self.resolve(also.strip()) if also else None, self.location,
+            line, plain, found["opcode"], tuple(operands), offset, negated, guard, guard_negated, second, self.location
         ))  # fmt: skip
-
-    def operand(self, text: str) -> Operand:
-        if text[0] == "{":
-            return Operand(tuple(self.resolve(name.strip()) for name in text[1:-1].split(",")), "vector")
-        if text[0] == "[":
-            base, *offsets = re.findall(r"[-+\s]*[^-+\s]+", text[1:-1])
-            signs = [(-1) ** o.count("-") for o in offsets]
-            numbers = [literal(o.strip("-+ \t")) for o in offsets]
-            if not all(isinstance(n, int) for n in numbers):
-                raise ValueError(f"cannot read the address {text}")
-            offset = sum(s * int(n or 0) for s, n in zip(signs, numbers, strict=True))
-            return Operand((self.resolve(base.strip()),), "address", offset)
-        return Operand((self.resolve(text.lstrip("!").strip()),), negated=text[0] == "!")
 
     def resolve(self, name: str) -> str:
         """The unique name of a register; other names are returned as they are."""
+        name = name.strip()
         if not _NAME.match(name):
             raise ValueError(f"cannot read the operand {name!r}")
         stem = name.rstrip("0123456789")
@@ -259,19 +253,12 @@ def variable(space: str, text: str) -> Variable:
         raise ValueError(f"cannot read the variable {text.strip()!r}")
     words = found["attributes"].split(".ptr")[0].replace(".", " ").split()
     kind = words[-1] if words else ""
-    count = 1
-    for size in re.findall(r"\[(\d*)\]", found["sizes"]):
-        count *= int(size or 0)
     size = size_of(kind)
-    data = b"".join(_initial(kind, value) for value in re.findall(r"[^{},\s]+", found["data"] or ""))
+    data = b""
+    for value in re.findall(r"[^{},\s]+", found["data"] or ""):
+        if (number := literal(value, kind)) is None:
+            raise ValueError(f"cannot initialise a variable with {value!r}")
+        data += (number % (1 << 8 * size)).to_bytes(size, "little")
     align = int(words[words.index("align") + 1]) if "align" in words else size
-    return Variable(found["name"], space, kind, align, count * size, data.ljust(count * size, b"\0") if data else b"")
-
-
-def _initial(kind: str, text: str) -> bytes:
-    value = literal(text)
-    if value is None:
-        raise ValueError(f"cannot initialise a variable with {text!r}")
-    if isinstance(value, float):
-        return struct.pack("<f" if kind == "f32" else "<d", value)
-    return (value % (1 << 8 * size_of(kind))).to_bytes(size_of(kind), "little")
+    size *= math.prod(int(n or 0) for n in re.findall(r"\[(\d*)\]", found["sizes"]))
+    return Variable(found["name"], space, kind, align, size, data.ljust(size, b"\0") if data else b"")

@@ -26,7 +26,7 @@ class Row:
     sectors: int  # distinct 32-byte sectors of global memory, summed over requests
     conflicts: int  # shared-memory cycles beyond those that conflict-free banks would take
     divergent: int  # times that a branch parted a warp
-    collisions: int  # cells of shared memory for which lanes of one store had different values
+    collisions: int  # stores to cells of shared memory where it had stored another value, with nothing to order the two
 
     @property
     def operation(self) -> str:
@@ -56,6 +56,21 @@ class Report:
     schedule: str
     seconds: float
     rows: list[Row] = field(repr=False)
+    global_read: Traffic = field(init=False)
+    global_written: Traffic = field(init=False)
+    thread_instructions: int = field(init=False)
+    conflicts: int = field(init=False)  # shared-memory cycles lost to bank conflicts
+    divergent_branches: int = field(init=False)  # that parted a warp
+    collisions: int = field(init=False)  # stores of a copy where the same instruction had stored another value
+
+    def __post_init__(self) -> None:
+        self.global_read, self.global_written = self.traffic("global", False), self.traffic("global", True)
+        self.thread_instructions, self.conflicts = (
+            sum(r.threads for r in self.rows),
+            sum(r.conflicts for r in self.rows),
+        )
+        self.divergent_branches = sum(r.divergent for r in self.rows)
+        self.collisions = sum(r.collisions for r in self.rows)
 
     def traffic(self, space: str, writes: bool) -> Traffic:
         """All reads, or all writes and atomics, of "global" or "shared" memory."""
@@ -64,29 +79,9 @@ class Report:
         return Traffic(*(sum(getattr(r, name) for r in rows) for name in ("requests", "bytes", "sectors", "conflicts")))
 
     @property
-    def global_read(self) -> Traffic:
-        """Reads of global memory."""
-        return self.traffic("global", False)
-
-    @property
-    def global_written(self) -> Traffic:
-        """Writes to global memory."""
-        return self.traffic("global", True)
-
-    @property
-    def conflicts(self) -> int:
-        """Shared-memory cycles lost to bank conflicts."""
-        return sum(r.conflicts for r in self.rows)
-
-    @property
     def barriers(self) -> int:
         """Barriers of blocks and clusters, counted once for each warp."""
         return sum(r.warps for r in self.rows if r.operation in ("bar", "barrier") and r.opcode != "bar.warp.sync")
-
-    @property
-    def divergent_branches(self) -> int:
-        """Branches that parted a warp."""
-        return sum(r.divergent for r in self.rows)
 
     @property
     def instructions(self) -> dict[str, int]:
@@ -94,18 +89,12 @@ class Report:
         counts = {kind: sum(r.warps for r in self.rows if r.kind == kind) for kind in {r.kind for r in self.rows}}
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
-    @property
-    def thread_instructions(self) -> int:
-        """Instructions that threads executed."""
-        return sum(r.threads for r in self.rows)
-
     def to_json(self) -> str:
         """Totals and instructions as JSON."""
         data: dict[str, Any] = asdict(self)
         data["instructions"] = data.pop("rows")
         data |= {f"{space}_{what}": asdict(self.traffic(space, writes)) for space, what, writes in _DIRECTIONS}
-        data |= {name: getattr(self, name) for name in ("barriers", "divergent_branches", "thread_instructions")}
-        return json.dumps(data | {"warp_instructions": self.instructions}, indent=1)
+        return json.dumps(data | {"barriers": self.barriers, "warp_instructions": self.instructions}, indent=1)
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.grid)) + " blocks of " + "x".join(map(str, self.block)) + " threads"
@@ -117,7 +106,8 @@ class Report:
             lines += [f"{name:14}{t.requests:10}{t.bytes:12}{rest}"] if t.requests else []
         issued = ", ".join(f"{count} {kind}" for kind, count in self.instructions.items() if count)
         lines.append(f"warp instructions: {issued}")
-        lines.append(f"{self.barriers} at barriers, {self.divergent_branches} divergent branches")
+        collided = f", {self.collisions} collisions of copies" if self.collisions else ""
+        lines.append(f"{self.barriers} at barriers, {self.divergent_branches} divergent branches{collided}")
         return "\n".join(lines)
 
     def table(self) -> str:

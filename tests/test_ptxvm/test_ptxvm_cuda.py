@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ptxvm import Out, Report, Violation, compile_cuda, find_nvcc, launch, launch_cuda
-from ptxvm_cuda import SOURCE
+from ptxvm import Out, Report, Violation, compile_cuda, find_nvcc, launch, launch_cuda, parse
+from ptxvm_cuda import NEIGHBOURS, SOURCE
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
@@ -231,6 +232,87 @@ def test_templates_are_found_by_their_plain_name() -> None:
     y = zeros(32, kind=np.int32)
     report = launch_cuda(source, "fill", 1, 32, [Out(y)], target=90)
     assert (y == 3).all() and "fill" in report.kernel
+
+
+@pytest.fixture(scope="module", params=[90, 100])
+def neighbours(request: pytest.FixtureRequest) -> str:
+    return compile_cuda(NEIGHBOURS, target=request.param)
+
+
+@pytest.mark.parametrize("schedule", ["forward", "reversed", 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cluster_normalises_a_channel(neighbours: str, dtype: torch.dtype, schedule: Any) -> None:
+    mangled = {torch.float32: "IfLi", torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}[dtype]
+    (name,) = (k for k in parse(neighbours).kernels if mangled in k)
+    x = torch.randn(8, 3, 512, generator=torch.manual_seed(1)).to(dtype)
+    y, mean, variance, wide = torch.empty_like(x), torch.empty(3), torch.empty(3), x.double()
+    arguments = [x, Out(mean), Out(variance), Out(y), 8, 3, 512]
+    report = launch(neighbours, name, 12, 128, arguments, shared=40, schedule=schedule)
+    assert (mean - wide.mean((0, 2))).abs().max() < 1e-6
+    assert (variance - wide.var((0, 2), unbiased=False)).abs().max() < 1e-6
+    want = (wide - wide.mean((0, 2), keepdim=True)) / (wide.var((0, 2), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert (y.double() - want).abs().max() < 4 * torch.finfo(dtype).eps + 1e-5
+    assert report.global_read.bytes == 2 * x.nbytes and report.global_read.sectors == 2 * x.nbytes // 32
+    with pytest.raises(Violation, match="of shared memory, which has 32"):
+        launch(neighbours, name, 12, 128, arguments, shared=32, schedule=schedule)
+
+
+def test_hints_and_dependent_launches(neighbours: str) -> None:
+    y = zeros(1000)
+    report = launch(neighbours, "hints", 2, 128, [X, Out(y), 250])
+    want = X.copy()
+    want[::4] = ((X + X) + X + X + X + X)[::4]
+    np.testing.assert_allclose(y, want, rtol=1e-6)
+    assert report.global_written.bytes == 4000
+    whole = zeros(1004)
+    with pytest.raises(Violation, match="race: byte 16 of argument 1"):
+        launch(neighbours, "hints", 2, 128, [whole[4:], whole[:-4], 250])
+
+
+def test_large_shared_memory(neighbours: str) -> None:
+    x = RANDOM.normal(size=(2, 50000)).astype(np.float32)
+    y = zeros(2, 50000)
+    launch(neighbours, "reverse_rows", 2, 512, [x, Out(y), 50000], shared=200000)
+    assert (y == x[:, ::-1]).all()
+    with pytest.raises(ValueError, match="at most 232448 bytes of shared memory, not 232452"):
+        launch(neighbours, "reverse_rows", 2, 512, [x, Out(y), 50000], shared=232452)
+
+
+def test_groups_doubles_and_halves(neighbours: str) -> None:
+    y = zeros(64)
+    launch(neighbours, "groups", 1, 64, [X[:64], Out(y)])
+    want = X[:64].reshape(2, 32).sum(1).repeat(32) + X[:64].reshape(8, 8).max(1).repeat(8)
+    np.testing.assert_allclose(y, want, rtol=1e-6)
+    d, z = X.astype(np.float64), zeros(5, kind=np.float64)
+    launch(neighbours, "doubles", 1, 32, [d, Out(z), 500])
+    np.testing.assert_allclose(z, [d.mean(), d.var(), d.std(), 1 / d.std(), 1 / d.mean()], rtol=1e-13)
+    h, b = torch.from_numpy(X[:64] - 3).half(), torch.from_numpy(X[:64] - 3).bfloat16()
+    squares, folded = torch.empty_like(h), torch.empty_like(b)
+    launch(neighbours, "halves", 1, 32, [h, b, Out(squares), Out(folded)])
+    assert (squares == (h.double() ** 2 - h.double().abs()).half().clamp(min=0)).all()
+    assert (folded[::2] == b[::2] * 2).all() and (folded[1::2] == b[1::2].abs()).all()
+
+
+def test_the_wheels_have_an_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache of its own: the text must come from this nvcc, with the headers of the wheels.
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("the wheels of nvcc are not installed")
+    assert "nvidia" in nvcc
+    source = (
+        "#include <cooperative_groups.h>\n#include <cuda_bf16.h>\n#include <cuda/std/limits>\n"
+        + r"""
+    extern "C" __global__ void halve(const __nv_bfloat16* x, float* y) {
+      const unsigned k = cooperative_groups::this_grid().thread_rank();
+      y[k] = __bfloat162float(x[k]) / 2 + cuda::std::numeric_limits<float>::min();
+    }"""
+    )
+    x, y = torch.arange(64).bfloat16(), zeros(64)
+    launch_cuda(f"// {nvcc}\n{source}", "halve", 2, 32, [x, Out(y)], target=90)
+    assert (y == np.arange(64) / 2 + np.finfo(np.float32).tiny).all()
 
 
 def test_local_memory_and_constants() -> None:

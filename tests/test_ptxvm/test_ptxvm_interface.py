@@ -71,7 +71,7 @@ def test_text_that_ends_too_early() -> None:
 
 def test_literals() -> None:
     values = {"12": 12, "-7": -7, "0x1F": 31, "0b101": 5, "017": 15, "5U": 5, "0f3F800000": 0x3F800000, "0d3FF0000000000000": 0x3FF0000000000000,
-              "1.5": 1.5, "%r1": None, "x": None}  # fmt: skip
+              "1.5": 0x3FF8000000000000, "%r1": None, "x": None}  # fmt: skip
     assert {text: literal(text) for text in values} == values
 
 
@@ -79,7 +79,7 @@ def test_variables_labels_and_locations() -> None:
     module = parse(
         HEADER
         + """
-.file 1 "/some/where/a.cu"
+.file 1 "/some where//a.cu"
 .file 2 "/some/where/b.h"
 .global .align 4 .b8 bytes[4] = {1, 2, 255, 4};
 .global .f32 number = 0f3F800000;
@@ -125,6 +125,13 @@ def test_gaps_of_a_view_are_out_of_bounds() -> None:
         launch(COPY, "copy", 3, 128, [np.zeros(600, np.uint32)[::2], Out(np.zeros(300, np.uint32)), 300, 1])
 
 
+def test_a_vector_that_reaches_past_the_end() -> None:
+    ptx = kernel("ld.param.u64 %a, [x]; ld.global.v2.u32 {%r, %r}, [%a+8];", ".param .u64 x")
+    launch(ptx, "f", 1, 1, [np.zeros(4, np.uint32)])
+    with pytest.raises(Violation, match=r"8-byte access at byte 8 of argument 0 \(uint32\[3\]\), which has 12"):
+        launch(ptx, "f", 1, 1, [np.zeros(3, np.uint32)])
+
+
 def test_alignment_is_that_within_the_array() -> None:
     x = np.zeros(1200, np.uint8)[2:]
     with pytest.raises(Violation, match="misaligned"):
@@ -139,6 +146,9 @@ def test_outputs_start_unwritten_and_inputs_may_be_read_only() -> None:
     launch(COPY, "copy", 3, 128, [frozen, Out(X.copy()), 300, 1])
     with pytest.raises(Violation, match="read-only: write to argument 1"):
         launch(COPY, "copy", 3, 128, [X, frozen, 300, 1])
+    add = COPY.replace("st.global.u32 [%rd4]", "red.global.add.u32 [%rd4]")
+    with pytest.raises(Violation, match="read-only: write to argument 1"):
+        launch(add, "copy", 3, 128, [X, frozen, 300, 1])
     with pytest.raises(ValueError, match="argument 1 is an output, but the array is read-only"):
         launch(COPY, "copy", 3, 128, [X, Out(frozen), 300, 1])
 
@@ -208,6 +218,10 @@ def test_reports_count_what_happened() -> None:
     assert strided.global_written.sectors / strided.global_written.requests == 32
     (load,) = [r for r in report.rows if r.opcode == "ld.global.u32"]
     assert (load.line, load.warps, load.requests, load.threads) == (17, 10, 10, 300)
+    # Neighbouring lanes go to different sectors, the lanes of a warp to four of them.
+    dealt = "{ .reg .b32 %q; and.b32 %q, %r5, 3; shr.u32 %r5, %r5, 2; mad.lo.u32 %r5, %q, 8, %r5; } mul.lo.u32 %r6"
+    shuffled = launch(COPY.replace("mul.lo.u32 %r6", dealt), "copy", 1, 32, [X[:32], Out(X[:32].copy()), 32, 1])
+    assert shuffled.global_read.sectors == shuffled.global_written.sectors == 4
     assert report.divergent_branches == 0 and report.instructions["memory"] == 4 * 12 + 2 * 10
     data = json.loads(report.to_json())
     assert data["global_read"] == {"requests": 10, "bytes": 1200, "sectors": 38, "conflicts": 0} and len(

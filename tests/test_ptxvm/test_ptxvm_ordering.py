@@ -50,6 +50,8 @@ SOUND = {
     "release and acquire": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "system scope": ("st.release.sys.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "fences": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", "fence.acq_rel.gpu;"),
+    "a narrow fence and a wide one": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];",
+                                      "fence.acq_rel.cta; fence.acq_rel.gpu;"),
     "old fences": ("membar.gl; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", "membar.sys;"),
     "atomics": ("atom.acq_rel.gpu.global.add.u32 %d, [%m+4], 1;", "atom.acq_rel.gpu.global.or.b32 %d, [%m+4], 0;", ""),
     "a reduction": ("red.release.gpu.global.max.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
@@ -62,6 +64,8 @@ UNSOUND = {
     "no fence after": ("membar.gl; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", ""),
     "a fence after the flag": ("st.volatile.global.u32 [%m+4], 1; membar.gl;", "ld.volatile.global.u32 %d, [%m+4];", "membar.gl;"),
     "a fence of the block": ("membar.cta; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", "membar.gl;"),
+    "a fence of the block at the reader": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", "fence.acq_rel.cta;"),
+    "a fence of the block and an acquire": ("fence.acq_rel.cta; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "a release to the block": ("st.release.cta.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "an acquire from the block": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.acquire.cta.global.u32 %d, [%m+4];", ""),
     "a plain flag": ("st.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
@@ -84,6 +88,24 @@ def test_a_message_that_nothing_orders(way: str, schedule: Any) -> None:
     release, acquire, after = UNSOUND[way]
     with pytest.raises(Violation, match=r"race: .* with nothing that orders the two"):
         run(MESSAGE.format(release=release, acquire=acquire, after=after), schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_message_within_a_cluster(schedule: Any) -> None:
+    text = MESSAGE.format(
+        release="st.release.cluster.global.u32 [%m+4], 1;",
+        acquire="ld.acquire.cluster.global.u32 %d, [%m+4];",
+        after="",
+    )
+    memory, _ = run(text, schedule=schedule, cluster=2)
+    assert memory[2] == 42
+    with pytest.raises(Violation, match="race"):
+        run(text, schedule=schedule)
+    with pytest.raises(Violation, match="race"):
+        run(
+            text.replace("setp", "fence.acq_rel.cluster; setp").replace("acquire.cluster", "relaxed.gpu"),
+            schedule=schedule,
+        )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -144,6 +166,55 @@ def test_a_write_must_be_ordered_after_every_read() -> None:
             run(body.replace("FENCE", ""), blocks=1, threads=64, schedule=schedule)
 
 
+def test_a_write_must_be_ordered_after_the_first_of_many_reads() -> None:
+    body = """setp.lt.u32 %p, %t, 32; @%p bra WRITER;
+    ld.global.u32 %d, [%m];
+    setp.ge.u32 %p, %t, 64; @%p bar.arrive 1, 96;
+    exit;
+    WRITER: bar.sync 1, 96;
+    @%z st.global.u32 [%m], 1;"""
+    for schedule in SCHEDULES:
+        with pytest.raises(Violation, match="race: byte 0 of argument 0"):
+            run(body, blocks=1, threads=128, schedule=schedule)
+        run(body.replace("ge.u32 %p, %t, 64", "ge.u32 %p, %t, 32").replace("96", "128"), blocks=1, threads=128)
+
+
+def test_weak_and_strong_reads_of_a_warp_are_kept_apart() -> None:
+    body = """@%y bra WRITER;
+    @%z ld.relaxed.gpu.global.u32 %d, [%m];
+    setp.eq.u32 %p, %t, 1; @%p ld.global.u32 %d, [%m];
+    exit;
+    WRITER: @%z st.relaxed.gpu.global.u32 [%m], 1;"""
+    for schedule in SCHEDULES:
+        run(body.replace("@%p ld.global", "@%p ld.relaxed.gpu.global"), schedule=schedule)
+        with pytest.raises(Violation, match="race: byte 0 of argument 0"):
+            run(body, schedule=schedule)
+
+
+def test_a_barrier_lets_only_its_own_threads_go() -> None:
+    # Warps 0 and 3 meet at barrier 1, warps 1 and 2 at barrier 2.
+    body = """mov.u32 %e, tile; mov.u32 %d, 0;
+    setp.ge.u32 %p, %t, 96; @%p bra LAST;
+    setp.ge.u32 %p, %t, 32; @%p bra MIDDLE;
+    bar.sync 1, 64;
+    @%z ld.shared.u32 %d, [%e]; @%z st.global.u32 [%m], %d;
+    exit;
+    MIDDLE: bar.sync 2, 64;
+    exit;
+    LAST: setp.eq.u32 %p, %t, 96; @%p st.shared.u32 [%e], 7; bar.sync 1, 64;"""
+    for schedule in SCHEDULES:
+        memory, _ = run(body, blocks=1, threads=128, schedule=schedule)
+        assert memory[0] == 7
+
+
+def test_a_kernel_that_writes_makes_progress() -> None:
+    body = "mov.u32 %d, 0; L: @%z st.global.u32 [%m], %d; add.u32 %d, %d, 1; setp.lt.u32 %p, %d, 2000; @%p bra L;"
+    memory, _ = run(body, blocks=1, patience=4000)
+    assert memory[0] == 1999
+    with pytest.raises(Violation, match="deadlock: no progress"):
+        run(body.replace("@%z st.global.u32 [%m], %d;", "").replace("2000", "20000"), blocks=1, patience=4000)
+
+
 def test_neighbouring_bytes_are_no_race() -> None:
     run("cvt.u64.u32 %g, %t; add.s64 %g, %m, %g; st.global.u8 [%g], %t;", blocks=1, threads=64)
 
@@ -154,16 +225,33 @@ def test_equal_values_in_shared_memory_are_no_race_but_in_global_memory_are() ->
         run("st.global.u32 [%m], 7;", blocks=1)
 
 
-def test_lanes_that_collide_are_counted_where_that_is_allowed() -> None:
+@pytest.mark.parametrize("threads", [32, 96])
+def test_stores_that_collide_are_counted_where_that_is_allowed(threads: int) -> None:
     body = "mov.u32 %e, tile; st.shared.u32 [%e], %t; bar.sync 0; ld.shared.u32 %d, [%e]; @%z st.global.u32 [%m], %d;"
     with pytest.raises(Violation, match="race"):
-        run(body, blocks=1)
+        run(body, blocks=1, threads=threads)
     winners = {}
     for schedule in ("forward", "reversed"):
-        memory, report = run(body, blocks=1, schedule=schedule, lanes_may_collide=True)
+        memory, report = run(body, blocks=1, threads=threads, schedule=schedule, stores_may_collide=True)
         winners[schedule] = int(memory[0])
-        assert sum(r.collisions for r in report.rows) == 31
-    assert winners == {"forward": 31, "reversed": 0}
+        assert report.collisions == threads - 1 and f"{threads - 1} collisions of copies" in str(report)
+    assert winners == {"forward": threads - 1, "reversed": 0}
+
+
+OTHER_RACES = {
+    "stores of two instructions": "mov.u32 %e, tile; setp.lt.u32 %p, %t, 32; @%p st.shared.u32 [%e], %t; @!%p st.shared.u32 [%e], %t;",
+    "one instruction and then another": "mov.u32 %e, tile; st.shared.u32 [%e], 5; st.shared.u32 [%e], %t;",
+    "a read before a store": "mov.u32 %e, tile; st.shared.u32 [%e], 5; bar.sync 0; ld.shared.u32 %d, [%e]; st.shared.u32 [%e], 5;",
+    "a read after a store": "mov.u32 %e, tile; @%z st.shared.u32 [%e], 5; bar.sync 0; st.shared.u32 [%e], 5; ld.shared.u32 %d, [%e];",
+    "global memory": "st.global.u32 [%m], %t;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_RACES)
+def test_other_races_are_refused_where_stores_may_collide(case: str) -> None:
+    for schedule in SCHEDULES:
+        with pytest.raises(Violation, match="race: byte 0 of"):
+            run(OTHER_RACES[case], blocks=1, threads=64, schedule=schedule, stores_may_collide=True)
 
 
 def test_blocks_of_a_grid_are_not_ordered_by_running_one_after_the_other() -> None:
@@ -247,6 +335,23 @@ def test_clusters_exchange_through_shared_memory(schedule: Any) -> None:
         run(CLUSTER.replace("FIRST", both.replace(".release", ".relaxed")).replace("LAST", both), **options)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("first", ["", "barrier.cluster.arrive.aligned;"])
+def test_a_cluster_does_not_wait_for_blocks_that_have_exited(first: str, schedule: Any) -> None:
+    # Block 0 is gone, with or without having arrived; the others wait for each other, and none passes early.
+    body = f"""mov.u32 %e, tile; setp.eq.u32 %p, %b, 0; @!%p bra REST;
+    {first} exit;
+    REST: st.shared.u32 [%e], %b;
+    barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+    rem.u32 %d, %b, 3; add.u32 %d, %d, 1;
+    mapa.shared::cluster.u32 %e, %e, %d;
+    ld.shared::cluster.u32 %d, [%e];
+    mul.wide.u32 %g, %b, 4; add.s64 %g, %m, %g; @%z st.global.u32 [%g], %d;
+    barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+    memory, _ = run(body, blocks=4, cluster=4, cooperative=False, schedule=schedule)
+    assert memory[:4].tolist() == [0, 2, 3, 1]
+
+
 def test_registers_of_a_cluster() -> None:
     body = """mov.u32 %d, %cluster_ctarank; mov.u32 %e, %cluster_nctarank; mad.lo.u32 %d, %e, 10, %d;
     mul.wide.u32 %g, %b, 4; add.s64 %g, %m, %g; @%z st.global.u32 [%g], %d;
@@ -280,6 +385,9 @@ def test_outputs_may_be_written_several_times_where_that_is_said() -> None:
 .entry f(.param .u64 y) { .reg .b64 %a; ld.param.u64 %a, [y]; st.global.u32 [%a], 1; st.global.u32 [%a], 2; ret; }"""
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=2)])
     launch(ptx, "f", 1, 1, [Out(np.zeros(1, np.uint32), writes=None)])
+    often = ptx.replace("[%a], 2;", "[%a], 2;" + " st.global.u32 [%a], 1;" * 255)  # 257 times
+    with pytest.raises(Violation, match="was written 255 times, not 1"):
+        launch(often, "f", 1, 1, [Out(np.zeros(1, np.uint32))])
     with pytest.raises(
         Violation, match=r"element \[0\] of argument 0 \(uint32\[1\]\) was written 2 times, not 1; 1 of 1 elements"
     ):

@@ -74,6 +74,26 @@ def moments(x, mean, variance, N, C, S, BN: tl.constexpr, BS: tl.constexpr, FLAT
 
 
 @triton.jit
+def add_pairs(s_a, q_a, s_b, q_b):
+    return s_a + s_b, q_a + q_b
+
+
+@triton.jit
+def batch_norm(x, weight, y, mean, N, C, S, eps, BN: tl.constexpr, BS: tl.constexpr, WIDE: tl.constexpr):
+    """Normalises a channel of [N, C, S] that fits one tile."""
+    c = tl.program_id(0)
+    n = tl.arange(0, BN)[:, None]
+    s = tl.arange(0, BS)[None, :]
+    inside = (n < N) & (s < S)
+    v = tl.load(x + (n * C + c) * S + s, mask=inside, other=0.0).to(WIDE)
+    total, squares = tl.reduce(tl.reduce((v, v * v), 1, add_pairs), 0, add_pairs)
+    m = total / (N * S)
+    r = tl.load(weight + c).to(WIDE) / tl.sqrt(squares / (N * S) - m * m + eps)
+    tl.store(y + (n * C + c) * S + s, ((v - m) * r).to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + c, m)
+
+
+@triton.jit
 def transpose(x, y, rows, columns, B: tl.constexpr):
     i = tl.program_id(0) * B + tl.arange(0, B)
     j = tl.program_id(1) * B + tl.arange(0, B)
@@ -137,6 +157,36 @@ def test_welford_by_axis_is_right_and_the_flat_form_is_caught(dtype: torch.dtype
     assert max(errors[False]) < 1e-6
     if tuple(int(v) for v in triton.__version__.split(".")[:2]) <= (3, 8):
         assert errors[True][0] > 1e-3, "this compiler pairs reshaped operands of a reduction rightly: celebrate"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_batch_norm(dtype: torch.dtype, target: int) -> None:
+    x = torch.randn(5, 3, 208, generator=torch.manual_seed(8)).to(dtype)
+    weight, wide = torch.tensor([1.0, 2.0, -1.0], dtype=dtype), x.double()
+    y, double = torch.empty_like(x), dtype == torch.float64
+    mean = torch.empty(3, dtype=torch.float64 if double else torch.float32)
+    options = {"BN": 8, "BS": 256, "WIDE": tl.float64 if double else tl.float32, "target": target}
+    report = launch_triton(batch_norm, (3,), x, weight, Out(y), Out(mean), 5, 3, 208, 2.0**-17, **options)
+    want = (wide - wide.mean((0, 2), keepdim=True)) * weight.double()[:, None]
+    want /= (wide.var((0, 2), unbiased=False, keepdim=True) + 2.0**-17).sqrt()
+    assert (mean - wide.mean((0, 2))).abs().max() < (1e-15 if double else 1e-6)
+    allowed = 4 * torch.finfo(dtype).eps * want.abs().max() + (0 if double else 1e-5)
+    assert (y.double() - want).abs().max() < allowed
+    assert report.global_written.sectors == x.nbytes // 32 + 3, "whole vectors"
+
+
+def test_warps_that_store_copies_of_a_sum() -> None:
+    # Two or more of the eight warps hold each sum, and contraction makes some of the copies differ.
+    x = torch.randn(48, 16, 1024, generator=torch.manual_seed(7))
+    mean, variance = torch.empty(16), torch.empty(16)
+    options: dict[str, Any] = {"BN": 32, "BS": 32, "FLAT": False, "num_warps": 8, "target": 90}
+    report = launch_triton(moments, (16,), x, Out(mean), Out(variance), 48, 16, 1024, **options)
+    assert report.collisions > 0 and (mean - x.double().mean((0, 2))).abs().max() < 1e-6
+    compiled, _ = compile_triton(moments, [x, Out(mean), Out(variance), 48, 16, 1024], **options)
+    arguments = [x, Out(mean), Out(variance), 48, 16, 1024, None, None]
+    with pytest.raises(Violation, match=r"race: byte .* of shared memory was written"):
+        launch(compiled.asm["ptx"], "moments", 16, 256, arguments, shared=compiled.metadata.shared)
 
 
 def test_a_layer_of_three_tasks_runs_in_seconds() -> None:

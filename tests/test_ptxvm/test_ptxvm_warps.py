@@ -64,6 +64,11 @@ def test_shuffles(mode: str, width: int) -> None:
         ).all()
 
 
+def test_shuffles_take_five_bits_of_the_distance() -> None:
+    assert run_warp("shfl.sync.idx.b32 %d, %v, 35, 31, -1;").tolist() == [3] * 32
+    assert run_warp("shfl.sync.down.b32 %d, %v, 33, 31, -1;").tolist() == [*range(1, 32), 31]
+
+
 def test_a_shuffle_within_half_a_warp() -> None:
     body = """setp.ge.u32 %p, %t, 16; mov.u32 %d, 99;
     @%p bra HIGH;
@@ -94,6 +99,9 @@ def test_votes() -> None:
     assert set(run_warp(odd + "vote.sync.any.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {1}
     assert set(run_warp(odd + "vote.sync.all.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
     assert set(run_warp(odd + "vote.sync.uni.pred %q, !%p, -1; selp.u32 %d, 1, 0, %q;")) == {0}
+    for limit in (0, 99):  # all of the lanes, none of them
+        uniform = f"setp.ge.u32 %p, %t, {limit}; vote.sync.uni.pred %q, %p, -1; selp.u32 %d, 1, 0, %q;"
+        assert set(run_warp(uniform)) == {1}
     assert (
         run_warp(odd + "@%p bra A; activemask.b32 %d; bra B; A: activemask.b32 %d; B:").tolist()
         == [0x55555555, 0xAAAAAAAA] * 16
@@ -171,6 +179,14 @@ def test_a_named_barrier_orders_producer_and_consumer() -> None:
             run_warp(PRODUCER.replace("bar.sync 1", "bar.arrive 1"), threads=64, schedule=schedule)
 
 
+def test_warps_that_disagree_about_a_barrier() -> None:
+    body = "mov.u32 %d, 0; mov.u32 %e, 64; setp.ge.u32 %p, %t, 32; @%p mov.u32 %e, 96; bar.sync 1, %e;"
+    with pytest.raises(Violation, match=r"barrier: expects (64|96) threads; others came expecting (64|96)"):
+        run_warp(body, threads=64)
+    with pytest.raises(Violation, match="barrier: more threads come than the 48 expected"):
+        run_warp("mov.u32 %d, 0; bar.sync 1, 48;", threads=64)
+
+
 def test_branches_reconverge() -> None:
     # The shuffle needs all lanes: they must have met again after a branch with a loop on one side.
     body = """and.b32 %e, %v, 1; setp.ne.u32 %p, %e, 0; mov.u32 %d, 0;
@@ -210,6 +226,9 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("bar.warp.sync 0xfffffffe;", "member mask", "not in the member mask"),
     ("shfl.sync.idx.b32 %d, %v, 0, 31, %t;", "member mask", "not in the member mask"),
     ("setp.lt.u32 %p, %t, 8; @%p bar.warp.sync -1;", "deadlock", "lanes that must take part never come here"),
+    ("barrier.cluster.arrive.aligned; barrier.cluster.arrive.aligned;", "barrier", "arrives a second time without a wait"),
+    ("barrier.cluster.wait.aligned;", "barrier", "waits without having arrived"),
+    ("and.b32 %e, %t, 1; bar.sync %e;", "barrier", "lanes of a warp name different barriers"),
     ("bar.sync 16;", "barrier", "there are 16 barriers"),
     ("bar.sync 0, 64;", "deadlock", "threads that must take part never come here"),
     ("setp.lt.u32 %p, %t, 8; @%p exit; barrier.sync 0;", "deadlock", "8 of 32 threads have exited"),
@@ -217,6 +236,8 @@ def test_lanes_of_a_warp_can_wait_for_each_other() -> None:
     ("trap;", "trap", "the kernel gave up"),
     ("mov.u32 %e, tile; ld.shared.u32 %d, [%e];", "unwritten read", "byte 0 of shared memory, which nobody has written"),
     ("mov.u32 %e, tile; st.shared.u32 [%e+1024], %v;", "out of bounds", "4-byte access at byte 1024 of shared memory, which has 1024"),
+    ("mov.u32 %e, tile; setp.eq.u32 %p, %t, 0; @%p red.shared.add.u32 [%e], 1;", "unwritten read", "which nobody has written"),
+    ("mov.u32 %e, tile; st.shared.v2.u32 [%e+4], {%v, %v};", "misaligned", "8-byte access at byte 4 of shared memory"),
     ("mov.u32 %e, tile; st.shared.u32 [%e+2], %v;", "misaligned", "4-byte access at byte 2 of shared memory"),
     ("mov.u32 %e, tile; st.shared.u32 [%e], %v;", "race", "was written by thread 0 of block 0"),
     ("ld.global.u32 %d, [%i+128];", "out of bounds", "0 bytes past the end of argument 1 (uint32[32])"),

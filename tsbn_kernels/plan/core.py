@@ -112,8 +112,8 @@ class Plan:
 
     @property
     def _partials(self) -> int:
-        """Values that a split leaves for each channel: mean, squares and count, or two sums."""
-        return {"forward": 3, "backward": 2}[self.work.direction] if self.variant == "split" else 0
+        """Values that a split leaves for each channel: mean, rest, squares and count, or two sums."""
+        return {"forward": 4, "backward": 2}[self.work.direction] if self.variant == "split" else 0
 
     def seconds(self, bandwidth: float | None = None) -> float:
         """Predicted time at a bandwidth in bytes a second (the data sheet's by default): predicted, not measured."""

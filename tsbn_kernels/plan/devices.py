@@ -12,7 +12,7 @@ class Device:
     """A GPU. Sizes in bytes, bandwidth in bytes a second; registers are 32 bits wide.
 
     Attributes:
-        target: ``"sm_90"`` and the like, or AMD's ``"gfx942"``.
+        target: ``"sm_90"`` and the like, or AMD's ``"gfx942"``, or the name of another kind of GPU.
         multiprocessors: streaming multiprocessors, or compute units.
         registers: of one multiprocessor.
         shared_memory: of one multiprocessor, as all its blocks together may use it.
@@ -21,6 +21,7 @@ class Device:
         warp: threads of a warp.
         l2: the last cache.
         bandwidth: of the memory, as the data sheet gives it.
+        block_threads: the most threads of one block.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Device:
     warp: int
     l2: int
     bandwidth: float
+    block_threads: int = 1024
 
     @property
     def clusters(self) -> bool:
@@ -49,7 +51,10 @@ DEVICES: dict[str, Device] = {
         Device("A100", "sm_80", 108, 65536, 164 * _KIB, 163 * _KIB, 2048, 32, 40 * _MIB, 2.039e12),
         Device("H100", "sm_90", 132, 65536, 228 * _KIB, 227 * _KIB, 2048, 32, 50 * _MIB, 3.35e12),
         Device("B200", "sm_100", 148, 65536, 228 * _KIB, 227 * _KIB, 2048, 32, 126 * _MIB, 8.0e12),
+        Device("RTX3090", "sm_86", 82, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 6 * _MIB, 0.936e12),
         Device("RTX4090", "sm_89", 128, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 72 * _MIB, 1.008e12),
+        Device("RTX5090", "sm_120", 170, 65536, 100 * _KIB, 99 * _KIB, 1536, 32, 96 * _MIB, 1.792e12),
+        Device("MI250X", "gfx90a", 110, 131072, 64 * _KIB, 64 * _KIB, 2048, 64, 8 * _MIB, 1.638e12),  # one of two dies
         Device("MI300X", "gfx942", 304, 131072, 64 * _KIB, 64 * _KIB, 2048, 64, 256 * _MIB, 5.3e12),
     )
 }
@@ -81,7 +86,7 @@ def of(index: torch.device) -> Device:
     bandwidth = paper.bandwidth if paper.name in properties.name.replace(" ", "") else 2e3 * clock * width / 8
     return Device(
         name=properties.name,
-        target=architecture if torch.version.hip else f"sm_{capability}",
+        target=architecture or (f"sm_{capability}" if index.type == "cuda" else index.type),
         multiprocessors=told("multi_processor_count", told("gpu_subslice_count", paper.multiprocessors)),
         registers=told("regs_per_multiprocessor", paper.registers),
         shared_memory=told("shared_memory_per_multiprocessor", paper.shared_memory),
@@ -90,4 +95,5 @@ def of(index: torch.device) -> Device:
         warp=told("warp_size", paper.warp),
         l2=told("L2_cache_size", paper.l2),
         bandwidth=bandwidth or paper.bandwidth,
+        block_threads=told("max_threads_per_block", paper.block_threads),
     )

@@ -1,10 +1,7 @@
 // cvt, mov, and arithmetic on addresses.
 #include <limits>
 
-#include "instructions.hpp"
 #include "lanes.hpp"
-
-namespace ptxvm {
 
 namespace {
 
@@ -18,41 +15,27 @@ D to_integer(double x, bool wide, Rounding mode) {
 
 template <class D, class S>
 D convert(const Inst& i, S s) {
+  if (std::is_same_v<S, f32> && i.ftz) s = flush(s);
   if constexpr (!is_float<D> && !is_float<S>) {
-    if (!i.sat) return D(s);
-    using Wide = __int128;
-    const Wide least = std::numeric_limits<D>::min(), most = std::numeric_limits<D>::max();
-    return D(Wide(s) < least ? least : Wide(s) > most ? most : Wide(s));
+    return i.sat ? clamped<D>(s) : D(s);
   } else if constexpr (!is_float<D>) {
-    if (i.ftz) s = flush(s);
     return to_integer<D>(s, std::is_same_v<S, f64> || sizeof(D) == 8, i.rounding);
   } else {
-    if constexpr (std::is_same_v<S, f32>)
-      if (i.ftz) s = flush(s);
     D d;
     if constexpr (is_small<D>) d = D(i.integral ? round_integral(double(s), i.rounding) : double(s), i.rounding);
-    else if constexpr (is_float<S>) d = i.integral ? D(round_integral(double(s), i.rounding)) : D(s);
-    else d = D(s);
-    d = canonical(d);
-    if constexpr (std::is_same_v<D, f32>)
-      if (i.ftz) d = flush(d);
-    if (i.sat) d = saturate(d);
-    return i.relu ? clamp_negative(d) : d;
+    else d = canonical(i.integral ? D(round_integral(double(s), i.rounding)) : D(s));
+    if (std::is_same_v<D, f32> && i.ftz) d = flush(d);
+    return limited(i, d);
   }
 }
 
 template <class D, class S>
 void convert_lanes(Warp& w, const Inst& i) {
   // A conversion to 16 bits rounds by itself; to f32 and f64 the processor does.
-  const RoundingScope scope(is_small<D> || i.integral || !is_float<D> ? Rounding::nearest : i.rounding);
-  each<D, S>(w, i, [&](S s) { return convert<D>(i, s); });
+  with_rounding(is_small<D> || i.integral || !is_float<D> ? Rounding::nearest : i.rounding, [&] {
+    each<D, S>(w, i, [&](S s) { return convert<D>(i, s); });
+  });
 }
-
-// Two f32 to a pair; the first operand goes to the high half.
-template <class T>
-constexpr auto convert_pair = [](const Inst& i, f32 high, f32 low) {
-  return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
-};
 
 template <class D, class S>
 void declare_conversion(D, S) {
@@ -81,44 +64,43 @@ void repack(Warp& w, const Inst& i) {
   });
 }
 
-void declare_moves() {
-  const Handler copy = op([](u64 a) { return a; });
-  on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", 2, copy);
+}  // namespace
+
+void declare_conversions() {
+  section("convert");
+  for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
+    for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
+  });
+  for_types<f16, bf16>([]<class T>(T) {  // the first operand goes to the high half
+    on("cvt rn|rz relu? " + type_name<Pair<T>>() + " f32", [](const Inst& i, f32 high, f32 low) {
+      return Pair<T>{convert<T>(i, low), convert<T>(i, high)};
+    });
+  });
+  section("move");
+  const auto copy = [](u64 a) { return a; };
+  on("mov pred|b16|b32|b64|u16|u32|u64|s16|s32|s64|f32|f64", copy);
   // `mov` with a vector on either side arrives under these names.
   on("pack v2 b32", 2, repack<32, true>);
   on("pack v2|v4 b64", 2, repack<64, true>);
   on("unpack v2 b32", 2, repack<32, false>);
   on("unpack v2|v4 b64", 2, repack<64, false>);
-  on("cvta to? global|const|param u64", 2, copy);
-  on("cvta shared|shared::cta|shared::cluster u64", 2, op([](u64 a) { return a + shared_window; }));
-  on("cvta to shared|shared::cta|shared::cluster u64", 2, op([](u64 a) { return a - shared_window; }));
-  on("cvta local u64", 2, op([](u64 a) { return a + local_window; }));
-  on("cvta to local u64", 2, op([](u64 a) { return a - local_window; }));
-  on("isspacep shared|shared::cta|shared::cluster", 2, op([](u64 a) { return u8(in_shared(a)); }));
-  on("isspacep local", 2, op([](u64 a) { return u8(in_local(a)); }));
-  on("isspacep global", 2, op([](u64 a) { return u8(!in_shared(a) && !in_local(a)); }));
-  on("mapa shared::cluster? u32|u64", 3, op([](u64 a, u32 rank) {
+  on("cvta to? global|const|param u64", copy);
+  on("cvta shared|shared::cta|shared::cluster u64", [](u64 a) { return a + shared_window; });
+  on("cvta to shared|shared::cta|shared::cluster u64", [](u64 a) { return a - shared_window; });
+  on("cvta local u64", [](u64 a) { return a + local_window; });
+  on("cvta to local u64", [](u64 a) { return a - local_window; });
+  on("isspacep shared|shared::cta|shared::cluster", [](u64 a) { return u8(in_shared(a)); });
+  on("isspacep local", [](u64 a) { return u8(in_local(a)); });
+  on("isspacep global", [](u64 a) { return u8(!in_shared(a) && !in_local(a)); });
+  on("mapa shared::cluster? u32|u64", [](u64 a, u32 rank) {
     return (a & ~(0xffull << rank_shift)) | u64(rank + 1) << rank_shift;
-  }));
+  });
   on("getctarank shared::cluster? u32|u64", 2, [](Warp& w, const Inst& i) {
-    const u32 own = w.block->cluster->rank(w.block);
-    each<u32, u64>(w, i, [&](u64 a) { return a >> rank_shift & 0xff ? u32(a >> rank_shift & 0xff) - 1 : own; });
+    each<u32, u64>(w, i, [&](u64 a) {
+      const u32 given = a >> rank_shift & 0xff;
+      return given ? given - 1 : w.block->rank;
+    });
   });
-  on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64", 2,
-     op([](u64) { return u64(0); }));
+  on("createpolicy fractional L2::evict_first|L2::evict_last|L2::evict_normal|L2::evict_unchanged b64",
+     [](u64) { return u64(0); });
 }
-
-}  // namespace
-
-void declare_conversions() {
-  section(Class::convert);
-  for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([](auto d) {
-    for_types<u8, s8, u16, s16, u32, s32, u64, s64, f16, bf16, f32, f64>([d](auto s) { declare_conversion(d, s); });
-  });
-  on("cvt rn|rz relu? f16x2 f32", 3, op(convert_pair<f16>));
-  on("cvt rn|rz relu? bf16x2 f32", 3, op(convert_pair<bf16>));
-  section(Class::move);
-  declare_moves();
-}
-
-}  // namespace ptxvm

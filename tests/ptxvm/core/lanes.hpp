@@ -1,12 +1,10 @@
-// Building handlers from functions on one lane's values.
+// Declaring instructions by functions on one lane's values.
 #pragma once
 #include <algorithm>
 #include <string>
 #include <utility>
 
 #include "machine.hpp"
-
-namespace ptxvm {
 
 // Calls f on every lane's operands 1, 2, ... as the types S and stores the result, a D, in operand 0.
 template <class D, class... S, class F>
@@ -22,20 +20,47 @@ inline void each(Warp& w, const Inst& i, F f) {
   }(std::index_sequence_for<S...>{});
 }
 
-template <class F, class D, class... S>
-Handler by_lane(D (F::*)(S...) const) {
-  return [](Warp& w, const Inst& i) { each<D, S...>(w, i, F{}); };
+// f(i, a...) for a function that wants to know the instruction, else f(a...).
+template <class F, class... A>
+inline auto apply(F f, const Inst& i, A... a) {
+  if constexpr (std::is_invocable_v<F, const Inst&, A...>) return f(i, a...);
+  else return f(a...);
 }
 
 template <class F, class D, class... S>
-Handler by_lane(D (F::*)(const Inst&, S...) const) {
-  return [](Warp& w, const Inst& i) { each<D, S...>(w, i, [&](S... s) { return F{}(i, s...); }); };
+void on_lanes(const std::string& pattern, D (F::*)(S...) const) {
+  on(pattern, 1 + sizeof...(S), [](Warp& w, const Inst& i) { each<D, S...>(w, i, F{}); });
 }
 
-// The handler of an instruction that is a function of one lane's operands; its types are those of the operands.
+template <class F, class D, class... S>
+void on_lanes(const std::string& pattern, D (F::*)(const Inst&, S...) const) {
+  on(pattern, 1 + sizeof...(S), [](Warp& w, const Inst& i) {
+    each<D, S...>(w, i, [&](S... s) { return F{}(i, s...); });
+  });
+}
+
+// Declares an instruction that is a function of one lane's operands; its types are those of the operands.
 template <class F>
-Handler op(F) {
-  return by_lane<F>(&F::operator());
+void on(const std::string& pattern, F) {
+  on_lanes<F>(pattern, &F::operator());
+}
+
+// x with .sat and .relu.
+template <class T>
+inline T limited(const Inst& i, T x) {
+  if (i.sat) x = saturate(x);
+  return i.relu ? clamp_negative(x) : x;
+}
+
+constexpr auto minimum_or_maximum = [](const Inst& i, auto a, auto... others) {
+  ((a = extreme(i.largest, i.keeps_nan, a, others)), ...);
+  return a;
+};
+
+// The D that is nearest to an integer.
+template <class D>
+inline D clamped(__int128 x) {
+  return D(std::clamp<__int128>(x, std::numeric_limits<D>::min(), std::numeric_limits<D>::max()));
 }
 
 template <class... T, class F>
@@ -47,7 +72,6 @@ void for_types(F f) {
 template <class T>
 std::string type_name() {
   if constexpr (is_pair<T>) return type_name<decltype(T::low)>() + "x2";
-  else if constexpr (std::is_same_v<T, f16>) return "f16";
   else if constexpr (std::is_same_v<T, bf16>) return "bf16";
   else return (is_float<T> ? "f" : std::is_signed_v<T> ? "s" : "u") + std::to_string(8 * sizeof(T));
 }
@@ -71,5 +95,3 @@ void for_integer_functions(Declare declare) {
     declare("xor", bits, [](T a, T b) { return T(a ^ b); });
   }
 }
-
-}  // namespace ptxvm

@@ -4,12 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
-namespace ptxvm {
-
 u32 Warp::number() const { return u32(block->linear) * machine->warps_per_block() + index; }
-u32 Warp::thread(int lane) const {
-  return u32(block->linear) * machine->threads_per_block() + index * warp_size + lane;
-}
 
 u32 Warp::predicate(s32 number) const {
   const u64* p = slot(number);
@@ -23,7 +18,7 @@ u32 Warp::predicate(s32 number) const {
 void Warp::reconverge(bool lowest_first) {
   for (size_t a = 0; a < splits.size(); ++a)
     for (size_t b = splits.size() - 1; b > a; --b)
-      if (splits[a].pc == splits[b].pc && splits[a].state <= Split::at_sync && splits[b].state <= Split::at_sync) {
+      if (splits[a].pc == splits[b].pc && splits[a].state <= Split::ready && splits[b].state <= Split::ready) {
         splits[a] = {Split::ready, splits[a].pc, splits[a].lanes | splits[b].lanes};
         splits.erase(splits.begin() + b);
       }
@@ -34,9 +29,14 @@ void Warp::reconverge(bool lowest_first) {
   if (!splits.empty()) std::iter_swap(splits.begin(), std::min_element(splits.begin(), splits.end(), before));
 }
 
-void Warp::wait(Split::State state) {
-  splits.push_back({state, splits[0].pc, lanes});
+void Warp::wait(Split::State state, u32 barrier) {
+  splits.push_back({state, splits[0].pc, lanes, barrier});
   leave();
+}
+
+void Warp::fail(const char* kind, const Inst& i, u32 among, const std::string& message, u64 address, s64 other) const {
+  const u32 thread = index * warp_size + std::countr_zero(among);
+  throw Violation{kind, message, i.index, other, block->linear, thread, address};
 }
 
 void Warp::exit_lanes() {
@@ -56,48 +56,41 @@ void Warp::leave() {
   if (splits[0].lanes == 0) splits.erase(splits.begin());
 }
 
-u32 Cluster::rank(const Block* block) const {
-  return u32(std::find(blocks.begin(), blocks.end(), block) - blocks.begin());
-}
-
 const Special& special(const std::string& name) {
   static const std::unordered_map<std::string, Special> table = [] {
-    std::unordered_map<std::string, Special> t;
+    std::unordered_map<std::string, Special> t = {
+        {"%cluster_ctarank", [](const Warp& w, u32) { return w.block->rank; }},
+        {"%cluster_nctarank", [](const Warp& w, u32) { return w.machine->launch.cluster.count(); }},
+        {"%is_explicit_cluster", [](const Warp& w, u32) { return w.machine->launch.explicit_cluster; }},
+        {"%laneid", [](const Warp&, u32 k) { return k % warp_size; }},
+        {"%warpid", [](const Warp& w, u32) { return w.index; }},
+        {"%nwarpid", [](const Warp& w, u32) { return w.block->warps.size(); }},
+        {"%gridid", [](const Warp&, u32) { return 0; }},
+        {"%smid", [](const Warp&, u32) { return 0; }},
+        {"%nsmid", [](const Warp&, u32) { return 1; }},
+        {"%lanemask_eq", [](const Warp&, u32 k) { return 1u << k % warp_size; }},
+        {"%lanemask_lt", [](const Warp&, u32 k) { return (1u << k % warp_size) - 1; }},
+        {"%lanemask_le", [](const Warp&, u32 k) { return (2u << k % warp_size) - 1; }},
+        {"%lanemask_gt", [](const Warp&, u32 k) { return ~((2u << k % warp_size) - 1); }},
+        {"%lanemask_ge", [](const Warp&, u32 k) { return ~((1u << k % warp_size) - 1); }},
+        {"%dynamic_smem_size", [](const Warp& w, u32) { return w.machine->launch.dynamic_shared; }},
+        {"%total_smem_size", [](const Warp& w, u32) { return w.machine->launch.shared_size; }},
+        // The address of the grid's barrier, as the driver passes it
+        {"%envreg1", [](const Warp& w, u32) { return w.machine->launch.grid_workspace >> 32; }},
+        {"%envreg2", [](const Warp& w, u32) { return u32(w.machine->launch.grid_workspace); }}};
     const auto triple = [&t](const std::string& stem, auto dim) {
-      t[stem + ".x"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).x; };
-      t[stem + ".y"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).y; };
-      t[stem + ".z"] = [dim](const Launch& l, const Warp& w, u32 k) { return dim(l, w, k).z; };
+      t[stem + ".x"] = [dim](const Warp& w, u32 k) { return dim(w, k).x; };
+      t[stem + ".y"] = [dim](const Warp& w, u32 k) { return dim(w, k).y; };
+      t[stem + ".z"] = [dim](const Warp& w, u32 k) { return dim(w, k).z; };
     };
-    const auto over = [](Dim a, Dim b) { return Dim{a.x / b.x, a.y / b.y, a.z / b.z}; };
-    const auto modulo = [](Dim a, Dim b) { return Dim{a.x % b.x, a.y % b.y, a.z % b.z}; };
-    triple("%tid", [](const Launch& l, const Warp&, u32 k) { return l.block.at(k); });
-    triple("%ntid", [](const Launch& l, const Warp&, u32) { return l.block; });
-    triple("%ctaid", [](const Launch&, const Warp& w, u32) { return w.block->index; });
-    triple("%nctaid", [](const Launch& l, const Warp&, u32) { return l.grid; });
-    triple("%clusterid", [over](const Launch& l, const Warp& w, u32) { return over(w.block->index, l.cluster); });
-    triple("%nclusterid", [over](const Launch& l, const Warp&, u32) { return over(l.grid, l.cluster); });
-    triple("%cluster_ctaid", [modulo](const Launch& l, const Warp& w, u32) {
-      return modulo(w.block->index, l.cluster);
-    });
-    triple("%cluster_nctaid", [](const Launch& l, const Warp&, u32) { return l.cluster; });
-    t["%cluster_ctarank"] = [](const Launch&, const Warp& w, u32) { return w.block->cluster->rank(w.block); };
-    t["%cluster_nctarank"] = [](const Launch& l, const Warp&, u32) { return l.cluster.count(); };
-    t["%is_explicit_cluster"] = [](const Launch& l, const Warp&, u32) { return l.explicit_cluster; };
-    t["%laneid"] = [](const Launch&, const Warp&, u32 k) { return k % warp_size; };
-    t["%warpid"] = [](const Launch&, const Warp& w, u32) { return w.index; };
-    t["%nwarpid"] = [](const Launch&, const Warp& w, u32) { return w.block->warps.size(); };
-    t["%gridid"] = t["%smid"] = [](const Launch&, const Warp&, u32) { return 0; };
-    t["%nsmid"] = [](const Launch&, const Warp&, u32) { return 1; };
-    t["%lanemask_eq"] = [](const Launch&, const Warp&, u32 k) { return 1u << k % warp_size; };
-    t["%lanemask_lt"] = [](const Launch&, const Warp&, u32 k) { return (1u << k % warp_size) - 1; };
-    t["%lanemask_le"] = [](const Launch&, const Warp&, u32 k) { return (2u << k % warp_size) - 1; };
-    t["%lanemask_gt"] = [](const Launch&, const Warp&, u32 k) { return ~((2u << k % warp_size) - 1); };
-    t["%lanemask_ge"] = [](const Launch&, const Warp&, u32 k) { return ~((1u << k % warp_size) - 1); };
-    t["%dynamic_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.dynamic_shared; };
-    t["%total_smem_size"] = [](const Launch& l, const Warp&, u32) { return l.shared_size; };
-    // as the driver passes it
-    t["%envreg1"] = [](const Launch& l, const Warp&, u32) { return l.grid_workspace >> 32; };
-    t["%envreg2"] = [](const Launch& l, const Warp&, u32) { return u32(l.grid_workspace); };
+    triple("%tid", [](const Warp& w, u32 k) { return w.machine->launch.block.at(k); });
+    triple("%ntid", [](const Warp& w, u32) { return w.machine->launch.block; });
+    triple("%ctaid", [](const Warp& w, u32) { return w.block->index; });
+    triple("%nctaid", [](const Warp& w, u32) { return w.machine->launch.grid; });
+    triple("%clusterid", [](const Warp& w, u32) { return w.block->index / w.machine->launch.cluster; });
+    triple("%nclusterid", [](const Warp& w, u32) { return w.machine->launch.grid / w.machine->launch.cluster; });
+    triple("%cluster_ctaid", [](const Warp& w, u32) { return w.block->index % w.machine->launch.cluster; });
+    triple("%cluster_nctaid", [](const Warp& w, u32) { return w.machine->launch.cluster; });
     return t;
   }();
   const auto found = table.find(name);
@@ -105,9 +98,7 @@ const Special& special(const std::string& name) {
   return found->second;
 }
 
-namespace {
-
-std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
+static std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
   std::vector<u64> items(n);
   std::iota(items.begin(), items.end(), 0);
   if (order == 1) std::reverse(items.begin(), items.end());
@@ -115,25 +106,20 @@ std::vector<u64> in_order(u64 n, int order, std::mt19937_64& random) {
   return items;
 }
 
-}  // namespace
-
-void Machine::start(Block& block, u64 linear, Cluster* cluster) {
+void Machine::start(Block& block) {
   const u32 threads = threads_per_block();
-  block.linear = linear;
-  block.index = launch.grid.at(linear);
-  block.cluster = cluster;
+  block.index = launch.grid.at(block.linear);
   block.live = threads;
   block.common.assign(threads, 0);
   block.barriers = {};
-  block.shared.allocate("shared memory", 0, launch.shared_size);
+  block.shared.allocate("shared memory", launch.shared_size);
   block.shared.shared = true;
   block.shared.track();
   block.warps.resize(warps_per_block());
   for (u32 index = 0; index < block.warps.size(); ++index) {
     Warp& w = block.warps[index];
-    const u32 lanes = std::min<u32>(warp_size, threads - index * warp_size);
     w.machine = this, w.block = &block, w.index = index, w.turns = w.arrived = 0;
-    w.live = lanes == warp_size ? all_lanes : (1u << lanes) - 1;
+    w.live = u32((1ull << std::min<u32>(warp_size, threads - index * warp_size)) - 1);
     w.splits = {{Split::ready, 0, w.live}};
     w.phase = {}, w.clocks = {};
     w.registers.resize(size_t(launch.slots) * warp_size);
@@ -141,12 +127,10 @@ void Machine::start(Block& block, u64 linear, Cluster* cluster) {
     for (const auto& [slot, value] : launch.constants) std::fill_n(w.slot(slot), warp_size, value);
     for (const auto& [slot, name] : launch.specials) {
       const Special& value = special(name);
-      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value(launch, w, index * warp_size + lane);
+      for (u32 lane = 0; lane < warp_size; ++lane) w.slot(slot)[lane] = value(w, index * warp_size + lane);
     }
-    if (launch.local_size) {
-      w.local.resize(warp_size);
-      for (OwnedRegion& local : w.local) local.allocate("local memory", 0, launch.local_size);
-    }
+    w.local.resize(launch.local_size ? warp_size : 0);
+    for (OwnedRegion& local : w.local) local.allocate("local memory", launch.local_size);
   }
 }
 
@@ -156,18 +140,15 @@ void Machine::step(Warp& w, u64 instructions) {
   while (instructions-- && w.ready()) {
     const Inst& i = code[w.splits[0].pc];
     w.lanes = w.splits[0].lanes;
-    if (i.guard >= 0) w.lanes &= i.negated ? ~w.predicate(i.guard) : w.predicate(i.guard);
+    if (i.guard >= 0) w.lanes &= i.guard_negated ? ~w.predicate(i.guard) : w.predicate(i.guard);
     Counter& counter = counters[i.index];
     ++counter.warps;
     counter.threads += std::popcount(w.lanes);
     ++issued;
-    if (!w.lanes) {
-      ++w.splits[0].pc;
-    } else {
-      w.stays = false;
-      i.run(w, i);
-      if (!w.stays) ++w.splits[0].pc;
-    }
+    w.stays = false;
+    if (i.aligned && w.lanes && w.lanes != w.live) w.wait(Split::at_sync);
+    else if (w.lanes) i.run(w, i);
+    if (!w.stays) ++w.splits[0].pc;
     if (w.splits.size() > 1) w.reconverge(lowest_first);
   }
 }
@@ -200,41 +181,37 @@ void Machine::report_stuck(const std::vector<Block*>& blocks) {
   for (const Block* block : blocks)
     for (const Warp& w : block->warps)
       for (const Split& split : w.splits)
-        if (!at || split.state < at->state || (split.state == Split::at_sync && at->state != Split::at_sync))
-          blamed = &w, at = &split;
-  const char* what = at->state == Split::ready     ? "no progress: it waits for what never happens, or loops for ever"
-                     : at->state == Split::at_sync ? "lanes that must take part never come here"
-                                                   : "threads that must take part never come here";
-  const u32 threads = threads_per_block(), elsewhere = std::popcount(blamed->live & ~at->lanes);
-  const Block& block = *blamed->block;
-  blamed->fail("deadlock", code[at->pc], at->lanes, what, "; of block ", block.linear, ", ", threads - block.live,
-               " of ", threads, " threads have exited", elsewhere ? ", lanes of this warp that are elsewhere: " : "",
-               elsewhere ? std::to_string(elsewhere) : "");
+        if (!at || split.state < at->state) blamed = &w, at = &split;
+  std::string what = at->state == Split::at_sync ? "lanes" : "threads";
+  what += " that must take part never come here";
+  if (at->state == Split::ready) what = "no progress: it waits for what never happens, or loops for ever";
+  const u32 threads = threads_per_block(), exited = threads - blamed->block->live;
+  const std::string state = text("; of block ", blamed->block->linear, ", ", exited, " of ", threads,
+                                 " threads have exited; lanes of this warp that are elsewhere: ",
+                                 std::popcount(blamed->live & ~at->lanes));
+  blamed->fail("deadlock", code[at->pc], at->lanes, what + state);
 }
 
 void Machine::run() {
   random.seed(launch.seed);
   counters.assign(code.size(), {});
-  const u64 blocks = launch.grid.count(), group = launch.cooperative ? blocks : launch.cluster.count();
+  const Dim c = launch.cluster, g = launch.grid, many = g / c;
+  const u64 blocks = g.count(), group = launch.cooperative ? blocks : c.count();
   std::vector<Block> resident(group);
-  std::vector<Cluster> clusters(group / launch.cluster.count());
-  // The blocks of a cluster are neighbours in the grid; number clusters, then the blocks in each.
-  const Dim c = launch.cluster, g = launch.grid, many = launch.clusters();
+  std::vector<Cluster> clusters(group / c.count());
+  std::vector<Block*> together;
+  for (Block& block : resident) together.push_back(&block);
   for (u64 first : in_order(blocks / group, launch.order, random)) {
-    std::vector<Block*> together;
-    for (u64 k = 0; k < clusters.size(); ++k) {
-      Cluster& cluster = clusters[k] = {};
-      const Dim at = many.at(first * clusters.size() + k);
-      for (u64 rank = 0; rank < c.count(); ++rank) cluster.blocks.push_back(&resident[together.size() + rank]);
-      for (u64 rank = 0; rank < c.count(); ++rank) {
-        const Dim in = c.at(rank);
-        const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
-        start(*cluster.blocks[rank], x + g.x * (y + g.y * z), &cluster);
-        together.push_back(cluster.blocks[rank]);
-      }
+    // The blocks of a cluster are neighbours in the grid; number clusters, then the blocks in each.
+    for (u64 k = 0; k < group; ++k) {
+      const u64 number = k / c.count(), rank = k % c.count();
+      if (rank == 0) clusters[number] = {}, clusters[number].blocks.assign(&together[k], &together[k] + c.count());
+      const Dim at = many.at(first * clusters.size() + number), in = c.at(rank);
+      const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
+      Block& block = resident[k];
+      block.linear = x + g.x * (y + g.y * z), block.rank = u32(rank), block.cluster = &clusters[number];
+      start(block);
     }
     run_together(together);
   }
 }
-
-}  // namespace ptxvm

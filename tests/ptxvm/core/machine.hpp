@@ -1,14 +1,87 @@
-// The state of a launch: warps, blocks, clusters, and the machine that runs them.
+// The state of a launch: memory with its shadow, warps, blocks, clusters, and the machine that runs them.
 #pragma once
 #include <functional>
+#include <memory>
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
 
-#include "memory.hpp"
 #include "program.hpp"
 
-namespace ptxvm {
+// What a thread knows to have happened: for each block, a clock for each of its threads. Missing blocks are all 0.
+using Clocks = std::unordered_map<u32, std::vector<u32>>;
+using SharedClocks = std::shared_ptr<const Clocks>;
+
+void join(Clocks& into, const Clocks& other);
+
+// What a release makes known to whoever acquires it, and how far it reaches.
+struct Release {
+  SharedClocks clocks;
+  Scope scope;
+  u32 block;
+};
+
+// An access by lanes of one warp. Warps are numbered through the grid; a clock of 0 means never.
+struct Access {
+  u32 warp = 0, clock = 0, lanes = 0, inst : 24 = 0;
+  Scope scope : 8 = Scope::weak;
+};
+
+// The last accesses to one granule: the write, and the reads since.
+struct Cell {
+  Access write, read;
+  std::vector<Access> earlier_reads;
+};
+
+enum ByteState : u8 { forbidden, unwritten, written };
+
+// One allocation. `base` is its address in the kernel's eyes.
+struct Region {
+  std::string name;
+  u64 base = 0, size = 0;
+  u8* data = nullptr;
+  u8* state = nullptr;         // a ByteState for each byte
+  u8* counts = nullptr;        // of the writes to each byte, up to 255, if somebody wants to know
+  bool readonly = false;
+  bool shared = false;         // unordered writes of the same value are no race
+  bool tracked = false;        // races are looked for
+  unsigned granule = 4;        // bytes of a cell; shrinks to the smallest access seen
+  std::vector<Cell> cells = {};
+
+  void track() {
+    tracked = true;
+    granule = 4;
+    cells.assign((size + 3) / 4, Cell{});
+  }
+  void refine(unsigned bytes);  // makes its cells as small as this
+};
+
+// A region that owns its bytes.
+struct OwnedRegion : Region {
+  std::vector<u8> bytes, states;
+  void allocate(std::string label, u64 length) {
+    name = std::move(label), size = length;
+    bytes.assign(length, 0xcd);
+    states.assign(length, unwritten);
+    data = bytes.data(), state = states.data();
+  }
+};
+
+struct Spot {
+  Region* region;
+  u64 offset;
+  u8* data() const { return region->data + offset; }
+  u64 flag() const { return reinterpret_cast<u64>(data()); }  // its name as a flag of releases
+};
+
+inline constexpr u64 shared_window = 1ull << 40, local_window = 1ull << 41, window_size = 1ull << 32;
+inline bool in_shared(u64 address) { return address - shared_window < window_size; }
+inline bool in_local(u64 address) { return address - local_window < window_size; }
+// An address in a cluster's shared memory is (rank + 1) << rank_shift | offset; rank bits of 0 mean the own block.
+inline constexpr int rank_shift = 24;
 
 inline constexpr int warp_size = 32;
 inline constexpr u32 all_lanes = 0xffffffff;
@@ -17,6 +90,9 @@ struct Dim {
   u32 x = 1, y = 1, z = 1;
   u64 count() const { return u64(x) * y * z; }
   Dim at(u64 linear) const { return {u32(linear % x), u32(linear / x % y), u32(linear / x / y)}; }
+  bool operator==(const Dim&) const = default;
+  Dim operator/(Dim b) const { return {x / b.x, y / b.y, z / b.z}; }
+  Dim operator%(Dim b) const { return {x % b.x, y % b.y, z % b.z}; }
 };
 
 template <class... Parts>
@@ -36,8 +112,9 @@ struct Violation {
 
 // Lanes of a warp that are at the same instruction.
 struct Split {
-  enum State : u8 { ready, at_sync, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
+  enum State : u8 { at_sync, ready, at_barrier, at_cluster } state;  // at_sync: for lanes of its own warp to come here
   u32 pc, lanes;
+  u32 barrier = 0;                 // that it waits at
 };
 
 struct ThreadClock {
@@ -69,37 +146,26 @@ struct Warp {
   u64* slot(s32 number) { return registers.data() + u64(number) * warp_size; }
   const u64* slot(s32 number) const { return registers.data() + u64(number) * warp_size; }
   u32 number() const;              // in the grid
-  u32 thread(int lane) const;      // in the grid
   u32 predicate(s32 slot) const;
   bool ready() const { return !splits.empty() && splits[0].state == Split::ready; }
   void reconverge(bool lowest_first = true);
   // Makes the executing lanes wait at this instruction; the rest of the running split moves on.
-  void wait(Split::State state);
-  // Whether all lanes that have not exited are here; if not, makes the executing lanes wait for them.
-  bool meet();
-  // Ends the launch: the first of the lanes has broken a rule that is not about memory.
-  template <class... Parts>
-  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, Parts... parts) const;
+  void wait(Split::State state, u32 barrier = 0);
+  // Ends the launch: the first of the lanes has broken a rule, by itself or together with another instruction.
+  [[noreturn]] void fail(const char* kind, const Inst& i, u32 among, const std::string& message, u64 address = 0,
+                         s64 other_inst = -1) const;
   void exit_lanes();
 
- private:
   void leave();  // the executing lanes leave the running split, which moves on or ends
 };
 
 struct Barrier {
-  struct Waiter {
-    Warp* warp;
-    u32 lanes;
-    const Inst* reduction;         // bar.red: the instruction that gets a result
-  };
-  u32 expected = 0, arrived = 0, votes = 0;
+  u32 expected = 0, arrived = 0, waiting = 0, votes = 0;
   Clocks clocks;
-  std::vector<Waiter> waiting;
 };
 
 struct Cluster {
   std::vector<Block*> blocks;
-  u32 rank(const Block* block) const;
   u32 phase = 0, arrived = 0;
   Clocks gathering;
   SharedClocks done;
@@ -109,6 +175,7 @@ struct Block {
   u64 linear = 0;
   Dim index;
   Cluster* cluster = nullptr;
+  u32 rank = 0;                    // in the cluster
   std::vector<Warp> warps;
   OwnedRegion shared;
   std::vector<u32> common;         // clock of each thread up to which every thread of the block knows it
@@ -120,16 +187,11 @@ struct Counter {
   u64 warps = 0, threads = 0, requests = 0, bytes = 0, sectors = 0, conflicts = 0, divergent = 0, collisions = 0;
 };
 
-// The value of a special register (%tid.x) in a thread; throws std::invalid_argument for an unknown one.
-struct Launch;
-using Special = std::function<u64(const Launch&, const Warp&, u32 thread)>;
-const Special& special(const std::string& name);
-
 struct Launch {
   Dim grid, block, cluster;
   u64 shared_size = 0, dynamic_shared = 0, local_size = 0;
   bool cooperative = false, explicit_cluster = false;
-  bool lanes_may_collide = false;  // in one store to shared memory; one of them wins
+  bool stores_may_collide = false;  // of one instruction, to shared memory; one of the values stays
   int order = 0;                   // 0 forward, 1 reversed, 2 shuffled
   u64 seed = 0, patience = 0;      // warp instructions without progress before a launch counts as stuck
   u32 slots = 0, registers = 0;    // slots, of which the first are registers
@@ -137,12 +199,12 @@ struct Launch {
   std::vector<std::pair<u32, std::string>> specials;
   u64 grid_workspace = 0;          // address of the cooperative launch's barrier
 
-  Dim clusters() const { return {grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z}; }
-  u64 cluster_of(u64 block_number) const {
-    const Dim at = grid.at(block_number), all = clusters();
-    return at.x / cluster.x + u64(all.x) * (at.y / cluster.y + u64(all.y) * (at.z / cluster.z));
-  }
+  bool same_cluster(u32 block, u32 other) const { return grid.at(block) / cluster == grid.at(other) / cluster; }
 };
+
+// The value of a special register, %tid.x, in a thread of a block; throws std::invalid_argument for an unknown one.
+using Special = std::function<u64(const Warp& w, u32 thread)>;
+const Special& special(const std::string& name);
 
 enum class Use : u8 { read, write, update };
 
@@ -152,26 +214,25 @@ struct Machine {
   std::vector<Region> regions;     // sorted by base
   Region params;
   std::vector<Counter> counters;
-  std::vector<std::vector<Access>> read_lists{1};
   std::unordered_map<u64, std::vector<Release>> flags;  // by address: releases that a read of it would see
   std::mt19937_64 random;
   u64 progress = 0, issued = 0;
-  const u64* storing = nullptr;    // addresses of the store that is executed, by lane
 
   void run();
 
   // memory.cpp: checks one lane's access. `fresh` are the bytes to be written, if any.
-  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, Scope scope,
-             const u8* fresh = nullptr);
+  Spot touch(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes, Use use, const void* fresh = nullptr);
   void count_access(Warp& w, const Inst& i, const u64* addresses, unsigned bytes);
 
   // ordering.cpp: happens-before
   bool knows(const Warp& w, int lane, u32 block, u32 in_block, u32 clock) const;
   u32 unordered(const Warp& w, int lane, const Access& earlier) const;
-  bool races(const Warp& w, int lane, Scope scope, const Access& earlier) const;
+  bool races(const Warp& w, int lane, const Inst& i, const Access& earlier) const;
   bool compatible(u32 block, Scope scope, u32 other_block, Scope other) const;
-  void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope, bool agrees);
-  void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, Scope scope);
+  [[noreturn]] void race(const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
+                         const Access& other);
+  void check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 cell, bool agrees);
+  void check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 cell);
   void fence(Warp& w, Scope scope);
   void publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends);
   void observe(Warp& w, const Inst& i, int lane, u64 flag);
@@ -179,31 +240,19 @@ struct Machine {
   void learn(Warp& w, u32 lanes, const SharedClocks& clocks);
 
   // control.cpp
-  void complete(Block& block, Barrier& barrier);
+  void complete(Block& block, u32 number);
   void check_cluster(Cluster& cluster);
 
-  // Ends the launch: the lane has broken a rule. The message is all the parts, one after the other.
-  template <class... Parts>
-  [[noreturn]] void fail(const char* kind, const Warp& w, const Inst& i, int lane, u64 address, Parts... parts) const {
-    throw Violation{kind, text(parts...), i.index, -1, w.block->linear, w.index * warp_size + lane, address};
-  }
   u32 threads_per_block() const { return u32(launch.block.count()); }
   u32 warps_per_block() const { return (threads_per_block() + warp_size - 1) / warp_size; }
 
- private:
-  void start(Block& block, u64 linear, Cluster* cluster);
+  void start(Block& block);
   void run_together(std::vector<Block*>& blocks);
   void step(Warp& w, u64 instructions);
   [[noreturn]] void report_stuck(const std::vector<Block*>& blocks);
   Spot locate(Warp& w, const Inst& i, int lane, u64 address, unsigned bytes);
-  void refine(Region& region, unsigned bytes);  // makes its cells as small as this
   size_t last_region_ = 0;
 };
-
-template <class... Parts>
-void Warp::fail(const char* kind, const Inst& i, u32 among, Parts... parts) const {
-  machine->fail(kind, *this, i, std::countr_zero(among), 0, parts...);
-}
 
 // Calls f on each of the lanes.
 template <class F>
@@ -218,17 +267,3 @@ inline u32 lanes_where(u32 lanes, F f) {
   for_lanes(lanes, [&](int lane) { found |= u32(f(lane)) << lane; });
   return found;
 }
-
-// for_lanes in an order that depends on the schedule, where lanes may get in each other's way.
-template <class F>
-inline void for_lanes_scheduled(Machine& m, u32 lanes, F f) {
-  const bool backwards = m.launch.order == 1 || (m.launch.order == 2 && m.random() & 1);
-  if (!backwards) return for_lanes(lanes, f);
-  while (lanes) {
-    const int lane = std::bit_width(lanes) - 1;
-    lanes ^= 1u << lane;
-    f(lane);
-  }
-}
-
-}  // namespace ptxvm

@@ -7,8 +7,6 @@
 #include <limits>
 #include <type_traits>
 
-namespace ptxvm {
-
 using u8 = uint8_t;
 using u16 = uint16_t;
 using u32 = uint32_t;
@@ -23,14 +21,8 @@ using f64 = double;
 enum class Rounding : u8 { nearest, zero, down, up, away };
 
 inline double round_integral(double x, Rounding mode) {
-  switch (mode) {
-    case Rounding::nearest: return std::nearbyint(x);
-    case Rounding::zero: return std::trunc(x);
-    case Rounding::down: return std::floor(x);
-    case Rounding::up: return std::ceil(x);
-    case Rounding::away: return std::round(x);
-  }
-  return x;
+  constexpr double (*by_mode[])(double) = {std::nearbyint, std::trunc, std::floor, std::ceil, std::round};
+  return by_mode[int(mode)](x);
 }
 
 // A 16-bit float with `Precision` significant bits (the hidden one included) and least normal exponent `MinExponent`.
@@ -42,11 +34,6 @@ struct Small {
 
   Small() = default;
   explicit Small(double x, Rounding mode = Rounding::nearest) : bits(encode(x, mode)) {}
-  static Small raw(u16 bits) {
-    Small s;
-    s.bits = bits;
-    return s;
-  }
 
   operator double() const {
     const u32 magnitude = bits & 0x7fff, wide = magnitude << (24 - Precision);
@@ -93,24 +80,21 @@ template <class T> inline constexpr bool is_float = std::is_floating_point_v<T> 
 // Arithmetic on 16-bit floats is done in double and rounded once; double holds enough bits that this is exact rounding.
 template <class T> using Compute = std::conditional_t<is_small<T>, double, T>;
 
+// The unsigned integer that holds the bits of a T.
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, u64, std::conditional_t<sizeof(T) == 4, u32,
+               std::conditional_t<sizeof(T) == 2, u16, u8>>>;
+
+// A register, a slot, is 64 bits wide; those that its type lacks are ignored.
 template <class T>
 inline T from_slot(u64 slot) {
-  if constexpr (is_pair<T>) {
-    using Half = decltype(T::low);
-    return {from_slot<Half>(slot), from_slot<Half>(slot >> 8 * sizeof(Half))};
-  } else if constexpr (is_small<T>) return T::raw(u16(slot));
-  else if constexpr (std::is_same_v<T, f32>) return std::bit_cast<f32>(u32(slot));
-  else if constexpr (std::is_same_v<T, f64>) return std::bit_cast<f64>(slot);
-  else return T(slot);
+  return std::bit_cast<T>(BitsOf<T>(slot));
 }
 
 template <class T>
-inline u64 to_slot(T value) {  // signed integers arrive sign-extended
-  if constexpr (is_pair<T>) return to_slot(value.low) | to_slot(value.high) << 4 * sizeof(T);
-  else if constexpr (is_small<T>) return value.bits;
-  else if constexpr (std::is_same_v<T, f32>) return std::bit_cast<u32>(value);
-  else if constexpr (std::is_same_v<T, f64>) return std::bit_cast<u64>(value);
-  else return u64(s64(value)) & (std::is_signed_v<T> ? ~0ull : ~0ull >> (64 - 8 * sizeof(T)));
+inline u64 to_slot(T value) {
+  if constexpr (std::is_integral_v<T> && std::is_signed_v<T>) return u64(s64(value));  // sign-extended
+  else return std::bit_cast<BitsOf<T>>(value);
 }
 
 // Every NaN that arithmetic on 32 bits or fewer makes is the canonical one.
@@ -138,23 +122,12 @@ inline T clamp_negative(T x) {
 }
 
 // min and max: -0 is less than +0; of a number and a NaN the number wins, unless NaNs are kept.
-template <bool largest, bool keeps_nan>
-struct Extreme {
-  template <class T>
-  T operator()(T a, T b) const {
-    if (a != a || b != b) return keeps_nan ? a + b : a != a ? b : a;
-    const bool less = a < b || (a == b && std::signbit(a));
-    return less != largest ? a : b;
-  }
-  template <class T>
-  T operator()(T a, T b, T c) const {
-    return (*this)((*this)(a, b), c);
-  }
-};
-inline constexpr Extreme<false, false> minimum;
-inline constexpr Extreme<true, false> maximum;
-inline constexpr Extreme<false, true> minimum_nan;
-inline constexpr Extreme<true, true> maximum_nan;
+template <class T>
+inline T extreme(bool largest, bool keeps_nan, T a, T b) {
+  if (a != a || b != b) return keeps_nan ? a + b : a != a ? b : a;
+  const bool less = a < b || (a == b && std::signbit(a));
+  return less != largest ? a : b;
+}
 
 // a*b + c in double, rounded to odd, so that a second rounding to at most 51 bits is correct. a*b must be exact.
 inline double fma_to_odd(double a, double b, double c) {
@@ -164,19 +137,12 @@ inline double fma_to_odd(double a, double b, double c) {
   return std::bit_cast<double>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
 }
 
-// The rounding mode of float and double arithmetic for the life of the object.
-class RoundingScope {
- public:
-  explicit RoundingScope(Rounding mode) : changed_(mode != Rounding::nearest) {
-    constexpr int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD, FE_TONEAREST};
-    if (changed_) std::fesetround(modes[int(mode)]);
-  }
-  ~RoundingScope() {
-    if (changed_) std::fesetround(FE_TONEAREST);
-  }
-
- private:
-  bool changed_;
-};
-
-}  // namespace ptxvm
+// Calls f while float and double arithmetic round in this mode.
+template <class F>
+inline void with_rounding(Rounding mode, F f) {
+  constexpr int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD, FE_TONEAREST};
+  if (mode == Rounding::nearest) return f();
+  std::fesetround(modes[int(mode)]);
+  f();
+  std::fesetround(FE_TONEAREST);
+}

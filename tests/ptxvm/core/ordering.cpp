@@ -6,8 +6,6 @@
 
 #include "machine.hpp"
 
-namespace ptxvm {
-
 void join(Clocks& into, const Clocks& other) {
   for (const auto& [block, theirs] : other) {
     auto& ours = into[block];
@@ -32,74 +30,57 @@ u32 Machine::unordered(const Warp& w, int lane, const Access& earlier) const {
   return lanes_where(earlier.lanes, [&](int other) { return !knows(w, lane, block, first + other, earlier.clock); });
 }
 
-bool Machine::races(const Warp& w, int lane, Scope scope, const Access& earlier) const {
+bool Machine::races(const Warp& w, int lane, const Inst& i, const Access& earlier) const {
   return unordered(w, lane, earlier) &&
-         !compatible(u32(w.block->linear), scope, earlier.warp / warps_per_block(), earlier.scope);
+         !compatible(u32(w.block->linear), i.scope, earlier.warp / warps_per_block(), earlier.scope);
 }
 
 // Two strong accesses do not race if each one's scope reaches the other.
 bool Machine::compatible(u32 block, Scope scope, u32 other_block, Scope other) const {
-  switch (std::min(scope, other)) {
-    case Scope::weak: return false;
-    case Scope::block: return block == other_block;
-    case Scope::cluster: return launch.cluster_of(block) == launch.cluster_of(other_block);
-    case Scope::grid: return true;
-  }
-  return false;
+  const Scope least = std::min(scope, other);
+  return least == Scope::grid || (least == Scope::block && block == other_block) ||
+         (least == Scope::cluster && launch.same_cluster(block, other_block));
 }
 
-namespace {
-
-[[noreturn]] void race(const Machine& m, const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell,
-                       const Access& other) {
+void Machine::race(const char* what, const Warp& w, const Inst& i, int lane, Spot spot, u64 cell, const Access& other) {
   const u64 byte = cell * spot.region->granule;
-  const u32 warps = m.warps_per_block(), unordered = m.unordered(w, lane, other);
-  const u32 thread = other.warp % warps * warp_size + std::countr_zero(unordered ? unordered : other.lanes);
+  const u32 concurrent = unordered(w, lane, other), block = other.warp / warps_per_block();
+  const u32 first = other.warp % warps_per_block() * warp_size;
+  const u32 thread = first + std::countr_zero(concurrent ? concurrent : other.lanes);
   const std::string message = text("byte ", byte, " of ", spot.region->name, " ", what, " by thread ", thread,
-                                   " of block ", other.warp / warps, " with nothing that orders the two");
-  const u32 own_thread = w.index * warp_size + lane;
-  throw Violation{"race", message, i.index, other.inst, w.block->linear, own_thread, spot.region->base + byte};
+                                   " of block ", block, " with nothing that orders the two");
+  w.fail("race", i, 1u << lane, message, spot.region->base + byte, other.inst);
 }
 
-}  // namespace
-
-void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope, bool agrees) {
+void Machine::check_write(Warp& w, const Inst& i, int lane, Spot spot, u64 index, bool agrees) {
   Cell& cell = spot.region->cells[index];
-  if (!agrees && races(w, lane, scope, cell.write)) {
-    const int other = std::countr_zero(cell.write.lanes);
-    const bool together = storing && cell.write.warp == w.number() && w.lanes >> other & 1;
-    const bool collides = together && spot.region->shared && storing[other] == storing[lane];
-    if (!collides || !launch.lanes_may_collide) race(*this, "was written", w, i, lane, spot, index, cell.write);
+  if (!agrees && races(w, lane, i, cell.write)) {
+    const bool copies = launch.stores_may_collide && spot.region->shared && cell.write.inst == i.index;
+    if (!copies) race("was written", w, i, lane, spot, index, cell.write);
     ++counters[i.index].collisions;
   }
   const auto check = [&](const Access& read) {
-    if (races(w, lane, scope, read)) race(*this, "was read", w, i, lane, spot, index, read);
+    if (races(w, lane, i, read)) race("was read", w, i, lane, spot, index, read);
   };
-  std::vector<Access>& earlier = read_lists[cell.earlier_reads];
-  std::for_each(earlier.begin(), earlier.end(), check);
-  earlier.clear();
+  std::for_each(cell.earlier_reads.begin(), cell.earlier_reads.end(), check);
+  cell.earlier_reads.clear();
   check(cell.read);
   cell.read = {};
-  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
-  ++cell.writes;
+  cell.write = {w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
 }
 
-void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index, Scope scope) {
+void Machine::check_read(Warp& w, const Inst& i, int lane, Spot spot, u64 index) {
   Cell& cell = spot.region->cells[index];
-  if ((i.constant && cell.write.clock) || races(w, lane, scope, cell.write))
-    race(*this, "was written", w, i, lane, spot, index, cell.write);
-  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, scope};
-  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == scope) {
+  if ((i.constant && cell.write.clock) || races(w, lane, i, cell.write))
+    race("was written", w, i, lane, spot, index, cell.write);
+  const Access read{w.number(), w.clocks[lane].clock, 1u << lane, i.index, i.scope};
+  if (cell.read.warp == read.warp && cell.read.clock == read.clock && cell.read.scope == i.scope) {
     cell.read.lanes |= read.lanes;
     return;
   }
   // A read that is known to this thread need not be kept: who is ordered after this one is ordered after it too.
   if (unordered(w, lane, cell.read)) {
-    if (!cell.earlier_reads) {
-      cell.earlier_reads = u32(read_lists.size());
-      read_lists.emplace_back();
-    }
-    std::vector<Access>& earlier = read_lists[cell.earlier_reads];
+    std::vector<Access>& earlier = cell.earlier_reads;
     if (earlier.size() == earlier.capacity())
       std::erase_if(earlier, [&](const Access& other) { return !unordered(w, lane, other); });
     earlier.push_back(cell.read);
@@ -142,9 +123,11 @@ void Machine::learn(Warp& w, u32 lanes, const SharedClocks& clocks) {
 void Machine::fence(Warp& w, Scope scope) {
   for_lanes(w.lanes, [&](int lane) {
     ThreadClock& t = w.clocks[lane];
-    for (const Release& release : t.observed)
-      if (compatible(u32(w.block->linear), scope, release.block, release.scope)) learn(w, 1u << lane, release.clocks);
-    t.observed.clear();
+    std::erase_if(t.observed, [&](const Release& release) {
+      if (!compatible(u32(w.block->linear), scope, release.block, release.scope)) return false;
+      learn(w, 1u << lane, release.clocks);
+      return true;
+    });
     auto now = std::make_shared<Clocks>();
     gather(*now, w, 1u << lane);
     t.fenced = std::move(now);
@@ -155,8 +138,9 @@ void Machine::fence(Warp& w, Scope scope) {
 // A strong write: whoever reads it learns what its thread knew at its release, or at the fence before it.
 void Machine::publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends) {
   ThreadClock& t = w.clocks[lane];
+  if (!extends && !flags.empty()) flags.erase(flag);  // a read-modify-write continues the release sequence
+  if (i.scope == Scope::weak) return;
   std::vector<Release>& releases = flags[flag];
-  if (!extends) releases.clear();  // a read-modify-write continues the release sequence, a store ends it
   if (i.releases) {
     auto now = std::make_shared<Clocks>();
     gather(*now, w, 1u << lane);
@@ -175,5 +159,3 @@ void Machine::observe(Warp& w, const Inst& i, int lane, u64 flag) {
     else w.clocks[lane].observed.push_back(release);
   }
 }
-
-}  // namespace ptxvm

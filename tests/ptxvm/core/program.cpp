@@ -1,9 +1,8 @@
 #include "program.hpp"
 
 #include <map>
+#include <sstream>
 #include <stdexcept>
-
-namespace ptxvm {
 
 namespace {
 
@@ -13,10 +12,10 @@ struct Form {
   std::vector<Words> groups;  // an empty word in a group: it may be missing
   int operands, optional;
   Handler run;
-  Class kind;
+  const char* kind;
 };
 
-Class current_kind;
+const char* current_kind;
 
 std::multimap<std::string, Form>& forms() {
   static std::multimap<std::string, Form> table;
@@ -25,10 +24,8 @@ std::multimap<std::string, Form>& forms() {
 
 Words split(const std::string& text, char separator) {
   Words words;
-  size_t start = 0;
-  for (size_t end; (end = text.find(separator, start)) != std::string::npos; start = end + 1)
-    words.push_back(text.substr(start, end - start));
-  words.push_back(text.substr(start));
+  std::istringstream stream(text);
+  for (std::string word; std::getline(stream, word, separator);) words.push_back(word);
   return words;
 }
 
@@ -41,55 +38,52 @@ bool matches(const Words& words, size_t word, const std::vector<Words>& groups, 
   return false;
 }
 
-template <class T>
-using Meaning = std::map<std::string, T>;
-
-template <class T>
-void look_up(const Meaning<T>& meaning, const std::string& word, T& result) {
-  if (const auto found = meaning.find(word); found != meaning.end()) result = found->second;
-}
-
 void read_modifiers(Inst& inst, const Words& words) {
-  static const Meaning<bool Inst::*> flags = {
+  static const std::map<std::string, bool Inst::*> flags = {
       {"ftz", &Inst::ftz}, {"sat", &Inst::sat}, {"relu", &Inst::relu}, {"wrap", &Inst::wrap}, {"abs", &Inst::absolute},
-      {"trans", &Inst::transposed}, {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases},
+      {"max", &Inst::largest}, {"NaN", &Inst::keeps_nan}, {"l", &Inst::left}, {"trans", &Inst::transposed},
+      {"nc", &Inst::constant}, {"acquire", &Inst::acquires}, {"release", &Inst::releases}, {"relaxed", &Inst::relaxed},
       {"rni", &Inst::integral}, {"rzi", &Inst::integral}, {"rmi", &Inst::integral}, {"rpi", &Inst::integral},
-      {"bar", &Inst::aligned}, {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
-  static const Meaning<Rounding> roundings = {
+      {"aligned", &Inst::aligned}, {"arrive", &Inst::arrives}, {"red", &Inst::reduces}};
+  static const std::map<std::string, Rounding> roundings = {
       {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rm", Rounding::down}, {"rp", Rounding::up},
       {"rna", Rounding::away}, {"rni", Rounding::nearest}, {"rzi", Rounding::zero}, {"rmi", Rounding::down},
       {"rpi", Rounding::up}};
-  static const Meaning<Space> spaces = {
+  static const std::map<std::string, Space> spaces = {
       {"global", Space::global}, {"const", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared},
       {"shared::cluster", Space::shared}, {"local", Space::local}, {"param", Space::param}};
-  static const Meaning<Scope> scopes = {  // an ordering without a scope reaches the grid
+  static const std::map<std::string, Scope> scopes = {  // an ordering without a scope reaches the grid
       {"relaxed", Scope::grid}, {"volatile", Scope::grid}, {"acquire", Scope::grid}, {"release", Scope::grid},
       {"acq_rel", Scope::grid}, {"atom", Scope::grid}, {"red", Scope::grid}, {"cta", Scope::block},
       {"cluster", Scope::cluster}, {"gpu", Scope::grid}, {"gl", Scope::grid}, {"sys", Scope::grid}};
-  static const Meaning<u8> relations = {
+  static const std::map<std::string, u8> relations = {
       {"eq", equal}, {"ne", less | greater}, {"lt", less}, {"le", less | equal}, {"gt", greater},
       {"ge", greater | equal}, {"lo", less}, {"ls", less | equal}, {"hi", greater}, {"hs", greater | equal},
       {"equ", equal | unordered}, {"neu", less | greater | unordered}, {"ltu", less | unordered},
       {"leu", less | equal | unordered}, {"gtu", greater | unordered}, {"geu", greater | equal | unordered},
       {"num", less | equal | greater}, {"nan", unordered}};
-  static const Meaning<u8> functions = {
+  static const std::map<std::string, u8> functions = {
       {"and", 1}, {"or", 2}, {"xor", 3}, {"up", 0}, {"down", 1}, {"bfly", 2}, {"idx", 3}};
-  static const Meaning<u8> counts = {{"v2", 2}, {"v4", 4}, {"v8", 8}, {"x2", 2}, {"x4", 4}};
+  static const std::map<std::string, u8> counts = {{"v2", 2}, {"v4", 4}, {"v8", 8}, {"x2", 2}, {"x4", 4}};
   for (const std::string& word : words) {
+    const auto look_up = [&word](const auto& meanings, auto& result) {
+      if (const auto found = meanings.find(word); found != meanings.end()) result = found->second;
+    };
     if (const auto flag = flags.find(word); flag != flags.end()) inst.*flag->second = true;
     if (word == "acq_rel") inst.acquires = inst.releases = true;
-    look_up(roundings, word, inst.rounding);
-    look_up(spaces, word, inst.space);
-    look_up(scopes, word, inst.scope);
-    look_up(relations, word, inst.accepts);
-    look_up(functions, word, inst.function);
-    look_up(counts, word, inst.vec);
+    if (word == "bar") inst.aligned = words[1] != "warp";
+    look_up(roundings, inst.rounding);
+    look_up(spaces, inst.space);
+    look_up(scopes, inst.scope);
+    look_up(relations, inst.accepts);
+    look_up(functions, inst.function);
+    look_up(counts, inst.vec);
   }
 }
 
 }  // namespace
 
-void section(Class kind) { current_kind = kind; }
+void section(const char* kind) { current_kind = kind; }
 
 void on(const std::string& pattern, int operands, Handler run, int optional) {
   Words tokens = split(pattern, ' ');
@@ -100,7 +94,7 @@ void on(const std::string& pattern, int operands, Handler run, int optional) {
     form.groups.push_back(split(tokens[k], '|'));
     if (may_miss) form.groups.back().push_back("");
   }
-  forms().emplace(tokens[0], form);
+  for (const std::string& name : split(tokens[0], '|')) forms().emplace(name, form);
 }
 
 Inst decode(const std::string& opcode, int operands) {
@@ -122,5 +116,3 @@ Inst decode(const std::string& opcode, int operands) {
   if (counts.empty()) throw std::invalid_argument("'" + name + "' is known, but not with these modifiers and types");
   throw std::invalid_argument("'" + opcode + "' takes " + counts + " operands, not " + std::to_string(operands));
 }
-
-}  // namespace ptxvm

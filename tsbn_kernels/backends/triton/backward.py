@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tsbn_kernels.backends.triton.statistics import add_splits
 from tsbn_kernels.backends.triton.tiles import (
     COUNTS,
     VECTORS,
@@ -119,7 +120,7 @@ def backward_partial(
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def backward_apply(
     dy, x, dx, weight, mean, var, dweight, dbias, partials, T, N, C, S, splits, share, tile,
-    P: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    TRAINING: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Gradients by the sums that the splits' ``partials`` give: dx of a split, and the parameters' by the first one.
 
@@ -130,12 +131,7 @@ def backward_apply(
     raw, average, rstd, scale = normalization(weight, mean, var, slab, tile, EPS, SIGMOID)
     slope, offset = average, average
     if partials is not None:
-        i = tl.arange(0, P)[:, None]
-        inside = (i < splits) & (slab.channel < slab.C)
-        size = tl.cast(T, tl.int64) * C
-        data = partials + (i * size + slab.t.to(tl.int64) * C + slab.channel)
-        sums = tl.sum(tl.load(data, mask=inside, other=0.0), 0, keep_dims=True)
-        dots = tl.sum(tl.load(data + splits * size, mask=inside, other=0.0), 0, keep_dims=True)
+        sums, dots = add_splits(partials, splits, slab, tile)
         slope, offset = coefficients(sums, dots, rstd, scale, slab, tile)
         if split == 0:
             store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)

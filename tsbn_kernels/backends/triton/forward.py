@@ -19,11 +19,11 @@ from tsbn_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def coefficients(weight, bias, variance, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
-    """Scale and offset of ``y = (x - mean) * scale + offset``."""
+def coefficients(weight, bias, rest, variance, slab, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr):
+    """Scale and offset of ``y = (x - mean) * scale + offset``; the offset makes good for the rest of the mean."""
     scale = gate_value(vector(weight, slab, tile), SIGMOID) * tl.rsqrt(variance + EPS)
-    offset = tl.zeros(scale.shape, tile.ACC) if bias is None else vector(bias, slab, tile)
-    return scale, offset
+    offset = tl.cast(0.0, tile.ACC) if bias is None else vector(bias, slab, tile)
+    return scale, offset if rest is None else offset - rest * scale
 
 
 @triton.jit
@@ -44,12 +44,12 @@ def forward_slab(
     if RESIDENT:
         place = tile_at(0, slab, tile)
         values = load(x, slab, place, tile)
-        average, squares, count = merge_lanes(values, tl.zeros(values.shape, tile.ACC), place.real, slab, tile)
+        average, rest, squares, count = merge_lanes(values, tl.zeros(values.shape, tile.ACC), place.real, slab, tile)
     else:
         tiles = tiles_of(slab, tile)
-        average, squares, count = slab_statistics(x, slab, 0, tiles, tile)
+        average, rest, squares, count = slab_statistics(x, slab, 0, tiles, tile)
     variance = squares / count
-    scale, offset = coefficients(weight, bias, variance, slab, tile, EPS, SIGMOID)
+    scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     store_vector(mean, average, slab)
     store_vector(var, variance, slab)
     if RESIDENT:
@@ -60,7 +60,7 @@ def forward_slab(
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_partial(x, partials, T, N, C, S, splits, share, tile):
-    """First launch for split slabs: mean, squared deviations and count of a split into ``[3, splits, T, C]``.
+    """First launch for split slabs: mean, rest, squared deviations and count of a split into ``[4, splits, T, C]``.
 
     A split has ``share`` tiles, the last one fewer.
     """
@@ -68,30 +68,31 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
     slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))
-    average, squares, count = slab_statistics(x, slab, first, last, tile)
+    average, rest, squares, count = slab_statistics(x, slab, first, last, tile)
     size = tl.cast(T, tl.int64) * C
     data = partials + split * size
     store_vector(data, average, slab)
-    store_vector(data + splits * size, squares, slab)
-    store_vector(data + 2 * splits * size, count, slab)
+    store_vector(data + splits * size, rest, slab)
+    store_vector(data + 2 * splits * size, squares, slab)
+    store_vector(data + 3 * splits * size, count, slab)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_apply(
     x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
-    P: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
     split = tl.program_id(0) % splits
     slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
     if partials is None:
-        average, variance = vector(mean, slab, tile), vector(var, slab, tile)
+        average, rest, variance = vector(mean, slab, tile), None, vector(var, slab, tile)
     else:
-        average, variance = merge_splits(partials, splits, slab, tile, P)
+        average, rest, variance = merge_splits(partials, splits, slab, tile)
         if split == 0:
             store_vector(mean, average, slab)
             store_vector(var, variance, slab)
-    scale, offset = coefficients(weight, bias, variance, slab, tile, EPS, SIGMOID)
+    scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))
     normalize_tiles(x, y, slab, first, last, average, scale, offset, tile)

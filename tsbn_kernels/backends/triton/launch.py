@@ -9,16 +9,16 @@ from tsbn_kernels.backends.triton import backward, forward
 
 
 class Launch:
-    """One kernel launch: which kernel, how many programs of how many warps, and the constants it is compiled for.
+    """One kernel launch: which kernel, how many programs, the compiler's options, and the constants it is compiled for.
 
     Triton's own launcher looks at every argument on every call to find the compiled kernel. A ``Launch`` belongs to one
     shape, dtype, device and alignment, so it keeps the compiled kernel and only hands it the arguments.
     """
 
-    __slots__ = ("_run", "constants", "kernel", "programs", "warps")
+    __slots__ = ("_run", "constants", "kernel", "options", "programs")
 
-    def __init__(self, kernel: str, programs: int, warps: int, *constants: Any) -> None:
-        self.kernel, self.programs, self.warps, self.constants = kernel, programs, warps, constants
+    def __init__(self, kernel: str, programs: int, options: dict[str, int], *constants: Any) -> None:
+        self.kernel, self.programs, self.options, self.constants = kernel, programs, options, constants
         self._run: Callable[..., Any] | None = None
 
     @property
@@ -32,6 +32,6 @@ class Launch:
             self._run(*arguments, *self.constants)
             return
         grid = (self.programs, 1, 1)
-        compiled = self.function[grid](*arguments, *self.constants, num_warps=self.warps)
+        compiled = self.function[grid](*arguments, *self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             self._run = compiled[grid]

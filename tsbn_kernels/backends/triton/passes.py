@@ -52,7 +52,6 @@ class Pass:
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(dtype)
         self.tile = Tile(*map(tl.constexpr, self._tile()))
-        self.parts = tl.constexpr(1 << (plan.splits - 1).bit_length())
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
@@ -67,10 +66,24 @@ class Pass:
         even = rules.is_even(work, plan.tile)
         return work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
 
+    def views(self, *views: Strides) -> tuple[Strides, ...]:
+        """The strides as the kernels take them.
+
+        Where the positions of all columns follow one another from sample to sample they are read as samples of one
+        position: no kernel divides by the number of positions, and ``[N, C]`` takes the same kernels.
+        """
+        tasks, samples, channels, positions = self.sizes
+        joined = all(samples == 1 or n == positions * s for _, n, _, s in views)
+        if self.plan.work.family == "rows" or positions == 1 or not joined:
+            return views
+        self.sizes = tasks, samples * positions, channels, 1
+        return tuple((t, s, c, 1) for t, _, c, s in views)
+
     def launch(self, kernel: str, *constants: Any, programs: int | None = None) -> Launch:
         """A launch of one of the kernels of this pass."""
         plan = self.plan
-        return Launch(kernel, programs or plan.programs, plan.warps, self.tile, *map(tl.constexpr, constants))
+        options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
+        return Launch(kernel, programs or plan.programs, options, self.tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
@@ -83,14 +96,14 @@ class Forward(Pass):
 
     def __init__(self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
         super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
-        self.x = view_strides(x.shape, x.stride(), num_tasks, stacking)
-        self.y = view_strides(x.shape, self.output_strides, num_tasks, stacking)
+        strides = x.stride(), self.output_strides
+        self.x, self.y = self.views(*(view_strides(x.shape, s, num_tasks, stacking) for s in strides))
         sigmoid = gate == "sigmoid"
         if plan.variant in ("resident", "streaming"):
             self.slab = self.launch("forward_slab", plan.variant == "resident", eps, sigmoid)
         else:
             self.first = self.launch("forward_partial")
-            self.apply = self.launch("forward_apply", self.parts, eps, sigmoid)
+            self.apply = self.launch("forward_apply", eps, sigmoid)
 
     def __call__(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor) -> None:
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
@@ -101,7 +114,7 @@ class Forward(Pass):
             return
         partials = None
         if self.plan.variant == "split":
-            partials = self.partials(3, weight)
+            partials = self.partials(4, weight)
             self.first(source, partials, *self.sizes, *self.split)
         self.apply(source, result, *vectors, partials, *self.sizes, *self.split)
 
@@ -111,15 +124,14 @@ class Backward(Pass):
 
     def __init__(self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
         super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
-        self.dy = view_strides(dy.shape, dy.stride(), num_tasks, stacking)
-        self.x = view_strides(x.shape, x.stride(), num_tasks, stacking)
-        self.dx = view_strides(x.shape, self.output_strides, num_tasks, stacking)
+        strides = dy.stride(), x.stride(), self.output_strides
+        self.dy, self.x, self.dx = self.views(*(view_strides(x.shape, s, num_tasks, stacking) for s in strides))
         training, sigmoid = plan.work.training, gate == "sigmoid"
         if plan.variant in ("resident", "streaming"):
             self.slab = self.launch("backward_slab", plan.variant == "resident", training, eps, sigmoid)
         else:
             self.first = self.launch("backward_partial", training, eps, sigmoid)
-            self.apply = self.launch("backward_apply", self.parts, training, eps, sigmoid)
+            self.apply = self.launch("backward_apply", training, eps, sigmoid)
 
     def __call__(
         self, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, dx: Tensor | None,

@@ -2,7 +2,7 @@
 
 A slab is what has statistics of its own: one (task, channel) in the rows family; a task and a block of channels in the
 columns family. A tile is ``[A, B]`` values of a slab, contiguous along B: samples by positions in rows, positions by
-channels in columns. The vectors of a slab are ``[1, 1]`` in rows and ``[1, B]`` in columns: one kernel serves both.
+channels in columns. The vectors of a slab are scalars in rows and ``[1, B]`` in columns: one kernel serves both.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """The task and the channels ``[1, 1 or B]`` of a slab, and the sizes of the view."""
+    """The task and the channels of a slab (one, or ``[1, B]``), and the sizes of the view."""
 
     t: Any
     channel: Any
@@ -73,7 +73,8 @@ def slab_at(index, T, N, C, S, tile):
     else:
         t = index // blocks
         c = index % blocks
-    return Slab(t, c * block + tl.arange(0, block)[None, :], T, N, C, S)
+    channel = c * block + tl.arange(0, block)[None, :] if tile.COLUMNS else c
+    return Slab(t, channel, T, N, C, S)
 
 
 @triton.jit
@@ -156,11 +157,18 @@ def store_vector(data, values, slab):
 
 
 @triton.jit
+def scalar(values):
+    """The one value of a block ``[1, 1]``."""
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit
 def total(values, tile):
     """The sum over a tile, a channel."""
     if not tile.COLUMNS:
         values = tl.sum(values, 1, keep_dims=True)
-    return tl.sum(values, 0, keep_dims=True)
+    values = tl.sum(values, 0, keep_dims=True)
+    return values if tile.COLUMNS else scalar(values)
 
 
 @triton.jit
@@ -176,7 +184,8 @@ def totals(a, b, tile):
     """
     if not tile.COLUMNS:
         a, b = tl.reduce((a, b), 1, _add, keep_dims=True)
-    return tl.reduce((a, b), 0, _add, keep_dims=True)
+    a, b = tl.reduce((a, b), 0, _add, keep_dims=True)
+    return a if tile.COLUMNS else scalar(a), b if tile.COLUMNS else scalar(b)
 
 
 @triton.jit
@@ -197,4 +206,4 @@ def gate_value(weight, SIGMOID: tl.constexpr):
 @triton.jit
 def gate_slope(weight, SIGMOID: tl.constexpr):
     """Its derivative; ``1 - sigmoid`` is ``sigmoid(-weight)``, which keeps its digits."""
-    return gate_value(weight, True) * gate_value(-weight, True) if SIGMOID else tl.full(weight.shape, 1.0, weight.dtype)
+    return gate_value(weight, True) * gate_value(-weight, True) if SIGMOID else 1.0
