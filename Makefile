@@ -39,4 +39,4 @@ wheel-check: wheel
 	cd tests && ../$(VENV)-$(TORCH)/bin/python -I smoke.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info tsbn_kernels/_native.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks results
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info tsbn_kernels/_native.so tsbn_kernels/_cuda.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks results

@@ -1,12 +1,20 @@
-"""Builds ``tsbn_kernels/_native.so`` from csrc/ through PyTorch's stable ABI.
+"""Builds ``tsbn_kernels/_native.so`` and ``tsbn_kernels/_cuda.so`` from csrc/ through PyTorch's stable ABI.
 
-The library has no Python symbols and uses only the stable ABI of PyTorch 2.10: one binary serves every Python and every
-later PyTorch. Without a compiler or PyTorch at build time the package is installed without it.
+The libraries have no Python symbols and use only the stable ABI of PyTorch 2.10: one binary serves every Python and
+every later PyTorch. What cannot be built (no compiler, no PyTorch, no nvcc) is left out, and a line says so.
+
+The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU.
+``TORCH_CUDA_ARCH_LIST`` chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -14,24 +22,42 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"  # the last also as PTX, for what comes later
 
 
-def native_extension() -> list[Extension]:
-    """The extension, or none where PyTorch is missing."""
+def files(*patterns: str) -> list[str]:
+    """Files under csrc/, relative to the root."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def extensions() -> list[Extension]:
+    """The libraries that can be built here."""
     try:
         import torch
     except ImportError as error:
         print(f"tsbn-kernels: built without native kernels, the reference is used instead: {error}", file=sys.stderr)
         return []
     torch_root = Path(torch.__file__).parent
+    found = [library("_native", torch_root, files("*.cpp", "cpu/*.cpp"), files("cpu/*.h"))]
+    nvcc, reason = find_nvcc(torch.version.cuda)
+    if nvcc is None:
+        print(f"tsbn-kernels: built without CUDA C++ kernels: {reason}", file=sys.stderr)
+    else:
+        cuda = library("_cuda", torch_root, files("cuda/*.cpp"), files("cuda/*"))
+        cuda.nvcc = nvcc
+        found.append(cuda)
+    return found
+
+
+def library(name: str, torch_root: Path, sources: list[str], headers: list[str]) -> Extension:
+    """A library of operators."""
     extension = Extension(
-        "tsbn_kernels._native",
-        SOURCES,
-        depends=HEADERS,
+        f"tsbn_kernels.{name}",
+        sources,
+        depends=headers,
         include_dirs=["csrc"],
         library_dirs=[str(torch_root / "lib")],
         libraries=["torch_cpu", "c10"],
@@ -45,7 +71,40 @@ def native_extension() -> list[Extension]:
         language="c++",
     )  # fmt: skip
     extension.optional = True  # a failed build is a warning
-    return [extension]
+    return extension
+
+
+def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
+    """nvcc, or why there is none for this PyTorch."""
+    if os.environ.get("TSBN_BUILD_CUDA") == "0":
+        return None, "TSBN_BUILD_CUDA is 0"
+    if torch_cuda is None:
+        return None, "this PyTorch has no CUDA"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes += sorted(map(str, (Path(sysconfig.get_path("purelib")) / "nvidia").glob("cu*")), reverse=True)
+    candidates = [shutil.which("nvcc"), *(str(Path(home) / "bin" / "nvcc") for home in homes if home)]
+    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
+    if nvcc is None:
+        return None, "no nvcc on the PATH, in CUDA_HOME, or in a wheel"
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"release (\d+)\.", done.stdout)
+    if version is None or version[1] != torch_cuda.split(".")[0]:
+        return None, f"{nvcc} is of CUDA {version[1] if version else '?'}, PyTorch of {torch_cuda}"
+    return nvcc, ""
+
+
+def gencode(architectures: str) -> list[str]:
+    """Nvcc's flags for a list such as ``8.0;9.0+PTX``."""
+    flags = []
+    for entry in re.split(r"[;,\s]+", architectures.strip()):
+        number = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry)
+        if number is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not like 9.0 or 9.0+PTX")
+        name = number[1] + number[2] + number[3]
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        if number[4]:
+            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+    return flags
 
 
 class BuildNative(build_ext):
@@ -63,7 +122,37 @@ class BuildNative(build_ext):
                 return [name for names in objects for name in names]
 
         self.compiler.compile = compile_all
-        super().build_extension(ext)
+        try:
+            if hasattr(ext, "nvcc"):
+                self.compile_kernels(ext)
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_one
+
+    def compile_kernels(self, ext: Extension) -> None:
+        """Nvcc's part of the CUDA library; the runtime is linked statically, so no version of it must be found."""
+        target = Path(self.build_temp) / "csrc" / "cuda" / "kernels.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            ext.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(cpu_count()),
+            *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES),
+            "-c", "csrc/cuda/kernels.cu", "-o", str(target),
+        ]  # fmt: skip
+        try:
+            self.spawn(command)
+            ext.extra_objects = [str(target), *self.static_runtime(ext.nvcc)]
+        except Exception as error:
+            raise CompileError(str(error)) from error
+
+    def static_runtime(self, nvcc: str) -> list[str]:
+        """libcudart_static.a of the toolkit that nvcc belongs to, and what it needs."""
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+        folders = [*re.findall(r'-L"?([^"\s]+)', dry.stderr), str(Path(nvcc).resolve().parents[1] / "lib")]
+        for folder in folders:
+            runtime = Path(folder) / "libcudart_static.a"
+            if runtime.exists():
+                return [str(runtime), "-ldl", "-lrt", "-lpthread"]
+        raise CompileError(f"no libcudart_static.a in {', '.join(folders)}")
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -73,4 +162,4 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=native_extension(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

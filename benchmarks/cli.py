@@ -19,9 +19,12 @@ from benchmarks import environment, plot, report
 from benchmarks.data import DataError
 from benchmarks.measure import Plan
 from benchmarks.peers import PEERS
+from benchmarks.predict import predictions
+from benchmarks.predict import table as prediction_table
 from benchmarks.records import Record, write_json
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, cases, choose_batch, select_layers
+from tsbn_kernels.plan import DEVICES, devices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
 
@@ -29,6 +32,7 @@ FULL_PLAN, QUICK_PLAN = Plan(), Plan(min_rounds=3, max_rounds=3)
 NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3, 3.0)
 QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn7"), 16
 NETWORK_BATCH = 8
+PAPER_BATCH = 256  # of the CelebA network that the paper trains
 QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
 
 
@@ -66,6 +70,10 @@ def celeba40(
     quick: Annotated[
         bool, typer.Option("--quick", help="Within a minute: layers bn6 and bn7, few rounds, a small network.")
     ] = False,
+    predict: Annotated[
+        str | None,
+        typer.Option(help=f"Measure nothing: bytes and time predicted for the CUDA kernels on {', '.join(DEVICES)}."),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")] = None,
     plot_path: Annotated[Path, typer.Option("--plot", help="The picture.")] = Path("results/celeba40.png"),
 ) -> None:
@@ -84,6 +92,17 @@ def celeba40(
         chosen_layers = select_layers(names)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from None
+    if predict is not None:
+        try:
+            paper = devices.named(predict)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--predict") from None
+        if not paper.target.startswith("sm_"):
+            raise typer.BadParameter(f"{paper.name} does not run CUDA", param_hint="--predict")
+        rows = predictions(chosen_layers, tasks, batch or PAPER_BATCH, dtypes, formats, paper)
+        console.print(f"{tasks} tasks, batch {batch or PAPER_BATCH}", highlight=False)
+        console.print(prediction_table(rows, paper))
+        return
     try:
         where = environment.parse_device(device)
     except ValueError as error:

@@ -51,6 +51,15 @@ def native() -> None:
         pytest.skip("the native library was not built")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks: with more threads most of the time goes into waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """For tests that run on every backend that takes CPU tensors; see :func:`support.on_backend`."""

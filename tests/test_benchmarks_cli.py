@@ -190,3 +190,16 @@ def test_host_overhead_needs_no_gpu() -> None:
     assert result.exit_code == 0, result.output
     assert "launch stubbed" in result.output
     assert "loop of 3 BatchNorm2d" in result.output
+
+
+def test_predictions_measure_nothing(invoke, tmp_path):
+    result = invoke("--predict", "h100", "--layers", "bn2", "--tasks", "40", "--batch", "256", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert "predicted for H100" in result.output and "not measured" in result.output
+    forward = next(line for line in result.output.splitlines() if "contiguous" in line and "forward" in line)
+    assert "100% on chip" in forward
+    cells = [cell.strip() for cell in forward.split("│")]
+    assert cells[7] == "1.50" and cells[10] == "1.00"  # bytes in useful bytes: streaming, cluster
+    assert not list(tmp_path.iterdir())
+    for wrong in ("H9000", "MI300X"):
+        assert invoke("--predict", wrong).exit_code == 2

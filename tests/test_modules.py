@@ -99,6 +99,36 @@ def test_leading_task_axis(fused: Any, plain: Any, spatial: tuple[int, ...]) -> 
 
 
 @layers
+@pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("tasks", [None, [2], [2, 0]])
+def test_one_input_for_all_or_some_tasks(
+    tasks: list[int] | None, momentum: float | None, stacking: Any, fused: Any, plain: Any, spatial: tuple[int, ...]
+) -> None:
+    layer = fused(T, C, momentum=momentum, bias=True, stacking=stacking)
+    randomise(layer)
+    oracles = plain_layers(layer, plain, momentum=momentum)
+    rows = range(T) if tasks is None else tasks
+    indices = None if tasks is None else torch.tensor(tasks)
+    for shared in (True, False):
+        x = torch.randn(N, C, *spatial)
+        given = x if shared else stack(x.expand(len(rows), *x.shape).clone(), stacking, "contiguous")
+        y = unstack(layer(given, tasks=indices, shared=shared), len(rows), stacking)
+        for out, t in zip(y, rows, strict=True):
+            torch.testing.assert_close(out, oracles[t](x), rtol=1e-4, atol=1e-5)
+        assert_same_statistics(layer, oracles)
+    y.square().sum().backward()
+    assert [bool(row.any()) for row in layer.bias.grad] == [t in rows for t in range(T)]
+
+
+@layers
+def test_a_shared_input_has_no_task_axis(fused: Any, plain: Any, spatial: tuple[int, ...]) -> None:
+    dims = max(fused._stacked_dims) + 1
+    with pytest.raises(ValueError, match=f"expected .* input.*got {dims}D input"):
+        fused(T, C)(torch.randn([T, N, C, *[2] * (dims - 3)]), shared=True)
+
+
+@layers
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("bias", [False, True, "frozen"])
 @pytest.mark.parametrize("training", [True, False])

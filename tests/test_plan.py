@@ -110,7 +110,10 @@ def test_tiles_divide_what_they_can() -> None:
 
 
 def test_bytes_with_vectors_and_partials() -> None:
-    """A split forward counted by hand: x twice, the parameters by each split, four partial values a split."""
+    """A split forward counted by hand: x twice, the parameters by each split, and four partial values a split.
+
+    The first split's mean is read twice: all others are merged relative to it.
+    """
     p = plan(Work(2, 64, 4, 4096, 4, bias=True), H100)
     assert p.variant == "split"
     assert p.splits > 1

@@ -2,15 +2,23 @@
 
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
-from tsbn_kernels.modules import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.convert import convert_model, revert_model
+from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.multitask import MultiTaskModel
+from tsbn_kernels.optim import parameter_groups
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedTSigmaBN",
     "FusedTSigmaBN1d",
     "FusedTSigmaBN2d",
     "FusedTSigmaBN3d",
+    "MultiTaskModel",
+    "convert_model",
     "functional",
     "memory",
+    "parameter_groups",
+    "revert_model",
     "use_backend",
 ]

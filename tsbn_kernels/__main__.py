@@ -15,6 +15,7 @@ import torch
 from tsbn_kernels import __version__, backends, memory
 from tsbn_kernels.layout import Family
 from tsbn_kernels.plan import DEVICES, Plan, Work, devices
+from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
 from tsbn_kernels.plan.describe import table
 from tsbn_kernels.plan.work import Direction
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--dtype", choices=ITEM_SIZES, default="fp32")
     plan.add_argument("--device", type=_device, default="H100", metavar="NAME", help=", ".join(DEVICES))
     plan.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
+    plan.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="instead of the data sheet's")
     plan.add_argument("--shared-input", action="store_true", help="all tasks read one x")
     options = parser.parse_args(arguments)
@@ -70,7 +72,8 @@ def _plans(options: argparse.Namespace) -> list[Plan]:
         )
         for direction, training in passes
     ]  # fmt: skip
-    return [triton_rules.plan(work, options.device) for work in works]
+    rules = cuda_rules if options.backend == "cuda" else triton_rules
+    return [rules.plan(work, options.device) for work in works]
 
 
 def _accelerators() -> list[str]:

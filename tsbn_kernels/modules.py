@@ -9,10 +9,40 @@ from torch import Tensor, nn
 
 from tsbn_kernels.functional import GATES, task_batch_norm
 
+GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
 
-class _TaskBatchNorm(nn.Module):
-    _stacked_dims: ClassVar[tuple[int, ...]]  # of [T*N, C, *] inputs; one more is [T, N, C, *]
-    _plain: ClassVar[type[nn.Module]]
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+_DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in one call.
+
+    ``y[t] = sigmoid(weight[t]) * (x[t] - mean[t]) / sqrt(var[t] + eps) + bias[t]`` per channel, with statistics of each
+    task's own (TS-sigma-BN, arXiv 2512.20420, eq. 3). Where it does not say otherwise it behaves as ``nn.{plain}``,
+    and its parameters and buffers have the same names with a leading task axis: ``weight``, ``bias``,
+    ``running_mean`` and ``running_var`` are ``[T, C]``, ``num_batches_tracked`` is ``[T]``. The state of a plain
+    ``nn.{plain}`` loads too: every task starts from it, with ``weight = logit(clip(plain weight))`` behind a sigmoid.
+
+    Args:
+        num_tasks: T.
+        num_features: C.
+        eps: added to the variance.
+        momentum: share of the batch in the running statistics; None is the cumulative average.
+        gate: ``"sigmoid"`` (TS-sigma-BN; weight starts at 0, the gates at one half) or ``"identity"`` (TSBN; weight
+            starts at 1).
+        bias: True (learned), False, or ``"frozen"`` (a buffer, not trained).
+        stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
+            ``"sample_major"`` (task t of sample n at ``n*T + t``).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device, dtype: of the parameters and buffers.
+
+    Shape:
+        {shape}, and the output likewise.
+    """
+
+
+class FusedTSigmaBN(nn.Module):
+    __doc__ = _DOC.format(streams="streams of any dimensions", plain="SyncBatchNorm", shape="``[T*N, C, *]``")
+    _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
+    _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
 
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
@@ -65,7 +95,7 @@ class _TaskBatchNorm(nn.Module):
                 torch.ones(shape, device=device, dtype=dtype),
                 torch.zeros(num_tasks, device=device, dtype=torch.long),
             )
-        for name, tensor in zip(("running_mean", "running_var", "num_batches_tracked"), statistics, strict=True):
+        for name, tensor in zip(_STATISTICS, statistics, strict=True):
             self.register_buffer(name, tensor)
         self.reset_parameters()
 
@@ -100,24 +130,26 @@ class _TaskBatchNorm(nn.Module):
             self.num_features,
             eps=self.eps,
             momentum=self.momentum,
-            track_running_stats=self.track_running_stats,
+            track_running_stats=self.running_mean is not None,
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
+        plain.track_running_stats = self.track_running_stats
         with torch.no_grad():
             plain.weight.copy_(self.gates[index])
             if self.bias is not None:
                 plain.bias.copy_(self.bias[index])
-            for name in ("running_mean", "running_var", "num_batches_tracked"):
+            for name in _STATISTICS:
                 if (buffer := getattr(self, name)) is not None:
                     getattr(plain, name).copy_(buffer[index])
+        plain.weight.requires_grad_(self.weight.requires_grad)
         plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
         return plain.train(self.training)  # type: ignore[no-any-return]
 
-    def _stacking_of(self, x: Tensor) -> str:
-        if x.dim() in self._stacked_dims:
-            return self.stacking
-        if x.dim() == self._stacked_dims[-1] + 1:
+    def _stacking_of(self, x: Tensor, shared: bool) -> str:
+        if not self._stacked_dims or x.dim() in self._stacked_dims:
+            return "task_axis" if shared else self.stacking
+        if x.dim() == self._stacked_dims[-1] + 1 and not shared:
             return "task_axis"
         expected = " or ".join(f"{dims}D" for dims in (*self._stacked_dims, self._stacked_dims[-1] + 1))
         raise ValueError(
@@ -125,29 +157,72 @@ class _TaskBatchNorm(nn.Module):
             f"got {x.dim()}D input of shape {list(x.shape)}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape."""
-        stacking = self._stacking_of(x)
+    def forward(self, x: Tensor, *, tasks: Tensor | None = None, shared: bool = False) -> Tensor:
+        """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
+
+        Args:
+            x: the streams of the tasks.
+            tasks: indices ``[K]`` (int64, each once) of the tasks whose K streams ``x`` holds; the statistics and gates
+                of the others are left alone. None stands for all T in their order.
+            shared: ``x`` is one input ``[N, C, *]`` for all of the tasks. It is read without a copy; the result is
+                stacked.
+        """
+        stacking = self._stacking_of(x, shared)
+        if shared:
+            x = x.expand(self.num_tasks if tasks is None else len(tasks), *x.shape)
+        weight, bias = _rows(self.weight, tasks), _rows(self.bias, tasks)
+        running_mean, running_var = _rows(self.running_mean, tasks), _rows(self.running_var, tasks)
+        num_batches_tracked = _rows(self.num_batches_tracked, tasks)
         tracking = self.training and self.track_running_stats
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if tracking and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
             if self.momentum is None:  # cumulative average
-                momentum = 1.0 / self.num_batches_tracked.unsqueeze(1)
+                momentum = 1.0 / num_batches_tracked.unsqueeze(1)
         keeps_statistics = not self.training or self.track_running_stats
-        return task_batch_norm(
+        y = task_batch_norm(
             x,
-            self.weight,
-            self.bias,
-            self.running_mean if keeps_statistics else None,
-            self.running_var if keeps_statistics else None,
-            num_tasks=self.num_tasks,
-            training=self.training or self.running_mean is None,
+            weight,
+            bias,
+            running_mean if keeps_statistics else None,
+            running_var if keeps_statistics else None,
+            num_tasks=len(weight),
+            training=self.training or running_mean is None,
             momentum=momentum,
             eps=self.eps,
             gate=self.gate,
             stacking=stacking,
         )
+        if tracking and tasks is not None:
+            for name, rows in zip(_STATISTICS, (running_mean, running_var, num_batches_tracked), strict=True):
+                if rows is not None:
+                    getattr(self, name).index_copy_(0, tasks, rows)
+        if shared:
+            y = (y if self.stacking == "task_major" else y.transpose(0, 1)).flatten(0, 1)
+        return y
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the state of a plain ``nn.BatchNorm`` too, and starts every task from it."""
+        entries = [state_dict.get(prefix + name) for name in ("weight", "running_mean")]
+        if any(entry is not None and entry.dim() == 1 for entry in entries):
+            self._replicate_plain_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _replicate_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        state = {"weight": torch.ones_like(self.weight[0])}  # of affine=False
+        if self.bias is not None:
+            state["bias"] = torch.zeros_like(self.bias[0])
+        if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
+            state["num_batches_tracked"] = torch.zeros_like(self.num_batches_tracked[0])
+        for name in ("weight", "bias", *_STATISTICS):
+            if prefix + name in state_dict:
+                state[name] = state_dict[prefix + name]
+        if self.gate == "sigmoid":
+            weight = state["weight"]
+            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
+        for name, vector in state.items():
+            state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
 
     def extra_repr(self) -> str:
         bias = "frozen" if self.bias is not None and not isinstance(self.bias, nn.Parameter) else self.bias is not None
@@ -157,44 +232,31 @@ class _TaskBatchNorm(nn.Module):
         )
 
 
-_DOC = """Task-specific (sigmoid) batch normalisation of {dims}-dimensional streams, all tasks in one call.
-
-    ``y[t] = sigmoid(weight[t]) * (x[t] - mean[t]) / sqrt(var[t] + eps) + bias[t]`` per channel, with statistics of each
-    task's own (TS-sigma-BN, arXiv 2512.20420, eq. 3). Where it does not say otherwise it behaves as ``nn.{plain}``,
-    and its parameters and buffers have the same names with a leading task axis: ``weight``, ``bias``,
-    ``running_mean`` and ``running_var`` are ``[T, C]``, ``num_batches_tracked`` is ``[T]``.
-
-    Args:
-        num_tasks: T.
-        num_features: C.
-        eps: added to the variance.
-        momentum: share of the batch in the running statistics; None is the cumulative average.
-        gate: ``"sigmoid"`` (TS-sigma-BN; weight starts at 0, the gates at one half) or ``"identity"`` (TSBN; weight
-            starts at 1).
-        bias: True (learned), False, or ``"frozen"`` (a buffer, not trained).
-        stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
-            ``"sample_major"`` (task t of sample n at ``n*T + t``).
-        track_running_stats: keep running statistics; without them evaluation uses the batch's.
-        device, dtype: of the parameters and buffers.
-
-    Shape:
-        {shape}, and the output likewise.
-    """
+def _rows(vector: Any, tasks: Tensor | None) -> Any:
+    return vector if vector is None or tasks is None else vector.index_select(0, tasks)
 
 
-class FusedTSigmaBN1d(_TaskBatchNorm):
-    __doc__ = _DOC.format(dims="0 or 1", plain="BatchNorm1d", shape="``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``")
+class FusedTSigmaBN1d(FusedTSigmaBN):
+    __doc__ = _DOC.format(
+        streams="0 or 1-dimensional streams",
+        plain="BatchNorm1d",
+        shape="``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``",
+    )
     _stacked_dims = (2, 3)
     _plain = nn.BatchNorm1d
 
 
-class FusedTSigmaBN2d(_TaskBatchNorm):
-    __doc__ = _DOC.format(dims="2", plain="BatchNorm2d", shape="``[T*N, C, H, W]`` or ``[T, N, C, H, W]``")
+class FusedTSigmaBN2d(FusedTSigmaBN):
+    __doc__ = _DOC.format(
+        streams="2-dimensional streams", plain="BatchNorm2d", shape="``[T*N, C, H, W]`` or ``[T, N, C, H, W]``"
+    )
     _stacked_dims = (4,)
     _plain = nn.BatchNorm2d
 
 
-class FusedTSigmaBN3d(_TaskBatchNorm):
-    __doc__ = _DOC.format(dims="3", plain="BatchNorm3d", shape="``[T*N, C, D, H, W]`` or ``[T, N, C, D, H, W]``")
+class FusedTSigmaBN3d(FusedTSigmaBN):
+    __doc__ = _DOC.format(
+        streams="3-dimensional streams", plain="BatchNorm3d", shape="``[T*N, C, D, H, W]`` or ``[T, N, C, D, H, W]``"
+    )
     _stacked_dims = (5,)
     _plain = nn.BatchNorm3d

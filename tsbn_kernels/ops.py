@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout, reference
-from tsbn_kernels.backends import cpu, triton
+from tsbn_kernels import backends, layout, reference
+from tsbn_kernels.backends import cpu, cuda, triton
 from tsbn_kernels.reference import accumulate_dtype
 
 _library = torch.library.Library("tsbn", "DEF")
@@ -33,13 +33,20 @@ _library.define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
-# The reference serves every device for which no backend registers kernels of its own.
+# The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
+# first, CUDA C++ where Triton is missing or broken.
 _NAMES = ("forward_training", "forward_eval", "backward")
+cuda.load()
 for _name in _NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    for _key in triton.DISPATCH_KEYS if triton.available else ():
-        _library.impl(_name, triton.operator_or(_name, getattr(reference, _name)), _key)
+    for _key in triton.DISPATCH_KEYS:
+        _otherwise = cuda if cuda.available and _key == cuda.DISPATCH_KEY else reference
+        if triton.available:
+            _library.impl(_name, triton.operator_or(_name, getattr(_otherwise, _name)), _key)
+        elif _otherwise is cuda:
+            _library.impl(_name, getattr(cuda, _name), _key)
 cpu.load()
+backends.force_from_environment()
 
 
 class Operators(NamedTuple):
@@ -54,6 +61,7 @@ _dispatched = Operators(
     torch.ops.tsbn.forward_training.default, torch.ops.tsbn.forward_eval.default, torch.ops.tsbn.backward.default
 )
 _reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
+_cuda = Operators(cuda.forward_training, cuda.forward_eval, cuda.backward)
 
 
 @cache
@@ -65,6 +73,8 @@ def operators(backend: str | None) -> Operators:
     """The operators of a backend; of the one that the dispatcher picks where it is None."""
     if backend == "reference":
         return _reference
+    if backend == "cuda":
+        return _cuda
     return _triton() if backend == "triton" else _dispatched
 
 

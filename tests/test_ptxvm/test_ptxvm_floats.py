@@ -275,6 +275,20 @@ def test_flush_to_zero_takes_inputs_and_results() -> None:
     assert evaluate("setp.eq.ftz.f32 p, a, 0f00000000; selp.u32 d, 1, 0, p;", a).tolist() == [1, 0, 1, 0]
 
 
+def test_flush_to_zero_of_f16_begins_at_its_own_least_normal() -> None:
+    a = np.array([2.0**-15, -(2.0**-24), 2.0**-14], np.float16).view(np.uint16)
+    zero = np.zeros_like(a)
+    assert evaluate("add.ftz.f16 d, a, b;", a, zero, out=np.uint16).tolist() == [0, 0, int(a[2])]
+    assert evaluate("add.f16 d, a, b;", a, zero, out=np.uint16).tolist() == a.tolist()
+
+
+def test_ties_round_away_from_zero_where_asked_for() -> None:
+    ties = np.array([1 + 2**-8, -(1 + 2**-8), 1 + 3 * 2**-8], np.float32)
+    away = [0x3F81, 0xBF81, 0x3F82]
+    assert evaluate("cvt.rna.bf16.f32 d, a;", ties, out=np.uint16).tolist() == away
+    assert evaluate("cvt.rn.bf16.f32 d, a;", ties, out=np.uint16).tolist() == [0x3F80, 0xBF80, 0x3F82]
+
+
 def test_saturation_clamps_and_turns_nan_into_zero() -> None:
     a = np.array([0.25, 2, -1, np.nan, -0.0], np.float32)
     assert evaluate("add.sat.f32 d, a, 0f00000000;", a, out=np.float32).tolist() == [0.25, 1, 0, 0, 0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tsbn_kernels.backends import cpu, triton
+from tsbn_kernels.backends import cpu, cuda, triton
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ def backends() -> tuple[Backend, ...]:
     """All backends, the preferred ones first."""
     return (
         Backend("triton", triton.device_types, triton.available, triton.detail()),
+        Backend("cuda", ("cuda",), cuda.available, cuda.detail()),
         Backend("cpu", ("cpu",), cpu.available, cpu.detail()),
         Backend("reference", (), True, "eager PyTorch, any device"),
     )
@@ -44,7 +45,13 @@ def _available(name: str) -> Backend:
     return known[name]
 
 
-_override: Backend | None = _available(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
+_override: Backend | None = None
+
+
+def force_from_environment() -> None:
+    """Obeys ``TSBN_BACKEND``; to be called once the backends are loaded, for only then is it known which are usable."""
+    global _override
+    _override = _available(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
 
 
 def override(device_type: str) -> str | None:

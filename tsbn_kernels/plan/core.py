@@ -88,8 +88,10 @@ class Plan:
         parameter, statistic = work.vectors * work.parameter_size, work.vectors * work.statistics_size
         if work.direction == "backward":
             vectors = self.launches * (2 * statistic + parameter)
-        elif work.training:  # where there are splits, all means are relative to the first one's
-            vectors = parameter * (1 + work.bias) + statistic * (self.variant == "split")
+        elif work.training:
+            vectors = parameter * (1 + work.bias) + statistic * (
+                self.variant == "split"
+            )  # the first split's mean again
         else:
             vectors = parameter * (1 + work.bias) + 2 * statistic
         return self.activation_bytes_read + self.parts * (vectors + self.parts * self._partials * statistic)

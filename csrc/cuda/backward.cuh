@@ -1,0 +1,145 @@
+// dx = gate * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), dweight and dbias; in evaluation dx = gate * rstd * dy.
+#pragma once
+#include "walk.cuh"
+
+namespace tsbn::cuda {
+
+// dx = dy * dy_scale + (x - center) * x_scale + offset
+template <class A> struct BackwardFactors {
+  A center, dy_scale, x_scale, offset;
+};
+
+template <class T, int V, int CH> __device__ void backward(const Params& p) {
+  using A = Acc<T>;
+  const Walk<T, V, CH> walk(p);
+  const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
+  T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
+  const uint32_t resident = uint32_t(p.n.resident);
+  Slot<T, V>*kept = walk.kept(), *kept_dy = kept + resident;
+  Sums<A> total;
+
+  // In evaluation dx does not wait for the sums.
+  const bool at_once = !p.n.training && p.out_data != nullptr;
+  BackwardFactors<A>* factors = walk.template factors<BackwardFactors<A>>();
+  const int64_t channel = walk.first_channel() + threadIdx.x;
+  Gate<A> gate(A(0), false);
+  A rstd = 0;
+  if (threadIdx.x < walk.width() && channel < p.n.channels) {
+    gate = Gate<A>(load_parameter<A>(p.weight_data, p.n.weight, walk.task, channel), p.n.sigmoid);
+    rstd = A(1) / sqrt(load_parameter<A>(p.var_data, p.n.var, walk.task, channel) + A(p.eps));
+    factors[threadIdx.x].center = load_parameter<A>(p.mean_data, p.n.mean, walk.task, channel);
+    factors[threadIdx.x].dy_scale = gate.value * rstd;
+  }
+  __syncthreads();
+  A center[CH] = {}, dy_scale[CH] = {};
+  if (walk.mine > 0) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
+      center[c] = f.center, dy_scale[c] = f.dy_scale;
+    }
+  }
+  const auto scale_and_write = [&](const auto& at, Slot<T, V> value) {
+    A v[V];
+    value.get(v);
+#pragma unroll
+    for (int e = 0; e < V; ++e) v[e] *= dy_scale[CH == 1 ? 0 : e];
+    value.set(v);
+    walk.write(dx, p.n.out, at, value);
+  };
+
+  if (p.n.phases & kReduce) {
+    RunningSums<A, V, CH> running;
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template forwards<2>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U], gradients[U];
+        A values[U][V], grads[U][V];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const auto at = walk.template place<masked>(k + u);
+          slots[u] = walk.read(x, p.n.x, at);
+          gradients[u] = walk.read(dy, p.n.dy, at);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const uint32_t slot = walk.slot(k + u);
+          if (slot < resident) kept[slot] = slots[u], kept_dy[slot] = gradients[u];
+          slots[u].get(values[u]);
+          gradients[u].get(grads[u]);
+          if (at_once) scale_and_write(walk.template place<masked>(k + u), gradients[u]);
+        }
+        running.add(grads, values, center);  // padding has dy = 0
+      });
+    });
+    total = reduce<Sums<A>, CH>(running, walk.template states<Sums<A>>(), p.n.log_lanes, walk.cluster());
+  }
+  if (p.n.phases & kSpill) {
+    walk.spill(total);
+    return;
+  }
+  if (p.n.phases & kCombine) total = walk.template combine<Sums<A>>();
+
+  if ((p.n.phases & (kReduce | kCombine)) && threadIdx.x < walk.width() && channel < p.n.channels) {
+    const A scale = gate.value * rstd, dot = total.dot * rstd, inverse = A(1) / A(p.n.positions);
+    factors[threadIdx.x].x_scale = -scale * rstd * (dot * inverse);
+    factors[threadIdx.x].offset = -scale * (total.total * inverse);
+    if (walk.part == 0) {
+      const int64_t i = walk.task * p.n.channels + channel;
+      if (p.first != nullptr) store_parameter(p.first, p.n.weight.dtype, i, gate.slope * dot);
+      if (p.second != nullptr) store_parameter(p.second, p.n.weight.dtype, i, total.total);
+    }
+  }
+  __syncthreads();
+
+  if ((p.n.phases & kApply) && walk.mine > 0) {
+    A x_scale[CH] = {}, offset[CH] = {};
+    if (!at_once) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
+        x_scale[c] = f.x_scale, offset[c] = f.offset;
+      }
+    }
+    walk.choose_masks([&](auto masks) {
+      constexpr bool masked = decltype(masks)::value;
+      walk.template backwards<2>([&](uint32_t k, auto count) {
+        constexpr int U = decltype(count)::value;
+        Slot<T, V> slots[U], gradients[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const uint32_t slot = walk.slot(k + u);
+          if (slot < resident) {
+            slots[u] = kept[slot], gradients[u] = kept_dy[slot];
+          } else {
+            const auto at = walk.template place<masked>(k + u);
+            if (!at_once) slots[u] = walk.read(x, p.n.x, at);
+            gradients[u] = walk.read(dy, p.n.dy, at);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const auto at = walk.template place<masked>(k + u);
+          if (at_once) {
+            scale_and_write(at, gradients[u]);
+            continue;
+          }
+          A v[V], g[V];
+          slots[u].get(v);
+          gradients[u].get(g);
+#pragma unroll
+          for (int e = 0; e < V; ++e) {
+            const int c = CH == 1 ? 0 : e;
+            v[e] = g[e] * dy_scale[c] + ((v[e] - center[c]) * x_scale[c] + offset[c]);
+          }
+          slots[u].set(v);
+          walk.write(dx, p.n.out, at, slots[u]);
+        }
+      });
+    });
+  }
+  if (walk.cluster() > 1) cluster_wait();
+}
+
+}  // namespace tsbn::cuda

@@ -1,0 +1,79 @@
+// The operators under the cuda backend: the plan's numbers, and the tensors' addresses, become a launch.
+#include "launch.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+namespace tsbn::cuda {
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <class S> S filled(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() * sizeof(int64_t) == sizeof(S), "tsbn: the plan has ", numbers.size(),
+                  " numbers, the kernels take ", sizeof(S) / sizeof(int64_t));
+  S result;
+  std::memcpy(&result, numbers.data(), sizeof(S));
+  return result;
+}
+
+const void* address(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* output(const MaybeTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
+
+#ifdef TSBN_WITHOUT_DEVICE  // a test of what a launch is told: tensors are the CPU's, nothing runs
+struct Guard {
+  explicit Guard(int32_t) {}
+};
+void* current_stream(int32_t) { return nullptr; }
+#else
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+// Looked up when a launch needs it: this library also loads beside a PyTorch without CUDA.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get != nullptr, "tsbn: this PyTorch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+#endif
+
+void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> numbers, double eps, Tensor x,
+                   MaybeTensor dy, MaybeTensor out, Tensor weight, MaybeTensor bias, MaybeTensor mean, MaybeTensor var,
+                   MaybeTensor first, MaybeTensor second, MaybeTensor partial) {
+  const Params params{x.const_data_ptr(), address(dy),   output(out),    weight.const_data_ptr(),
+                      address(bias),      address(mean), address(var),   output(first),
+                      output(second),     output(partial), eps,          filled<Numbers>(numbers)};
+  const int32_t device = x.get_device_index();
+  const Guard guard(device);
+  const char* error = launch(filled<Launch>(launch_numbers), params, current_stream(device));
+  STD_TORCH_CHECK(error == nullptr, "tsbn: the CUDA kernel was not launched: ", error);
+}
+
+bool cluster_fits(std::vector<int64_t> launch_numbers, int64_t device) {
+  const Guard guard{int32_t(device)};
+  return fits(filled<Launch>(launch_numbers));
+}
+
+}  // namespace
+}  // namespace tsbn::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
+  m.def(
+      "_cuda_launch(int[] launch, int[] numbers, float eps, Tensor x, Tensor? dy, Tensor(a!)? out, Tensor weight,"
+      " Tensor? bias, Tensor? mean, Tensor? var, Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? partial) -> ()");
+  m.def("_cuda_cluster_fits(int[] launch, int device) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tsbn, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_launch", TORCH_BOX(&tsbn::cuda::launch_kernel));
+  m.impl("_cuda_cluster_fits", TORCH_BOX(&tsbn::cuda::cluster_fits));
+}

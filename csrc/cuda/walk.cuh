@@ -1,0 +1,145 @@
+// Which slots a thread of a block owns, where they lie in global memory, and what of them stays in shared memory.
+#pragma once
+#include "statistics.cuh"
+
+namespace tsbn::cuda {
+
+extern __shared__ __align__(16) unsigned char tsbn_memory[];
+
+// Where a slot lies: outer * stride.n + inner * stride.s from the slab's first element.
+struct Place {
+  int64_t outer;
+  uint32_t inner;
+};
+
+// Of a slot that a run may not fill: what of it is the run's, and how far its run begins behind its first slot.
+struct MaskedPlace : Place {
+  int low, high, lead;
+};
+
+template <class T, int V, int CH> struct Walk {
+  using A = Acc<T>;
+  static constexpr bool kMasks = V > 1 && CH == 1;
+
+  const Params& p;
+  int64_t slab, task, channel;  // channel: this thread's first
+  uint32_t part, mine;          // mine: slots of this thread
+  int64_t outer;                // of the block's first slot
+  uint32_t inner, residue;
+
+  __device__ explicit Walk(const Params& p) : p(p) {
+    const Numbers& n = p.n;
+    slab = blockIdx.x / uint32_t(n.parts);
+    part = blockIdx.x % uint32_t(n.parts);
+    task = slab / n.tiles;
+    channel = (slab % n.tiles) * (CH << n.log_lanes) + (threadIdx.x & ((1u << n.log_lanes) - 1)) * CH;
+
+    const int64_t begin = part * n.part_slots;
+    const int64_t left = n.slots - begin, length = left < n.part_slots ? left : n.part_slots;
+    mine = channel < n.channels && length > threadIdx.x ? (uint32_t(length) - threadIdx.x + blockDim.x - 1) / blockDim.x
+                                                        : 0;
+    const int64_t first = begin >> n.log_lanes;
+    outer = first / n.divisor;
+    inner = uint32_t(first - outer * n.divisor);
+    residue = 0;
+    if constexpr (kMasks) residue = uint32_t(reinterpret_cast<uintptr_t>(start<T>(p.x_data, n.x)) / sizeof(T));
+  }
+
+  template <class E> __device__ E* start(E* data, const Operand& o) const { return data + task * o.t + channel * o.c; }
+  template <class E> __device__ const E* start(const void* data, const Operand& o) const {
+    return start(static_cast<const E*>(data), o);
+  }
+  __device__ int64_t first_channel() const { return (slab % p.n.tiles) * (CH << p.n.log_lanes); }
+
+  __device__ uint32_t slot(uint32_t k) const { return threadIdx.x + k * blockDim.x; }
+
+  // Calls f(std::true_type()) if slots need masks, else f(std::false_type()).
+  template <class F> __device__ void choose_masks(F f) const {
+    if constexpr (kMasks) {
+      if (p.n.masked) return f(std::true_type());
+    }
+    f(std::false_type());
+  }
+
+  // Division of numbers below 2^31 by an invariant (Granlund and Montgomery, 1994).
+  __device__ void find(uint32_t k, Place& at) const {
+    const uint32_t i = inner + (slot(k) >> p.n.log_lanes);
+    const uint32_t quotient = (__umulhi(i, uint32_t(p.n.multiplier)) + i) >> p.n.shift;
+    at.outer = outer + quotient;
+    at.inner = i - quotient * uint32_t(p.n.divisor);
+  }
+  __device__ void find(uint32_t k, MaskedPlace& at) const {
+    find(k, static_cast<Place&>(at));
+    at.lead = int((residue + uint32_t(at.outer) * uint32_t(p.n.x.n)) % V);
+    const int64_t before = int64_t(at.inner) * V - at.lead, after = p.n.run - before;
+    at.low = before < 0 ? int(-before) : 0;
+    at.high = after < V ? int(after) : V;
+  }
+  template <bool kMasked> __device__ auto place(uint32_t k) const {
+    std::conditional_t<kMasked, MaskedPlace, Place> at;
+    find(k, at);
+    return at;
+  }
+  __device__ static int64_t offset(const Place& at, const Operand& o) { return at.outer * o.n + int64_t(at.inner) * o.s; }
+
+  __device__ static Slot<T, V> read(const T* start, const Operand& o, const Place& at) {
+    Slot<T, V> result;
+    result.load(start + offset(at, o));
+    return result;
+  }
+  __device__ static Slot<T, V> read(const T* start, const Operand& o, const MaskedPlace& at) {
+    Slot<T, V> result;
+    const T* from = start + offset(at, o) - at.lead;
+    if (at.low == 0 && at.high == V) result.load(from);
+    else result.load(from, at.low, at.high);
+    return result;
+  }
+  __device__ static void write(T* start, const Operand& o, const Place& at, const Slot<T, V>& value) {
+    value.store(start + offset(at, o));
+  }
+  __device__ static void write(T* start, const Operand& o, const MaskedPlace& at, const Slot<T, V>& value) {
+    T* to = start + offset(at, o) - at.lead;
+    if (at.low == 0 && at.high == V) value.store(to);
+    else value.store(to, at.low, at.high);
+  }
+
+  // ---- shared memory: states of the warps, of the block, factors; then the resident slots ------------------------
+
+  template <class S> __device__ S* states() const { return reinterpret_cast<S*>(tsbn_memory); }
+  __device__ uint32_t width() const { return CH << p.n.log_lanes; }
+  template <class F> __device__ F* factors() const {
+    return reinterpret_cast<F*>(tsbn_memory + (blockDim.x / 32 + 1) * width() * 4 * sizeof(A));
+  }
+  __device__ Slot<T, V>* kept() const {
+    return reinterpret_cast<Slot<T, V>*>(tsbn_memory + (blockDim.x / 32 + 2) * width() * 4 * sizeof(A));
+  }
+
+  // The parts' states between the two launches of a split: [slab][part][channel].
+  template <class State> __device__ void spill(const State& total) const {
+    State* to = static_cast<State*>(p.partial) + int64_t(blockIdx.x) * width();
+    if (threadIdx.x < width()) to[threadIdx.x] = total;
+  }
+  template <class State> __device__ State combine() const {
+    const State* from = static_cast<const State*>(p.partial) + slab * p.n.parts * width();
+    return merge_in_order(states<State>(), width(), uint32_t(p.n.parts),
+                          [&](uint32_t k, uint32_t c) { return from[k * width() + c]; });
+  }
+  // Blocks that share a slab exchange their states through a cluster, or else through two launches.
+  __device__ uint32_t cluster() const {
+    return (p.n.phases & kReduce) && !(p.n.phases & kSpill) ? uint32_t(p.n.parts) : 1;
+  }
+
+  // Calls f.template operator()<U>(k) for tiles of U of this thread's slots, then for single ones; or from the end.
+  template <int U, class F> __device__ void forwards(F f) const {
+    uint32_t k = 0;
+    for (; k + U <= mine; k += U) f(k, std::integral_constant<int, U>());
+    for (; k < mine; ++k) f(k, std::integral_constant<int, 1>());
+  }
+  template <int U, class F> __device__ void backwards(F f) const {
+    uint32_t k = mine;
+    for (; k % U != 0; --k) f(k - 1, std::integral_constant<int, 1>());
+    for (; k > 0; k -= U) f(k - U, std::integral_constant<int, U>());
+  }
+};
+
+}  // namespace tsbn::cuda

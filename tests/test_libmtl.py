@@ -1,0 +1,118 @@
+"""The LibMTL architecture, in LibMTL where it is installed and else in a stand-in of its interface."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from libmtl_stand_in import TaskGradients, install
+from networks import NETWORKS, pretrained
+from torch import Tensor, nn
+
+from tsbn_kernels import revert_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TASKS = ["age", "smile", "hat"]
+T, N = len(TASKS), 4
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Builds the architecture as LibMTL's trainer does: one class of the architecture and a weighting."""
+    install(monkeypatch)
+    architecture = importlib.import_module("tsbn_kernels.integrations.libmtl").TSSigmaBN
+
+    class MTLmodel(architecture, TaskGradients):
+        pass
+
+    def make(*, rep_grad: bool = False, multi_input: bool = False, **arch_args: Any) -> Any:
+        decoders = nn.ModuleDict({task: nn.Linear(16, 1) for task in TASKS})
+        encoder = lambda: pretrained("celeba")  # noqa: E731
+        return MTLmodel(TASKS, encoder, decoders, rep_grad, multi_input, torch.device("cpu"), **arch_args)
+
+    return make
+
+
+def images() -> Tensor:
+    return torch.randn(N, 3, 16, 16)
+
+
+def shared_gradients(model: Any) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.get_share_params()]
+
+
+def test_each_decoder_gets_the_representation_of_its_task(build: Any) -> None:
+    model, x = build(), images()
+    plain = [revert_model(model.encoder.backbone, t) for t in range(T)]
+    y = model(x)
+    assert list(y) == TASKS
+    for task, encoder in zip(TASKS, plain, strict=True):
+        torch.testing.assert_close(y[task], model.decoders[task](encoder(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_each_task(build: Any) -> None:
+    model = build(multi_input=True)
+    plain = [revert_model(model.encoder.backbone, t) for t in range(T)]
+    for task, encoder in zip(TASKS, plain, strict=True):
+        x = images()
+        y = model(x, task)
+        assert list(y) == [task]
+        torch.testing.assert_close(y[task], model.decoders[task](encoder(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_arch_args_are_those_of_the_conversion(build: Any) -> None:
+    model = build(variant="tsbn", exclude=["1"])
+    assert type(model.encoder.backbone[1]) is nn.BatchNorm2d
+    assert model.encoder.backbone[5].gate == "identity"
+
+
+def test_shared_parameters_are_those_of_the_plain_encoder_without_its_norms(build: Any) -> None:
+    model = build(variant="tsbn")
+    model.encoder.backbone[0].weight.requires_grad_(False)
+    shared = {id(parameter) for parameter in model.get_share_params()}
+    expected = [module for module in NETWORKS["celeba"]() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert len(shared) == len(expected) - 1
+    assert not shared & {id(p) for module in model.modules() if hasattr(module, "gates") for p in module.parameters()}
+
+
+def test_a_backward_for_each_task_and_weighted_shared_gradients(build: Any) -> None:
+    """Gates and decoders get the gradients of their task, the shared parameters the weighted sum."""
+    model, x = build(), images()
+    losses = [y.square().sum() for y in model(x).values()]
+    single = [torch.autograd.grad(loss, model.get_share_params(), retain_graph=True) for loss in losses]
+    gates = model.encoder.backbone[5].weight
+    expected = torch.autograd.grad(sum(losses), gates, retain_graph=True)[0]
+    model.backward(torch.stack(losses))
+    for index, gradient in enumerate(shared_gradients(model)):
+        wanted = sum((t + 1) * single[t][index] for t in range(T))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gates.grad, expected, rtol=1e-3, atol=1e-4)
+    assert all(decoder.weight.grad is not None for decoder in model.decoders.values())
+
+
+def test_gradients_of_the_representations(build: Any) -> None:
+    model, x = build(), images()
+    losses = torch.stack([y.square().sum() for y in model(x).values()])
+    model.backward(losses)
+    expected = shared_gradients(model)
+    cut = build(rep_grad=True)
+    cut.load_state_dict(model.state_dict())
+    cut.backward(torch.stack([y.square().sum() for y in cut(x).values()]))
+    assert list(cut.rep) == TASKS
+    for gradient, wanted in zip(shared_gradients(cut), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_adapter_needs_libmtl() -> None:
+    code = (
+        "import sys; sys.modules['LibMTL'] = None; import tsbn_kernels\n"
+        "try: import tsbn_kernels.integrations.libmtl\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "LibMTL" in run.stdout

@@ -1,0 +1,73 @@
+"""An architecture for the trainer of LibMTL; importing this module needs LibMTL.
+
+https://github.com/median-research-group/LibMTL. Its newer trainers look architectures up by name in
+``LibMTL.architecture``, older ones take the class: docs/tutorial.md shows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from LibMTL.architecture.abstract_arch import AbsArchitecture
+from torch import Tensor, nn
+
+from tsbn_kernels.convert import convert_model
+from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.multitask import MultiTaskModel
+
+
+class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
+    """One encoder whose normalisation is specific to each task; the rest of it is shared.
+
+    Args:
+        task_name: the names of the tasks.
+        encoder_class: makes the plain encoder, whose batch normalisations are converted.
+        decoders: a module for each task by its name.
+        rep_grad: LibMTL takes gradients of the representations, one for each task.
+        multi_input: each task has its own inputs.
+        device: of the model.
+        kwargs: LibMTL's ``arch_args``: ``variant``, ``pretrained`` and ``exclude`` of
+            :func:`~tsbn_kernels.convert_model`.
+    """
+
+    def __init__(
+        self,
+        task_name: Sequence[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: Mapping[str, nn.Module],
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        # The decoders stay outside: between them and the encoder LibMTL cuts the graph where rep_grad is set.
+        representations = {task: nn.Identity() for task in task_name}
+        backbone = convert_model(encoder_class(), len(task_name), inplace=True, **kwargs)
+        self.encoder = MultiTaskModel(backbone, representations)
+
+    def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Any]:
+        """Predictions by task name: of all tasks, or of ``task_name`` alone, whose inputs these are."""
+        representations = self.encoder(inputs, None if task_name is None else [task_name])
+        return {
+            task: self.decoders[task](self._prepare_rep(representation, task, same_rep=False))
+            for task, representation in representations.items()
+        }
+
+    def get_share_params(self) -> list[nn.Parameter]:
+        """The encoder's trainable parameters without those of the task-specific layers."""
+        specific = {
+            parameter
+            for module in self.encoder.modules()
+            if isinstance(module, FusedTSigmaBN)
+            for parameter in module.parameters(recurse=False)
+        }
+        return [p for p in self.encoder.parameters() if p.requires_grad and p not in specific]
+
+    def zero_grad_share_params(self) -> None:
+        """Zeroes the gradients of :meth:`get_share_params`; those of the gates, as the decoders', go on adding up."""
+        for parameter in self.get_share_params():
+            if parameter.grad is not None:  # LibMTL writes the weighted gradients into what is here: zero, not None
+                parameter.grad.zero_()

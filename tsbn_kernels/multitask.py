@@ -1,0 +1,139 @@
+"""One backbone, T streams: runs a converted model for all tasks, or for some, and gives each head its stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsbn_kernels.modules import FusedTSigmaBN
+
+
+class MultiTaskModel(nn.Module):
+    """A backbone with task-specific normalisation, and a head for each task.
+
+    One input for all tasks runs through the shared stem once. The first task-specific layer fans it out, without
+    copying it, into one stream a task; from there on the streams run stacked, task-major. No path may lead around that
+    layer to where its streams are: for such a backbone (one that normalises before it convolves) give every task the
+    input, ``model(dict.fromkeys(model.heads, x))``, and it runs stacked from the start.
+
+    Args:
+        backbone: a model with task-major layers of T tasks, from :func:`~tsbn_kernels.convert_model`. It returns a
+            tensor whose first dimension is the batch, or a dict, list or tuple of such tensors.
+        heads: T modules by the name of their task, in the order of the layers' tasks.
+
+    Raises:
+        ValueError: the backbone has no task-specific layer, or one with another number of tasks or stacking.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, FusedTSigmaBN)]
+        if not layers:
+            raise ValueError(
+                f"backbone {type(backbone).__name__} has no task-specific layer; convert it with "
+                f"convert_model(backbone, num_tasks={len(heads)})"
+            )
+        for name, layer in layers:
+            if layer.num_tasks != len(heads) or layer.stacking != "task_major":
+                raise ValueError(
+                    f"layer {name!r} of the backbone must be task_major with a task for each of the {len(heads)} "
+                    f"heads, got stacking={layer.stacking!r} and num_tasks={layer.num_tasks}"
+                )
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+        self._router = _Router()
+        for _, layer in layers:
+            layer.register_forward_pre_hook(self._router.route, with_kwargs=True)
+
+    def forward(self, inputs: Tensor | Mapping[str, Tensor], tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """What the heads return, by task name.
+
+        Args:
+            inputs: one batch ``[N, *]`` that all tasks share, or a batch of each task's own by its name. Batches of one
+                shape run stacked, those of different shapes after each other.
+            tasks: names of the tasks to run; statistics of the others are left alone. None stands for all tasks, or
+                for those that ``inputs`` names.
+
+        Raises:
+            ValueError: a task is unknown, named twice, or has no input; or there is none.
+        """
+        names = list(self.heads)
+        if tasks is None:
+            tasks = names if isinstance(inputs, Tensor) else list(inputs)
+        if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(names):
+            raise ValueError(f"tasks must be different ones of {', '.join(names)}, got {', '.join(tasks) or 'none'}")
+        if isinstance(inputs, Tensor):
+            streams = dict(zip(tasks, self._streams(inputs, tasks, shared=True), strict=True))
+        else:
+            if missing := [task for task in tasks if task not in inputs]:
+                raise ValueError(f"inputs has no batch for {', '.join(missing)}; it has {', '.join(inputs)}")
+            streams = {}
+            for shape in dict.fromkeys(inputs[task].shape for task in tasks):
+                group = [task for task in tasks if inputs[task].shape == shape]
+                stacked = torch.cat([inputs[task] for task in group])
+                streams.update(zip(group, self._streams(stacked, group, shared=False), strict=True))
+        return {task: self.heads[task](streams[task]) for task in tasks}
+
+    def _streams(self, x: Tensor, tasks: Sequence[str], *, shared: bool) -> list[Any]:
+        """The backbone's output for each task; ``x`` is one batch for all of them, or theirs stacked."""
+        names = list(self.heads)
+        indices = None
+        if list(tasks) != names:
+            indices = torch.tensor([names.index(task) for task in tasks], device=x.device)
+        batch = x.shape[0] if shared else x.shape[0] // len(tasks)
+        self._router.run = run = _Run(indices, len(tasks), batch)
+        try:
+            return _unstack(self.backbone(x), run)
+        finally:
+            self._router.run = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is running: ``count`` tasks (their ``indices``, None for all) with ``batch`` samples each."""
+
+    indices: Tensor | None
+    count: int
+    batch: int
+
+
+class _Router:
+    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs."""
+
+    run: _Run | None = None
+
+    def route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        run, x = self.run, args[0]
+        if run is None:
+            return None
+        stacked = run.count * run.batch
+        if x.shape[0] not in (run.batch, stacked):
+            raise ValueError(
+                f"{type(layer).__name__} expected {run.batch} shared samples or {stacked} of {run.count} streams, got "
+                f"input of shape {list(x.shape)}; the backbone must not change the number of samples on the way"
+            )
+        return args, {"tasks": run.indices, "shared": x.shape[0] != stacked}
+
+
+def _unstack(features: Any, run: _Run) -> list[Any]:
+    if isinstance(features, Tensor):
+        if features.shape[0] == run.count * run.batch:
+            return list(features.unflatten(0, (run.count, run.batch)).unbind())
+        if features.shape[0] == run.batch:  # no task-specific layer has seen it
+            return [features] * run.count
+        raise ValueError(
+            f"the backbone must return {run.batch} samples for each of {run.count} tasks, got a tensor of shape "
+            f"{list(features.shape)}"
+        )
+    if isinstance(features, Mapping):
+        columns = [_unstack(feature, run) for feature in features.values()]
+        return [dict(zip(features, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(features, (list, tuple)):
+        return list(zip(*(_unstack(feature, run) for feature in features), strict=True))
+    raise TypeError(
+        f"the backbone must return a tensor, or a dict, list or tuple of tensors, got {type(features).__name__}"
+    )

@@ -1,0 +1,53 @@
+"""Parameter groups for an optimiser: gates learn faster than the rest, and are not decayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    gate_lr_multiplier: float = 100.0,
+    layer_norm_lr_multiplier: float = 10.0,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters of a model, each parameter once, for any optimiser of ``torch.optim``.
+
+    The gates are the ``weight`` of the modules that have ``gates``: ``FusedTSigmaBN2d`` and its kin, and a user's own.
+    Those that also have a ``normalized_shape``, as ``nn.LayerNorm`` has, take the multiplier of layer normalisation.
+    Parameters that do not require a gradient are left out.
+
+    Args:
+        model: any module.
+        lr: learning rate of all but the gates.
+        gate_lr_multiplier: of the gates' learning rate (100 for TS-sigma-BN in arXiv 2512.20420).
+        layer_norm_lr_multiplier: the same in layer normalisation (10 for TS-sigma-LN).
+        weight_decay: of all but the gates, which have none: decay would pull every gate towards one half.
+
+    Returns:
+        Dicts with ``name`` (``"base"``, ``"gates"`` or ``"layer_norm_gates"``), ``params``, ``lr`` and
+        ``weight_decay``; a group without parameters is left out.
+    """
+    multipliers = {"base": 1.0, "gates": gate_lr_multiplier, "layer_norm_gates": layer_norm_lr_multiplier}
+    kind: dict[nn.Parameter, str] = {parameter: "base" for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight in kind and hasattr(module, "gates"):
+            kind[weight] = "layer_norm_gates" if hasattr(module, "normalized_shape") else "gates"
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in multipliers}
+    for parameter, name in kind.items():
+        groups[name].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": lr * multipliers[name],
+            "weight_decay": weight_decay if name == "base" else 0.0,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
