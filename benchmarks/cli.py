@@ -202,20 +202,25 @@ def compiled_kernels_command(
     path: Annotated[
         Path | None, typer.Option("--csv", help="Default: the table beside this package's sources.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Also those that differ from others of their kind in sizes alone.")
+    ] = False,
 ) -> None:
     """Compile the Triton kernels of known networks' layers for every kind of GPU, and write what they take.
 
-    No GPU is needed. Takes some minutes.
+    No GPU is needed. Takes some minutes. Exits with 1 if a kernel spills or takes more than its budget.
     """
     from benchmarks import compiled_kernels
 
     console = Console()
-    chosen = compiled_kernels.representatives()
+    chosen = compiled_kernels.everything() if every else compiled_kernels.representatives()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("compiling", total=len(chosen))
         table = compiled_kernels.rows(chosen, notify=lambda _: progress.advance(bar))
     compiled_kernels.write(path or compiled_kernels.TABLE, table)
     console.print(f"{len(table)} kernels: {path or compiled_kernels.TABLE}", highlight=False, soft_wrap=True)
+    if over := [row for row in table if not row.within_budget]:
+        _fail("spills, or more than the budget:\n" + "\n".join(map(str, over)))
 
 
 def _fail(message: str) -> None:

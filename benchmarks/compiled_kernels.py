@@ -145,6 +145,14 @@ class Row:
         """What tells one row from another."""
         return self.target, self.kernel, self.pass_, self.shape, self.dtype, self.memory_format, self.stacking
 
+    @property
+    def within_budget(self) -> bool:
+        """Whether it does not spill, and takes no more registers and shared memory than planned."""
+        return (
+            self.spills == 0 and self.registers <= self.register_budget and self.shared <= self.shared_budget
+            and self.resident_programs >= self.planned_programs
+        )  # fmt: skip
+
 
 def row(target: str, index: int) -> Row:
     """Compiles one of the kernels that are asked for."""
