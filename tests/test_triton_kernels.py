@@ -54,7 +54,7 @@ ALL_KINDS: set[Hashable] = {
     *product(REDUCTIONS, FAMILIES, DIRECTIONS, ("tasks inner",)),
 }
 # T, N, C, spatial: whole tiles, and others.
-PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 8, 2, (128,)), (2, 3, 2, (211,))]
+PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 3, 3, (5,)), (2, 8, 2, (128,)), (2, 3, 2, (211,))]
 
 
 def kinds(run: Pass) -> set[Hashable]:
