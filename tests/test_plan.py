@@ -102,11 +102,21 @@ def test_few_slabs_are_split(family: str, device: Device) -> None:
     assert p.programs >= device.multiprocessors // 5  # one block of 16 channels has at most 64 splits
 
 
-def test_tiles_divide_what_they_can() -> None:
+def test_tiles_waste_little() -> None:
     """Sizes of the SegNet and ResNet-50 layers that are no powers of two: 27 * 2^k and so on."""
     for samples, positions in ((4, 288 * 384), (4, 144 * 192), (4, 72 * 96), (16, 64 * 128)):
         p = plan(Work(3, samples, 64, positions, 4), H100)
-        assert p.variant == "resident" or is_even(p.work, p.tile), (samples, positions, p.tile)
+        assert p.tiles * p.tile[0] * p.tile[1] <= 1.2 * p.work.values, (samples, positions, p.tile)
+
+
+def test_threads_that_hold_the_most_have_room_for_masks() -> None:
+    """Columns of 32,768 values: enough registers for bfloat16 without masks, not for them or float32's addresses."""
+    variants = {
+        (size, positions): plan(Work(40, 4, 128, positions, size, "columns"), H100).variant == "resident"
+        for size in (2, 4)
+        for positions in (512, 500)
+    }
+    assert variants == {(2, 512): True, (2, 500): False, (4, 512): False, (4, 500): False}
 
 
 def test_bytes_with_vectors_and_partials() -> None:

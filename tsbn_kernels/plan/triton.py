@@ -92,7 +92,7 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
     budget = _BUDGETS[work.direction, variant][work.family][amd]
     if tile[0] * tile[1] > threads * _values_per_thread(work, variant):  # twice as many
         budget = 136 if amd else 128
-    budget += 16 * (not is_even(work, tile)) + 32 * (work.statistics_size == 8)
+    budget += 24 * (not is_even(work, tile)) + 32 * (work.statistics_size == 8)
     return min(budget, 255, device.registers // threads // 8 * 8)
 
 
@@ -106,9 +106,11 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
     b = min(widest, most // a)
     while b > narrowest and work.tasks * _ceil(work.channels, b) < device.multiprocessors:
         b //= 2
-    # Where a thread holds twice the values, no register is left for masks.
-    full = a * b > most // 2 and not is_even(work, (a, b))
-    return (a, b) if b >= narrowest and not full else None
+    if b < narrowest:
+        return None
+    # Where a thread holds twice the values, no register is left for masks, nor forward for float32's many addresses.
+    crowded = not is_even(work, (a, b)) or (work.direction == "forward" and work.item_size == 4)
+    return None if crowded and a * b > most // 2 else (a, b)
 
 
 def _tile(work: Work, device: Device) -> Tile:
