@@ -104,3 +104,8 @@ def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
         result[axis] = step
         step *= max(1, shape[axis])
     return tuple(result)
+
+
+def empty_like(x: Tensor, stacking: str) -> Tensor:
+    """Fresh memory for an output like ``x``, in its memory format and dense."""
+    return torch.empty_strided(x.shape, dense_strides(x, stacking), dtype=x.dtype, device=x.device)

@@ -78,16 +78,12 @@ def operators(backend: str | None) -> Operators:
     return _triton() if backend == "triton" else _dispatched
 
 
-def _empty_like(x: Tensor, stacking: str) -> Tensor:
-    return torch.empty_strided(x.shape, layout.dense_strides(x, stacking), dtype=x.dtype, device=x.device)
-
-
 @torch.library.register_fake("tsbn::forward_training", lib=_library)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
-    return _empty_like(x, stacking), mean, torch.empty_like(mean)
+    return layout.empty_like(x, stacking), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("tsbn::forward_eval", lib=_library)
@@ -102,7 +98,7 @@ def _(
     gate: str,
     stacking: str,
 ) -> Tensor:
-    return _empty_like(x, stacking)
+    return layout.empty_like(x, stacking)
 
 
 @torch.library.register_fake("tsbn::backward", lib=_library)
@@ -121,6 +117,6 @@ def _(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _empty_like(x, stacking) if need_dx else x.new_empty(0)
+    dx = layout.empty_like(x, stacking) if need_dx else x.new_empty(0)
     dweight, dbias = (weight.new_empty(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
     return dx, dweight, dbias

@@ -168,15 +168,11 @@ def _run(
 # ---- the operators -----------------------------------------------------------------------------------------------
 
 
-def _empty_like(x: Tensor, stacking: str) -> Tensor:
-    return torch.empty_strided(x.shape, layout.dense_strides(x, stacking), dtype=x.dtype, device=x.device)
-
-
 def forward_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.forward_training`."""
-    y = _empty_like(x, stacking)
+    y = layout.empty_like(x, stacking)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     if x.numel() == 0:
         return y, mean.zero_(), var.zero_()
@@ -197,7 +193,7 @@ def forward_eval(
     stacking: str,
 ) -> Tensor:
     """See :func:`tsbn_kernels.reference.forward_eval`."""
-    y = _empty_like(x, stacking)
+    y = layout.empty_like(x, stacking)
     if x.numel() > 0:
         options = (num_tasks, eps, gate, stacking)
         _run(x, None, y, weight, bias, (mean, var), (None, None), options, False, (True, bias is not None))
@@ -220,7 +216,7 @@ def backward(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.backward`."""
-    dx = _empty_like(x, stacking) if need_dx else None
+    dx = layout.empty_like(x, stacking) if need_dx else None
     dweight, dbias = (
         weight.new_empty(weight.shape) if needed else None for needed in (need_dweight, need_dbias)
     )  # contiguous: new_empty does not keep strides

@@ -79,11 +79,11 @@ class Pass:
         self.sizes = tasks, samples * positions, channels, 1
         return tuple((t, s, c, 1) for t, _, c, s in views)
 
-    def launch(self, kernel: str, *constants: Any, programs: int | None = None) -> Launch:
+    def launch(self, kernel: str, *constants: Any) -> Launch:
         """A launch of one of the kernels of this pass."""
         plan = self.plan
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
-        return Launch(kernel, programs or plan.programs, options, self.tile, *map(tl.constexpr, constants))
+        return Launch(kernel, plan.programs, options, self.tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
