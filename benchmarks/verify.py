@@ -76,7 +76,7 @@ class Expected:
                 options = 1, EPS, "sigmoid", "task_major"
                 result, mean, var = reference.forward_training(x64, gamma64, None, *options)
                 flags = True, True, True, False  # training; gradients of x and gamma, there is no bias
-                gradient, gate_gradient, _ = reference.backward(dy64, x64, gamma64, mean, var, *options, *flags)
+                gradient, gate_gradient, *_ = reference.backward(dy64, x64, gamma64, mean, var, *options, *flags)
                 y_part.copy_(result)
                 dx_part.copy_(gradient)
                 dgamma[task, channels] = gate_gradient[0]

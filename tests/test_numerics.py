@@ -329,7 +329,7 @@ def test_evaluation_gradient_does_not_look_at_x(memory_format: str, backend: str
     x = p.x.clone()
     x[0, 0, 0, 0] = float("nan")
     mean, var = torch.zeros_like(p.weight), torch.ones_like(p.weight)
-    dx, _, dbias = ops.backward(p.dy, x, p.weight, mean, var, *p.options, False, True, True, True)
+    dx, _, dbias, _ = ops.backward(p.dy, x, p.weight, mean, var, *p.options, False, True, True, True)
     assert dx.isfinite().all()
     assert dbias.isfinite().all()
 
@@ -350,7 +350,7 @@ def test_evaluation(gate: str, memory_format: str, dtype: torch.dtype, kernels: 
     flags = (False, True, True, True)
     got = ops.backward(p.dy, p.x, p.weight, *statistics, *p.options, *flags)
     wanted = reference.backward(wide[3], wide[0], wide[1], *rounded, *p.options, *flags)
-    for actual, exact, size in zip(got, wanted, (3.0, 20.0, 20.0), strict=True):
+    for actual, exact, size in zip(got[:3], wanted[:3], (3.0, 20.0, 20.0), strict=True):
         assert_within(actual, exact, BACKWARD[dtype], scale=size)
 
 
@@ -367,7 +367,7 @@ def test_gates_over_the_whole_range(dtype: torch.dtype, kernels: str) -> None:
     assert_relative(y[near], exact[near], 3 * torch.finfo(dtype).eps)
     assert (y[~near] <= 2e-37).all()
     dy = torch.ones_like(x)
-    _, dweight, _ = ops.backward(dy, torch.ones_like(x), weight, zeros, ones, *options, False, False, True, False)
+    _, dweight, *_ = ops.backward(dy, torch.ones_like(x), weight, zeros, ones, *options, False, False, True, False)
     slope = (torch.sigmoid(weight.double()) * torch.sigmoid(-weight.double()))[0]
     near = slope > 1e-37
     assert_relative(dweight[0][near], 8 * slope[near], 6 * torch.finfo(dtype).eps)

@@ -6,6 +6,7 @@ from tsbn_kernels.convert import convert_model, revert_model
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
 from tsbn_kernels.optim import parameter_groups
+from tsbn_kernels.recompute import recompute_outputs
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "functional",
     "memory",
     "parameter_groups",
+    "recompute_outputs",
     "revert_model",
     "use_backend",
 ]

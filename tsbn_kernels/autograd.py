@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout, reference
+from tsbn_kernels import layout, recovery, reference
+from tsbn_kernels.activations import activation_slope
 from tsbn_kernels.ops import operators
+
+_TENSORS, _INPUTS = 6, 15  # of forward: those that may be tensors, and all
 
 
 class TaskBatchNorm(torch.autograd.Function):
-    """Saves x and the ``[T, C]`` vectors; y, xhat and the gates are not kept.
+    """Saves x and the ``[T, C]`` vectors, and the residual where an activation follows; y, xhat and gates are not kept.
 
     The first derivative is the fused operator; with ``create_graph=True`` it is the reference's formula, which can be
     differentiated again.
@@ -24,82 +27,101 @@ class TaskBatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
         num_tasks: int,
         eps: float,
         gate: str,
         stacking: str,
+        activation: str,
+        slope: float,
+        shared: bool,
+        recover_input: bool,
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
         compute = operators(backend)
+        options = num_tasks, eps, gate, stacking, residual, activation, slope, shared
         if mean is None or var is None:
-            y, mean, var = compute.forward_training(x, weight, bias, num_tasks, eps, gate, stacking)
+            y, mean, var = compute.forward_training(x, weight, bias, *options)
             return y, mean, var
-        y = compute.forward_eval(x, weight, bias, mean, var, num_tasks, eps, gate, stacking)
-        return y, mean.detach(), var.detach()
+        return compute.forward_eval(x, weight, bias, mean, var, *options), mean.detach(), var.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, _, given_mean, _, *ctx.options, ctx.backend = inputs
-        _, mean, var = output
+        x, weight, bias, residual, given_mean, _, *options, ctx.recover_input, ctx.backend = inputs
+        y, mean, var = output
+        ctx.options, ctx.epilogue = options[:4], options[4:]
         ctx.training = given_mean is None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.save_for_forward(x, weight, mean, var)
+        if ctx.epilogue[0] == "none":  # its derivative does not depend on them
+            residual = None
+            bias = bias if ctx.recover_input else None
+        if ctx.recover_input:
+            kept = recovery.keep(x, weight, bias, ctx.options, ctx.epilogue)
+            ctx.save_for_backward(y, weight, bias, mean, var, *kept)
+        else:
+            ctx.save_for_backward(x, weight, bias, residual, mean, var)
+            ctx.save_for_forward(x, weight, bias, residual, mean, var)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:4]
         if dy is None or not any(needed):
-            return (None,) * 10
-        x, weight, mean, var = ctx.saved_tensors
-        *_, stacking = ctx.options
+            return (None,) * _INPUTS
+        activation, _, shared = ctx.epilogue
         compute = operators(ctx.backend).backward
-        if torch.is_grad_enabled():
-            compute = reference.backward
+        if ctx.recover_input:
+            grads = recovery.backward(compute, dy, ctx.saved_tensors, ctx.options, ctx.epilogue, ctx.training, needed)
         else:
-            dy = layout.gradient_like(dy, x, stacking)
-        grads = compute(dy, x, weight, mean, var, *ctx.options, ctx.training, *needed)
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 7
+            x, weight, bias, residual, mean, var = ctx.saved_tensors
+            stacking = ctx.options[-1]
+            gradient = dy
+            if torch.is_grad_enabled():
+                compute = reference.backward
+            else:
+                family = layout.family(x, layout.input_stacking(stacking, shared))
+                gradient = layout.in_family(dy, family, stacking)
+            grads = compute(
+                gradient, x, weight, mean, var, *ctx.options, ctx.training, *needed[:3], bias, residual, *ctx.epilogue,
+                needed[3] and activation != "none",
+            )  # fmt: skip
+        if activation == "none":
+            grads = *grads[:3], dy  # of the residual
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * (_INPUTS - 4)
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        num_tasks: int,
-        eps: float,
-        gate: str,
-        stacking: str,
-        backend: str | None,
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
         """E models of T tasks are one model of E*T tasks: still one call."""
         models = info.batch_size
+        num_tasks, eps, gate, stacking, activation, slope, shared, *rest = inputs[_TENSORS:]
 
         def batched(tensor: Tensor | None, dim: int | None) -> Tensor | None:
             if tensor is None:
                 return None
             return tensor.expand(models, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-        given = (x, weight, bias, mean, var)
-        x, *vectors = (batched(tensor, dim) for tensor, dim in zip(given, in_dims[:5], strict=True))  # type: ignore[assignment]
-        joined = stacking
-        if stacking == "sample_major":
-            x, joined = x.unflatten(1, (-1, num_tasks)).transpose(1, 2), "task_axis"
-        x = layout.supported(x.flatten(0, 1), joined)
-        vectors = [None if vector is None else vector.flatten(0, 1) for vector in vectors]
-        results = apply(x, *vectors, models * num_tasks, eps, gate, joined, backend)
+        x, weight, bias, residual, mean, var = map(batched, inputs[:_TENSORS], in_dims[:_TENSORS])
+        assert x is not None
+        if shared:
+            x = x.unsqueeze(1).expand(-1, num_tasks, *(-1,) * (x.dim() - 1))
+        else:
+            x = layout.streams(x, num_tasks, stacking, dim=1)
+        x = layout.supported(x.flatten(0, 1), "task_axis")
+        if residual is not None:
+            residual = layout.streams(residual, num_tasks, stacking, dim=1).flatten(0, 1)
+            residual = layout.in_family(residual, layout.family(x, "task_axis"), "task_axis")
+        vectors = [None if vector is None else vector.flatten(0, 1) for vector in (weight, bias, mean, var)]
+        results = apply(
+            x, *vectors[:2], residual, *vectors[2:], models * num_tasks, eps, gate, "task_axis", activation, slope,
+            False, *rest,
+        )  # fmt: skip
         y, *statistics = (result.unflatten(0, (models, -1)) for result in results)
-        if stacking == "sample_major":
-            y = y.transpose(1, 2).flatten(1, 2)
-        return (y, *statistics), (0, 0, 0)
+        return (layout.stacked(y, stacking, dim=1), *statistics), (0, 0, 0)
 
 
 class ForwardModeTaskBatchNorm(TaskBatchNorm):
@@ -109,24 +131,41 @@ class ForwardModeTaskBatchNorm(TaskBatchNorm):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Forward-mode derivative by the reference's formula.
 
-        The Jacobian of y with respect to x is symmetric, so it maps a tangent of x as the backward maps dy; y is linear
-        in the gate's value and the bias.
+        The Jacobian of the normalised x is symmetric, so it maps a tangent of x as the backward maps dy; what the
+        activation is applied to is linear in the gate's value, the bias and the residual.
         """
-        dx, dweight, dbias, *_ = tangents
-        x, weight, mean, var = ctx.saved_tensors
+        if ctx.recover_input:
+            raise RuntimeError("recover_input=True has no forward-mode derivative: the input is not kept; set it False")
+        dx, dweight, dbias, dresidual, *_ = tangents
+        x, weight, bias, residual, mean, var = ctx.saved_tensors
         num_tasks, eps, gate, stacking = ctx.options
-        tangent = None
+        activation, slope, shared = ctx.epilogue
+
+        def normalized(weight: Tensor, bias: Tensor | None, gate: str, residual: Tensor | None) -> Tensor:
+            m, v = reference.statistics(x, num_tasks, stacking, shared) if ctx.training else (mean, var)
+            epilogue = residual, "none", 0.0, shared
+            return reference.normalize(x, weight, bias, m, v, num_tasks, eps, gate, stacking, *epilogue)
+
+        parts = []
         if dx is not None:
-            options = num_tasks, eps, gate, stacking, ctx.training
-            tangent, *_ = reference.backward(dx, x, weight, mean, var, *options, True, False, False)
-        if dweight is not None or dbias is not None:
-            slope = reference.gate_slope(weight, gate) * (torch.zeros_like(weight) if dweight is None else dweight)
-            linear_options = num_tasks, eps, "identity", stacking
-            if ctx.training:
-                linear, *_ = reference.forward_training(x, slope, dbias, *linear_options)
+            order = "task_axis" if shared else stacking
+            if shared:
+                x_of_all, dx = (t.expand(num_tasks, *t.shape) for t in (x, dx))
             else:
-                linear = reference.forward_eval(x, slope, dbias, mean, var, *linear_options)
-            tangent = linear if tangent is None else tangent + linear
+                x_of_all = x
+            options = num_tasks, eps, gate, order, ctx.training
+            part, *_ = reference.backward(dx, x_of_all, weight, mean, var, *options, True, False, False)
+            parts.append(layout.stacked(part, stacking) if shared else part)
+        if dweight is not None or dbias is not None:
+            change = reference.gate_slope(weight, gate) * (torch.zeros_like(weight) if dweight is None else dweight)
+            parts.append(normalized(change, dbias, "identity", None))
+        if dresidual is not None:
+            parts.append(dresidual)
+        if not parts:
+            return None, None, None
+        tangent = sum(parts[1:], parts[0])
+        if activation != "none":
+            tangent = tangent * activation_slope(normalized(weight, bias, gate, residual), activation, slope)
         return tangent, None, None
 
 

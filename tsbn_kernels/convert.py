@@ -33,9 +33,9 @@ class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, *, tasks: Tensor | None = None, shared: bool = False) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
         """As :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
-        y: Tensor = self.act(self.drop(super().forward(x, tasks=tasks, shared=shared)))
+        y: Tensor = self.act(self.drop(super().forward(x, residual, **options)))
         return y
 
     def task(self, index: int) -> nn.Module:

@@ -12,6 +12,7 @@ Two kernel families read that view: *rows*, whose positions are contiguous (NCHW
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -30,22 +31,35 @@ def channel_axis(stacking: str) -> int:
 
 def task_view(x: Tensor, num_tasks: int, stacking: str) -> Tensor:
     """Views (or, where no view exists, copies) a stacked tensor as ``[T, N, C, S]``."""
-    if stacking == "task_major":
-        x = x.unflatten(0, (num_tasks, x.shape[0] // num_tasks))
-    elif stacking == "sample_major":
-        x = x.unflatten(0, (x.shape[0] // num_tasks, num_tasks)).transpose(0, 1)
+    x = streams(x, num_tasks, stacking)
     return x.flatten(3) if x.dim() > 3 else x.unsqueeze(3)
 
 
-def from_task_view(view: Tensor, like: Tensor, stacking: str) -> Tensor:
-    """Puts a ``[T, N, C, S]`` tensor back into the shape, stacking and strides of ``like``."""
+def streams(x: Tensor, num_tasks: int, stacking: str, dim: int = 0) -> Tensor:
+    """Views a stacked tensor as ``[T, N, C, *]``; the stack is at ``dim``."""
+    sizes = x.shape[dim] // num_tasks, num_tasks
+    if stacking == "task_major":
+        x = x.unflatten(dim, sizes[::-1])
+    elif stacking == "sample_major":
+        x = x.unflatten(dim, sizes).transpose(dim, dim + 1)
+    return x
+
+
+def stacked(streams: Tensor, stacking: str, dim: int = 0) -> Tensor:
+    """Stacks ``[T, N, C, *]``: the inverse of :func:`streams`."""
+    if stacking == "task_axis":
+        return streams
+    return (streams if stacking == "task_major" else streams.transpose(dim, dim + 1)).flatten(dim, dim + 1)
+
+
+def from_task_view(view: Tensor, shape: Sequence[int], strides: Sequence[int], stacking: str) -> Tensor:
+    """Puts a ``[T, N, C, S]`` tensor back into a stacked shape, and into these strides."""
     if stacking == "sample_major":
         view = view.transpose(0, 1)
-    out = view.reshape(like.shape)
-    strides = dense_strides(like, stacking)
-    if out.stride() == strides:
+    out = view.reshape(shape)
+    if out.stride() == tuple(strides):
         return out
-    return torch.empty_strided(like.shape, strides, dtype=out.dtype, device=out.device).copy_(out)
+    return torch.empty_strided(shape, strides, dtype=out.dtype, device=out.device).copy_(out)
 
 
 def family(x: Tensor, stacking: str) -> Family | None:
@@ -73,18 +87,17 @@ def supported(x: Tensor, stacking: str) -> Tensor:
     return x if family(x, stacking) is not None else x.contiguous()
 
 
-def gradient_like(dy: Tensor, x: Tensor, stacking: str) -> Tensor:
-    """``dy`` itself where the family of ``x`` reads it, else a copy in the memory format of ``x``.
+def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:
+    """A stacked tensor itself where the family ``wanted`` reads it, else a copy in that family's memory format.
 
-    Gradients arrive expanded (from ``sum()``) or in another memory format.
+    Gradients arrive expanded (from ``sum()``), and residuals too may have another memory format than x.
     """
-    wanted = family(x, stacking)
-    if family(dy, stacking) == wanted:
-        return dy
+    if family(tensor, stacking) == wanted:
+        return tensor
     if wanted == "rows":
-        return dy.contiguous()
+        return tensor.contiguous()
     axis = channel_axis(stacking)
-    return dy.movedim(axis, -1).contiguous().movedim(-1, axis)
+    return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
@@ -96,14 +109,38 @@ def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
         expected *= size
     if dense:
         return stride
-    order = list(range(x.dim()))  # outermost first
-    if family(x, stacking) == "columns":
-        order.append(order.pop(channel_axis(stacking)))
-    result, step = [0] * x.dim(), 1
+    return _family_strides(shape, family(x, stacking), channel_axis(stacking))
+
+
+def _family_strides(shape: Sequence[int], family: Family | None, channel: int) -> tuple[int, ...]:
+    """Those of a dense tensor."""
+    order = list(range(len(shape)))  # outermost first
+    if family == "columns":
+        order.append(order.pop(channel))
+    result, step = [0] * len(shape), 1
     for axis in reversed(order):
         result[axis] = step
         step *= max(1, shape[axis])
     return tuple(result)
+
+
+def input_stacking(stacking: str, shared: bool) -> str:
+    """How the input itself is stacked: a shared one ``[N, C, *]`` is the batch of one task."""
+    return "task_major" if shared else stacking
+
+
+def output_sizes(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of y: those of a dense x; of a shared x, T streams stacked in its family's memory format."""
+    if not shared:
+        return tuple(x.shape), dense_strides(x, stacking)
+    N, *rest = x.shape
+    shape = (num_tasks, N, *rest) if stacking == "task_axis" else (num_tasks * N, *rest)
+    return shape, _family_strides(shape, family(x, "task_major"), channel_axis(stacking))
+
+
+def empty_output(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> Tensor:
+    """Fresh memory for y."""
+    return torch.empty_strided(*output_sizes(x, num_tasks, stacking, shared), dtype=x.dtype, device=x.device)
 
 
 def empty_like(x: Tensor, stacking: str) -> Tensor:

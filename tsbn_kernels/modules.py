@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels.functional import GATES, task_batch_norm
+from tsbn_kernels import checks
+from tsbn_kernels.functional import task_batch_norm
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
 
@@ -32,10 +34,15 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in
         stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
             ``"sample_major"`` (task t of sample n at ``n*T + t``).
         track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        activation: what follows in the same pass: None, ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"gelu"``. A
+            residual that ``forward`` is given is added before it.
+        negative_slope: of the leaky ReLU.
+        fan_out: the layer takes one input ``[N, C, *]`` for all tasks, and gives T streams in ``stacking``.
+        recover_input: save the output in place of the input for the backward pass (:mod:`tsbn_kernels.recovery`).
         device, dtype: of the parameters and buffers.
 
     Shape:
-        {shape}, and the output likewise.
+        {shape}, and the output likewise; with ``fan_out`` one stream in, T streams out.
     """
 
 
@@ -60,19 +67,23 @@ class FusedTSigmaBN(nn.Module):
         bias: bool | Literal["frozen"] = False,
         stacking: Literal["task_major", "sample_major"] = "task_major",
         track_running_stats: bool = True,
+        activation: Literal["relu", "leaky_relu", "silu", "gelu"] | None = None,
+        negative_slope: float = 0.01,
+        fan_out: bool = False,
+        recover_input: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_tasks", num_tasks), ("num_features", num_features)):
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+        if num_features < 1:
+            raise ValueError(f"num_features must be 1 or more, got {num_features}")
+        checks.check_options(num_tasks, gate, stacking, activation)
         if bias not in (True, False, "frozen"):
             raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
         if stacking not in ("task_major", "sample_major"):
             raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
+        if recover_input:
+            checks.check_recovery(activation, negative_slope, fan_out)
         self.num_tasks = num_tasks
         self.num_features = num_features
         self.eps = eps
@@ -80,6 +91,10 @@ class FusedTSigmaBN(nn.Module):
         self.gate = gate
         self.stacking = stacking
         self.track_running_stats = track_running_stats
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.fan_out = fan_out
+        self.recover_input = recover_input
         shape = (num_tasks, num_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias == "frozen":
@@ -146,30 +161,39 @@ class FusedTSigmaBN(nn.Module):
         plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
         return plain.train(self.training)  # type: ignore[no-any-return]
 
-    def _stacking_of(self, x: Tensor, shared: bool) -> str:
+    def _stacking_of(self, x: Tensor, fan_out: bool) -> str:
         if not self._stacked_dims or x.dim() in self._stacked_dims:
-            return "task_axis" if shared else self.stacking
-        if x.dim() == self._stacked_dims[-1] + 1 and not shared:
+            return self.stacking
+        if x.dim() == self._stacked_dims[-1] + 1 and not fan_out:
             return "task_axis"
-        expected = " or ".join(f"{dims}D" for dims in (*self._stacked_dims, self._stacked_dims[-1] + 1))
+        dims = self._stacked_dims if fan_out else (*self._stacked_dims, self._stacked_dims[-1] + 1)
+        expected = " or ".join(f"{d}D" for d in dims)
+        explained = " for all tasks" if fan_out else ", the last with a leading task axis"
         raise ValueError(
-            f"{type(self).__name__} expected {expected} input, the last with a leading task axis, "
-            f"got {x.dim()}D input of shape {list(x.shape)}"
+            f"{type(self).__name__} expected {expected} input{explained}, got {x.dim()}D input of shape {list(x.shape)}"
         )
 
-    def forward(self, x: Tensor, *, tasks: Tensor | None = None, shared: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | Tensor | None = None,
+        fan_out: bool | None = None,
+    ) -> Tensor:
         """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
 
         Args:
-            x: the streams of the tasks.
-            tasks: indices ``[K]`` (int64, each once) of the tasks whose K streams ``x`` holds; the statistics and gates
-                of the others are left alone. None stands for all T in their order.
-            shared: ``x`` is one input ``[N, C, *]`` for all of the tasks. It is read without a copy; the result is
-                stacked.
+            x: the streams of the tasks; with ``fan_out`` one input ``[N, C, *]`` for all of them.
+            residual: added before the activation, in the shape of the result.
+            tasks: indices (a sequence, or int64 ``[K]``; each once) of the tasks whose K streams there are; the
+                statistics and gates of the others are left alone. None stands for all T in their order.
+            fan_out: overrides the module's own for this call.
         """
-        stacking = self._stacking_of(x, shared)
-        if shared:
-            x = x.expand(self.num_tasks if tasks is None else len(tasks), *x.shape)
+        fan_out = self.fan_out if fan_out is None else fan_out
+        stacking = self._stacking_of(x, fan_out)
+        if tasks is not None and not isinstance(tasks, Tensor):
+            tasks = self._indices(tasks)
         weight, bias = _rows(self.weight, tasks), _rows(self.bias, tasks)
         running_mean, running_var = _rows(self.running_mean, tasks), _rows(self.running_var, tasks)
         num_batches_tracked = _rows(self.num_batches_tracked, tasks)
@@ -186,20 +210,28 @@ class FusedTSigmaBN(nn.Module):
             bias,
             running_mean if keeps_statistics else None,
             running_var if keeps_statistics else None,
+            residual,
             num_tasks=len(weight),
             training=self.training or running_mean is None,
             momentum=momentum,
             eps=self.eps,
             gate=self.gate,
             stacking=stacking,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            fan_out=fan_out,
+            recover_input=self.recover_input,
         )
         if tracking and tasks is not None:
             for name, rows in zip(_STATISTICS, (running_mean, running_var, num_batches_tracked), strict=True):
                 if rows is not None:
                     getattr(self, name).index_copy_(0, tasks, rows)
-        if shared:
-            y = (y if self.stacking == "task_major" else y.transpose(0, 1)).flatten(0, 1)
         return y
+
+    def _indices(self, tasks: Sequence[int]) -> Tensor:
+        if not tasks or len(set(tasks)) != len(tasks) or not all(0 <= task < self.num_tasks for task in tasks):
+            raise ValueError(f"tasks must be different indices below num_tasks={self.num_tasks}, got {list(tasks)}")
+        return torch.tensor(tasks, device=self.weight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a plain ``nn.BatchNorm`` too, and starts every task from it."""
@@ -229,6 +261,10 @@ class FusedTSigmaBN(nn.Module):
         return (
             f"{self.num_tasks}, {self.num_features}, eps={self.eps}, momentum={self.momentum}, gate={self.gate!r}, "
             f"bias={bias!r}, stacking={self.stacking!r}, track_running_stats={self.track_running_stats}"
+            + (f", activation={self.activation!r}" if self.activation else "")
+            + (f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else "")
+            + ", fan_out=True" * self.fan_out
+            + ", recover_input=True" * self.recover_input
         )
 
 

@@ -116,7 +116,7 @@ class _Router:
                 f"{type(layer).__name__} expected {run.batch} shared samples or {stacked} of {run.count} streams, got "
                 f"input of shape {list(x.shape)}; the backbone must not change the number of samples on the way"
             )
-        return args, {"tasks": run.indices, "shared": x.shape[0] != stacked}
+        return args, {"tasks": run.indices, "fan_out": x.shape[0] != stacked}
 
 
 def _unstack(features: Any, run: _Run) -> list[Any]:

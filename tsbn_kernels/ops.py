@@ -1,7 +1,9 @@
 """The operators ``torch.ops.tsbn.*``: schemas, fake kernels, and which backend implements them on which device.
 
-All are functional. ``x`` is a stacked activation that :func:`tsbn_kernels.layout.family` accepts; parameters and
-statistics are ``[T, C]``; statistics are float64 for float64 input, else float32.
+All are functional. ``x`` is a stacked activation that :func:`tsbn_kernels.layout.family` accepts, or where ``shared``
+is set one input ``[N, C, *]`` for all tasks; ``residual`` and ``dy`` are stacked, of its family. Parameters and
+statistics are ``[T, C]``; statistics are float64 for float64 input, else float32. ``activation`` is ``"none"`` or one
+of :data:`tsbn_kernels.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too (see the reference).
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from tsbn_kernels.reference import accumulate_dtype
 
 _library = torch.library.Library("tsbn", "DEF")
 
+_EPILOGUE = 'Tensor? residual=None, str activation="none", float slope=0.0, bool shared=False'
+
 _library.define(
-    "forward_training(Tensor x, Tensor weight, Tensor? bias, int num_tasks, float eps, str gate, str stacking)"
-    " -> (Tensor y, Tensor mean, Tensor var)"
+    "forward_training(Tensor x, Tensor weight, Tensor? bias, int num_tasks, float eps, str gate, str stacking,"
+    f" {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)"
 )
 _library.define(
     "forward_eval(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
-    " str stacking) -> Tensor"
+    f" str stacking, {_EPILOGUE}) -> Tensor"
 )
 _library.define(
     "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
-    " str stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    " str stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias, Tensor? bias=None,"
+    f" {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 
 # The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
@@ -80,10 +84,20 @@ def operators(backend: str | None) -> Operators:
 
 @torch.library.register_fake("tsbn::forward_training", lib=_library)
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
-    return layout.empty_like(x, stacking), mean, torch.empty_like(mean)
+    return layout.empty_output(x, num_tasks, stacking, shared), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("tsbn::forward_eval", lib=_library)
@@ -97,8 +111,12 @@ def _(
     eps: float,
     gate: str,
     stacking: str,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
 ) -> Tensor:
-    return layout.empty_like(x, stacking)
+    return layout.empty_output(x, num_tasks, stacking, shared)
 
 
 @torch.library.register_fake("tsbn::backward", lib=_library)
@@ -116,7 +134,14 @@ def _(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = layout.empty_like(x, stacking) if need_dx else x.new_empty(0)
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
+    need_dresidual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = layout.empty_like(x, layout.input_stacking(stacking, shared)) if need_dx else x.new_empty(0)
     dweight, dbias = (weight.new_empty(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
-    return dx, dweight, dbias
+    dresidual = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+    return dx, dweight, dbias, dresidual

@@ -115,7 +115,9 @@ Tensor empty_like(const Tensor& x, const Work& w, const std::string& stacking) {
 
 std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                     int64_t num_tasks, double eps, std::string gate,
-                                                    std::string stacking) {
+                                                    std::string stacking, std::optional<Tensor> residual,
+                                                    std::string activation, double, bool shared) {
+  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
   Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
   Tensor y = empty_like(x, w, stacking);
   Tensor mean = allocate({w.T, w.C}, {w.C, 1}, accumulate_type(x)), var = allocate_like(mean, {w.C, 1});
@@ -142,7 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
 }
 
 Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
-                    double eps, std::string gate, std::string stacking) {
+                    double eps, std::string gate, std::string stacking, std::optional<Tensor> residual,
+                    std::string activation, double, bool shared) {
+  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
   Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
   Tensor y = empty_like(x, w, stacking);
   if (x.numel() == 0) return y;
@@ -165,9 +169,12 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
                                             int64_t num_tasks, double eps, std::string gate, std::string stacking,
-                                            bool training, bool need_dx, bool need_dweight, bool need_dbias) {
+                                            bool training, bool need_dx, bool need_dweight, bool need_dbias,
+                                            std::optional<Tensor>, std::optional<Tensor> residual,
+                                            std::string activation, double, bool shared, bool) {
+  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
   Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
   const auto vector_if = [&](bool needed) {
     return needed ? allocate({w.T, w.C}, {w.C, 1}, weight.scalar_type()) : allocate({0}, {1}, weight.scalar_type());
@@ -176,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
   Tensor dweight = vector_if(need_dweight), dbias = vector_if(need_dbias);
   if (x.numel() == 0) {
     fill_zero(dweight), fill_zero(dbias);
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, allocate({0}, {1}, x.scalar_type())};
   }
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.sizes().equals(x.sizes()),
                   "tsbn: dy must have the shape and dtype of x");
@@ -217,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
     if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
-  return {dx, dweight, dbias};
+  return {dx, dweight, dbias, allocate({0}, {1}, x.scalar_type())};
 }
 
 }  // namespace tsbn::cpu

@@ -165,13 +165,26 @@ def _run(
         torch.ops.tsbn._cuda_launch(kernel, numbers, eps, x, dy, out, weight, bias, *statistics, *results, partial)
 
 
+def _only_plain(epilogue: tuple[object, ...]) -> None:
+    if any(argument not in (None, "none", 0.0, False) for argument in epilogue if not isinstance(argument, Tensor)):
+        raise NotImplementedError("the epilogue has no CUDA kernels yet")
+
+
 # ---- the operators -----------------------------------------------------------------------------------------------
 
 
 def forward_training(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    *epilogue: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.forward_training`."""
+    _only_plain(epilogue)
     y = layout.empty_like(x, stacking)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     if x.numel() == 0:
@@ -191,8 +204,10 @@ def forward_eval(
     eps: float,
     gate: str,
     stacking: str,
+    *epilogue: object,
 ) -> Tensor:
     """See :func:`tsbn_kernels.reference.forward_eval`."""
+    _only_plain(epilogue)
     y = layout.empty_like(x, stacking)
     if x.numel() > 0:
         options = (num_tasks, eps, gate, stacking)
@@ -214,8 +229,10 @@ def backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *epilogue: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.backward`."""
+    _only_plain(epilogue)
     dx = layout.empty_like(x, stacking) if need_dx else None
     dweight, dbias = (
         weight.new_empty(weight.shape) if needed else None for needed in (need_dweight, need_dbias)
@@ -232,4 +249,5 @@ def backward(
         x.new_empty(0) if dx is None else dx,
         nothing if dweight is None else dweight,
         nothing if dbias is None else dbias,
+        x.new_empty(0),
     )

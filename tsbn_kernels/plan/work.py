@@ -23,6 +23,10 @@ class Work:
         bias: whether the layer has one; in the backward, whether its gradient is asked for.
         needs_dx, needs_dweight: which gradients are asked for.
         parameter_size: bytes of a value of weight and bias.
+        activation: what the pass ends in; "none" or one of :data:`tsbn_kernels.activations.ACTIVATIONS`.
+        residual: whether a residual is added before the activation.
+        needs_dresidual: whether its gradient is asked for.
+        fan_out: x is one input for all tasks, read once for all of them.
     """
 
     tasks: int
@@ -38,6 +42,10 @@ class Work:
     needs_dx: bool = True
     needs_dweight: bool = True
     parameter_size: int = 4
+    activation: str = "none"
+    residual: bool = False
+    needs_dresidual: bool = False
+    fan_out: bool = False
 
     @property
     def values(self) -> int:

@@ -37,6 +37,11 @@ def _class(x: Tensor) -> Hashable:
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
 
 
+def _only_plain(epilogue: tuple[object, ...]) -> None:
+    if any(argument not in (None, "none", 0.0, False) for argument in epilogue if not isinstance(argument, Tensor)):
+        raise NotImplementedError("the epilogue has no Triton kernels yet")
+
+
 def _normalize(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
     stacking: str, training: bool,
@@ -64,9 +69,17 @@ def _normalize(
 
 
 def forward_training(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    *epilogue: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.forward_training`."""
+    _only_plain(epilogue)
     make = torch.zeros if x.numel() == 0 else torch.empty
     mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2))
     return _normalize(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, True), mean, var
@@ -74,22 +87,24 @@ def forward_training(
 
 def forward_eval(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str,
+    stacking: str, *epilogue: object
 ) -> Tensor:  # fmt: skip
     """See :func:`tsbn_kernels.reference.normalize`."""
+    _only_plain(epilogue)
     return _normalize(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, False)
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, training: bool, need_dx: bool, need_dweight: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    stacking: str, training: bool, need_dx: bool, need_dweight: bool, need_dbias: bool, *epilogue: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.backward`."""
+    _only_plain(epilogue)
     needs = need_dx, need_dweight, need_dbias
     make = weight.new_zeros if x.numel() == 0 else weight.new_empty
     dweight, dbias = make(weight.shape if need_dweight else 0), make(weight.shape if need_dbias else 0)
     if x.numel() == 0 or not any(needs):
-        return x.new_empty(x.shape if need_dx else 0), dweight, dbias
+        return x.new_empty(x.shape if need_dx else 0), dweight, dbias, x.new_empty(0)
     dtypes = weight.dtype, mean.dtype, var.dtype
     key = _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, training, needs
     vectors = weight.contiguous(), mean.contiguous(), var.contiguous()
@@ -108,4 +123,4 @@ def backward(
     dx = run.output(x) if need_dx else None
     with _on(x.device):
         run(dy, x, *vectors, dx, *parameters)
-    return x.new_empty(0) if dx is None else dx, dweight, dbias
+    return x.new_empty(0) if dx is None else dx, dweight, dbias, x.new_empty(0)

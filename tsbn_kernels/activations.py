@@ -1,0 +1,51 @@
+"""The activations that a layer can end in, and their derivatives, in plain PyTorch and differentiable to any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
+HOMOGENEOUS = (None, "relu", "leaky_relu")  # act(k * z) = k * act(z) for k > 0
+
+Activation = Callable[[Tensor, float], Tensor]
+
+
+def _gelu_slope(z: Tensor, _: float) -> Tensor:
+    slope: Tensor = torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return slope
+
+
+def _silu_slope(z: Tensor, _: float) -> Tensor:
+    gate = torch.sigmoid(z)
+    slope: Tensor = gate * (1 + z * (1 - gate))
+    return slope
+
+
+# Each with its derivative. NaN stays NaN, and both kinks have the derivative that PyTorch gives them.
+_FUNCTIONS: dict[str, tuple[Activation, Activation]] = {
+    "none": (lambda z, _: z, lambda z, _: torch.ones_like(z)),
+    "relu": (lambda z, _: torch.relu(z), lambda z, _: (z > 0).to(z.dtype)),
+    "leaky_relu": (functional.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, slope).to(z.dtype)),
+    "silu": (lambda z, _: functional.silu(z), _silu_slope),
+    "gelu": (lambda z, _: functional.gelu(z), _gelu_slope),
+}
+
+
+def activate(z: Tensor, activation: str, slope: float) -> Tensor:
+    """``act(z)``; ``slope`` is leaky ReLU's for negative z."""
+    return _FUNCTIONS[activation][0](z, slope)
+
+
+def activation_slope(z: Tensor, activation: str, slope: float) -> Tensor:
+    """``act'(z)``."""
+    return _FUNCTIONS[activation][1](z, slope)
+
+
+def invert_leaky_relu(y: Tensor, slope: float) -> Tensor:
+    """The z of which ``y`` is the leaky ReLU; ``slope`` is positive."""
+    return torch.where(y > 0, y, y / slope)
