@@ -3,6 +3,7 @@
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
 from tsbn_kernels.convert import convert_model, revert_model
+from tsbn_kernels.late import LateFanOut
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
 from tsbn_kernels.optim import parameter_groups
@@ -15,6 +16,7 @@ __all__ = [
     "FusedTSigmaBN1d",
     "FusedTSigmaBN2d",
     "FusedTSigmaBN3d",
+    "LateFanOut",
     "MultiTaskModel",
     "convert_model",
     "functional",

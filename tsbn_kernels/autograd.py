@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ from tsbn_kernels import layout, recovery, reference
 from tsbn_kernels.activations import activation_slope
 from tsbn_kernels.ops import operators
 
-_TENSORS, _INPUTS = 6, 15  # of forward: those that may be tensors, and all
+_TENSORS, INPUTS = 6, 15  # of forward: those that may be tensors, and all
+
+
+def backward_operator(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The fused one; the reference's formula, which can be differentiated again, under ``create_graph=True``."""
+    return reference.backward if torch.is_grad_enabled() else operators(backend).backward
 
 
 class TaskBatchNorm(torch.autograd.Function):
@@ -49,7 +55,7 @@ class TaskBatchNorm(torch.autograd.Function):
         return compute.forward_eval(x, weight, bias, mean, var, *options), mean.detach(), var.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, residual, given_mean, _, *options, ctx.recover_input, ctx.backend = inputs
         y, mean, var = output
         ctx.options, ctx.epilogue = options[:4], options[4:]
@@ -70,27 +76,23 @@ class TaskBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:4]
         if dy is None or not any(needed):
-            return (None,) * _INPUTS
+            return (None,) * INPUTS
         activation, _, shared = ctx.epilogue
-        compute = operators(ctx.backend).backward
+        compute = backward_operator(ctx.backend)
         if ctx.recover_input:
             grads = recovery.backward(compute, dy, ctx.saved_tensors, ctx.options, ctx.epilogue, ctx.training, needed)
         else:
             x, weight, bias, residual, mean, var = ctx.saved_tensors
             stacking = ctx.options[-1]
-            gradient = dy
-            if torch.is_grad_enabled():
-                compute = reference.backward
-            else:
-                family = layout.family(x, layout.input_stacking(stacking, shared))
-                gradient = layout.in_family(dy, family, stacking)
+            dy_in_family = layout.in_family(dy, layout.family(x, layout.input_stacking(stacking, shared)), stacking)
+            flags = ctx.training, *needed[:3]
             grads = compute(
-                gradient, x, weight, mean, var, *ctx.options, ctx.training, *needed[:3], bias, residual, *ctx.epilogue,
+                dy_in_family, x, weight, mean, var, *ctx.options, *flags, bias, residual, *ctx.epilogue,
                 needed[3] and activation != "none",
             )  # fmt: skip
         if activation == "none":
             grads = *grads[:3], dy  # of the residual
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * (_INPUTS - 4)
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * (INPUTS - 4)
 
     @staticmethod
     def vmap(
@@ -171,8 +173,8 @@ class ForwardModeTaskBatchNorm(TaskBatchNorm):
 
 # The classes' own apply() binds its arguments to forward's signature on every call, which costs more than all else that
 # it does. All of ours are given by position, so there is nothing to bind.
-_POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
-TaskBatchNorm.forward.__signature__ = _POSITIONAL  # type: ignore[attr-defined]
+POSITIONAL = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+TaskBatchNorm.forward.__signature__ = POSITIONAL  # type: ignore[attr-defined]
 
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tsbn_kernels import autograd, backends, checks, layout, recompute
+from tsbn_kernels.streams import TaskStreams
 
 
 def task_batch_norm(
@@ -63,6 +67,50 @@ def task_batch_norm(
         TypeError: a dtype is not supported.
         RuntimeError: tensors lie on different devices.
     """
+    y: Tensor
+    (y,) = _call(
+        autograd.apply, x, weight, bias, running_mean, running_var, residual, num_tasks=num_tasks, training=training,
+        momentum=momentum, eps=eps, gate=gate, stacking=stacking, activation=activation,
+        negative_slope=negative_slope, fan_out=fan_out, recover_input=recover_input,
+    )  # fmt: skip
+    return y
+
+
+def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    """As :func:`task_batch_norm`, with the T streams ``[N, C, *]`` of the tasks as tensors of their own.
+
+    A backward pass that comes from some of them computes those tasks alone: with ``fan_out`` T backward passes over a
+    retained graph, as multi-task weighting methods make them, cost one task each. Where all come at once their
+    gradients are first copied into one stack.
+
+    Raises:
+        ValueError: also where ``recover_input`` is set.
+    """
+    if options.get("recover_input"):
+        raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
+    return tuple(_call(TaskStreams.apply, x, weight, *tensors, **options))
+
+
+def _call(
+    differentiable: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    num_tasks: int,
+    training: bool = True,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    gate: str = "sigmoid",
+    stacking: str = "task_major",
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    fan_out: bool = False,
+    recover_input: bool = False,
+) -> list[Tensor]:
     checks.check_options(num_tasks, gate, stacking, activation)
     checks.check_input(x, num_tasks, stacking, fan_out, training)
     channels = x.shape[layout.channel_axis(layout.input_stacking(stacking, fan_out))]
@@ -84,16 +132,16 @@ def task_batch_norm(
     slope = float(negative_slope) if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
-    y, mean, var = autograd.apply(x, weight, bias, residual, *given, *options, recover_input, backend)
+    *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
     if training and x.numel() > 0:
         count = x.numel() // (channels if fan_out else weight.numel())
         if running_mean is not None:
             _update(running_mean, mean, 1.0, momentum)
         if running_var is not None:
             _update(running_var, var, count / (count - 1), momentum)
-    if recompute.wanted() and y.requires_grad and not recover_input:
-        recompute.offer(y, backend, x, weight, bias, residual, mean, var, *options)
-    return y
+    if recompute.wanted() and not recover_input:
+        recompute.offer(outputs, backend, x, weight, bias, residual, mean, var, *options)
+    return outputs
 
 
 @torch.no_grad()

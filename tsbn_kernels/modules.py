@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tsbn_kernels import checks
-from tsbn_kernels.functional import task_batch_norm
+from tsbn_kernels.functional import task_batch_norm, task_streams
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
 
@@ -190,6 +190,32 @@ class FusedTSigmaBN(nn.Module):
                 statistics and gates of the others are left alone. None stands for all T in their order.
             fan_out: overrides the module's own for this call.
         """
+        y: Tensor = self._call(task_batch_norm, x, residual, tasks, fan_out)
+        return y
+
+    def streams(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | Tensor | None = None,
+        fan_out: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`forward`, with the streams ``[N, C, *]`` of the tasks as tensors of their own.
+
+        A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
+        """
+        streams: tuple[Tensor, ...] = self._call(task_streams, x, residual, tasks, fan_out)
+        return streams
+
+    def _call(
+        self,
+        normalize: Callable[..., Any],
+        x: Tensor,
+        residual: Tensor | None,
+        tasks: Sequence[int] | Tensor | None,
+        fan_out: bool | None,
+    ) -> Any:
         fan_out = self.fan_out if fan_out is None else fan_out
         stacking = self._stacking_of(x, fan_out)
         if tasks is not None and not isinstance(tasks, Tensor):
@@ -204,7 +230,7 @@ class FusedTSigmaBN(nn.Module):
             if self.momentum is None:  # cumulative average
                 momentum = 1.0 / num_batches_tracked.unsqueeze(1)
         keeps_statistics = not self.training or self.track_running_stats
-        y = task_batch_norm(
+        result = normalize(
             x,
             weight,
             bias,
@@ -226,7 +252,7 @@ class FusedTSigmaBN(nn.Module):
             for name, rows in zip(_STATISTICS, (running_mean, running_var, num_batches_tracked), strict=True):
                 if rows is not None:
                     getattr(self, name).index_copy_(0, tasks, rows)
-        return y
+        return result
 
     def _indices(self, tasks: Sequence[int]) -> Tensor:
         if not tasks or len(set(tasks)) != len(tasks) or not all(0 <= task < self.num_tasks for task in tasks):

@@ -84,7 +84,7 @@ def wanted() -> bool:
 
 
 def offer(
-    y: Tensor,
+    streams: list[Tensor],
     backend: str | None,
     x: Tensor,
     weight: Tensor,
@@ -94,7 +94,10 @@ def offer(
     var: Tensor,
     *options: Any,
 ) -> None:
-    """Says how to compute the output ``y`` again; what is saved of it from now on need not be kept."""
+    """Says how to compute an output again; what is saved of it from now on need not be kept.
+
+    The output is one tensor, or views of one: the streams of its tasks.
+    """
     outputs = _outputs.get()
     assert outputs is not None
     tensors = [None if t is None else t.detach() for t in (x, weight, bias, residual, mean, var)]
@@ -114,5 +117,7 @@ def offer(
         )
         return y
 
-    address = y.untyped_storage().data_ptr()
-    outputs[address] = _Output(weakref.ref(y, lambda _: outputs.pop(address, None)), y._version, again)
+    y = streams[0]
+    if y.requires_grad:
+        address = y.untyped_storage().data_ptr()
+        outputs[address] = _Output(weakref.ref(y, lambda _: outputs.pop(address, None)), y._version, again)
