@@ -202,9 +202,6 @@ def compiled_kernels_command(
     path: Annotated[
         Path | None, typer.Option("--csv", help="Default: the table beside this package's sources.")
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--every", help="Also those that differ from others of their kind in sizes alone.")
-    ] = False,
 ) -> None:
     """Compile the Triton kernels of known networks' layers for every kind of GPU, and write what they take.
 
@@ -213,7 +210,7 @@ def compiled_kernels_command(
     from benchmarks import compiled_kernels
 
     console = Console()
-    chosen = compiled_kernels.everything() if every else compiled_kernels.representatives()
+    chosen = compiled_kernels.everything()
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("compiling", total=len(chosen))
         table = compiled_kernels.rows(chosen, notify=lambda _: progress.advance(bar))

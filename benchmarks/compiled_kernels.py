@@ -184,20 +184,6 @@ def rows(chosen: Sequence[tuple[str, int]], workers: int = 2, notify: Callable[[
     return made
 
 
-def representatives() -> list[tuple[str, int]]:
-    """Target and index of all that CelebA's layers ask for, and elsewhere of one kernel of each kind; all on H100."""
-    chosen = []
-    for target in TARGETS:
-        kinds = set()
-        for index, one in enumerate(asked(target)):
-            work = one.plan.work
-            kind = one.call.launch.kernel, one.plan.variant, work.family, one.dtype, one.pass_
-            if kind not in kinds or one.network == "celeba40" or target == "sm_90":
-                chosen.append((target, index))
-            kinds.add(kind)
-    return chosen
-
-
 def everything() -> list[tuple[str, int]]:
     """Target and index of all that is asked for."""
     return [(target, index) for target in TARGETS for index in range(len(asked(target)))]

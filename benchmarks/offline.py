@@ -146,7 +146,7 @@ def _nvidia(cubin: bytes) -> tuple[int, int, list[Access]]:
         file.write(cubin)
         file.flush()
         used = _output("cuobjdump", "--dump-resource-usage", file.name)
-        text = _output("nvdisasm", "--print-line-info", file.name)
+        text = _output("nvdisasm", "--print-line-info", "--print-code", "--no-dataflow", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used)
     assert found is not None, used
     registers, stack, local = map(int, found.groups())

@@ -57,8 +57,13 @@ def is_even(work: Work, tile: Tile) -> bool:
 
 
 def _values_per_thread(work: Work, variant: Variant) -> int:
-    """Values of each activation that a thread holds: what keeps every kernel within 128 registers."""
-    values = 32 if variant == "resident" and work.direction == "forward" else 16
+    """Values of each activation that a thread holds: what keeps every kernel within 128 registers.
+
+    Forward keeps x alone and has room for twice as many, but not in rows of no multiple of 16 values: Triton sees no
+    wide accesses there, and each value has an address and a mask of its own.
+    """
+    wide = work.family == "columns" or work.positions % 16 == 0
+    values = 32 if variant == "resident" and work.direction == "forward" and wide else 16
     return values * 4 // work.statistics_size
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tsbn_kernels.backends.triton.statistics import merge_lanes, merge_splits, slab_statistics
+from tsbn_kernels.backends.triton.statistics import merge_splits, slab_statistics, tile_statistics
 from tsbn_kernels.backends.triton.tiles import (
     COUNTS,
     VECTORS,
@@ -44,7 +44,7 @@ def forward_slab(
     if RESIDENT:
         place = tile_at(0, slab, tile)
         values = load(x, slab, place, tile)
-        average, rest, squares, count = merge_lanes(values, tl.zeros(values.shape, tile.ACC), place.real, slab, tile)
+        average, rest, squares, count = tile_statistics(values, place, slab, tile)
     else:
         tiles = tiles_of(slab, tile)
         average, rest, squares, count = slab_statistics(x, slab, 0, tiles, tile)

@@ -39,6 +39,19 @@ def merge_lanes(means, squares, counts, slab, tile):
 
 
 @triton.jit
+def tile_statistics(values, place, slab, tile):
+    """The same of a slab that is one tile, zero where it has no values.
+
+    A lane has one value or none: nobody counts, and masks take the place of counts, which would take registers.
+    """
+    count = tl.cast(slab.N * slab.S, tile.ACC)
+    first = total(values, tile) / count
+    mean, rest = exact_sum(first, total(within(values - first, place, tile), tile) / count)
+    deviation = within(values - mean, place, tile)
+    return mean, rest, total(deviation * deviation, tile), count
+
+
+@triton.jit
 def slab_statistics(x, slab, first, last, tile):
     """Mean, rest, squared deviations and count of the tiles ``first`` to ``last``.
 
