@@ -57,7 +57,7 @@ def task_batch_norm(
         fan_out: x is one input ``[N, C, *]`` for all tasks. It is read, normalised and saved for the backward once; y
             has T streams in ``stacking``.
         recover_input: save y in place of x for the backward pass, see :mod:`tsbn_kernels.recovery`. It spares memory
-            where a convolution follows, which saves y anyway. Not inside ``torch.compile``.
+            where a convolution follows, which saves y anyway. No effect inside ``torch.compile``.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype and memory format of ``x``.
@@ -128,6 +128,7 @@ def _call(
         family = layout.family(x, layout.input_stacking(stacking, fan_out))
         residual = layout.in_family(residual, family, stacking)
 
+    recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
     given = (None, None) if training else (running_mean, running_var)
     slope = float(negative_slope) if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out

@@ -61,10 +61,20 @@ class Operators(NamedTuple):
     backward: Callable[..., Any]
 
 
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As the dispatcher calls it: its results are no views of each other, so that they may be changed in place."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(*arguments)
+
+    return call
+
+
 _dispatched = Operators(
     torch.ops.tsbn.forward_training.default, torch.ops.tsbn.forward_eval.default, torch.ops.tsbn.backward.default
 )
-_reference = Operators(reference.forward_training, reference.forward_eval, reference.backward)
+_reference = Operators(*(_below_autograd(getattr(reference, name)) for name in _NAMES))
 _cuda = Operators(cuda.forward_training, cuda.forward_eval, cuda.backward)
 
 

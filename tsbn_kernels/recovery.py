@@ -37,6 +37,7 @@ def keep(
     info = torch.finfo(x.dtype)
     subnormal = info.smallest_normal * info.eps
     smallest = subnormal / (info.eps / 2) / (1.0 if activation == "none" else min(slope, 1.0))
+    smallest = max(smallest, torch.finfo(gates.dtype).tiny ** 0.5)  # its square is the variance of what is inverted
     lost = ~(gates > smallest)
     if bias is not None:
         lost |= ~(bias.abs() <= MOST_BIAS * gates)
@@ -78,14 +79,24 @@ def backward(
     # gate' / |gate| the factor gate * rstd of dx; dweight is that of xhat itself.
     wide = var.dtype
     gates = reference.gate_values(weight.to(wide), gate)
-    size = gates.abs().clamp_min(torch.finfo(wide).tiny)
+    size = gates.abs().clamp_min(torch.finfo(wide).tiny ** 0.5)
     centre = torch.zeros_like(size) if bias is None else bias.to(wide)
     factor = gates * torch.rsqrt(var + eps) * size
-    inverse = "inverse_leaky_relu" if activation == "leaky_relu" else "none"
     need = bool(needed[0]), bool(needed[1]), bool(needed[2])
     virtual = num_tasks, 0.0, "identity", stacking, training, *need
     dx, dweight, dbias, _ = compute(
-        dy, y, factor, centre, size.square(), *virtual, None, None, inverse, slope, False, False
+        dy,
+        y,
+        factor,
+        centre,
+        size.square(),
+        *virtual,
+        None,
+        None,
+        "inverse_leaky_relu",
+        slope if activation == "leaky_relu" else 1.0,
+        False,
+        False,
     )
     if need[1]:
         dweight = (dweight * gates.sign() * reference.gate_slope(weight.to(wide), gate)).to(weight.dtype)
