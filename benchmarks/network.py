@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.peers import LoopOfBatchNorms
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, LateFanOut, recompute_outputs
 
 CHANNELS = (64, 128, 128, 256, 256, 512, 512)  # of the 3x3 convolutions
 POOL_AFTER = (0, 2, 4)  # indices of the convolutions that a 2x2 max-pooling follows
 FEATURES = 512
 LINEARS = 2
 
-Norm = Callable[[int, int], nn.Module]  # (channels, spatial dimensions) -> layer
+MakeNorm = Callable[[int, int], nn.Module]  # (channels, spatial dimensions) -> layer
 
 
-def fused_norm(tasks: int, channels: int, dims: int) -> nn.Module:
-    """TS-sigma-BN by the fused layer."""
-    return FusedTSigmaBN2d(tasks, channels) if dims == 2 else FusedTSigmaBN1d(tasks, channels)
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the task-specific network.
+
+    Attributes:
+        fused: by the fused layer, else by T BatchNorms in a loop.
+        epilogue: with the activation in the layer, else by an activation in place behind it.
+        first: what the first layer gets and gives: ``"expand"``, a view of the one input for every task;
+            ``"fan_out"``, the one input; ``"late"``, the same with the gates in the next convolution.
+        recompute: the layers' outputs are not kept.
+        recover_input: the layers' inputs are not kept (but the first one's).
+        negative_slope: of a leaky ReLU; 0 is a ReLU.
+    """
+
+    fused: bool = True
+    epilogue: bool = False
+    first: Literal["expand", "fan_out", "late"] = "expand"
+    recompute: bool = False
+    recover_input: bool = False
+    negative_slope: float = 0.0
+
+    @property
+    def reference(self) -> str:
+        """The variant by plain BatchNorms that computes the same."""
+        return "loop, leaky" if self.negative_slope else "loop"
+
+    def norm(self, tasks: int, channels: int, dims: int) -> nn.Module:
+        """A normalisation layer of an activation of 2 spatial dimensions, or of none."""
+        if not self.fused:
+            return LoopOfBatchNorms(tasks, channels)
+        options: dict[str, Any] = {"stacking": "sample_major" if self.first == "late" else "task_major"}
+        if self.epilogue:
+            options["activation"] = "leaky_relu" if self.negative_slope else "relu"
+            options["negative_slope"] = self.negative_slope
+        module = FusedTSigmaBN2d if dims == 2 else FusedTSigmaBN1d
+        return module(tasks, channels, recover_input=self.recover_input, **options)
 
 
-def loop_norm(tasks: int, channels: int, dims: int) -> nn.Module:
-    """TS-sigma-BN by T BatchNorms in a loop."""
-    return LoopOfBatchNorms(tasks, channels)
-
-
-NORMS: dict[str, Callable[[int, int, int], nn.Module]] = {"fused": fused_norm, "loop": loop_norm}
+LEAKY = 0.01
+VARIANTS = {
+    "loop": Variant(fused=False),
+    "fused": Variant(),
+    "fused, ReLU inside": Variant(epilogue=True),
+    "and fan-out": Variant(epilogue=True, first="fan_out"),
+    "and recompute": Variant(epilogue=True, first="fan_out", recompute=True),
+    "and late fan-out": Variant(epilogue=True, first="late", recompute=True),
+    "loop, leaky": Variant(fused=False, negative_slope=LEAKY),
+    "fused, leaky, recover": Variant(epilogue=True, first="fan_out", recover_input=True, negative_slope=LEAKY),
+}
+BEST = "and late fan-out"
 
 
 class CelebaNetwork(nn.Module):
@@ -39,13 +81,15 @@ class CelebaNetwork(nn.Module):
     Args:
         tasks: T, the number of heads.
         norm: makes the nine normalisation layers.
-        streams: T for task-specific normalisation: the backbone runs once for each task, stacked task-major. 1 for
+        streams: T for task-specific normalisation: the backbone runs once for each task, its streams stacked. 1 for
             hard sharing.
+        variant: how it is run.
     """
 
-    def __init__(self, tasks: int, norm: Norm, streams: int) -> None:
+    def __init__(self, tasks: int, norm: MakeNorm, streams: int, variant: Variant = VARIANTS["fused"]) -> None:
         super().__init__()
         self.streams = streams
+        self.variant = variant
         inputs = (3, *CHANNELS[:-1])
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(inputs, CHANNELS, strict=True)
@@ -55,37 +99,62 @@ class CelebaNetwork(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(tasks, 1))
         nn.init.uniform_(self.head_weight, -(FEATURES**-0.5), FEATURES**-0.5)
         self.norms = nn.ModuleList([norm(c, 2) for c in CHANNELS] + [norm(FEATURES, 0) for _ in range(LINEARS)])
+        if variant.first != "expand":
+            first = self.norms[0]
+            assert isinstance(first, FusedTSigmaBN2d)
+            first.fan_out, first.recover_input = True, False
+            if variant.first == "late":
+                self.norms[0] = LateFanOut.from_layer(first, nn.MaxPool2d(2), self.convolutions[1])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[T, N]`` of images ``[N, 3, 64, 64]``."""
-        x = images
-        for index, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=False)):
-            x = convolution(x)
-            if index == 0 and self.streams > 1:
-                # Every task sees the same x up to here: the axis of tasks is a view, not T copies.
-                x = norm(x.expand(self.streams, *x.shape))
-                x = x.flatten(0, 1) if x.dim() == 5 else x
-            else:
-                x = norm(x)
-            x = functional.relu(x, inplace=True)
+        with recompute_outputs() if self.variant.recompute else nullcontext():
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        late = self.variant.first == "late"
+        x = self.convolutions[0](images)
+        if late:
+            x = self.norms[0](x)  # and its pooling, and the second convolution
+        else:
+            # Every task sees the same x up to here: the axis of tasks is a view, not T copies.
+            expand = self.streams > 1 and self.variant.first == "expand"
+            x = self._activated(self.norms[0], x.expand(self.streams, *x.shape) if expand else x)
+            x = functional.max_pool2d(x.flatten(0, 1) if x.dim() == 5 else x, 2)
+        for index in range(1, len(CHANNELS)):
+            if index > 1 or not late:
+                x = self.convolutions[index](x)
+            x = self._activated(self.norms[index], x)
             if index in POOL_AFTER:
                 x = functional.max_pool2d(x, 2)
         x = x.mean((2, 3))
         for linear, norm in zip(self.linears, self.norms[len(CHANNELS) :], strict=True):
-            x = functional.relu(norm(linear(x)), inplace=True)
-        features = x.view(self.streams, -1, FEATURES)
+            x = self._activated(norm, linear(x))
+        features = x.unflatten(0, (-1, self.streams)).transpose(0, 1) if late else x.unflatten(0, (self.streams, -1))
         logits: Tensor = (features @ self.head_weight).squeeze(2) + self.head_bias
         return logits
 
+    def _activated(self, norm: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = norm(x)
+        return y if self.variant.epilogue else functional.leaky_relu(y, self.variant.negative_slope, inplace=True)
 
-def task_specific_network(variant: str, tasks: int, seed: int = 0) -> CelebaNetwork:
-    """The TS-sigma-BN network, ``"fused"`` or ``"loop"``: the same weights and gates for the same seed."""
+
+def gates_of(norm: nn.Module) -> list[nn.Parameter]:
+    """The raw gates of a layer: one ``[T, C]``, or T of ``[C]``."""
+    if isinstance(norm, LoopOfBatchNorms):
+        return [one.weight for one in norm.norms]  # type: ignore[misc]
+    return [norm.weight]  # type: ignore[list-item]
+
+
+def task_specific_network(name: str, tasks: int, seed: int = 0) -> CelebaNetwork:
+    """The TS-sigma-BN network, one of :data:`VARIANTS`: the same weights and gates for the same seed."""
     torch.manual_seed(seed)
-    network = CelebaNetwork(tasks, partial(NORMS[variant], tasks), tasks)
+    variant = VARIANTS[name]
+    network = CelebaNetwork(tasks, partial(variant.norm, tasks), tasks, variant)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for norm in network.norms:
-            gates = list(norm.parameters())  # one [T, C], or T of [C]
+            gates = gates_of(norm)
             values = torch.randn(tasks, gates[0].shape[-1], generator=generator)
             rows = [values] if gates[0].dim() == 2 else list(values)
             for gate, row in zip(gates, rows, strict=True):
@@ -100,13 +169,13 @@ def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def stacked_gradients(network: CelebaNetwork) -> dict[str, Tensor]:
-    """Gradients by name; those of a norm's gates as ``[T, C]`` in both variants."""
+    """Gradients by name; those of a norm's gates as ``[T, C]`` in all variants."""
     gradients = {}
     for name, parameter in network.named_parameters():
         if not name.startswith("norms."):
             gradients[name] = _gradient(parameter)
     for index, norm in enumerate(network.norms):
-        parts = [_gradient(parameter) for parameter in norm.parameters()]
+        parts = [_gradient(gate) for gate in gates_of(norm)]
         gradients[f"norms.{index}"] = parts[0] if parts[0].dim() == 2 else torch.stack(parts)
     return gradients
 

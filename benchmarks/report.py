@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.celeba40 import NetworkRun
+from benchmarks.network import VARIANTS
 from benchmarks.records import FORWARD, FORWARD_BACKWARD, PASSES, Means, Record, means
 
 
@@ -70,17 +71,30 @@ def network_table(run: NetworkRun) -> Table:
     result = run.comparison
     table = Table(
         title=f"Training step of the network, {run.tasks} tasks, batch {run.batch}, float32, {run.source}",
-        caption=f"loss {result.loss:.6f}; largest differences: loss {result.loss_difference:.1e}, a gradient's element "
-        f"{result.gradient_difference:.1e}, a gradient relative to its norm {result.gradient_relative:.1e}",
+        caption=f"loss {result.losses['loop']:.6f} (leaky: {result.losses['loop, leaky']:.6f}); differences are those "
+        f"of the first step from the loop's: of the loss, and of a gradient relative to its norm, the largest",
     )
     table.add_column("norm")
-    for name in ("ms", "vs loop", "peak memory of the step"):
+    for name in (
+        "ms",
+        "vs loop",
+        "peak memory\nof the step",
+        "of the\nloop's",
+        "loss\ndifference",
+        "gradient\ndifference",
+    ):
         table.add_column(name, justify="right")
-    loop = result.times["loop"].median
     for variant, summary in result.times.items():
-        peak = f"{result.peak_bytes[variant] / 2**20:.0f} MiB"
-        time = f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}"
-        table.add_row(variant, time, _times(loop / summary.median), peak)
+        loop = VARIANTS[variant].reference
+        peak, of = result.peak_bytes[variant], result.differences[variant]
+        table.add_row(
+            variant,
+            f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}",
+            _times(result.times[loop].median / summary.median),
+            f"{peak / 2**20:.0f} MiB",
+            f"{peak / result.peak_bytes[loop]:.2f}",
+            *(("-", "-") if variant == loop else (f"{of.loss:.1e}", f"{of.gradient_relative:.1e}")),
+        )
     return table
 
 
