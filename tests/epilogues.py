@@ -83,7 +83,7 @@ def make_call(
 
 
 def _without_kinks(call: Call) -> Call:
-    """The same with x moved where some z is near zero."""
+    """Moves x where some z is near zero."""
     for _ in range(50):
         z = forward(call._replace(activation="none").in_double(), reference)[0]
         near = z.abs() < KINK
@@ -91,7 +91,7 @@ def _without_kinks(call: Call) -> Call:
             return call
         if call.shared:
             near = unstack(near, call.p.num_tasks, call.p.stacking).any(0)
-        call = call._replace(p=call.p._replace(x=torch.where(near, call.p.x + 0.25, call.p.x)))
+        call.p.x[near] += 0.25
     raise AssertionError("some z stay near zero")
 
 
