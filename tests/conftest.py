@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
-from support import BACKENDS, on_backend
+from support import BACKENDS, instruction_sets, on_backend
 
 from tsbn_kernels.backends import cpu
 
@@ -65,3 +65,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """For tests that run on every backend that takes CPU tensors; see :func:`support.on_backend`."""
     with on_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*(instruction_sets() or ["native"]), *BACKENDS[1:]])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend; the native one once for each instruction set."""
+    if request.param in instruction_sets():
+        cpu.set_instruction_set(request.param)
+        try:
+            yield "native"
+        finally:
+            cpu.set_instruction_set("")
+    else:
+        with on_backend(request.param):
+            yield request.param

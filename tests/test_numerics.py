@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,8 +23,6 @@ from support import (
     definition,
     fill_cache_with_nan,
     in_memory_format,
-    instruction_sets,
-    on_backend,
     problem,
     run,
 )
@@ -74,20 +72,6 @@ def cases(name: str, **values: list[object]) -> pytest.MarkDecorator:
     """Parametrises by the backend and by values that depend on it."""
     pairs = [(backend, value) for backend in BACKENDS for value in values[backend]]
     return pytest.mark.parametrize(("backend", name), pairs, ids=str, indirect=["backend"])
-
-
-@pytest.fixture(params=[*(instruction_sets() or ["native"]), *BACKENDS[1:]])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend; the native one once for each instruction set."""
-    if request.param in instruction_sets():
-        cpu.set_instruction_set(request.param)
-        try:
-            yield "native"
-        finally:
-            cpu.set_instruction_set("")
-    else:
-        with on_backend(request.param):
-            yield request.param
 
 
 @dtypes

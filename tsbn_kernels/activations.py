@@ -30,7 +30,7 @@ def _silu_slope(z: Tensor, _: float) -> Tensor:
 _FUNCTIONS: dict[str, tuple[Activation, Activation]] = {
     "none": (lambda z, _: z, lambda z, _: torch.ones_like(z)),
     "relu": (lambda z, _: torch.relu(z), lambda z, _: (z > 0).to(z.dtype)),
-    "leaky_relu": (functional.leaky_relu, lambda z, slope: torch.where(z > 0, 1.0, slope).to(z.dtype)),
+    "leaky_relu": (functional.leaky_relu, lambda z, slope: torch.where(z > 0, torch.ones_like(z), slope)),
     "silu": (lambda z, _: functional.silu(z), _silu_slope),
     "gelu": (lambda z, _: functional.gelu(z), _gelu_slope),
 }

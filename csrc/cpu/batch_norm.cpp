@@ -1,13 +1,11 @@
 #include "batch_norm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "allocate.h"
 #include "dispatch.h"
-#include "layout.h"
 #include "parameter.h"
+#include "plan.h"
 #include "schedule.h"
 
 namespace tsbn::cpu {
@@ -15,76 +13,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr size_t kStreamBytes = size_t(8) << 20;
-
-bool streaming_enabled() {
-  static const bool enabled = [] {
-    const char* text = std::getenv("TSBN_STREAMING");
-    return text == nullptr || std::strcmp(text, "0") != 0;
-  }();
-  return enabled;
-}
-
-// Blocks of fp32 rows fill a third of a 48 KiB L1 cache; a column's fp32 sum has at most 128 terms.
-constexpr int64_t kRowBlock = 4096, kRowChunk = 32768, kColumnBlock = 128, kColumnChunkElements = 131072;
-
 ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-View require_view(const Tensor& x, int64_t num_tasks, const std::string& stacking) {
-  STD_TORCH_CHECK(stacking == "task_major" || stacking == "sample_major" || stacking == "task_axis",
-                  "tsbn: unknown stacking '", stacking, "'");
-  const int64_t leading = stacking == "task_axis" ? 2 : 1;
-  STD_TORCH_CHECK(x.dim() > leading && num_tasks > 0, "tsbn: x has too few dimensions, or num_tasks is not positive");
-  STD_TORCH_CHECK(leading == 2 ? x.size(0) == num_tasks : x.size(0) % num_tasks == 0,
-                  "tsbn: the first dimension of x does not hold ", num_tasks, " tasks");
-  const auto view = view_of(x, num_tasks, stacking);
-  STD_TORCH_CHECK(view && (view->rows() || view->columns()),
-                  "tsbn: neither the positions nor the channels of x are contiguous; pass x.contiguous()");
-  return *view;
-}
-
-// Several samples whose positions follow one another are one long sample.
-void join_samples(Work& w) {
-  const auto joins = [&](const Operand& o) { return o.data == nullptr || w.N == 1 || w.S == 1 || o.n == w.S * o.s; };
-  if (!joins(w.x) || !joins(w.dy) || !joins(w.out)) return;
-  for (Operand* o : {&w.x, &w.dy, &w.out}) {
-    if (w.S == 1) o->s = o->n;
-  }
-  w.S *= w.N;
-  w.N = 1;
-}
-
-// Streaming pays where the output outgrows the caches near the core and is written in whole lines.
-bool should_stream(const Work& w, size_t element) {
-  if (!streaming_enabled() || size_t(w.T * w.N * w.C * w.S) * element < kStreamBytes) return false;
-  constexpr int64_t line = 64;
-  const int64_t size = int64_t(element);
-  const bool aligned = reinterpret_cast<uintptr_t>(w.out.data) % line == 0 && w.out.t * size % line == 0 &&
-                       (w.N == 1 || w.out.n * size % line == 0);
-  if (w.family == Family::rows) return w.S * size >= (aligned && w.out.c * size % line == 0 ? 4 : 8) * line;
-  return aligned && (w.S == 1 || w.out.s * size % line == 0);
-}
-
-Work work_of(const View& view, const Tensor& x, double eps) {
-  Work w;
-  w.family = view.rows() ? Family::rows : Family::columns;
-  w.dtype = dtype_of(x);
-  w.T = view.T, w.N = view.N, w.C = view.C, w.S = view.S;
-  w.positions = double(view.N * view.S);
-  w.eps = eps;
-  w.x = view.operand;
-  return w;
-}
-
-// Cuts the slabs, once all operands are known.
-void plan(Work& w, const Tensor& x) {
-  join_samples(w);
-  w.partition = w.family == Family::rows
-                    ? Partition(w.N, w.S, kRowBlock, kRowChunk)
-                    : Partition(w.N, w.S, kColumnBlock, std::max(kColumnBlock, kColumnChunkElements / w.C));
-  w.stream = w.out.data != nullptr && should_stream(w, x.element_size());
 }
 
 template <class F>
@@ -107,8 +37,63 @@ void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::st
   }
 }
 
-Tensor empty_like(const Tensor& x, const Work& w, const std::string& stacking) {
-  return allocate_like(x, dense_strides(x, w.family, stacking));
+// y, and the work of writing it.
+Tensor prepare_forward(Work& w, const Tensor& x, const std::optional<Tensor>& residual, const Stacking& stacking) {
+  STD_TORCH_CHECK(w.activation != Activation::inverse_leaky_relu, "tsbn: there is no forward of inverse_leaky_relu");
+  Tensor y = empty_stacked(w, x, stacking, w.out);
+  if (residual) w.residual = stacked_operand(w, *residual, x, stacking, "residual");
+  cut(w);
+  w.stream = should_stream(w, w.out, w.T);
+  return y;
+}
+
+Apply forward_kernel(const Work& w) {
+  const Kernels& kernel = kernels(w.family, w.dtype);
+  const bool adds = w.activation == Activation::none && w.residual.data != nullptr;
+  return adds ? kernel.slabs.add_residual : kernel.epilogue(w.activation).forward;
+}
+
+// The backward of tasks that have an x each.
+void run_separate(Work& w, bool sums) {
+  const Kernels& kernel = kernels(w.family, w.dtype);
+  const EpilogueKernels& epilogue = kernel.epilogue(w.activation);
+  const Operand &dx = w.out, &other = w.dresidual;
+  const bool alike = dx.data == nullptr || other.data == nullptr ||
+                     (reinterpret_cast<uintptr_t>(dx.data) - reinterpret_cast<uintptr_t>(other.data)) % 64 == 0;
+  w.stream = alike && should_stream(w, dx.data == nullptr ? other : dx, w.T);
+
+  Work last = w;
+  Apply write = epilogue.backward;
+  if (!w.training) {  // dx = g * z_scale; without an activation g is dy, and x is not read
+    last.vectors.dy_scale = w.vectors.z_scale;
+    if (w.activation == Activation::none) {
+      write = epilogue.forward;
+      last.x = w.dy;
+      last.vectors.center = last.vectors.shift = w.vectors.z_shift;  // zeros
+      last.vectors.scale = w.vectors.z_scale;
+    }
+  }
+  const auto apply = [&](int64_t group, int64_t chunk) { write(last, group, chunk); };
+  const bool writes = dx.data != nullptr || other.data != nullptr;
+  const Reduction products{epilogue.products, merge_sums, kernel.vectors.backward, 2 * w.channels()};
+  if (sums) reduce_then_apply(w, products, writes, apply);
+  else if (writes) apply_all(w, apply);
+}
+
+// The backward of tasks that share one x: a first pass sums h over the tasks, the second makes dx of it. h lies in dx's
+// own memory where that holds the accumulate type; else in a workspace, so that nothing is rounded twice.
+void run_shared(Work& w) {
+  const Kernels& kernel = kernels(w.family, w.dtype);
+  const bool needs_dx = w.out.data != nullptr, half = w.dtype == DType::f16 || w.dtype == DType::bf16;
+  PooledMemory workspace(needs_dx && half ? size_t(w.N * w.C * w.S) * sizeof(float) : 0);
+  w.h = needs_dx && half ? workspace.data() : w.out.data;
+  w.stream = should_stream(w, w.dresidual, w.T);
+  Work last = w;
+  last.stream = half && should_stream(w, w.out, 1);
+  const Reduction products{kernel.epilogue(w.activation).shared_products, merge_sums, kernel.vectors.backward,
+                           2 * w.channels() * w.T};
+  reduce_then_apply(w, products, needs_dx && (half || w.training),
+                    [&](int64_t group, int64_t chunk) { kernel.slabs.finish_shared(last, group, chunk); });
 }
 
 }  // namespace
@@ -116,18 +101,17 @@ Tensor empty_like(const Tensor& x, const Work& w, const std::string& stacking) {
 std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                     int64_t num_tasks, double eps, std::string gate,
                                                     std::string stacking, std::optional<Tensor> residual,
-                                                    std::string activation, double, bool shared) {
-  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
-  Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
-  Tensor y = empty_like(x, w, stacking);
+                                                    std::string activation, double slope, bool shared) {
+  const Stacking stacked{num_tasks, stacking, shared};
+  Work w = work_of(x, stacked, eps, activation, slope);
+  Tensor y = prepare_forward(w, x, residual, stacked);
   Tensor mean = allocate({w.T, w.C}, {w.C, 1}, accumulate_type(x)), var = allocate_like(mean, {w.C, 1});
   if (x.numel() == 0) {
     fill_zero(mean), fill_zero(var);
     return {y, mean, var};
   }
-  w.out = view_of(y, num_tasks, stacking)->operand;
-  plan(w, x);
   const Kernels& kernel = kernels(w.family, w.dtype);
+  const Apply apply = forward_kernel(w);
 
   with_accumulate_type(w, [&](auto zero) {
     Workspace<decltype(zero)> space(w.T, w.C);
@@ -137,22 +121,20 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
     w.vectors.var = var.mutable_data_ptr();
     w.vectors.scale = space.vector();
     w.vectors.shift = space.vector();
-    reduce_then_apply(w, kernel.slabs.moments, merge_all_moments, kernel.vectors.forward,
-                      [&](int64_t group, int64_t chunk) { kernel.slabs.affine(w, group, chunk); });
+    const Reduction moments{kernel.slabs.moments, merge_all_moments, kernel.vectors.forward, 2 * w.channels()};
+    reduce_then_apply(w, moments, true, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return {y, mean, var};
 }
 
 Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
                     double eps, std::string gate, std::string stacking, std::optional<Tensor> residual,
-                    std::string activation, double, bool shared) {
-  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
-  Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
-  Tensor y = empty_like(x, w, stacking);
+                    std::string activation, double slope, bool shared) {
+  const Stacking stacked{num_tasks, stacking, shared};
+  Work w = work_of(x, stacked, eps, activation, slope);
+  Tensor y = prepare_forward(w, x, residual, stacked);
   if (x.numel() == 0) return y;
-  w.out = view_of(y, num_tasks, stacking)->operand;
-  plan(w, x);
-  const Kernels& kernel = kernels(w.family, w.dtype);
+  const Apply apply = forward_kernel(w);
 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
@@ -163,36 +145,39 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
     w.vectors.scale = space.vector();
     w.vectors.shift = space.vector();
-    kernel.vectors.eval(w);
-    apply_all(w, [&](int64_t group, int64_t chunk) { kernel.slabs.affine(w, group, chunk); });
+    kernels(w.family, w.dtype).vectors.eval(w);
+    apply_all(w, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
-                                            int64_t num_tasks, double eps, std::string gate, std::string stacking,
-                                            bool training, bool need_dx, bool need_dweight, bool need_dbias,
-                                            std::optional<Tensor>, std::optional<Tensor> residual,
-                                            std::string activation, double, bool shared, bool) {
-  STD_TORCH_CHECK(activation == "none" && !residual && !shared, "tsbn: no such CPU kernel yet");
-  Work w = work_of(require_view(x, num_tasks, stacking), x, eps);
+                                                    int64_t num_tasks, double eps, std::string gate,
+                                                    std::string stacking, bool training, bool need_dx,
+                                                    bool need_dweight, bool need_dbias, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> residual, std::string activation,
+                                                    double slope, bool shared, bool need_dresidual) {
+  const Stacking stacked{num_tasks, stacking, shared};
+  Work w = work_of(x, stacked, eps, activation, slope);
+  w.training = training;
+  const bool plain = w.activation == Activation::none, inverse = w.activation == Activation::inverse_leaky_relu;
+  STD_TORCH_CHECK(!need_dresidual || !(plain || inverse), "tsbn: without an activation dy is the gradient of residual");
+  STD_TORCH_CHECK(!inverse || (slope > 0 && !residual && !shared),
+                  "tsbn: inverse_leaky_relu takes a positive slope, no residual and no shared x");
+  const auto nothing = [](ScalarType dtype) { return allocate({0}, {1}, dtype); };
   const auto vector_if = [&](bool needed) {
-    return needed ? allocate({w.T, w.C}, {w.C, 1}, weight.scalar_type()) : allocate({0}, {1}, weight.scalar_type());
+    return needed ? allocate({w.T, w.C}, {w.C, 1}, weight.scalar_type()) : nothing(weight.scalar_type());
   };
-  Tensor dx = need_dx ? empty_like(x, w, stacking) : allocate({0}, {1}, x.scalar_type());
+  Tensor dx = need_dx ? empty_input(w, x, stacked, w.out) : nothing(x.scalar_type());
+  Tensor dresidual = need_dresidual ? empty_stacked(w, x, stacked, w.dresidual) : nothing(x.scalar_type());
   Tensor dweight = vector_if(need_dweight), dbias = vector_if(need_dbias);
   if (x.numel() == 0) {
     fill_zero(dweight), fill_zero(dbias);
-    return {dx, dweight, dbias, allocate({0}, {1}, x.scalar_type())};
+    return {dx, dweight, dbias, dresidual};
   }
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.sizes().equals(x.sizes()),
-                  "tsbn: dy must have the shape and dtype of x");
-  const View dy_view = require_view(dy, num_tasks, stacking);
-  STD_TORCH_CHECK(w.family == Family::rows ? dy_view.rows() : dy_view.columns(),
-                  "tsbn: dy must have the memory format of x");
-  w.dy = dy_view.operand;
-  if (need_dx) w.out = view_of(dx, num_tasks, stacking)->operand;
-  plan(w, x);
+  w.dy = stacked_operand(w, dy, x, stacked, "dy");
+  if (residual && !plain) w.residual = stacked_operand(w, *residual, x, stacked, "residual");
+  cut(w);
   const Kernels& kernel = kernels(w.family, w.dtype);
 
   with_accumulate_type(w, [&](auto zero) {
@@ -205,26 +190,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale, &w.vectors.dweight, &w.vectors.dbias}) {
       *v = space.vector();
     }
-    Work scaling = w;  // in evaluation dx = gate * rstd * dy, and x is not read
-    if (!training) {
-      scaling.x = w.dy;
-      scaling.vectors.bias = scaling.vectors.center = space.filled(0);
-      scaling.vectors.scale = space.vector();
-      scaling.vectors.shift = space.vector();
-      kernel.vectors.eval(scaling);
+    if (!(plain || inverse) || shared || !training) {
+      Work z = w;
+      z.vectors.bias = plain || inverse ? space.filled(0) : space.values_or_zeros(bias, "bias");
+      z.vectors.scale = w.vectors.z_scale = space.vector();
+      z.vectors.shift = w.vectors.z_shift = space.vector();
+      kernel.vectors.eval(z);
     }
-    const auto apply = [&](int64_t group, int64_t chunk) {
-      training ? kernel.slabs.affine_with_dy(w, group, chunk) : kernel.slabs.affine(scaling, group, chunk);
-    };
-    if (need_dweight || need_dbias || (training && need_dx)) {
-      reduce_then_apply(w, kernel.slabs.products, merge_sums, kernel.vectors.backward, apply);
-    } else if (need_dx) {
-      apply_all(w, apply);
-    }
+    if (shared) run_shared(w);
+    else run_separate(w, need_dweight || need_dbias || (training && need_dx));
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
     if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
-  return {dx, dweight, dbias, allocate({0}, {1}, x.scalar_type())};
+  return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace tsbn::cpu

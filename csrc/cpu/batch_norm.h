@@ -20,9 +20,10 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
                     std::string activation, double slope, bool shared);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
-                                            int64_t num_tasks, double eps, std::string gate, std::string stacking,
-                                            bool training, bool need_dx, bool need_dweight, bool need_dbias,
-                                            std::optional<Tensor> bias, std::optional<Tensor> residual,
-                                            std::string activation, double slope, bool shared, bool need_dresidual);
+                                                    int64_t num_tasks, double eps, std::string gate,
+                                                    std::string stacking, bool training, bool need_dx,
+                                                    bool need_dweight, bool need_dbias, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> residual, std::string activation,
+                                                    double slope, bool shared, bool need_dresidual);
 
 }  // namespace tsbn::cpu

@@ -1,24 +1,8 @@
 // From sums over a slab to the statistics, the gradients of the parameters, and the factors that apply() uses.
-// Included inside an instruction set's namespace, after simd.h.
+// Included inside an instruction set's namespace, after elementary.h.
 
 // The vectors never overlap; GCC gives up on a loop over this many pointers unless it is told so.
 #define TSBN_NO_OVERLAP _Pragma("GCC ivdep")
-
-// e^x for x <= 0, to 2 units in the last place; below -87 it stays at e^-87.
-TSBN_INLINE F exp_of(F x) {
-  x = x < -87.0f ? F{} - 87.0f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const F n = (x * 1.44269504088896f + kRound) - kRound;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440054691e-4f;  // ln 2 in two parts
-  F p = F{} + 1.0f / 5040;
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  typedef int32_t I __attribute__((vector_size(TSBN_VECTOR_BYTES)));
-  return p * bit_cast<F>((__builtin_convertvector(n, I) + 127) << 23);
-}
-TSBN_INLINE D exp_of(D x) {
-  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
 
 template <class T>
 struct Coefficients {
@@ -45,16 +29,21 @@ struct Coefficients {
     }
   }
 
-  // total: mean, sum of squared deviations. The rounding error of the stored mean goes into the shift.
+  // total: mean, sum of squared deviations. The rounding error of the stored mean goes into the shift, unless a backward
+  // must be able to compute the same z from what is stored.
   static void forward(const Work& w, int64_t group, const double* total) {
-    const int64_t channels = w.channels(), first = group * channels;
+    for (int64_t k = 0; k < w.fan(); ++k) forward_of(w, group * w.channels() + k * w.C, total);
+  }
+
+  static void forward_of(const Work& w, int64_t first, const double* total) {
+    const int64_t channels = w.channels();
     const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias) + first;
     A *mean = vector(w.vectors.center) + first, *var = vector(w.vectors.var) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
-    const double inverse = 1 / w.positions;
+    const double inverse = 1 / w.positions, kept = w.activation == Activation::none ? 1 : 0;
     TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
       mean[c] = A(total[c]);
-      shift[c] = A(total[c] - double(mean[c]));
+      shift[c] = A((total[c] - double(mean[c])) * kept);
       var[c] = A(total[channels + c] * inverse);
     }
     const A eps = A(w.eps);
@@ -74,9 +63,22 @@ struct Coefficients {
     }
   }
 
-  // total: sum dy, sum dy * (x - mean). dx = gate * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
+  // total, for each task of the group: sum g, sum g * (x - mean) of g = dy * act'(z).
+  // dx = gate * rstd * (g - mean(g) - xhat * mean(g * xhat)); of a shared x, the sum of this over the tasks.
   static void backward(const Work& w, int64_t group, const double* total) {
     const int64_t channels = w.channels(), first = group * channels;
+    for (int64_t k = 0; k < w.fan(); ++k) backward_of(w, first + k * w.C, total + 2 * channels * k);
+    A *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
+    for (int64_t k = 1; k < w.fan(); ++k) {
+      TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
+        scale[c] += scale[c + k * w.C];
+        shift[c] += shift[c + k * w.C];
+      }
+    }
+  }
+
+  static void backward_of(const Work& w, int64_t first, const double* total) {
+    const int64_t channels = w.channels();
     const A *gate = vector(w.vectors.gate) + first, *slope = vector(w.vectors.slope) + first;
     const A* var = vector(w.vectors.var) + first;
     A *dweight = vector(w.vectors.dweight) + first, *dbias = vector(w.vectors.dbias) + first,

@@ -7,7 +7,30 @@ struct Columns {
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
-  static T* slab(const Operand& o, int64_t task) { return static_cast<T*>(o.data) + task * o.t; }
+  // The channels of a position; nullptr where there is no such operand.
+  static TSBN_INLINE T* at(const Operand& o, int64_t task, int64_t n, int64_t s) {
+    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + task * o.t + n * o.n + s * o.s;
+  }
+  static TSBN_INLINE A* h_at(const Work& w, int64_t n, int64_t s) {
+    return w.h == nullptr ? nullptr : static_cast<A*>(w.h) + n * w.out.n + s * w.out.s;
+  }
+
+  // One task's values of a vector over [T*C].
+  struct Factors {
+    const A* values;
+    Factors(const void* vector, const Work& w, int64_t task) : values(static_cast<const A*>(vector) + task * w.C) {}
+    TSBN_INLINE V operator()(int64_t c, int lanes) const { return load_up_to(values + c, lanes, V{}); }
+  };
+  struct BeforeFactors {
+    Factors center, scale, shift;
+    BeforeFactors(const Work& w, int64_t task)
+        : center(w.vectors.center, w, task), scale(w.vectors.z_scale, w, task), shift(w.vectors.z_shift, w, task) {}
+    template <class Act>
+    TSBN_INLINE Before<V> at(int64_t c, int lanes) const {
+      if constexpr (Act::kPlain || Act::kInverts) return {center(c, lanes), V{}, V{}};
+      else return {center(c, lanes), scale(c, lanes), shift(c, lanes)};
+    }
+  };
 
   // Calls f(c, lane_count) for every vector of C channels.
   template <class Function>
@@ -81,7 +104,7 @@ struct Columns {
 
   static void moments(const Work& w, int64_t task, int64_t chunk, double* partial, void* memory) {
     constexpr int64_t kFew = 8;
-    const T* x = slab(w.x, task);
+    const T* x = at(w.x, task, 0, 0);
     Scratch k(memory, w.C);
     double *mean = partial, *m2 = partial + w.C;
     double *block_mean = reinterpret_cast<double*>(k.shift + k.padded), *block_m2 = block_mean + w.C;
@@ -109,71 +132,147 @@ struct Columns {
     }
   }
 
-  static void products(const Work& w, int64_t task, int64_t chunk, double* partial, void* memory) {
-    const T *x = slab(w.x, task), *dy = slab(w.dy, task);
-    const A* center = static_cast<const A*>(w.vectors.center) + task * w.C;
-    Scratch k(memory, w.C);
-    for (int64_t c = 0; c < 2 * w.C; ++c) partial[c] = 0;
+  // Blocks of a shared x stay in the cache while each task's dy goes by, and so does their part of h.
+  template <template <class> class Activation, bool kShared>
+  static void products(const Work& w, int64_t group, int64_t chunk, double* partial, void* memory) {
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    const int64_t fan = kShared ? w.T : 1;
+    Scratch sums(memory, w.C);
+    for (int64_t c = 0; c < 2 * w.C * fan; ++c) partial[c] = 0;
     for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
-      k.clear_sums();
-      each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s;
-        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
-          const V origin = load_up_to(center + c, lanes, V{});
-          V first{}, second{};
-          for (int j = 0; j < positions.count; ++j) {
-            const V g = load_up_to(q + j * w.dy.s + c, lanes, V{});
-            first += g;
-            second += g * (load_up_to(p + j * w.x.s + c, lanes, origin) - origin);
-          }
-          store(k.first + c, load(k.first + c) + first);
-          store(k.second + c, load(k.second + c) + second);
+      const Block b = w.partition.block(index);
+      for (int64_t k = 0; k < fan; ++k) {
+        const int64_t task = group + k;
+        const BeforeFactors before(w, task);
+        sums.clear_sums();
+        each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+          const T *p = at(w.x, task, n, s), *q = at(w.dy, task, n, s);
+          const T* u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
+          T* du = kShared ? at(w.dresidual, task, n, s) : nullptr;
+          A* h = kShared ? h_at(w, n, s) : nullptr;
+          each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+            const Before<V> z = before.template at<Act>(c, lanes);
+            const V share = kShared ? before.scale(c, lanes) : V{};
+            V first{}, second{};
+            for (int j = 0; j < positions.count; ++j) {
+              const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
+              const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, residual, c, lanes);
+              first += g;
+              second += g * d;
+              if constexpr (kShared) {
+                if (h != nullptr) {
+                  A* target = h + j * w.out.s + c;
+                  store_up_to(target, lanes, (k == 0 ? V{} : load_up_to(target, lanes, V{})) + g * share);
+                }
+                if (du != nullptr) {
+                  T* target = du + j * w.dresidual.s + c;
+                  write(target, lanes, g, w.stream);
+                }
+              }
+            }
+            store(sums.first + c, load(sums.first + c) + first);
+            store(sums.second + c, load(sums.second + c) + second);
+          });
         });
-      });
-      for (int64_t c = 0; c < w.C; ++c) {
-        partial[c] += k.first[c];
-        partial[w.C + c] += k.second[c];
+        double* total = partial + 2 * w.C * k;
+        for (int64_t c = 0; c < w.C; ++c) {
+          total[c] += sums.first[c];
+          total[w.C + c] += sums.second[c];
+        }
+      }
+    }
+    if (kShared && w.stream) stream_fence();
+  }
+
+  // Calls f(n, s, Positions<k>, task) for all positions of a chunk, and for each task that shares a block. Blocks are
+  // walked backwards: the reduction has just left the last ones in the cache.
+  template <class Function>
+  static TSBN_INLINE void each_task_position(const Work& w, int64_t group, int64_t chunk, Function f) {
+    for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
+      for (int64_t k = 0; k < w.fan(); ++k) {
+        each_position(w.partition.block(index),
+                      [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA { f(n, s, positions, group + k); });
       }
     }
   }
 
-  // Blocks are walked backwards: the reduction has just left the last ones in the cache.
-  template <bool kWithDy, bool kStream>
-  static void apply(const Work& w, int64_t task, int64_t chunk) {
-    const T* x = slab(w.x, task);
-    const T* dy = kWithDy ? slab(w.dy, task) : nullptr;
-    T* out = slab(w.out, task);
-    const auto vector = [&](const void* v) TSBN_LAMBDA { return static_cast<const A*>(v) + task * w.C; };
-    const A *center = vector(w.vectors.center), *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift);
-    const A* dy_scale = kWithDy ? vector(w.vectors.dy_scale) : nullptr;
+  template <template <class> class Activation, class Bool>
+  static void forward_positions(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    each_task_position(w, group, chunk, [&](int64_t n, int64_t s, auto positions, int64_t task) TSBN_LAMBDA {
+      const Factors center(w.vectors.center, w, task), scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task);
+      const T *p = at(w.x, task, n, s), *u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
+      T* r = at(w.out, task, n, s);
+      each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+        const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
+        for (int j = 0; j < positions.count; ++j) {
+          const V d = load_up_to(p + j * w.x.s + c, lanes, origin) - origin;
+          const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
+          const V z = preactivation<Act, T>(d, factor, offset, residual, c, lanes);
+          write(r + j * w.out.s + c, lanes, act.value(z), streams);
+        }
+      });
+    });
+  }
+
+  template <template <class> class Activation, class Bool>
+  static void backward_positions(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    each_task_position(w, group, chunk, [&](int64_t n, int64_t s, auto positions, int64_t task) TSBN_LAMBDA {
+      const BeforeFactors before(w, task);
+      const Factors scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task),
+          dy_scale(w.vectors.dy_scale, w, task);
+      const T *p = at(w.x, task, n, s), *q = at(w.dy, task, n, s);
+      const T* u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
+      T *r = at(w.out, task, n, s), *du = Act::kPlain ? nullptr : at(w.dresidual, task, n, s);
+      each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+        const Before<V> z = before.template at<Act>(c, lanes);
+        const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
+        for (int j = 0; j < positions.count; ++j) {
+          const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
+          const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, residual, c, lanes);
+          if (Act::kPlain || r != nullptr) {
+            V v = Act::kPlain || w.training ? d * factor + offset : V{};
+            v += g * dy_factor;
+            write(r + j * w.out.s + c, lanes, v, streams);
+          }
+          if (du != nullptr) write(du + j * w.dresidual.s + c, lanes, g, streams);
+        }
+      });
+    });
+  }
+
+  static void finish_shared(const Work& w, int64_t, int64_t chunk) {
+    const Factors center(w.vectors.center, w, 0), scale(w.vectors.scale, w, 0), shift(w.vectors.shift, w, 0);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T* p = x + n * w.x.n + s * w.x.s;
-        const T* q = kWithDy ? dy + n * w.dy.n + s * w.dy.s : nullptr;
-        T* r = out + n * w.out.n + s * w.out.s;
+        const T* p = at(w.x, 0, n, s);
+        const A* h = h_at(w, n, s);
+        T* r = at(w.out, 0, n, s);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
-          const V origin = load_up_to(center + c, lanes, V{}), factor = load_up_to(scale + c, lanes, V{}),
-                  offset = load_up_to(shift + c, lanes, V{});
-          const V dy_factor = kWithDy ? load_up_to(dy_scale + c, lanes, V{}) : V{};
+          const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            V v = (load_up_to(p + j * w.x.s + c, lanes, origin) - origin) * factor + offset;
-            if constexpr (kWithDy) v += load_up_to(q + j * w.dy.s + c, lanes, V{}) * dy_factor;
-            T* target = r + j * w.out.s + c;
-            if (lanes < L) store_first(target, lanes, v);
-            else if constexpr (kStream) stream(target, v);
-            else store(target, v);
+            V v = load_up_to(h + j * w.out.s + c, lanes, V{});
+            if (w.training) v += (load_up_to(p + j * w.x.s + c, lanes, origin) - origin) * factor + offset;
+            write(r + j * w.out.s + c, lanes, v, w.stream);
           }
         });
       });
     }
-    if constexpr (kStream) stream_fence();
+    if (w.stream) stream_fence();
   }
 
-  static void affine(const Work& w, int64_t task, int64_t chunk) {
-    w.stream ? apply<false, true>(w, task, chunk) : apply<false, false>(w, task, chunk);
+  template <template <class> class Activation>
+  static void forward(const Work& w, int64_t group, int64_t chunk) {
+    with_streaming<Activation<V>>(w.stream,
+                                  [&](auto streams) { forward_positions<Activation>(w, group, chunk, streams); });
   }
-  static void affine_with_dy(const Work& w, int64_t task, int64_t chunk) {
-    w.stream ? apply<true, true>(w, task, chunk) : apply<true, false>(w, task, chunk);
+  template <template <class> class Activation>
+  static void backward(const Work& w, int64_t group, int64_t chunk) {
+    with_streaming<Activation<V>>(w.stream,
+                                  [&](auto streams) { backward_positions<Activation>(w, group, chunk, streams); });
   }
-  static constexpr SlabKernels kernels{moments, products, affine, affine_with_dy};
 };

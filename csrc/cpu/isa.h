@@ -6,12 +6,27 @@
 namespace tsbn::cpu::TSBN_ISA {
 namespace {
 #include "simd.h"
+#include "elementary.h"
+#include "activation.h"
 #include "rows.h"
 #include "columns.h"
 #include "coefficients.h"
 
+template <class Slabs, template <class> class Act>
+constexpr EpilogueKernels epilogue{Slabs::template forward<Act>, Slabs::template products<Act, false>,
+                                   Slabs::template products<Act, true>, Slabs::template backward<Act>};
+
+template <class Slabs>
+constexpr SlabKernels slabs_of{
+    Slabs::moments,
+    Slabs::template forward<Identity>,
+    Slabs::finish_shared,
+    {epilogue<Slabs, None>, epilogue<Slabs, Relu>, epilogue<Slabs, LeakyRelu>, epilogue<Slabs, Silu>,
+     epilogue<Slabs, Gelu>,
+     {nullptr, Slabs::template products<InverseLeakyRelu, false>, nullptr, Slabs::template backward<InverseLeakyRelu>}}};
+
 template <template <class> class Slabs, class T>
-constexpr Kernels kernels_of{Slabs<T>::kernels, Coefficients<T>::kernels};
+constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels};
 }  // namespace
 
 const Kernels& kernels(Family family, DType dtype) {

@@ -61,6 +61,10 @@ std::optional<View> view_of(const Tensor& x, int64_t num_tasks, const std::strin
 std::vector<int64_t> dense_strides(const Tensor& x, Family family, const std::string& stacking) {
   const auto sizes = x.sizes(), strides = x.strides();
   if (x.numel() > 0 && is_dense(x)) return {strides.begin(), strides.end()};
+  return family_strides({sizes.begin(), sizes.end()}, family, stacking);
+}
+
+std::vector<int64_t> family_strides(const std::vector<int64_t>& sizes, Family family, const std::string& stacking) {
   std::vector<int64_t> axes(sizes.size());  // outermost first
   std::iota(axes.begin(), axes.end(), 0);
   if (family == Family::columns) {

@@ -24,5 +24,7 @@ std::optional<View> view_of(const Tensor& x, int64_t num_tasks, const std::strin
 
 // The strides of a fresh tensor like `x`: those of `x` where it is dense, else dense ones in the family's order.
 std::vector<int64_t> dense_strides(const Tensor& x, Family family, const std::string& stacking);
+// Dense ones in the family's order.
+std::vector<int64_t> family_strides(const std::vector<int64_t>& sizes, Family family, const std::string& stacking);
 
 }  // namespace tsbn::cpu

@@ -9,8 +9,23 @@ struct Rows {
   static constexpr int kUnroll = 4;  // independent sums hide the latency of the add
   static constexpr uintptr_t kLine = 64;
 
-  static T* slab(const Operand& o, const Work& w, int64_t group) {
-    return static_cast<T*>(o.data) + (group / w.C) * o.t + (group % w.C) * o.c;
+  // A row's first value, of sample n from position s on; nullptr where there is no such operand. Slabs are numbered like
+  // the vectors' elements.
+  static TSBN_INLINE T* row(const Operand& o, const Work& w, int64_t slab, int64_t n, int64_t s) {
+    if (o.data == nullptr) return nullptr;
+    return static_cast<T*>(o.data) + (slab / w.C) * o.t + (slab % w.C) * o.c + n * o.n + s;
+  }
+  static TSBN_INLINE A* h_row(const Work& w, int64_t slab, int64_t n, int64_t s) {
+    if (w.h == nullptr) return nullptr;
+    return static_cast<A*>(w.h) + (slab % w.C) * w.out.c + n * w.out.n + s;
+  }
+
+  static TSBN_INLINE V factor(const void* vector, int64_t slab) { return V{} + static_cast<const A*>(vector)[slab]; }
+  template <class Act>
+  static TSBN_INLINE Before<V> before(const Work& w, int64_t slab) {
+    const V center = factor(w.vectors.center, slab);
+    if constexpr (Act::kPlain || Act::kInverts) return {center, V{}, V{}};
+    else return {center, factor(w.vectors.z_scale, slab), factor(w.vectors.z_shift, slab)};
   }
 
   struct Sums {
@@ -52,7 +67,7 @@ struct Rows {
   // The first block is summed around the mean of its first few values, and again around its own mean where that was
   // too far off; each later block around the mean of those before it. So |mean| >> std cancels nothing.
   static void moments(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
-    const T* x = slab(w.x, w, group);
+    const T* x = row(w.x, w, group, 0, 0);
     const int64_t begin = w.partition.first_block(chunk), end = w.partition.last_block(chunk);
     Block b = w.partition.block(begin);
     const int few = b.s1 - b.s0 < L ? int(b.s1 - b.s0) : L;
@@ -74,26 +89,41 @@ struct Rows {
     partial[1] = m2;
   }
 
+  // Blocks of a shared x stay in the L1 cache while each task's dy goes by, and so does their part of h.
+  template <template <class> class Activation, bool kShared>
   static void products(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
-    const T *x = slab(w.x, w, group), *dy = slab(w.dy, w, group);
-    const V center = V{} + static_cast<const A*>(w.vectors.center)[group];
-    double total = 0, dot = 0;
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    const int64_t fan = kShared ? w.T : 1;
+    for (int64_t i = 0; i < 2 * fan; ++i) partial[i] = 0;
     for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
       const Block b = w.partition.block(index);
-      Sums sums;
-      for (int64_t n = b.n0; n < b.n1; ++n) {
-        const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0;
-        each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
-          const V g = load_up_to(q + i, lanes, V{});
-          sums.first[j] += g;
-          sums.second[j] += g * (load_up_to(p + i, lanes, center) - center);
-        });
+      for (int64_t k = 0; k < fan; ++k) {
+        const int64_t slab = group + k * w.C;
+        const Before<V> z = before<Act>(w, slab);
+        const V share = kShared ? factor(w.vectors.z_scale, slab) : V{};
+        Sums sums;
+        for (int64_t n = b.n0; n < b.n1; ++n) {
+          const T *p = row(w.x, w, slab, n, b.s0), *q = row(w.dy, w, slab, n, b.s0);
+          const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
+          T* du = kShared ? row(w.dresidual, w, slab, n, b.s0) : nullptr;
+          A* h = kShared ? h_row(w, slab, n, b.s0) : nullptr;
+          const bool streams = w.stream && reinterpret_cast<uintptr_t>(du) % kLine == 0;
+          each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+            const auto [d, g] = gradient(act, z, p, q, u, i, lanes);
+            sums.first[j] += g;
+            sums.second[j] += g * d;
+            if constexpr (kShared) {
+              if (h != nullptr) store_up_to(h + i, lanes, (k == 0 ? V{} : load_up_to(h + i, lanes, V{})) + g * share);
+              if (du != nullptr) write(du + i, lanes, g, streams);
+            }
+          });
+        }
+        partial[2 * k] += Sums::total(sums.first);
+        partial[2 * k + 1] += Sums::total(sums.second);
       }
-      total += Sums::total(sums.first);
-      dot += Sums::total(sums.second);
     }
-    partial[0] = total;
-    partial[1] = dot;
+    if (kShared && w.stream) stream_fence();
   }
 
   // The head of the next channel's row: rows are too short for the processor to have seen the stride, and their first
@@ -104,57 +134,111 @@ struct Rows {
     for (int64_t i = 0; i < bytes; i += int64_t(kLine)) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
   }
 
-  // Blocks are walked backwards: the reduction has just left the last ones in the cache.
-  template <bool kWithDy, bool kStream>
-  static void apply(const Work& w, int64_t group, int64_t chunk) {
-    const T* x = slab(w.x, w, group);
-    const T* dy = kWithDy ? slab(w.dy, w, group) : nullptr;
-    T* out = slab(w.out, w, group);
-    const auto factor = [&](const void* v) TSBN_LAMBDA { return V{} + static_cast<const A*>(v)[group]; };
-    const V center = factor(w.vectors.center), scale = factor(w.vectors.scale), shift = factor(w.vectors.shift);
-    const V dy_scale = kWithDy ? factor(w.vectors.dy_scale) : V{};
+  // Calls put(offset, lane_count) for the vectors of a row of an output; where they are streamed, all with L lanes lie
+  // in whole cache lines from `r` on.
+  template <class Bool, class Put>
+  static TSBN_INLINE void each_output(const T* r, int64_t length, Bool streams, Put put) {
+    int64_t i = 0;
+    if (streams) {  // up to the first whole cache line
+      const int64_t head = int64_t((-reinterpret_cast<uintptr_t>(r)) % kLine / sizeof(T));
+      while (i < head && i < length) {
+        const int64_t lanes = head - i < L - 1 ? head - i : L - 1;
+        const int64_t left = length - i;
+        put(i, int(lanes < left ? lanes : left));
+        i += lanes < left ? lanes : left;
+      }
+    }
+    for (; i + L <= length; i += L) put(i, L);
+    if (i < length) put(i, int(length - i));
+  }
 
+  // Calls f(block, slab) for the blocks of a chunk, and for each task that shares them. Blocks are walked backwards: the
+  // reduction has just left the last ones in the cache.
+  template <class Function>
+  static TSBN_INLINE void each_slab_block(const Work& w, int64_t group, int64_t chunk, Function f) {
+    for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
+      const Block b = w.partition.block(index);
+      for (int64_t k = 0; k < w.fan(); ++k) f(b, group + k * w.C);
+    }
+  }
+
+  template <template <class> class Activation, class Bool>
+  static void forward_rows(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
+      const V center = factor(w.vectors.center, slab), scale = factor(w.vectors.scale, slab),
+              shift = factor(w.vectors.shift, slab);
+      const int64_t length = b.s1 - b.s0;
+      for (int64_t n = b.n1; n-- > b.n0;) {
+        const T* p = row(w.x, w, slab, n, b.s0);
+        const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
+        T* r = row(w.out, w, slab, n, b.s0);
+        prefetch_row(p + w.x.c, length);
+        if (u != nullptr) prefetch_row(u + w.residual.c, length);
+        each_output(r, length, streams, [&](int64_t i, int lanes) TSBN_LAMBDA {
+          const V d = load_up_to(p + i, lanes, center) - center;
+          const V z = preactivation<Act, T>(d, scale, shift, u, i, lanes);
+          write(r + i, lanes, act.value(z), streams);
+        });
+      }
+    });
+  }
+
+  template <template <class> class Activation, class Bool>
+  static void backward_rows(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+    using Act = Activation<V>;
+    const Act act = activation<Act, T>(w);
+    each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
+      const Before<V> z = before<Act>(w, slab);
+      const V scale = factor(w.vectors.scale, slab), shift = factor(w.vectors.shift, slab),
+              dy_scale = factor(w.vectors.dy_scale, slab);
+      const int64_t length = b.s1 - b.s0;
+      for (int64_t n = b.n1; n-- > b.n0;) {
+        const T *p = row(w.x, w, slab, n, b.s0), *q = row(w.dy, w, slab, n, b.s0);
+        const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
+        T *r = row(w.out, w, slab, n, b.s0), *du = Act::kPlain ? nullptr : row(w.dresidual, w, slab, n, b.s0);
+        prefetch_row(p + w.x.c, length);
+        prefetch_row(q + w.dy.c, length);
+        if (u != nullptr) prefetch_row(u + w.residual.c, length);
+        each_output(Act::kPlain || r != nullptr ? r : du, length, streams, [&](int64_t i, int lanes) TSBN_LAMBDA {
+          const auto [d, g] = gradient(act, z, p, q, u, i, lanes);
+          if (Act::kPlain || r != nullptr) {
+            V v = Act::kPlain || w.training ? d * scale + shift : V{};
+            v += g * dy_scale;
+            write(r + i, lanes, v, streams);
+          }
+          if (du != nullptr) write(du + i, lanes, g, streams);
+        });
+      }
+    });
+  }
+
+  static void finish_shared(const Work& w, int64_t group, int64_t chunk) {
+    const V center = factor(w.vectors.center, group), scale = factor(w.vectors.scale, group),
+            shift = factor(w.vectors.shift, group);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       const Block b = w.partition.block(index);
       for (int64_t n = b.n1; n-- > b.n0;) {
-        const T* p = x + n * w.x.n + b.s0;
-        const T* q = kWithDy ? dy + n * w.dy.n + b.s0 : nullptr;
-        T* r = out + n * w.out.n + b.s0;
-        const int64_t length = b.s1 - b.s0;
-        prefetch_row(p + w.x.c, length);
-        if constexpr (kWithDy) prefetch_row(q + w.dy.c, length);
-        const auto value = [&](int64_t i, int lanes) TSBN_LAMBDA {
-          V v = (load_up_to(p + i, lanes, center) - center) * scale + shift;
-          if constexpr (kWithDy) v += load_up_to(q + i, lanes, V{}) * dy_scale;
-          return v;
-        };
-        const auto put = [&](int64_t i, int lanes) TSBN_LAMBDA { store_first(r + i, lanes, value(i, lanes)); };
-
-        int64_t i = 0;
-        if constexpr (kStream) {  // up to the first whole cache line
-          const int64_t head = int64_t((-reinterpret_cast<uintptr_t>(r)) % kLine / sizeof(T));
-          while (i < head && i < length) {
-            const int64_t lanes = head - i < L - 1 ? head - i : L - 1;
-            const int64_t left = length - i;
-            put(i, int(lanes < left ? lanes : left));
-            i += lanes < left ? lanes : left;
-          }
-        }
-        for (; i + L <= length; i += L) {
-          if constexpr (kStream) stream(r + i, value(i, L));
-          else store(r + i, value(i, L));
-        }
-        if (i < length) put(i, int(length - i));
+        const T* p = row(w.x, w, group, n, b.s0);
+        const A* h = h_row(w, group, n, b.s0);
+        T* r = row(w.out, w, group, n, b.s0);
+        each_output(r, b.s1 - b.s0, w.stream, [&](int64_t i, int lanes) TSBN_LAMBDA {
+          V v = load_up_to(h + i, lanes, V{});
+          if (w.training) v += (load_up_to(p + i, lanes, center) - center) * scale + shift;
+          write(r + i, lanes, v, w.stream);
+        });
       }
     }
-    if constexpr (kStream) stream_fence();
+    if (w.stream) stream_fence();
   }
 
-  static void affine(const Work& w, int64_t group, int64_t chunk) {
-    w.stream ? apply<false, true>(w, group, chunk) : apply<false, false>(w, group, chunk);
+  template <template <class> class Activation>
+  static void forward(const Work& w, int64_t group, int64_t chunk) {
+    with_streaming<Activation<V>>(w.stream, [&](auto streams) { forward_rows<Activation>(w, group, chunk, streams); });
   }
-  static void affine_with_dy(const Work& w, int64_t group, int64_t chunk) {
-    w.stream ? apply<true, true>(w, group, chunk) : apply<true, false>(w, group, chunk);
+  template <template <class> class Activation>
+  static void backward(const Work& w, int64_t group, int64_t chunk) {
+    with_streaming<Activation<V>>(w.stream, [&](auto streams) { backward_rows<Activation>(w, group, chunk, streams); });
   }
-  static constexpr SlabKernels kernels{moments, products, affine, affine_with_dy};
 };

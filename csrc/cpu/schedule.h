@@ -9,18 +9,27 @@
 
 namespace tsbn::cpu {
 
-// Merges `partial` (of `other_count` positions) into `total` (of `count` positions): two vectors of `channels` doubles.
-using Merge = void (*)(double* total, double count, const double* partial, double other_count, int64_t channels);
+// Merges `partial` (of `other_count` positions) into `total` (of `count` positions): `width` doubles.
+using Merge = void (*)(double* total, double count, const double* partial, double other_count, int64_t width);
 
-inline void merge_all_moments(double* total, double count, const double* partial, double other, int64_t channels) {
+inline void merge_all_moments(double* total, double count, const double* partial, double other, int64_t width) {
+  const int64_t channels = width / 2;
   for (int64_t c = 0; c < channels; ++c) {
     merge_moments(total[c], total[channels + c], count, partial[c], partial[channels + c], other);
   }
 }
 
-inline void merge_sums(double* total, double, const double* partial, double, int64_t channels) {
-  for (int64_t c = 0; c < 2 * channels; ++c) total[c] += partial[c];
+inline void merge_sums(double* total, double, const double* partial, double, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) total[i] += partial[i];
 }
+
+// What a pass reduces each group to, `width` doubles, and what becomes of that.
+struct Reduction {
+  Reduce reduce;
+  Merge merge;
+  Finish finish;
+  int64_t width;
+};
 
 constexpr int64_t kSerialElements = 16384;  // below this, waking threads costs more than they save
 
@@ -51,17 +60,17 @@ void apply_all(const Work& w, Apply apply) {
   });
 }
 
-// Reduces each group over its chunks in order, calls finish, then apply(group, chunk) if there is an output.
+// Reduces each group over its chunks in order, calls finish, then apply(group, chunk) if that `writes` anything.
 // Many groups: one thread takes a group from reduction to output, while its slab is cached. Few: chunks are spread over
 // the threads. The sums are the same to the bit.
 template <class Apply>
-void reduce_then_apply(const Work& w, Reduce reduce, Merge merge, Finish finish, Apply apply) {
-  const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = 2 * w.channels();
+void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, Apply apply) {
+  const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = reduction.width;
   const size_t scratch_size = size_t(5 * (w.channels() + 64));
-  const auto add_chunk = [&, merge](double* total, double& count, const double* partial, int64_t chunk) {
+  const auto add_chunk = [&](double* total, double& count, const double* partial, int64_t chunk) {
     const double positions = double(w.partition.positions(chunk));
     if (chunk == 0) std::copy(partial, partial + width, total);
-    else merge(total, count, partial, positions, w.channels());
+    else reduction.merge(total, count, partial, positions, width);
     count += positions;
   };
 
@@ -71,11 +80,11 @@ void reduce_then_apply(const Work& w, Reduce reduce, Merge merge, Finish finish,
               scratch = std::vector<double>(scratch_size)](int64_t group) mutable {
         double count = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          reduce(w, group, chunk, partial.data(), scratch.data());
+          reduction.reduce(w, group, chunk, partial.data(), scratch.data());
           add_chunk(total.data(), count, partial.data(), chunk);
         }
-        finish(w, group, total.data());
-        if (w.out.data == nullptr) return;
+        reduction.finish(w, group, total.data());
+        if (!writes) return;
         for (int64_t chunk = chunks; chunk-- > 0;) apply(group, chunk);
       };
     });
@@ -85,7 +94,7 @@ void reduce_then_apply(const Work& w, Reduce reduce, Merge merge, Finish finish,
   std::vector<double> partials(size_t(groups * chunks * width));
   parallel_each(groups * chunks, threads, [&] {
     return [&, scratch = std::vector<double>(scratch_size)](int64_t i) mutable {
-      reduce(w, i / chunks, i % chunks, partials.data() + i * width, scratch.data());
+      reduction.reduce(w, i / chunks, i % chunks, partials.data() + i * width, scratch.data());
     };
   });
   std::vector<double> total(width);
@@ -94,9 +103,9 @@ void reduce_then_apply(const Work& w, Reduce reduce, Merge merge, Finish finish,
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       add_chunk(total.data(), count, partials.data() + (group * chunks + chunk) * width, chunk);
     }
-    finish(w, group, total.data());
+    reduction.finish(w, group, total.data());
   }
-  if (w.out.data != nullptr) apply_all(w, apply);
+  if (writes) apply_all(w, apply);
 }
 
 }  // namespace tsbn::cpu

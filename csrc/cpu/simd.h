@@ -165,7 +165,8 @@ template <class T> TSBN_INLINE void store_first(T* p, int count, F v) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)narrow(v, (T*)nullptr));
 }
 #else
-template <class T> TSBN_INLINE Vec<T> load_first(const T* p, int count, Vec<T> fill) {
+// Loops, seldom run and too long to be copied into each kernel.
+template <class T> __attribute__((noinline)) Vec<T> load_first(const T* p, int count, Vec<T> fill) {
   T values[kLanes<T>] = {};
   for (int i = 0; i < count; ++i) values[i] = p[i];
   const Vec<T> v = load(values);
@@ -175,7 +176,7 @@ template <class T> TSBN_INLINE Vec<T> load_first(const T* p, int count, Vec<T> f
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < count ? lanes[i] : rest[i];
   return load(lanes);
 }
-template <class T> TSBN_INLINE void store_first(T* p, int count, Vec<T> v) {
+template <class T> __attribute__((noinline)) void store_first(T* p, int count, Vec<T> v) {
   T values[kLanes<T>];
   store(values, v);
   for (int i = 0; i < count; ++i) p[i] = values[i];
@@ -190,6 +191,16 @@ template <class T> TSBN_INLINE void store_up_to(T* p, int count, Vec<T> v) {
   if (count == kLanes<T>) store(p, v);
   else store_first(p, count, v);
 }
+
+// Stores to an output: whole vectors past the caches where `streams`, a bool or a constant.
+template <class T, class Bool> TSBN_INLINE void write(T* p, int count, Vec<T> v, Bool streams) {
+  if (count < kLanes<T>) store_first(p, count, v);
+  else if (streams) stream(p, v);
+  else store(p, v);
+}
+template <bool value> struct Constant {
+  TSBN_INLINE constexpr operator bool() const { return value; }
+};
 
 #if TSBN_VECTOR_BYTES == 64
 TSBN_INLINE double sum_of_lanes(D v) { return _mm512_reduce_add_pd((__m512d)v); }

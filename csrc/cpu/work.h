@@ -7,7 +7,8 @@ namespace tsbn::cpu {
 
 enum class Family { rows, columns };            // positions contiguous (NCHW) | channels contiguous (NHWC, [N,C])
 enum class DType { f32, f64, f16, bf16 };
-inline constexpr int kFamilies = 2, kDTypes = 4;
+enum class Activation { none, relu, leaky_relu, silu, gelu, inverse_leaky_relu };
+inline constexpr int kFamilies = 2, kDTypes = 4, kActivations = 6;
 
 // A tensor seen as [T,N,C,S]; strides in elements.
 struct Operand {
@@ -63,37 +64,52 @@ struct Vectors {
   const void *weight = nullptr, *bias = nullptr;
   void *gate = nullptr, *slope = nullptr, *center = nullptr, *var = nullptr;
   void *scale = nullptr, *shift = nullptr, *dy_scale = nullptr;
+  void *z_scale = nullptr, *z_shift = nullptr;  // z = (x - center) * z_scale + z_shift + residual, in the backward
   void *dweight = nullptr, *dbias = nullptr;
 };
 
-// A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels.
+// A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels. Where x
+// is shared by all tasks, a group is a slab of x, and has one of each other operand for each of `fan()` tasks.
 struct Work {
   Family family = Family::rows;
   DType dtype = DType::f32;
+  Activation activation = Activation::none;
   int64_t T = 0, N = 0, C = 0, S = 0;
-  double positions = 0, eps = 0;  // positions: N * S
-  Operand x, dy, out;
+  double positions = 0, eps = 0, slope = 0;  // positions: N * S; slope: of leaky ReLU
+  Operand x, dy, out, residual, dresidual;   // the last two may be missing; x and dx have no task stride where shared
+  void* h = nullptr;                         // shared: sum of g * z_scale over the tasks, in the accumulate type, cut like dx
   Vectors vectors;
   Partition partition;
-  bool stream = false;  // write `out` past the caches
+  bool shared = false;
+  bool training = true;  // the backward's statistics are functions of x
+  bool stream = false;   // write past the caches
 
-  int64_t groups() const { return family == Family::rows ? T * C : T; }
+  int64_t fan() const { return shared ? T : 1; }
+  int64_t groups() const { return (shared ? 1 : T) * (family == Family::rows ? C : 1); }
   int64_t channels() const { return family == Family::rows ? 1 : C; }
 };
 
-// Sums over one chunk of one group. `partial` takes two vectors of channels() doubles; `scratch` lends five vectors
-// of channels() + 64 doubles.
+// Sums over one chunk of one group. `partial` takes two vectors of channels() doubles, products() for each task of the
+// group; `scratch` lends five vectors of channels() + 64 doubles.
 using Reduce = void (*)(const Work&, int64_t group, int64_t chunk, double* partial, void* scratch);
-// Writes one chunk of one group of `out`.
+// Writes one chunk of one group.
 using Apply = void (*)(const Work&, int64_t group, int64_t chunk);
 // From one group's sums to its vectors.
 using Finish = void (*)(const Work&, int64_t group, const double* total);
 
+// With g = dy * act'(z); there is no forward of an inverse.
+struct EpilogueKernels {
+  Apply forward;           // out = act((x - center) * scale + shift + residual)
+  Reduce products;         // sum g, sum g * (x - center)
+  Reduce shared_products;  // the same; h = sum of g * z_scale over the tasks, dresidual = g
+  Apply backward;          // out = g * dy_scale, and in training + (x - center) * scale + shift; dresidual = g
+};
+
 struct SlabKernels {
-  Reduce moments;        // of x: mean, sum of squared deviations
-  Reduce products;       // sum dy, sum dy * (x - center)
-  Apply affine;          // out = (x - center) * scale + shift
-  Apply affine_with_dy;  // out = (x - center) * scale + shift + dy * dy_scale
+  Reduce moments;            // of x: mean, sum of squared deviations
+  Apply add_residual;        // the forward without an activation, but with a residual
+  Apply finish_shared;       // out = h, and in training + (x - center) * scale + shift
+  EpilogueKernels epilogues[kActivations];
 };
 
 struct VectorKernels {
@@ -106,6 +122,7 @@ struct VectorKernels {
 struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
+  const EpilogueKernels& epilogue(Activation activation) const { return slabs.epilogues[int(activation)]; }
 };
 
 // Chan, Golub and LeVeque (1983): merges the mean and the sum of squared deviations of two sets of values.

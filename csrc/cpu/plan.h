@@ -1,0 +1,37 @@
+// From tensors to a Work: checks operands, reads them as views, makes outputs, and cuts the slabs.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "work.h"
+
+namespace tsbn::cpu {
+
+using torch::stable::Tensor;
+
+// How a call's tensors are stacked. A shared x, and its gradient, are the batch of one task.
+struct Stacking {
+  int64_t num_tasks;
+  const std::string& name;
+  bool shared;
+};
+
+// The Work of an input; everything but `x` is still missing.
+Work work_of(const Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope);
+
+// An operand that is stacked like y: its shape, dtype and memory family are checked.
+Operand stacked_operand(const Work& w, const Tensor& tensor, const Tensor& x, const Stacking& stacking,
+                        const char* name);
+
+// Fresh memory for y (or the gradient of a residual), and for dx; the operand is set.
+Tensor empty_stacked(const Work& w, const Tensor& x, const Stacking& stacking, Operand& operand);
+Tensor empty_input(const Work& w, const Tensor& x, const Stacking& stacking, Operand& operand);
+
+// Cuts the slabs, once all operands are known.
+void cut(Work& w);
+
+// Whether to write the operand `out`, of `tasks` tasks, past the caches.
+bool should_stream(const Work& w, const Operand& out, int64_t tasks);
+
+}  // namespace tsbn::cpu
