@@ -113,7 +113,7 @@ def test_one_input_for_all_or_some_tasks(
     for shared in (True, False):
         x = torch.randn(N, C, *spatial)
         given = x if shared else stack(x.expand(len(rows), *x.shape).clone(), stacking, "contiguous")
-        y = unstack(layer(given, tasks=indices, shared=shared), len(rows), stacking)
+        y = unstack(layer(given, tasks=indices, fan_out=shared), len(rows), stacking)
         for out, t in zip(y, rows, strict=True):
             torch.testing.assert_close(out, oracles[t](x), rtol=1e-4, atol=1e-5)
         assert_same_statistics(layer, oracles)
@@ -125,7 +125,7 @@ def test_one_input_for_all_or_some_tasks(
 def test_a_shared_input_has_no_task_axis(fused: Any, plain: Any, spatial: tuple[int, ...]) -> None:
     dims = max(fused._stacked_dims) + 1
     with pytest.raises(ValueError, match=f"expected .* input.*got {dims}D input"):
-        fused(T, C)(torch.randn([T, N, C, *[2] * (dims - 3)]), shared=True)
+        fused(T, C)(torch.randn([T, N, C, *[2] * (dims - 3)]), fan_out=True)
 
 
 @layers
