@@ -11,7 +11,7 @@ import torch
 from support import FORMATS, GATES, in_memory_format, stack, unstack
 from torch import Tensor, nn
 
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, use_backend
 
 T, N, C = 3, 4, 5
 LAYERS = [
@@ -151,6 +151,26 @@ def test_task_returns_an_equal_plain_layer(
             torch.testing.assert_close(one.running_var, layer.running_var[t], rtol=1e-5, atol=1e-6)
             assert one.num_batches_tracked == layer.num_batches_tracked[t]
     assert torch.equal(layer.task(-1).weight, layer.task(T - 1).weight)
+
+
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [("relu", nn.ReLU()), ("leaky_relu", nn.LeakyReLU(0.3)), ("silu", nn.SiLU()), ("gelu", nn.GELU())],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_task_keeps_the_activation(training: bool, activation: Any, plain: nn.Module) -> None:
+    layer = FusedTSigmaBN2d(T, C, bias=True, activation=activation, negative_slope=0.3)
+    randomise(layer)
+    layer.train(training)
+    one: Any = layer.task(1)
+    assert isinstance(one, nn.Sequential)
+    assert [type(module) for module in one] == [nn.BatchNorm2d, type(plain)]
+    assert one.training == one[1].training == training
+    streams = torch.randn(T, N, C, 3, 4)
+    with use_backend("reference"):
+        y = layer(streams)
+    torch.testing.assert_close(one(streams[1]), y[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one(streams[1]), plain(one[0](streams[1])))
 
 
 def test_task_is_a_copy_and_checks_its_index() -> None:

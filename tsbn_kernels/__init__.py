@@ -3,6 +3,7 @@
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
 from tsbn_kernels.convert import convert_model, revert_model
+from tsbn_kernels.fold import export_task, fold_into_conv
 from tsbn_kernels.late import LateFanOut
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
@@ -19,6 +20,8 @@ __all__ = [
     "LateFanOut",
     "MultiTaskModel",
     "convert_model",
+    "export_task",
+    "fold_into_conv",
     "functional",
     "memory",
     "parameter_groups",

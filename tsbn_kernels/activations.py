@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
@@ -49,3 +49,14 @@ def activation_slope(z: Tensor, activation: str, slope: float) -> Tensor:
 def invert_leaky_relu(y: Tensor, slope: float) -> Tensor:
     """The z of which ``y`` is the leaky ReLU; ``slope`` is positive."""
     return torch.where(y > 0, y, y / slope)
+
+
+def as_module(activation: str, slope: float) -> nn.Module:
+    """The activation as a module of PyTorch's."""
+    modules: dict[str, nn.Module] = {
+        "relu": nn.ReLU(),
+        "leaky_relu": nn.LeakyReLU(slope),
+        "silu": nn.SiLU(),
+        "gelu": nn.GELU(),
+    }
+    return modules[activation]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels import checks
+from tsbn_kernels.activations import as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
@@ -136,6 +137,8 @@ class FusedTSigmaBN(nn.Module):
     def task(self, index: int) -> nn.Module:
         """The plain ``nn.BatchNorm`` of one task, a copy with the same outputs, in the same mode.
 
+        Where the layer has an activation it is ``nn.Sequential`` of the ``nn.BatchNorm`` and the activation.
+
         Raises:
             IndexError: there is no such task.
         """
@@ -159,6 +162,8 @@ class FusedTSigmaBN(nn.Module):
                     getattr(plain, name).copy_(buffer[index])
         plain.weight.requires_grad_(self.weight.requires_grad)
         plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
+        if self.activation is not None:
+            plain = nn.Sequential(plain, as_module(self.activation, self.negative_slope))
         return plain.train(self.training)  # type: ignore[no-any-return]
 
     def _stacking_of(self, x: Tensor, fan_out: bool) -> str:
