@@ -76,7 +76,7 @@ def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
             useful = USEFUL_TENSORS[pass_] * case.tensor_bytes
             records.append(
                 Record(
-                    workload=WORKLOAD,
+                    workload=WORKLOAD + "+relu" * case.relu,
                     layer=case.layer.name,
                     shape=case.shape,
                     dtype=case.dtype,

@@ -17,8 +17,9 @@ from rich.table import Table
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report
 from benchmarks.data import DataError
+from benchmarks.fan_out import TOLERANCE, outcome
 from benchmarks.measure import Plan
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, peers_of
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
 from benchmarks.records import Record, write_json
@@ -39,6 +40,11 @@ QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
 @app.callback()
 def _commands() -> None:
     """Benchmarks of the fused layers."""
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
 
 
 def _choices(values: Sequence[str], known: Sequence[str], option: str) -> list[str]:
@@ -63,6 +69,9 @@ def celeba40(
     memory_format: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")] = None,
     impl: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(PEERS)}. Default: all.")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="Repeatable, or with commas: bn1 to bn9.")] = None,
+    relu: Annotated[
+        bool, typer.Option("--relu", help="With a ReLU: inside the fused layer, behind the others.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
     network: Annotated[bool, typer.Option(help="Also a training step of the whole network.")] = True,
     network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
@@ -81,12 +90,10 @@ def celeba40(
 
     Exits with 1 if a result differs from the reference.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=170)
+    console = _console()
     dtypes = _choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
     formats = _choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
-    impls = _choices(impl or list(PEERS), list(PEERS), "--impl")
+    impls = _choices(impl or peers_of(relu), peers_of(relu), "--impl")
     names = [name for part in layers or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
     try:
         chosen_layers = select_layers(names)
@@ -136,7 +143,9 @@ def celeba40(
     if faces is not None:
         console.print(f"network: {network_tasks} tasks, batch {network_batch}, {faces.source}", highlight=False)
 
-    todo = cases(chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where)
+    todo = cases(
+        chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where, relu=relu
+    )
     network_work = (network_tasks * network_batch * 5.0) if faces is not None else 0.0
     records: list[Record] = []
     network_run = None
@@ -178,6 +187,31 @@ def celeba40(
             beside = json_path.with_suffix(".network.json")
             beside.write_text(json.dumps(asdict(network_run), indent=1) + "\n")
             console.print(f"network, with its memory and differences: {beside}", highlight=False, soft_wrap=True)
+
+
+@app.command("fan-out")
+def fan_out(
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
+    batch: Annotated[int, typer.Option(min=2, help="Samples.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
+) -> None:
+    """The first layer of the CelebA network and its ReLU: one input fanned out, against expanding it first."""
+    try:
+        where = environment.parse_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    plan = QUICK_PLAN if quick else FULL_PLAN
+    outcomes = []
+    console = _console()
+    try:
+        for dtype in TOLERANCE:
+            for memory_format in MEMORY_FORMATS:
+                with console.status(f"{dtype} {memory_format}"):
+                    outcomes.append(outcome(tasks, batch, dtype, memory_format, where, plan))
+    except MismatchError as error:
+        _fail(str(error))
+    console.print(report.fan_out_table(outcomes, tasks, batch))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The ways to run one training step of a layer for T tasks: the fused layer and its peers.
+"""The ways to run one training step of a layer for T tasks, and of the ReLU behind it: the fused layer and its peers.
 
 All do the same work: normalise by the batch, update running statistics with momentum 0.1, multiply by sigmoid(gamma),
 and give gradients of the activation and of gamma. Parameters and statistics are float32 (float64 for float64).
@@ -78,6 +78,7 @@ class Peer(ABC):
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.tasks, self.batch, self.channels = case.tasks, case.batch, case.layer.channels
+        self.relu = case.relu
         self.x, self.dy = inputs.x.detach().requires_grad_(), inputs.dy
 
     @staticmethod
@@ -110,14 +111,17 @@ class Peer(ABC):
 
 
 class Fused(Peer):
-    """``FusedTSigmaBN`` on task-major input."""
+    """``FusedTSigmaBN`` on task-major input, with the ReLU inside."""
 
     name = "fused"
+    relu_inside: ClassVar[bool] = True
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)
         module = FusedTSigmaBN1d if case.layer.size is None else FusedTSigmaBN2d
         options: dict[str, Any] = {"device": case.device, "dtype": inputs.gamma.dtype}
+        if self.relu and self.relu_inside:
+            options["activation"] = "relu"
         self.module = module(case.tasks, self.channels, EPS, MOMENTUM, **options)
         with torch.no_grad():
             self.module.weight.copy_(inputs.gamma)
@@ -132,8 +136,18 @@ class Fused(Peer):
         return self.module.running_mean, self.module.running_var
 
 
+class Separate(Fused):
+    """The fused layer, followed by ``F.relu``."""
+
+    name = "separate"
+    relu_inside = False
+
+    def forward(self) -> Tensor:
+        return functional.relu(super().forward())
+
+
 class Loop(Peer):
-    """T ``nn.BatchNorm2d`` on the chunks of task-major input, joined by ``cat``."""
+    """T ``nn.BatchNorm2d`` on the chunks of task-major input, joined by ``cat``; then a ReLU in place."""
 
     name = "loop"
 
@@ -147,19 +161,22 @@ class Loop(Peer):
                 weight.copy_(gamma)
 
     def forward(self) -> Tensor:
-        return self.module(self.x)  # type: ignore[no-any-return]
+        y: Tensor = self.module(self.x)
+        return functional.relu(y, inplace=True) if self.relu else y
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         buffers = [list(norm.buffers()) for norm in self.module.norms]
         return torch.stack([mean for mean, _, _ in buffers]), torch.stack([var for _, var, _ in buffers])
 
 
-def _folded_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    return functional.batch_norm(x, running_mean, running_var, torch.sigmoid(gamma), None, True, MOMENTUM, EPS)
+def _folded_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, relu: bool) -> Tensor:
+    y = functional.batch_norm(x, running_mean, running_var, torch.sigmoid(gamma), None, True, MOMENTUM, EPS)
+    return functional.relu(y, inplace=True) if relu else y
 
 
-def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    y, mean, var = reference.forward_training(x, gamma, None, gamma.shape[0], EPS, "sigmoid", "task_major")
+def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, relu: bool) -> Tensor:
+    options = gamma.shape[0], EPS, "sigmoid", "task_major", None, "relu" if relu else "none"
+    y, mean, var = reference.forward_training(x, gamma, None, *options)
     count = x.numel() // gamma.numel()
     with torch.no_grad():
         running_mean.lerp_(mean.detach(), MOMENTUM)
@@ -170,7 +187,7 @@ def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var:
 class _Functional(Peer):
     """A step written as a function of x, gamma and the running statistics."""
 
-    step_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    step_function: Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 
     def _allocate(self, gamma: Tensor) -> None:
         self.gamma = gamma.clone().requires_grad_()
@@ -178,7 +195,7 @@ class _Functional(Peer):
         self.parameters = [self.gamma]
 
     def forward(self) -> Tensor:
-        return self.step_function(self.x, self.gamma, self.running_mean, self.running_var)
+        return self.step_function(self.x, self.gamma, self.running_mean, self.running_var, self.relu)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         shape = self.tasks, self.channels
@@ -251,4 +268,11 @@ class CompiledFolded(Folded):
         self.step_function = torch.compile(_folded_step, dynamic=False)
 
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Fused, Loop, Folded, CompiledReference, CompiledFolded)}
+_PEERS = (Fused, Separate, Loop, Folded, CompiledReference, CompiledFolded)
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in _PEERS}
+OURS = (Fused.name, Separate.name)
+
+
+def peers_of(relu: bool) -> list[str]:
+    """Those that differ: without a ReLU the fused layer is the separate one."""
+    return [name for name in PEERS if relu or name != Separate.name]

@@ -16,6 +16,7 @@ from benchmarks.workloads import NO_FORMAT
 
 _COLORS = {
     "fused": "#0b6e4f",
+    "separate": "#7fb69f",
     "loop": "#9aa0a6",
     "folded": "#e0a030",
     "compiled_reference": "#c75146",

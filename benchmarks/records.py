@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.peers import OURS
 from benchmarks.workloads import NO_FORMAT
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
@@ -79,6 +80,7 @@ class Means:
     memory_format: str
     layers: int
     over_loop: float | None
+    over_separate: float | None  # over the fused layer with the ReLU behind it
     over_fastest: float | None  # over the peer that is fastest at each layer
     single_fastest: str | None  # the peer that is fastest over all layers
     over_single_fastest: float | None
@@ -106,13 +108,15 @@ def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
         layers = list(group.values())
         if not all(impl in layer for layer in layers):
             continue
-        peers = [name for name in layers[0] if name != impl and all(name in layer for layer in layers)]
-        speedups = {peer: mean(layers, over(peer)) for peer in peers}
+        others = [name for name in layers[0] if name != impl and all(name in layer for layer in layers)]
+        ratios = {name: mean(layers, over(name)) for name in others}
+        speedups = {name: ratio for name, ratio in ratios.items() if name not in OURS}
+        peers = list(speedups)
         single = min(speedups, key=speedups.__getitem__, default=None)
         fastest = (
             mean(
                 layers,
-                lambda layer: min(layer[name].median_ms for name in layer if name != impl) / layer[impl].median_ms,
+                lambda layer: min(layer[name].median_ms for name in layer if name not in OURS) / layer[impl].median_ms,
             )
             if peers
             else None
@@ -122,6 +126,7 @@ def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
                 *key,
                 layers=sum(layer[impl].layers for layer in layers),
                 over_loop=speedups.get("loop"),
+                over_separate=ratios.get("separate"),
                 over_fastest=fastest,
                 single_fastest=single,
                 over_single_fastest=speedups[single] if single else None,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.celeba40 import NetworkRun
+from benchmarks.fan_out import WAYS, Outcome
 from benchmarks.network import VARIANTS
 from benchmarks.records import FORWARD, FORWARD_BACKWARD, PASSES, Means, Record, means
 
@@ -56,12 +57,20 @@ def means_table(rows: Sequence[Means]) -> Table:
     table = Table(title="Fused layer: geometric means over the layers (a shape that two layers have counts twice)")
     for name in ("pass", "dtype", "format"):
         table.add_column(name)
-    headers = ("layers", "vs loop", "vs fastest peer\nof each layer", "vs fastest peer\nover all layers", "of copy bw")
+    headers = (
+        "layers",
+        "vs loop",
+        "vs ReLU\nbehind it",
+        "vs fastest peer\nof each layer",
+        "vs fastest peer\nover all layers",
+        "of copy bw",
+    )
     for name in headers:
         table.add_column(name, justify="right")
     for row in rows:
         single = "-" if row.single_fastest is None else f"{_times(row.over_single_fastest)} ({row.single_fastest})"
-        ratios = _times(row.over_loop), _times(row.over_fastest), single, f"{row.bandwidth:.2f}"
+        separate = "-" if row.over_separate is None else f"{row.over_separate:.2f}x"
+        ratios = _times(row.over_loop), separate, _times(row.over_fastest), single, f"{row.bandwidth:.2f}"
         table.add_row(row.pass_, row.dtype, row.memory_format, str(row.layers), *ratios)
     return table
 
@@ -95,6 +104,26 @@ def network_table(run: NetworkRun) -> Table:
             f"{peak / result.peak_bytes[loop]:.2f}",
             *(("-", "-") if variant == loop else (f"{of.loss:.1e}", f"{of.gradient_relative:.1e}")),
         )
+    return table
+
+
+def fan_out_table(outcomes: Sequence[Outcome], tasks: int, batch: int) -> Table:
+    """The first layer, fanned out and expanded."""
+    table = Table(title=f"First layer and its ReLU, {tasks} tasks, batch {batch}; a copy is one of all tasks' outputs")
+    for name in ("dtype", "format", "way"):
+        table.add_column(name)
+    for name in ("fwd ms", "copies", "faster", "fwd+bwd ms", "copies", "faster", "kept for the\nbackward"):
+        table.add_column(name, justify="right")
+    for one in outcomes:
+        first = [one.dtype, one.memory_format]
+        for way in WAYS:
+            cells = []
+            for index, summary in enumerate(one.passes[way]):
+                cells += [f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}", f"{one.copies(way, index):.2f}"]
+                cells.append(f"{one.speedup(index):.1f}x" if way == WAYS[0] else "")
+            table.add_row(*first, way, *cells, f"{one.saved_bytes[way] / 2**20:.1f} MiB")
+            first = ["", ""]
+        table.add_section()
     return table
 
 

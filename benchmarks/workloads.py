@@ -61,7 +61,7 @@ def select_layers(names: Sequence[str]) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in one dtype and memory format."""
+    """One layer in one dtype and memory format; ``relu``: with the ReLU that follows it."""
 
     layer: Layer
     tasks: int
@@ -69,6 +69,7 @@ class Case:
     dtype: str
     memory_format: str
     device: torch.device
+    relu: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,10 +113,11 @@ def cases(
     dtypes: Sequence[str],
     memory_formats: Sequence[str],
     device: torch.device,
+    relu: bool = False,
 ) -> list[Case]:
     """Every combination; 1-d layers have no memory format and come once for each dtype."""
     return [
-        Case(layer, tasks, batch, dtype, memory_format, device)
+        Case(layer, tasks, batch, dtype, memory_format, device, relu)
         for layer in layers
         for dtype in dtypes
         for memory_format in ((NO_FORMAT,) if layer.size is None else memory_formats)

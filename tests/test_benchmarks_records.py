@@ -103,6 +103,12 @@ def test_fastest_peer_of_each_layer_and_over_all_layers():
     assert mean.over_loop == pytest.approx(math.sqrt(72))
 
 
+def test_our_own_layer_with_the_relu_behind_it_is_no_peer():
+    (mean,) = means([record("bn1", impl, ms) for impl, ms in (("fused", 1.0), ("separate", 1.5), ("loop", 9.0))])
+    assert mean.over_separate == pytest.approx(1.5)
+    assert (mean.over_fastest, mean.single_fastest) == (pytest.approx(9.0), "loop")
+
+
 def test_no_mean_without_the_fused_layer_and_no_ratio_without_peers():
     assert means([record("bn1", "loop", 1.0)]) == []
     (mean,) = means([record("bn1", "fused", 1.0)])
