@@ -7,12 +7,13 @@ struct Columns {
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
 
-  // The channels of a position; nullptr where there is no such operand.
-  static TSBN_INLINE T* at(const Operand& o, int64_t task, int64_t n, int64_t s) {
-    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + task * o.t + n * o.n + s * o.s;
+  // nullptr where there is no such operand.
+  static T* slab_of(const Operand& o, int64_t task) {
+    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + task * o.t;
   }
-  static TSBN_INLINE A* h_at(const Work& w, int64_t n, int64_t s) {
-    return w.h == nullptr ? nullptr : static_cast<A*>(w.h) + n * w.out.n + s * w.out.s;
+  // The channels of a position.
+  template <class P> static TSBN_INLINE P* at(P* slab, const Operand& o, int64_t n, int64_t s) {
+    return slab == nullptr ? nullptr : slab + n * o.n + s * o.s;
   }
 
   // One task's values of a vector over [T*C].
@@ -104,7 +105,7 @@ struct Columns {
 
   static void moments(const Work& w, int64_t task, int64_t chunk, double* partial, void* memory) {
     constexpr int64_t kFew = 8;
-    const T* x = at(w.x, task, 0, 0);
+    const T* x = slab_of(w.x, task);
     Scratch k(memory, w.C);
     double *mean = partial, *m2 = partial + w.C;
     double *block_mean = reinterpret_cast<double*>(k.shift + k.padded), *block_m2 = block_mean + w.C;
@@ -145,19 +146,22 @@ struct Columns {
       for (int64_t k = 0; k < fan; ++k) {
         const int64_t task = group + k;
         const BeforeFactors before(w, task);
+        const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task);
+        const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
+        T* dresidual = kShared ? slab_of(w.dresidual, task) : nullptr;
+        A* all_h = kShared ? static_cast<A*>(w.h) : nullptr;
         sums.clear_sums();
         each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-          const T *p = at(w.x, task, n, s), *q = at(w.dy, task, n, s);
-          const T* u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
-          T* du = kShared ? at(w.dresidual, task, n, s) : nullptr;
-          A* h = kShared ? h_at(w, n, s) : nullptr;
+          const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
+          T* du = at(dresidual, w.dresidual, n, s);
+          A* h = at(all_h, w.out, n, s);
           each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
             const Before<V> z = before.template at<Act>(c, lanes);
             const V share = kShared ? before.scale(c, lanes) : V{};
             V first{}, second{};
             for (int j = 0; j < positions.count; ++j) {
-              const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
-              const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, residual, c, lanes);
+              const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+              const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
               first += g;
               second += g * d;
               if constexpr (kShared) {
@@ -185,62 +189,68 @@ struct Columns {
     if (kShared && w.stream) stream_fence();
   }
 
-  // Calls f(n, s, Positions<k>, task) for all positions of a chunk, and for each task that shares a block. Blocks are
-  // walked backwards: the reduction has just left the last ones in the cache.
+  // Calls f(block, task) for the blocks of a chunk, and for each task that shares them. Blocks are walked backwards: the
+  // reduction has just left the last ones in the cache.
   template <class Function>
-  static TSBN_INLINE void each_task_position(const Work& w, int64_t group, int64_t chunk, Function f) {
+  static TSBN_INLINE void each_task_block(const Work& w, int64_t group, int64_t chunk, Function f) {
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      for (int64_t k = 0; k < w.fan(); ++k) {
-        each_position(w.partition.block(index),
-                      [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA { f(n, s, positions, group + k); });
-      }
+      const Block b = w.partition.block(index);
+      for (int64_t k = 0; k < w.fan(); ++k) f(b, group + k);
     }
   }
 
   template <template <class> class Activation, class Bool>
-  static void forward_positions(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+  static void forward_blocks(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
     const Act act = activation<Act, T>(w);
-    each_task_position(w, group, chunk, [&](int64_t n, int64_t s, auto positions, int64_t task) TSBN_LAMBDA {
+    each_task_block(w, group, chunk, [&](const Block& b, int64_t task) TSBN_LAMBDA {
       const Factors center(w.vectors.center, w, task), scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task);
-      const T *p = at(w.x, task, n, s), *u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
-      T* r = at(w.out, task, n, s);
-      each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
-        const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
-        for (int j = 0; j < positions.count; ++j) {
-          const V d = load_up_to(p + j * w.x.s + c, lanes, origin) - origin;
-          const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
-          const V z = preactivation<Act, T>(d, factor, offset, residual, c, lanes);
-          write(r + j * w.out.s + c, lanes, act.value(z), streams);
-        }
+      const T *x = slab_of(w.x, task), *residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
+      T* out = slab_of(w.out, task);
+      each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        const T *p = x + n * w.x.n + s * w.x.s, *u = at(residual, w.residual, n, s);
+        T* r = out + n * w.out.n + s * w.out.s;
+        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+          const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
+          for (int j = 0; j < positions.count; ++j) {
+            const V d = load_up_to(p + j * w.x.s + c, lanes, origin) - origin;
+            const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+            const V z = preactivation<Act, T>(d, factor, offset, added, c, lanes);
+            write(r + j * w.out.s + c, lanes, act.value(z), streams);
+          }
+        });
       });
     });
   }
 
   template <template <class> class Activation, class Bool>
-  static void backward_positions(const Work& w, int64_t group, int64_t chunk, Bool streams) {
+  static void backward_blocks(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
     const Act act = activation<Act, T>(w);
-    each_task_position(w, group, chunk, [&](int64_t n, int64_t s, auto positions, int64_t task) TSBN_LAMBDA {
+    each_task_block(w, group, chunk, [&](const Block& b, int64_t task) TSBN_LAMBDA {
       const BeforeFactors before(w, task);
       const Factors scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task),
           dy_scale(w.vectors.dy_scale, w, task);
-      const T *p = at(w.x, task, n, s), *q = at(w.dy, task, n, s);
-      const T* u = Act::kPlain ? nullptr : at(w.residual, task, n, s);
-      T *r = at(w.out, task, n, s), *du = Act::kPlain ? nullptr : at(w.dresidual, task, n, s);
-      each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
-        const Before<V> z = before.template at<Act>(c, lanes);
-        const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
-        for (int j = 0; j < positions.count; ++j) {
-          const T* residual = u == nullptr ? nullptr : u + j * w.residual.s;
-          const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, residual, c, lanes);
-          if (Act::kPlain || r != nullptr) {
-            V v = Act::kPlain || w.training ? d * factor + offset : V{};
-            v += g * dy_factor;
-            write(r + j * w.out.s + c, lanes, v, streams);
+      const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task);
+      const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
+      T *out = slab_of(w.out, task), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, task);
+      each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
+        T *r = at(out, w.out, n, s), *du = at(dresidual, w.dresidual, n, s);
+        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+          const Before<V> z = before.template at<Act>(c, lanes);
+          const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
+          for (int j = 0; j < positions.count; ++j) {
+            const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+            const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
+            if (Act::kPlain || r != nullptr) {
+              V v = Act::kPlain || w.training ? d * factor + offset : V{};
+              v += g * dy_factor;
+              write(r + j * w.out.s + c, lanes, v, streams);
+            }
+            if (du != nullptr) write(du + j * w.dresidual.s + c, lanes, g, streams);
           }
-          if (du != nullptr) write(du + j * w.dresidual.s + c, lanes, g, streams);
-        }
+        });
       });
     });
   }
@@ -249,9 +259,9 @@ struct Columns {
     const Factors center(w.vectors.center, w, 0), scale(w.vectors.scale, w, 0), shift(w.vectors.shift, w, 0);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T* p = at(w.x, 0, n, s);
-        const A* h = h_at(w, n, s);
-        T* r = at(w.out, 0, n, s);
+        const T* p = at(slab_of(w.x, 0), w.x, n, s);
+        const A* h = at(static_cast<const A*>(w.h), w.out, n, s);
+        T* r = at(slab_of(w.out, 0), w.out, n, s);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
@@ -268,11 +278,11 @@ struct Columns {
   template <template <class> class Activation>
   static void forward(const Work& w, int64_t group, int64_t chunk) {
     with_streaming<Activation<V>>(w.stream,
-                                  [&](auto streams) { forward_positions<Activation>(w, group, chunk, streams); });
+                                  [&](auto streams) { forward_blocks<Activation>(w, group, chunk, streams); });
   }
   template <template <class> class Activation>
   static void backward(const Work& w, int64_t group, int64_t chunk) {
     with_streaming<Activation<V>>(w.stream,
-                                  [&](auto streams) { backward_positions<Activation>(w, group, chunk, streams); });
+                                  [&](auto streams) { backward_blocks<Activation>(w, group, chunk, streams); });
   }
 };

@@ -9,15 +9,16 @@ struct Rows {
   static constexpr int kUnroll = 4;  // independent sums hide the latency of the add
   static constexpr uintptr_t kLine = 64;
 
-  // A row's first value, of sample n from position s on; nullptr where there is no such operand. Slabs are numbered like
-  // the vectors' elements.
-  static TSBN_INLINE T* row(const Operand& o, const Work& w, int64_t slab, int64_t n, int64_t s) {
-    if (o.data == nullptr) return nullptr;
-    return static_cast<T*>(o.data) + (slab / w.C) * o.t + (slab % w.C) * o.c + n * o.n + s;
+  // Slabs are numbered like the vectors' elements. nullptr where there is no such operand.
+  static T* slab_of(const Operand& o, const Work& w, int64_t slab) {
+    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + (slab / w.C) * o.t + (slab % w.C) * o.c;
   }
-  static TSBN_INLINE A* h_row(const Work& w, int64_t slab, int64_t n, int64_t s) {
-    if (w.h == nullptr) return nullptr;
-    return static_cast<A*>(w.h) + (slab % w.C) * w.out.c + n * w.out.n + s;
+  static A* h_of(const Work& w, int64_t slab) {
+    return w.h == nullptr ? nullptr : static_cast<A*>(w.h) + (slab % w.C) * w.out.c;
+  }
+  // The values of sample n from position s on.
+  template <class P> static TSBN_INLINE P* row(P* slab, const Operand& o, int64_t n, int64_t s) {
+    return slab == nullptr ? nullptr : slab + n * o.n + s;
   }
 
   static TSBN_INLINE V factor(const void* vector, int64_t slab) { return V{} + static_cast<const A*>(vector)[slab]; }
@@ -67,7 +68,7 @@ struct Rows {
   // The first block is summed around the mean of its first few values, and again around its own mean where that was
   // too far off; each later block around the mean of those before it. So |mean| >> std cancels nothing.
   static void moments(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
-    const T* x = row(w.x, w, group, 0, 0);
+    const T* x = slab_of(w.x, w, group);
     const int64_t begin = w.partition.first_block(chunk), end = w.partition.last_block(chunk);
     Block b = w.partition.block(begin);
     const int few = b.s1 - b.s0 < L ? int(b.s1 - b.s0) : L;
@@ -102,12 +103,15 @@ struct Rows {
         const int64_t slab = group + k * w.C;
         const Before<V> z = before<Act>(w, slab);
         const V share = kShared ? factor(w.vectors.z_scale, slab) : V{};
+        const T *x = slab_of(w.x, w, slab), *dy = slab_of(w.dy, w, slab);
+        const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
+        T* dresidual = kShared ? slab_of(w.dresidual, w, slab) : nullptr;
+        A* all_h = kShared ? h_of(w, slab) : nullptr;
         Sums sums;
         for (int64_t n = b.n0; n < b.n1; ++n) {
-          const T *p = row(w.x, w, slab, n, b.s0), *q = row(w.dy, w, slab, n, b.s0);
-          const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
-          T* du = kShared ? row(w.dresidual, w, slab, n, b.s0) : nullptr;
-          A* h = kShared ? h_row(w, slab, n, b.s0) : nullptr;
+          const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
+          T* du = row(dresidual, w.dresidual, n, b.s0);
+          A* h = row(all_h, w.out, n, b.s0);
           const bool streams = w.stream && reinterpret_cast<uintptr_t>(du) % kLine == 0;
           each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
             const auto [d, g] = gradient(act, z, p, q, u, i, lanes);
@@ -169,11 +173,12 @@ struct Rows {
     each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
       const V center = factor(w.vectors.center, slab), scale = factor(w.vectors.scale, slab),
               shift = factor(w.vectors.shift, slab);
+      const T *x = slab_of(w.x, w, slab), *residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
+      T* out = slab_of(w.out, w, slab);
       const int64_t length = b.s1 - b.s0;
       for (int64_t n = b.n1; n-- > b.n0;) {
-        const T* p = row(w.x, w, slab, n, b.s0);
-        const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
-        T* r = row(w.out, w, slab, n, b.s0);
+        const T *p = x + n * w.x.n + b.s0, *u = row(residual, w.residual, n, b.s0);
+        T* r = out + n * w.out.n + b.s0;
         prefetch_row(p + w.x.c, length);
         if (u != nullptr) prefetch_row(u + w.residual.c, length);
         each_output(r, length, streams, [&](int64_t i, int lanes) TSBN_LAMBDA {
@@ -193,11 +198,13 @@ struct Rows {
       const Before<V> z = before<Act>(w, slab);
       const V scale = factor(w.vectors.scale, slab), shift = factor(w.vectors.shift, slab),
               dy_scale = factor(w.vectors.dy_scale, slab);
+      const T *x = slab_of(w.x, w, slab), *dy = slab_of(w.dy, w, slab);
+      const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
+      T *out = slab_of(w.out, w, slab), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, w, slab);
       const int64_t length = b.s1 - b.s0;
       for (int64_t n = b.n1; n-- > b.n0;) {
-        const T *p = row(w.x, w, slab, n, b.s0), *q = row(w.dy, w, slab, n, b.s0);
-        const T* u = Act::kPlain ? nullptr : row(w.residual, w, slab, n, b.s0);
-        T *r = row(w.out, w, slab, n, b.s0), *du = Act::kPlain ? nullptr : row(w.dresidual, w, slab, n, b.s0);
+        const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
+        T *r = row(out, w.out, n, b.s0), *du = row(dresidual, w.dresidual, n, b.s0);
         prefetch_row(p + w.x.c, length);
         prefetch_row(q + w.dy.c, length);
         if (u != nullptr) prefetch_row(u + w.residual.c, length);
@@ -217,12 +224,15 @@ struct Rows {
   static void finish_shared(const Work& w, int64_t group, int64_t chunk) {
     const V center = factor(w.vectors.center, group), scale = factor(w.vectors.scale, group),
             shift = factor(w.vectors.shift, group);
+    const T* x = slab_of(w.x, w, group);
+    const A* all_h = h_of(w, group);
+    T* out = slab_of(w.out, w, group);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       const Block b = w.partition.block(index);
       for (int64_t n = b.n1; n-- > b.n0;) {
-        const T* p = row(w.x, w, group, n, b.s0);
-        const A* h = h_row(w, group, n, b.s0);
-        T* r = row(w.out, w, group, n, b.s0);
+        const T* p = x + n * w.x.n + b.s0;
+        const A* h = all_h + n * w.out.n + b.s0;
+        T* r = out + n * w.out.n + b.s0;
         each_output(r, b.s1 - b.s0, w.stream, [&](int64_t i, int lanes) TSBN_LAMBDA {
           V v = load_up_to(h + i, lanes, V{});
           if (w.training) v += (load_up_to(p + i, lanes, center) - center) * scale + shift;
