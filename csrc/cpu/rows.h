@@ -9,12 +9,17 @@ struct Rows {
   static constexpr int kUnroll = 4;  // independent sums hide the latency of the add
   static constexpr uintptr_t kLine = 64;
 
-  // Slabs are numbered like the vectors' elements. nullptr where there is no such operand.
-  static T* slab_of(const Operand& o, const Work& w, int64_t slab) {
-    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + (slab / w.C) * o.t + (slab % w.C) * o.c;
+  // Slabs are numbered like the vectors' elements. One division is for all operands: it costs as much as a short row.
+  struct Place {
+    int64_t task, channel;
+    Place(const Work& w, int64_t slab) : task(slab / w.C), channel(slab % w.C) {}
+  };
+  // nullptr where there is no such operand.
+  static TSBN_INLINE T* slab_of(const Operand& o, Place at) {
+    return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + at.task * o.t + at.channel * o.c;
   }
-  static A* h_of(const Work& w, int64_t slab) {
-    return w.h == nullptr ? nullptr : static_cast<A*>(w.h) + (slab % w.C) * w.out.c;
+  static TSBN_INLINE A* h_of(const Work& w, Place at) {
+    return w.h == nullptr ? nullptr : static_cast<A*>(w.h) + at.channel * w.out.c;
   }
   // The values of sample n from position s on.
   template <class P> static TSBN_INLINE P* row(P* slab, const Operand& o, int64_t n, int64_t s) {
@@ -68,7 +73,7 @@ struct Rows {
   // The first block is summed around the mean of its first few values, and again around its own mean where that was
   // too far off; each later block around the mean of those before it. So |mean| >> std cancels nothing.
   static void moments(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
-    const T* x = slab_of(w.x, w, group);
+    const T* x = slab_of(w.x, Place(w, group));
     const int64_t begin = w.partition.first_block(chunk), end = w.partition.last_block(chunk);
     Block b = w.partition.block(begin);
     const int few = b.s1 - b.s0 < L ? int(b.s1 - b.s0) : L;
@@ -103,10 +108,11 @@ struct Rows {
         const int64_t slab = group + k * w.C;
         const Before<V> z = before<Act>(w, slab);
         const V share = kShared ? factor(w.vectors.z_scale, slab) : V{};
-        const T *x = slab_of(w.x, w, slab), *dy = slab_of(w.dy, w, slab);
-        const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
-        T* dresidual = kShared ? slab_of(w.dresidual, w, slab) : nullptr;
-        A* all_h = kShared ? h_of(w, slab) : nullptr;
+        const Place place(w, slab);
+        const T *x = slab_of(w.x, place), *dy = slab_of(w.dy, place);
+        const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
+        T* dresidual = kShared ? slab_of(w.dresidual, place) : nullptr;
+        A* all_h = kShared ? h_of(w, place) : nullptr;
         Sums sums;
         for (int64_t n = b.n0; n < b.n1; ++n) {
           const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
@@ -173,8 +179,9 @@ struct Rows {
     each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
       const V center = factor(w.vectors.center, slab), scale = factor(w.vectors.scale, slab),
               shift = factor(w.vectors.shift, slab);
-      const T *x = slab_of(w.x, w, slab), *residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
-      T* out = slab_of(w.out, w, slab);
+      const Place place(w, slab);
+      const T *x = slab_of(w.x, place), *residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
+      T* out = slab_of(w.out, place);
       const int64_t length = b.s1 - b.s0;
       for (int64_t n = b.n1; n-- > b.n0;) {
         const T *p = x + n * w.x.n + b.s0, *u = row(residual, w.residual, n, b.s0);
@@ -198,9 +205,10 @@ struct Rows {
       const Before<V> z = before<Act>(w, slab);
       const V scale = factor(w.vectors.scale, slab), shift = factor(w.vectors.shift, slab),
               dy_scale = factor(w.vectors.dy_scale, slab);
-      const T *x = slab_of(w.x, w, slab), *dy = slab_of(w.dy, w, slab);
-      const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, w, slab);
-      T *out = slab_of(w.out, w, slab), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, w, slab);
+      const Place place(w, slab);
+      const T *x = slab_of(w.x, place), *dy = slab_of(w.dy, place);
+      const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
+      T *out = slab_of(w.out, place), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, place);
       const int64_t length = b.s1 - b.s0;
       for (int64_t n = b.n1; n-- > b.n0;) {
         const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
@@ -224,9 +232,10 @@ struct Rows {
   static void finish_shared(const Work& w, int64_t group, int64_t chunk) {
     const V center = factor(w.vectors.center, group), scale = factor(w.vectors.scale, group),
             shift = factor(w.vectors.shift, group);
-    const T* x = slab_of(w.x, w, group);
-    const A* all_h = h_of(w, group);
-    T* out = slab_of(w.out, w, group);
+    const Place place(w, group);
+    const T* x = slab_of(w.x, place);
+    const A* all_h = h_of(w, place);
+    T* out = slab_of(w.out, place);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
       const Block b = w.partition.block(index);
       for (int64_t n = b.n1; n-- > b.n0;) {
