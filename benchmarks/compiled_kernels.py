@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
 from benchmarks.offline import Call, compile_call, recorded, resources, specialize
 from benchmarks.workloads import CELEBA40, DTYPES
+from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan
 from tsbn_kernels.plan import triton as rules
@@ -75,26 +77,37 @@ class Asked:
 
 
 def passes(
-    shape: Shape, dtype: str, memory_format: str, stacking: str, device: Device
+    shape: Shape, dtype: str, memory_format: str, stacking: str, device: Device, activation: str = "none",
+    residual: bool = False, shared: bool = False,
 ) -> Iterator[tuple[str, Plan, list[Call]]]:  # fmt: skip
-    """The launches of the passes over a layer, on tensors that take no memory."""
-    tasks, samples, channels, *positions = shape
-    x = torch.empty((tasks * samples, channels, *positions), dtype=DTYPES[dtype], device="meta")
-    if memory_format == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    vector = torch.empty((tasks, channels), device="meta")
-    options = tasks, stacking, 1e-5, "sigmoid"
+    """The launches of the passes over a layer, with what is fused, on tensors that take no memory."""
+    tasks, samples, *sizes = shape
+
+    def stacked(samples: int) -> Tensor:
+        made = torch.empty((samples, *sizes), dtype=DTYPES[dtype], device="meta")
+        return made.to(memory_format=torch.channels_last) if memory_format == "channels_last" else made
+
+    y = stacked(tasks * samples)
+    x, added = stacked(samples) if shared else y, y if residual else None
+    vector = torch.empty((tasks, sizes[0]), device="meta")
+    fused = {"activation": activation, "residual": residual, "fan_out": shared}
+    bias = vector if activation != "none" else None
+    options = tasks, stacking, 1e-5, "sigmoid", added
     for name in PASSES:
         back = name == "backward"
-        work = work_of(x, tasks, stacking, direction="backward" if back else "forward", training=name != "eval")
+        work = work_of(
+            x, tasks, stacking, direction="backward" if back else "forward", training=name != "eval",
+            needs_dresidual=back and residual, **fused,
+        )  # fmt: skip
         plan = rules.plan(work, device)
         with recorded() as calls:
             if back:
-                gradients = Backward(plan, x, x, *options)
-                gradients(x, x, vector, vector, vector, gradients.output(x), vector, None)
+                gradients = (FanOutBackward if shared else Backward)(plan, y, x, *options)
+                dx, dresidual = gradients.input_like(x), gradients.stacked_like(y) if residual else None
+                gradients(y, x, vector, bias, vector, vector, added, dx, vector, None, dresidual)
             else:
-                values = Forward(plan, x, *options)
-                values(x, values.output(x), vector, None, vector, vector)
+                values = (FanOutForward if shared else Forward)(plan, x, *options)
+                values(x, values.stacked_like(x), vector, bias, vector, vector, added)
         yield name, plan, calls
 
 

@@ -23,9 +23,14 @@ OUTPUTS = {
     "forward_slab": ("y", "mean", "var"),
     "forward_partial": ("partials",),
     "forward_apply": ("y", "mean", "var"),
-    "backward_slab": ("dx", "dweight", "dbias"),
-    "backward_partial": ("partials", "dx"),
-    "backward_apply": ("dx", "dweight", "dbias"),
+    "backward_slab": ("dx", "dresidual", "dweight", "dbias"),
+    "backward_partial": ("partials", "dx", "dresidual"),
+    "backward_apply": ("dx", "dresidual", "dweight", "dbias"),
+    "fan_out_slab": ("y", "mean", "var"),
+    "fan_out_apply": ("y", "mean", "var"),
+    "fan_out_gather": ("dx", "dresidual", "dweight", "dbias", "partials"),
+    "fan_out_sums": ("dweight", "dbias", "terms"),
+    "fan_out_gradient": ("dx",),
 }
 
 
@@ -46,9 +51,11 @@ def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report
     compiled, values = compile_call(call, target)
     made, kernel = compiled.metadata, call.launch.kernel
     named = dict(zip(call.launch.function.arg_names, call.arguments, strict=False))
-    given = kernel == "forward_apply" and named["partials"] is None  # statistics that are read, not written
+    given = kernel.endswith("_apply") and named["partials"] is None  # statistics that are read, not written
     written = [named[name] for name in OUTPUTS[kernel] if not (given and name in ("mean", "var"))]
     outputs = {id(value.data if isinstance(value, tuple) else value) for value in written}
+    if "gathered" in named:
+        outputs.discard(id(named["gathered"].data))  # dx is made of what it holds
     arguments = [Out(v) if isinstance(v, Tensor) and id(v) in outputs else v for v in values]
     assert made.global_scratch_size == made.profile_scratch_size == 0
     return run_ptx(

@@ -1,6 +1,6 @@
 """Runs the Triton backend's kernels in Triton's interpreter, in a process that can compile them, too.
 
-``TRITON_INTERPRET=1`` would do this for a whole process. Here the four kernel modules are loaded a second time as
+``TRITON_INTERPRET=1`` would do this for a whole process. Here the kernel modules are loaded a second time as
 interpreted functions, and ``triton.language`` is interpreted only while one of them runs. Where the interpreter of
 Triton 3.8 does something else than a GPU, it is mended:
 
@@ -162,9 +162,11 @@ class Kernels(NamedTuple):
     """The kernel modules, interpreted."""
 
     tiles: Any
+    epilogue: Any
     statistics: Any
     forward: Any
     backward: Any
+    fan_out: Any
 
 
 @cache
@@ -192,8 +194,8 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
     loaded = kernels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Builder, "overflow", overflow)
-        patch.setattr(launch, "forward", loaded.forward)
-        patch.setattr(launch, "backward", loaded.backward)
+        for name in ("forward", "backward", "fan_out"):
+            patch.setattr(launch, name, getattr(loaded, name))
         patch.setattr(ops, "_forwards", {})
         patch.setattr(ops, "_backwards", {})
         patch.setattr(ops, "_device", lambda _: device)

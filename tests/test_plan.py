@@ -30,6 +30,10 @@ WORKS = st.builds(
     bias=st.booleans(),
     needs_dx=st.booleans(),
     needs_dweight=st.just(True),
+    activation=st.sampled_from(["none", "relu", "gelu"]),
+    residual=st.booleans(),
+    needs_dresidual=st.booleans(),
+    fan_out=st.booleans(),
 )
 
 # The CelebA network, samples 256 (channels, positions): layers 1, 2-3, 4-5, 6-7 and 8-9.
@@ -48,24 +52,28 @@ def check(p: Plan) -> None:
     assert a & (a - 1) == 0
     assert b & (b - 1) == 0
     if work.family == "rows":
-        assert p.slabs == work.tasks * work.channels
+        assert p.slabs == work.streams * work.channels
         assert p.tiles == -(-work.samples // a) * -(-work.positions // b)
     else:
-        assert p.slabs == work.tasks * -(-work.channels // b)
+        assert p.slabs == work.streams * -(-work.channels // b)
         assert p.tiles == -(-work.values // a)
-    assert is_even(work, p.tile) == (p.tiles * p.slabs * a * b == work.elements)
+    assert is_even(work, p.tile) == (p.tiles * p.slabs * a * b * work.tasks == work.elements * work.streams)
     assert (p.splits - 1) * p.share < p.tiles <= p.splits * p.share  # no split without a tile
     assert 1 <= p.warps <= 32
     assert p.warps & (p.warps - 1) == 0
     assert p.registers <= 255
     assert p.shared <= p.device.block_shared_memory
     assert p.resident_programs * p.warps * p.device.warp <= p.device.threads
-    assert p.launches == (2 if p.variant == "split" else 1)
+    gathers = work.gathers and work.training and work.needs_dx
+    assert p.launches == (1 if p.variant != "split" else 3 if gathers else 2)
+    assert (work.gathers and p.variant != "resident") <= (p.splits == p.tiles)
     assert (p.variant == "elementwise") == (not work.reduces)
     assert (p.variant == "resident") <= (p.tiles == 1)
     assert p.bytes_read + p.bytes_written >= work.useful_bytes
-    once = work.tensors_read * work.activation_bytes
-    assert p.activation_bytes_read in (once, 2 * once)
+    again = p.activation_bytes_read - work.bytes_to_read
+    assert again == 0 or again == (
+        work.input_bytes * (1 + work.statistics_size / work.item_size) if work.gathers else work.bytes_to_sum
+    )
     assert p.seconds() > (p.bytes_read + p.bytes_written) / p.device.bandwidth
 
 
@@ -202,6 +210,19 @@ def test_plan_of_other_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "columns" in printed(capsys, "--shape", "40,256,512")
     assert "columns" in printed(capsys, "--shape", "2,8,64,5,5", "--format", "channels_last")
     assert "at 1.00 TB/s" in printed(capsys, "--shape", "2,8,64,5,5", "--bandwidth", "1000")
+
+
+def test_plan_of_what_is_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a block of convolution, layer and ReLU with a residual: x twice, residual and y instead of eight tensors."""
+    text = printed(capsys, "--shape", "40,256,64,64,64", "--dtype", "bf16", "--activation", "relu", "--residual")
+    assert "5 GiB, residual, relu" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("bytes unfused")]
+    assert line.split()[2:4] == ["40", "GiB"]
+    assert "(fused 50% fewer)" in line
+    text = printed(capsys, "--shape", "40,256,64,64,64", "--dtype", "bf16", "--fan-out")
+    assert "one input for all tasks" in text
+    assert "bytes unfused" in text
+    assert "unfused" not in printed(capsys, "--shape", "40,256,64")
 
 
 @pytest.mark.parametrize(

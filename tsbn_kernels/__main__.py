@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 
 from tsbn_kernels import __version__, backends, memory
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.layout import Family
-from tsbn_kernels.plan import DEVICES, Plan, Work, devices
+from tsbn_kernels.plan import DEVICES, Work, devices
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
+from tsbn_kernels.plan.apart import bytes_apart, layer_alone
 from tsbn_kernels.plan.describe import table
 from tsbn_kernels.plan.work import Direction
 
@@ -34,10 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
     plan.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="instead of the data sheet's")
-    plan.add_argument("--shared-input", action="store_true", help="all tasks read one x")
+    plan.add_argument("--shared-input", action="store_true", help="all tasks read one x, as if it were T of them")
+    plan.add_argument("--fan-out", action="store_true", help="one x [N, C, *] is read once for all tasks")
+    plan.add_argument("--activation", choices=("none", *ACTIVATIONS), default="none", help="fused behind the layer")
+    plan.add_argument("--residual", action="store_true", help="added before the activation")
     options = parser.parse_args(arguments)
     if options.command == "plan":
-        print(table(_plans(options), options.bandwidth and options.bandwidth * 1e9))
+        rules = cuda_rules if options.backend == "cuda" else triton_rules
+        works = _works(options)
+        plans = [rules.plan(work, options.device) for work in works]
+        apart = [bytes_apart(rules.plan(layer_alone(work), options.device), work) for work in works]
+        print(table(plans, options.bandwidth and options.bandwidth * 1e9, apart if works[0].fuses else None))
     else:
         _report()
 
@@ -59,21 +68,21 @@ def _device(name: str) -> devices.Device:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _plans(options: argparse.Namespace) -> list[Plan]:
+def _works(options: argparse.Namespace) -> list[Work]:
     tasks, samples, channels, *spatial = options.shape
     positions = math.prod(spatial)
     contiguous = options.format == "contiguous" or channels == 1
     family: Family = "rows" if positions > 1 and contiguous else "columns"
     passes: list[tuple[Direction, bool]] = [("forward", True), ("backward", True), ("forward", False)]
-    works = [
+    return [
         Work(
             tasks, samples, channels, positions, ITEM_SIZES[options.dtype], family, direction, training,
-            shared_input=options.shared_input,
+            shared_input=options.shared_input, activation=options.activation, residual=options.residual,
+            needs_dresidual=direction == "backward" and options.residual and options.activation != "none",
+            fan_out=options.fan_out,
         )
         for direction, training in passes
     ]  # fmt: skip
-    rules = cuda_rules if options.backend == "cuda" else triton_rules
-    return [rules.plan(work, options.device) for work in works]
 
 
 def _accelerators() -> list[str]:

@@ -37,7 +37,7 @@ def test_every_choice(work: Work, device: Device) -> None:
     assert launch.resident == launch.part_slots or launch.resident % launch.threads == 0
     assert launch.cluster == 1 or (device.clusters and launch.cluster == launch.parts)
     assert rules.resident_blocks(problem, launch, device) >= 1
-    least = work.tensors_read * work.activation_bytes
+    least = work.bytes_to_read
     assert launch.bytes_read >= least
     plan = rules.as_plan(problem, launch, work, device)
     assert (plan.programs, plan.shared, plan.launches) == (launch.blocks, launch.shared, launch.launches)

@@ -49,7 +49,7 @@ class Plan:
     @property
     def launches(self) -> int:
         """Kernels that are launched one after the other."""
-        return 2 if self.variant == "split" else 1
+        return 1 if self.variant != "split" else 3 if self._gathers else 2
 
     @property
     def programs(self) -> int:
@@ -71,15 +71,27 @@ class Plan:
 
     @property
     def activation_bytes_read(self) -> int:
-        """Bytes of x and dy that the kernels load."""
-        once = self.work.tensors_read * self.work.activation_bytes
-        twice = self.work.reduces and self.work.training and self.work.tensors_written > 0
-        return once + round((1 - self.on_chip) * once) if twice else once
+        """Bytes of x, dy and residual that the kernels load."""
+        work = self.work
+        twice = work.training and (work.direction == "forward" or work.needs_dx)
+        if work.gathers:  # only x again, and what was gathered
+            return work.bytes_to_read + self._gathers * (work.input_bytes + self._gathered_bytes)
+        return work.bytes_to_read + round((1 - self.on_chip) * work.bytes_to_sum * twice)
 
     @property
     def activation_bytes_written(self) -> int:
-        """Bytes of y or dx that the kernels store."""
-        return self.work.tensors_written * self.work.activation_bytes
+        """Bytes of y, or of dx and dresidual, that the kernels store."""
+        return self.work.bytes_to_write + self._gathers * self._gathered_bytes
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a launch adds up the tasks' gradients of their input before dx can be complete."""
+        return self.work.gathers and self.work.training and self.work.needs_dx and self.variant == "split"
+
+    @property
+    def _gathered_bytes(self) -> int:
+        """Bytes of their sum, in the dtype of the arithmetic."""
+        return self.work.input_bytes // self.work.item_size * self.work.statistics_size
 
     @property
     def bytes_read(self) -> int:
@@ -87,14 +99,29 @@ class Plan:
         work = self.work
         parameter, statistic = work.vectors * work.parameter_size, work.vectors * work.statistics_size
         if work.direction == "backward":
-            vectors = self.launches * (2 * statistic + parameter)
-        elif work.training:
-            vectors = parameter * (1 + work.bias) + statistic * (
-                self.variant == "split"
-            )  # the first split's mean again
+            vectors = 2 * statistic + parameter * (1 + work.reads_bias)
         else:
-            vectors = parameter * (1 + work.bias) + 2 * statistic
+            vectors = parameter * (1 + work.reads_bias) + 2 * statistic * (not work.training)
+        if work.fan_out:
+            return self.activation_bytes_read + self._fan_out_vectors(vectors, statistic)
+        if work.direction == "backward":
+            vectors *= self.launches
+        elif self.variant == "split":
+            vectors += statistic  # the first split's mean again
         return self.activation_bytes_read + self.parts * (vectors + self.parts * self._partials * statistic)
+
+    def _fan_out_vectors(self, vectors: int, statistic: int) -> int:
+        """The same of vectors and partial sums alone, where every tile of x meets all tasks."""
+        work = self.work
+        one, split = statistic // work.tasks, self.variant == "split"
+        ahead = self.tiles * vectors
+        if not work.gathers:
+            return ahead + (self.splits * (1 + 4 * self.splits) * one if split else 0)
+        if split:  # in the launch that adds the sums
+            ahead += vectors - work.vectors * work.parameter_size * work.reads_bias + self.splits * 2 * statistic
+        if work.training and work.needs_dx:  # x - mean again, and what each task adds
+            ahead += self.splits * (one + 2 * statistic * split)
+        return ahead
 
     @property
     def bytes_written(self) -> int:
@@ -103,8 +130,10 @@ class Plan:
         statistic = work.vectors * work.statistics_size
         if work.direction == "backward":
             vectors = work.vectors * work.parameter_size * (work.needs_dweight + work.bias)
+            vectors += 2 * statistic * self._gathers  # what each task adds to dx
         else:
             vectors = 2 * statistic * work.training
+            statistic = statistic // work.tasks * work.streams
         return self.activation_bytes_written + vectors + self.parts * self._partials * statistic
 
     @property

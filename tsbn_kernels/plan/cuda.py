@@ -332,7 +332,7 @@ def dense(work: Work) -> Problem:
     backward = work.direction == "backward"
     dtype = {8: "float64", 4: "float32", 2: "bfloat16"}[work.item_size]
     return Problem(
-        dtype, T, N, C, S, x, out if work.tensors_written else None, out if backward else None, rows=rows,
+        dtype, T, N, C, S, x, out if work.bytes_to_write else None, out if backward else None, rows=rows,
         training=work.training, bias=work.bias, dweight=work.needs_dweight,
         parameter_dtype={8: "float64", 4: "float32", 2: "bfloat16"}[work.parameter_size],
     )  # fmt: skip

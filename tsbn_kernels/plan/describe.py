@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from tsbn_kernels.plan.core import Plan
 
 
-def table(plans: Sequence[Plan], bandwidth: float | None = None) -> str:
+def table(plans: Sequence[Plan], bandwidth: float | None = None, apart: Sequence[int] | None = None) -> str:
     """One column for each plan: what it launches, what it needs on chip, what it moves, how long that should take.
 
     Args:
         plans: of passes over one activation on one device.
         bandwidth: bytes a second; None for the data sheet's.
+        apart: bytes of the same without fusion, see :func:`tsbn_kernels.plan.apart.bytes_apart`.
     """
     rate = bandwidth or plans[0].device.bandwidth
     rows = {"": [_pass_name(plan) for plan in plans]}
     for label, values in (_facts(plan, rate) for plan in plans):
         for name, value in zip(label, values, strict=True):
             rows.setdefault(name, []).append(value)
+    if apart is not None:
+        rows["bytes unfused"] = [_spared(plan, count) for plan, count in zip(plans, apart, strict=True)]
     widths = [max(len(row[k]) for row in rows.values()) for k in range(len(plans))]
     lines = [
         f"{name:18}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -30,8 +33,12 @@ def table(plans: Sequence[Plan], bandwidth: float | None = None) -> str:
 def _heading(plan: Plan, rate: float) -> str:
     work, device = plan.work, plan.device
     sizes = [work.tasks, work.samples, work.channels, work.positions]
+    fused = ["one input for all tasks"] * work.fan_out + ["residual"] * work.residual
+    fused += [work.activation] * (work.activation != "none")
+    more = "".join(f", {what}" for what in fused)
     return (
-        f"[T, N, C, S] = {sizes}, {work.item_size} bytes a value, {work.family}, {_bytes(work.activation_bytes)}\n"
+        f"[T, N, C, S] = {sizes}, {work.item_size} bytes a value, {work.family}, {_bytes(work.activation_bytes)}"
+        f"{more}\n"
         f"{device.name} ({device.target}, {device.multiprocessors} multiprocessors) at {rate / 1e12:.2f} TB/s; "
         f"times are predicted from the bytes, nothing was measured"
     )
@@ -60,6 +67,10 @@ def _facts(plan: Plan, rate: float) -> tuple[list[str], list[str]]:
         "predicted time": f"{plan.seconds(rate) * 1e3:.3g} ms",
     }
     return list(facts), list(facts.values())
+
+
+def _spared(plan: Plan, apart: int) -> str:
+    return f"{_bytes(apart)} (fused {1 - (plan.bytes_read + plan.bytes_written) / apart:.0%} fewer)"
 
 
 def _bytes(count: int) -> str:

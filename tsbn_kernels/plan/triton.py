@@ -19,6 +19,8 @@ TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs
 
 def plan(work: Work, device: Device) -> Plan:
     """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
+    if work.fan_out:
+        return _fan_out(work, device)
     if not work.reduces:
         whole = _plan(work, device, "elementwise", _tile(work, device))
         return _split(whole, "elementwise", _ceil(whole.tiles, TILES_PER_PROGRAM))
@@ -29,6 +31,25 @@ def plan(work: Work, device: Device) -> Plan:
     if streaming.slabs >= wave:
         return streaming
     return _split(streaming, "split", min(MAX_SPLITS, max(2, WAVES * wave // streaming.slabs)))
+
+
+def _fan_out(work: Work, device: Device) -> Plan:
+    """The same where a program goes through all tasks with a tile of x.
+
+    A slab stays on chip where there are enough of them, or where it is one tile of any plan. In a backward a program
+    has one tile, whose sums it writes once for each task.
+    """
+    whole = _plan(work, device, "streaming" if work.reduces else "elementwise", _tile(work, device))
+    if not work.reduces:
+        return _split(whole, "elementwise", whole.tiles)
+    if slab := _resident_tile(work, device):
+        resident = _plan(work, device, "resident", slab)
+        if whole.tiles == 1 or resident.slabs >= device.multiprocessors:
+            return resident
+    if work.gathers:
+        return _split(whole, "split", whole.tiles)
+    wave = device.multiprocessors * whole.resident_programs
+    return _split(whole, "split", min(MAX_SPLITS, max(2, WAVES * wave // whole.slabs)))
 
 
 def alternatives(plan: Plan) -> list[Plan]:
@@ -45,7 +66,8 @@ def alternatives(plan: Plan) -> list[Plan]:
         warps = int(other.warps * factor)
         if 1 <= warps <= 32:
             other = _plan(plan.work, plan.device, plan.variant, tile, warps)
-            found.append(_split(other, plan.variant, plan.splits))
+            one_tile = plan.work.gathers and plan.variant != "resident"
+            found.append(_split(other, plan.variant, other.tiles if one_tile else plan.splits))
     return found
 
 
@@ -64,6 +86,9 @@ def _values_per_thread(work: Work, variant: Variant) -> int:
     """
     wide = work.family == "columns" or work.positions % 16 == 0
     values = 32 if variant == "resident" and work.direction == "forward" and wide else 16
+    backward = work.direction == "backward" and not work.fan_out
+    if backward and work.reads_residual and work.family == "columns" and variant != "resident":
+        values = 8  # of three activations, with the addresses of each
     return values * 4 // work.statistics_size
 
 
@@ -91,25 +116,47 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
 }
 
 
+# What an epilogue takes beside that: a GELU, a residual.
+_EPILOGUES: dict[tuple[Direction, bool, Family], tuple[int, int]] = {  # the second: whether the slab is resident
+    ("forward", True, "rows"): (8, 8),
+    ("backward", True, "columns"): (0, 16),
+    ("backward", False, "rows"): (0, 24),
+    ("backward", False, "columns"): (16, 0),
+}
+# Of a program that goes through all tasks, for rows and for columns.
+_FAN_OUT: dict[tuple[Direction, bool], tuple[int, int]] = {
+    ("forward", True): (128, 128),
+    ("forward", False): (96, 96),
+    ("backward", True): (128, 128),
+    ("backward", False): (128, 128),
+}
+
+
 def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads: int) -> int:
     """The budget a thread; the tests compile every kernel and hold it to this."""
     amd = device.target.startswith("gfx")
-    budget = _BUDGETS[work.direction, variant][work.family][amd]
-    if tile[0] * tile[1] > threads * _values_per_thread(work, variant):  # twice as many
+    resident, crowded = variant == "resident", tile[0] * tile[1] > threads * _values_per_thread(work, variant)
+    if work.fan_out:
+        budget = _FAN_OUT[work.direction, resident][work.family == "columns"]
+    elif crowded:  # twice as many
         budget = 136 if amd else 128
+    else:
+        gelu, residual = _EPILOGUES.get((work.direction, resident, work.family), (0, 0))
+        budget = _BUDGETS[work.direction, variant][work.family][amd]
+        budget += max(gelu * (work.activation == "gelu"), residual * work.reads_residual)
     budget += 24 * (not is_even(work, tile)) + 32 * (work.statistics_size == 8)
     return min(budget, 255, device.registers // threads // 8 * 8)
 
 
 def _resident_tile(work: Work, device: Device) -> Tile | None:
     """The tile that holds a whole slab, where the threads of one block can."""
-    most = device.block_threads * _values_per_thread(work, "resident")
+    most = _most_threads(work, device) * _values_per_thread(work, "resident")
     if work.family == "rows":
         a, b = _power(work.samples), _power(work.positions)
         return (a, b) if a * b <= most else None
     a, widest, narrowest = _power(work.values), *_channel_blocks(work)
     b = min(widest, most // a)
-    while b > narrowest and work.tasks * _ceil(work.channels, b) < device.multiprocessors:
+    while b > narrowest and work.streams * _ceil(work.channels, b) < device.multiprocessors:
         b //= 2
     if b < narrowest:
         return None
@@ -122,7 +169,9 @@ def _tile(work: Work, device: Device) -> Tile:
     """The tile of at most a quarter of a block's threads that covers a slab with the least waste."""
     most = device.block_threads // 4 * _values_per_thread(work, "streaming")
     if work.family == "columns":
-        b = _channel_blocks(work)[0]
+        b, narrowest = _channel_blocks(work)
+        if work.gathers:  # long tiles: each leaves two sums a channel and a task
+            most, b = 2 * most, max(narrowest, b // 2)
         return min(most // b, _power(work.values)), b
 
     def cost(tile: Tile) -> tuple[int, int]:
@@ -134,6 +183,11 @@ def _tile(work: Work, device: Device) -> Tile:
     return min(((a, b) for a, b in product(rows, positions) if a * b <= most), key=cost)
 
 
+def _most_threads(work: Work, device: Device) -> int:
+    """Of a program: where it holds a sum over tasks beside x and dy, a thread needs twice the 64 registers."""
+    return device.block_threads // 2 if work.gathers else device.block_threads
+
+
 def _channel_blocks(work: Work) -> tuple[int, int]:
     """The widest and the narrowest block of channels of a column tile."""
     channels = _power(work.channels)
@@ -143,17 +197,20 @@ def _channel_blocks(work: Work) -> tuple[int, int]:
 def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int = 0) -> Plan:
     a, b = tile
     if work.family == "columns":
-        slabs, tiles = work.tasks * _ceil(work.channels, b), _ceil(work.values, a)
+        slabs, tiles = work.streams * _ceil(work.channels, b), _ceil(work.values, a)
     else:
-        slabs, tiles = work.tasks * work.channels, _ceil(work.samples, a) * _ceil(work.positions, b)
+        slabs, tiles = work.streams * work.channels, _ceil(work.samples, a) * _ceil(work.positions, b)
     # A thread of a full block has 64 registers: enough for rows, too few for columns.
-    most = device.block_threads // (2 if work.family == "columns" else 1)
+    most = device.block_threads // 2 if work.family == "columns" else _most_threads(work, device)
     threads = warps * device.warp if warps else max(device.warp, min(a * b // _values_per_thread(work, variant), most))
     warps = threads // device.warp
     return Plan(
         work, device, variant, slabs, tile, tiles, warps,
         registers=_registers(work, device, variant, tile, threads),
-        shared=2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
+        shared=max(
+            2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
+            2 * a * b * work.gathers,  # where half precision and the sum in float32 change places between threads
+        ),
         on_chip=1.0 if variant == "resident" else 0.0,
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ from tsbn_kernels.layout import Family
 
 Direction = Literal["forward", "backward"]
 
+INVERSE = "inverse_leaky_relu"  # of a backward whose x is what the activation made of the layer's input
+
 
 @dataclass(frozen=True)
 class Work:
@@ -53,6 +55,21 @@ class Work:
         return self.samples * self.positions
 
     @property
+    def fuses(self) -> bool:
+        """Whether the pass does more than the layer."""
+        return self.activation != "none" or self.residual or self.fan_out
+
+    @property
+    def streams(self) -> int:
+        """Tasks whose inputs are normalised apart: one where all share it."""
+        return 1 if self.fan_out else self.tasks
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the gradients of many tasks are added up to one of their input."""
+        return self.fan_out and self.direction == "backward"
+
+    @property
     def elements(self) -> int:
         """Values of the activation."""
         return self.tasks * self.channels * self.values
@@ -73,23 +90,62 @@ class Work:
         return 8 if self.item_size == 8 else 4
 
     @property
+    def input_bytes(self) -> int:
+        """Bytes of x, and of dx."""
+        return self.activation_bytes // self.tasks if self.fan_out else self.activation_bytes
+
+    @property
     def reduces(self) -> bool:
         """Whether the pass sums over its slabs."""
         if self.direction == "forward":
             return self.training
-        return self.training or self.needs_dweight or self.bias
+        return (self.training and self.needs_dx) or self.needs_dweight or self.bias
 
     @property
-    def tensors_read(self) -> int:
-        """Activations that must be read at least once."""
-        return 2 if self.direction == "backward" and self.reduces else 1
+    def recomputes(self) -> bool:
+        """Whether a backward computes anew what went into the activation."""
+        return self.direction == "backward" and self.activation != "none"
 
     @property
-    def tensors_written(self) -> int:
-        """Activations that must be written."""
-        return 1 if self.direction == "forward" or self.needs_dx else 0
+    def reads_residual(self) -> bool:
+        """Whether the residual is read."""
+        return self.residual and (self.direction == "forward" or self.recomputes)
+
+    @property
+    def reads_bias(self) -> bool:
+        """Whether the bias itself is read (in a backward it is known of where its gradient is asked for)."""
+        return self.bias and (self.direction == "forward" or (self.recomputes and self.activation != INVERSE))
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of activations that must be read at least once: x; in a backward also dy, and x only for its values."""
+        residual = self.activation_bytes * self.reads_residual
+        if self.direction == "forward":
+            return self.input_bytes + residual
+        return self.activation_bytes + residual + self.input_bytes * (self.reduces or self.recomputes)
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether dresidual is the gradient as it was computed, so that dx may be made of it without residual."""
+        return self.needs_dresidual and (self.item_size == self.statistics_size or self.activation == "relu")
+
+    @property
+    def bytes_to_sum(self) -> int:
+        """Bytes of activations that must be read again once they have been summed, where they do not stay on chip."""
+        if not self.reduces:
+            return 0
+        if self.direction == "forward":
+            return self.input_bytes
+        return 2 * self.activation_bytes if self.keeps_gradient else self.bytes_to_read
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of activations that must be written."""
+        if self.direction == "forward":
+            return self.activation_bytes
+        return self.input_bytes * self.needs_dx + self.activation_bytes * self.needs_dresidual
 
     @property
     def useful_bytes(self) -> int:
-        """What any implementation must move: forward x and y; backward x, dy and dx."""
-        return (self.tensors_read + self.tensors_written) * self.activation_bytes
+        """What any implementation must move: forward x, residual and y; backward the same, dy, dx and dresidual."""
+        return self.bytes_to_read + self.bytes_to_write

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tsbn_kernels.backends.triton.epilogue import activate, before_activation
 from tsbn_kernels.backends.triton.statistics import merge_splits, slab_statistics, tile_statistics
 from tsbn_kernels.backends.triton.tiles import (
     COUNTS,
@@ -27,16 +28,23 @@ def coefficients(weight, bias, rest, variance, slab, tile, EPS: tl.constexpr, SI
 
 
 @triton.jit
-def normalize_tiles(x, y, slab, first, last, mean, scale, offset, tile):
+def store_outcome(y, deviation, residual, scale, offset, slab, place, tile):
+    """Writes y of a tile, from its deviations from the mean."""
+    z = before_activation(deviation, residual, scale, offset, slab, place, tile)
+    store(y, activate(z, tile), slab, place, tile)
+
+
+@triton.jit
+def normalize_tiles(x, residual, y, slab, first, last, mean, scale, offset, tile):
     """Writes y of the tiles ``first`` to ``last``, the last one first: the cache may still hold it."""
     for i in range(first, last):
         place = tile_at(first + last - 1 - i, slab, tile)
-        store(y, (load(x, slab, place, tile) - mean) * scale + offset, slab, place, tile)
+        store_outcome(y, load(x, slab, place, tile) - mean, residual, scale, offset, slab, place, tile)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_slab(
-    x, y, weight, bias, mean, var, T, N, C, S, tile,
+    x, residual, y, weight, bias, mean, var, T, N, C, S, tile,
     RESIDENT: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of a slab by one program. RESIDENT: the slab is one tile, which stays in registers."""
@@ -53,9 +61,9 @@ def forward_slab(
     store_vector(mean, average, slab)
     store_vector(var, variance, slab)
     if RESIDENT:
-        store(y, (values - average) * scale + offset, slab, place, tile)
+        store_outcome(y, values - average, residual, scale, offset, slab, place, tile)
     else:
-        normalize_tiles(x, y, slab, 0, tiles, average, scale, offset, tile)
+        normalize_tiles(x, residual, y, slab, 0, tiles, average, scale, offset, tile)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
@@ -79,7 +87,7 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def forward_apply(
-    x, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
+    x, residual, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
     EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
@@ -95,4 +103,4 @@ def forward_apply(
     scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))
-    normalize_tiles(x, y, slab, first, last, average, scale, offset, tile)
+    normalize_tiles(x, residual, y, slab, first, last, average, scale, offset, tile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tsbn_kernels.backends.triton import backward, forward
+from tsbn_kernels.backends.triton import backward, fan_out, forward
 
 
 class Launch:
@@ -24,7 +24,8 @@ class Launch:
     @property
     def function(self) -> Any:
         """The ``triton.jit`` function."""
-        return getattr(forward if self.kernel.startswith("forward") else backward, self.kernel)
+        modules = {"forward": forward, "backward": backward, "fan": fan_out}
+        return getattr(modules[self.kernel.partition("_")[0]], self.kernel)
 
     def __call__(self, *arguments: Any) -> None:
         """Launches on the current device and stream."""

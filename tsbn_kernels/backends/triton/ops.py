@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tsbn_kernels import layout
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
+from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
+from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.plan import triton as rules
+from tsbn_kernels.plan.work import INVERSE
 from tsbn_kernels.reference import accumulate_dtype
 
-_forwards: dict[Hashable, Forward] = {}
-_backwards: dict[Hashable, Backward] = {}
+_forwards: dict[Hashable, Forward | FanOutForward] = {}
+_backwards: dict[Hashable, Backward | FanOutBackward] = {}
 
 
 @cache
@@ -37,90 +41,110 @@ def _class(x: Tensor) -> Hashable:
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
 
 
-def _only_plain(epilogue: tuple[object, ...]) -> None:
-    if any(argument not in (None, "none", 0.0, False) for argument in epilogue if not isinstance(argument, Tensor)):
-        raise NotImplementedError("the epilogue has no Triton kernels yet")
+def _contiguous(*vectors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
 
 
 def _normalize(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, training: bool,
+    stacking: str, training: bool, residual: Tensor | None, activation: str, slope: float, shared: bool,
 ) -> Tensor:  # fmt: skip
     if x.numel() == 0:
-        return torch.empty_like(x)
+        return layout.empty_output(x, num_tasks, stacking, shared)
     dtypes = weight.dtype, None if bias is None else bias.dtype, mean.dtype, var.dtype
-    key = _class(x), dtypes, num_tasks, eps, gate, stacking, training
-    vectors = weight.contiguous(), None if bias is None else bias.contiguous(), mean.contiguous(), var.contiguous()
+    epilogue = None if residual is None else _class(residual), activation, slope, shared
+    key = _class(x), dtypes, num_tasks, eps, gate, stacking, training, epilogue
+    vectors = *_contiguous(weight, bias, mean, var), residual
     run = _forwards.get(key)
     if run is None:
-        details = {"training": training, "bias": bias is not None, "parameter_size": weight.element_size()}
-        options = x, num_tasks, stacking, eps, gate
+        work = work_of(
+            x, num_tasks, stacking, training=training, bias=bias is not None, parameter_size=weight.element_size(),
+            activation=activation, residual=residual is not None, fan_out=shared,
+        )  # fmt: skip
+        options = x, num_tasks, stacking, eps, gate, residual, slope
+
+        def make(plan: Plan) -> Forward | FanOutForward:
+            return FanOutForward(plan, *options) if shared else Forward(plan, *options)
 
         def prepare(plan: Plan) -> Callable[[], None]:
-            candidate = Forward(plan, *options)
-            return partial(candidate, x, candidate.output(x), *vectors)
+            candidate = make(plan)
+            return partial(candidate, x, candidate.stacked_like(x), *vectors)
 
-        plan = rules.plan(work_of(x, num_tasks, stacking, **details), _device(x.device))
-        run = _forwards[key] = Forward(choose(plan, prepare), *options)
-    y = run.output(x)
+        run = _forwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+    y = run.stacked_like(x)
     with _on(x.device):
         run(x, y, *vectors)
     return y
 
 
 def forward_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    *epilogue: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str,
+    residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.forward_training`."""
-    _only_plain(epilogue)
     make = torch.zeros if x.numel() == 0 else torch.empty
     mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2))
-    return _normalize(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, True), mean, var
+    options = num_tasks, eps, gate, stacking, True, residual, activation, slope, shared
+    return _normalize(x, weight, bias, mean, var, *options), mean, var
 
 
 def forward_eval(
     x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, *epilogue: object
+    stacking: str, residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
 ) -> Tensor:  # fmt: skip
     """See :func:`tsbn_kernels.reference.normalize`."""
-    _only_plain(epilogue)
-    return _normalize(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, False)
+    options = num_tasks, eps, gate, stacking, False, residual, activation, slope, shared
+    return _normalize(x, weight, bias, mean, var, *options)
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, training: bool, need_dx: bool, need_dweight: bool, need_dbias: bool, *epilogue: object
+    stacking: str, training: bool, need_dx: bool, need_dweight: bool, need_dbias: bool, bias: Tensor | None = None,
+    residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
+    need_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.backward`."""
-    _only_plain(epilogue)
-    needs = need_dx, need_dweight, need_dbias
-    make = weight.new_zeros if x.numel() == 0 else weight.new_empty
-    dweight, dbias = make(weight.shape if need_dweight else 0), make(weight.shape if need_dbias else 0)
+    needs = need_dx, need_dweight, need_dbias, need_dresidual
+    nothing = x.new_empty(0)
     if x.numel() == 0 or not any(needs):
-        return x.new_empty(x.shape if need_dx else 0), dweight, dbias, x.new_empty(0)
-    dtypes = weight.dtype, mean.dtype, var.dtype
-    key = _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, training, needs
-    vectors = weight.contiguous(), mean.contiguous(), var.contiguous()
-    parameters = dweight if need_dweight else None, dbias if need_dbias else None
+        dweight, dbias = (weight.new_zeros(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
+        dx = torch.empty_like(x) if need_dx else nothing
+        return dx, dweight, dbias, layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else nothing
+    if activation in ("none", INVERSE):  # nothing depends on what went into the activation
+        bias = residual = None
+    dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
+    epilogue = None if residual is None else _class(residual), activation, slope, shared
+    key = _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, training, needs, epilogue
+    vectors = *_contiguous(weight, bias, mean, var), residual
+
+    def outputs(run: Pass) -> tuple[Tensor | None, ...]:
+        return (
+            run.input_like(x) if need_dx else None, weight.new_empty(weight.shape) if need_dweight else None,
+            weight.new_empty(weight.shape) if need_dbias else None, run.stacked_like(x) if need_dresidual else None,
+        )  # fmt: skip
+
     run = _backwards.get(key)
     if run is None:
-        details = {"training": training, "needs_dx": need_dx, "needs_dweight": need_dweight, "bias": need_dbias}
-        work = work_of(x, num_tasks, stacking, direction="backward", parameter_size=weight.element_size(), **details)
-        options = dy, x, num_tasks, stacking, eps, gate
+        work = work_of(
+            x, num_tasks, stacking, direction="backward", training=training, bias=need_dbias, needs_dx=need_dx,
+            needs_dweight=need_dweight, parameter_size=weight.element_size(), activation=activation,
+            residual=residual is not None, needs_dresidual=need_dresidual, fan_out=shared,
+        )  # fmt: skip
+        options = dy, x, num_tasks, stacking, eps, gate, residual, slope
+
+        def make(plan: Plan) -> Backward | FanOutBackward:
+            return FanOutBackward(plan, *options) if shared else Backward(plan, *options)
 
         def prepare(plan: Plan) -> Callable[[], None]:
-            candidate = Backward(plan, *options)
-            return partial(candidate, dy, x, *vectors, candidate.output(x) if need_dx else None, *parameters)
+            candidate = make(plan)
+            return partial(candidate, dy, x, *vectors, *outputs(candidate))
 
-        run = _backwards[key] = Backward(choose(rules.plan(work, _device(x.device)), prepare), *options)
-    dx = run.output(x) if need_dx else None
+        run = _backwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+    results = outputs(run)
     with _on(x.device):
-        run(dy, x, *vectors, dx, *parameters)
-    return x.new_empty(0) if dx is None else dx, dweight, dbias, x.new_empty(0)
+        run(dy, x, *vectors, *results)
+    empty = nothing, weight.new_empty(0), weight.new_empty(0), nothing
+    dx, dweight, dbias, dresidual = (
+        none if result is None else result for result, none in zip(results, empty, strict=True)
+    )
+    return dx, dweight, dbias, dresidual

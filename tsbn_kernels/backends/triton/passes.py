@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tsbn_kernels.reference import accumulate_dtype
 Strides = tuple[int, int, int, int]
 
 
-def view_strides(shape: torch.Size, strides: tuple[int, ...], num_tasks: int, stacking: str) -> Strides:
+def view_strides(shape: Sequence[int], strides: tuple[int, ...], num_tasks: int, stacking: str) -> Strides:
     """Strides of the ``[T, N, C, S]`` view of a tensor that a kernel family reads."""
     axis = layout.channel_axis(stacking)
     positions = [d for d, size in zip(strides[axis + 1 :], shape[axis + 1 :], strict=True) if size != 1]
@@ -32,58 +33,80 @@ def view_strides(shape: torch.Size, strides: tuple[int, ...], num_tasks: int, st
 
 def work_of(x: Tensor, num_tasks: int, stacking: str, **details: Any) -> Work:
     """The work that a pass over ``x`` is."""
+    fan_out = details.get("fan_out", False)
+    stacking = layout.input_stacking(stacking, fan_out)
     axis = layout.channel_axis(stacking)
     positions = x.shape[axis + 1 :].numel()
-    samples = x.numel() // (num_tasks * x.shape[axis] * positions)
-    shared = num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
+    samples = x.numel() // ((1 if fan_out else num_tasks) * x.shape[axis] * positions)
+    shared = not fan_out and num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
     family = layout.family(x, stacking) or "rows"
     sizes = num_tasks, samples, x.shape[axis], positions, x.element_size()
     return Work(*sizes, family, shared_input=shared, **details)
 
 
-class Pass:
-    """A plan with the launches that carry it out."""
+def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
+    """The view of a tensor, if there is one."""
+    return None if tensor is None else View(tensor, *strides)
 
-    def __init__(self, plan: Plan, dtype: torch.dtype, output: tuple[int, ...]) -> None:
+
+class Pass:
+    """A plan with the launches that carry it out, for tensors like x."""
+
+    def __init__(self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, slope: float) -> None:
         work = plan.work
         self.plan = plan
-        self.output_strides = output
+        self.slope = slope
+        self.input = layout.input_stacking(stacking, work.fan_out)
+        self.input_sizes = tuple(x.shape), layout.dense_strides(x, self.input)
+        self.stacked_sizes = layout.output_sizes(x, num_tasks, stacking, work.fan_out)
         self.sizes = work.tasks, work.samples, work.channels, work.positions
         self.split = plan.splits, plan.share
-        self.accumulate = accumulate_dtype(dtype)
+        self.accumulate = accumulate_dtype(x.dtype)
         self.tile = Tile(*map(tl.constexpr, self._tile()))
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
-    def output(self, x: Tensor) -> Tensor:
-        """Fresh memory for y or dx."""
-        return torch.empty_strided(x.shape, self.output_strides, dtype=x.dtype, device=x.device)
+    def input_like(self, x: Tensor) -> Tensor:
+        """Fresh memory for dx."""
+        return x.new_empty_strided(*self.input_sizes)
+
+    def stacked_like(self, x: Tensor) -> Tensor:
+        """Fresh memory for y or dresidual."""
+        return x.new_empty_strided(*self.stacked_sizes)
 
     def _tile(self) -> tuple[Any, ...]:
         plan, work = self.plan, self.plan.work
         index = tl.int64 if work.values >= 1 << 31 else tl.int32
         accumulate = tl.float64 if self.accumulate == torch.float64 else tl.float32
         even = rules.is_even(work, plan.tile)
-        return work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
+        kind = work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
+        return *kind, work.activation, self.slope
 
-    def views(self, *views: Strides) -> tuple[Strides, ...]:
-        """The strides as the kernels take them.
+    def views(self, num_tasks: int, stacking: str, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
+        """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
 
         Where the positions of all columns follow one another from sample to sample they are read as samples of one
         position: no kernel divides by the number of positions, and ``[N, C]`` takes the same kernels.
         """
         tasks, samples, channels, positions = self.sizes
+        shape, dense = self.stacked_sizes
+        all_strides = (dense if tensor is None else tensor.stride() for tensor in (*stacked, None))
+        input_tasks = 1 if self.plan.work.fan_out else num_tasks
+        views = (
+            *(view_strides(x.shape, strides, input_tasks, self.input) for strides in (x.stride(), self.input_sizes[1])),
+            *(view_strides(shape, strides, num_tasks, stacking) for strides in all_strides),
+        )
         joined = all(samples == 1 or n == positions * s for _, n, _, s in views)
         if self.plan.work.family == "rows" or positions == 1 or not joined:
             return views
         self.sizes = tasks, samples * positions, channels, 1
         return tuple((t, s, c, 1) for t, _, c, s in views)
 
-    def launch(self, kernel: str, *constants: Any) -> Launch:
-        """A launch of one of the kernels of this pass."""
+    def launch(self, kernel: str, *constants: Any, programs: int = 0) -> Launch:
+        """A launch of one of the kernels of this pass, with as many programs as are planned where none are given."""
         plan = self.plan
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
-        return Launch(kernel, plan.programs, options, self.tile, *map(tl.constexpr, constants))
+        return Launch(kernel, programs or plan.programs, options, self.tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
@@ -94,10 +117,12 @@ class Pass:
 class Forward(Pass):
     """Statistics and y, or y by given statistics."""
 
-    def __init__(self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
-        super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
-        strides = x.stride(), self.output_strides
-        self.x, self.y = self.views(*(view_strides(x.shape, s, num_tasks, stacking) for s in strides))
+    def __init__(
+        self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
+        residual: Tensor | None = None, slope: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, x, num_tasks, stacking, slope)
+        self.x, _, self.residual, self.y = self.views(num_tasks, stacking, x, residual)
         sigmoid = gate == "sigmoid"
         if plan.variant in ("resident", "streaming"):
             self.slab = self.launch("forward_slab", plan.variant == "resident", eps, sigmoid)
@@ -105,49 +130,60 @@ class Forward(Pass):
             self.first = self.launch("forward_partial")
             self.apply = self.launch("forward_apply", eps, sigmoid)
 
-    def __call__(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor) -> None:
+    def __call__(
+        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
-        source, result = View(x, *self.x), View(y, *self.y)
-        vectors = weight, bias, mean, var
+        source = View(x, *self.x)
+        tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
         if self.plan.variant in ("resident", "streaming"):
-            self.slab(source, result, *vectors, *self.sizes)
+            self.slab(*tensors, *self.sizes)
             return
         partials = None
         if self.plan.variant == "split":
             partials = self.partials(4, weight)
             self.first(source, partials, *self.sizes, *self.split)
-        self.apply(source, result, *vectors, partials, *self.sizes, *self.split)
+        self.apply(*tensors, partials, *self.sizes, *self.split)
 
 
 class Backward(Pass):
-    """Gradients of x, weight and bias, those that are asked for."""
+    """Gradients of x, weight, bias and residual, those that are asked for."""
 
-    def __init__(self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str) -> None:
-        super().__init__(plan, x.dtype, layout.dense_strides(x, stacking))
-        strides = dy.stride(), x.stride(), self.output_strides
-        self.dy, self.x, self.dx = self.views(*(view_strides(x.shape, s, num_tasks, stacking) for s in strides))
-        training, sigmoid = plan.work.training, gate == "sigmoid"
+    def __init__(
+        self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
+        residual: Tensor | None = None, slope: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, x, num_tasks, stacking, slope)
+        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(num_tasks, stacking, x, dy, residual)
+        constants = plan.work.training, eps, gate == "sigmoid"
+        self.done = plan.work.keeps_gradient and plan.variant in ("streaming", "split")
         if plan.variant in ("resident", "streaming"):
-            self.slab = self.launch("backward_slab", plan.variant == "resident", training, eps, sigmoid)
+            self.slab = self.launch("backward_slab", plan.variant == "resident", self.done, *constants)
         else:
-            self.first = self.launch("backward_partial", training, eps, sigmoid)
-            self.apply = self.launch("backward_apply", training, eps, sigmoid)
+            self.first = self.launch("backward_partial", *constants)
+            self.apply = self.launch("backward_apply", self.done, *constants)
 
     def __call__(
-        self, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, dx: Tensor | None,
-        dweight: Tensor | None, dbias: Tensor | None,
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
+        residual: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
+        dresidual: Tensor | None,
     ) -> None:  # fmt: skip
         """Writes the gradients that are given."""
-        gradient, source = View(dy, *self.dy), View(x, *self.x)
-        result = None if dx is None else View(dx, *self.dx)
-        vectors, parameters = (weight, mean, var), (dweight, dbias)
+        gradient, source, added = View(dy, *self.dy), View(x, *self.x), view_of(residual, self.residual)
+        result, beside = view_of(dx, self.dx), view_of(dresidual, self.dresidual)
+        vectors, parameters = (weight, bias, mean, var), (dweight, dbias)
         if self.plan.variant in ("resident", "streaming"):
-            self.slab(gradient, source, result, *vectors, *parameters, *self.sizes)
+            self.slab(gradient, source, added, result, beside, *vectors, *parameters, *self.sizes)
             return
         partials = None
         if self.plan.variant == "split":
             partials = self.partials(2, weight)
-            on_the_way = None if self.plan.work.training else result
-            self.first(gradient, source, on_the_way, *vectors, partials, *self.sizes, *self.split)
-            result = result if self.plan.work.training else None
-        self.apply(gradient, source, result, *vectors, *parameters, partials, *self.sizes, *self.split)
+            now = None if self.plan.work.training else result
+            self.first(gradient, source, added, now, beside, *vectors, partials, *self.sizes, *self.split)
+            if self.done and beside is not None:
+                gradient, added = beside, None
+            result, beside = None if now else result, None
+        self.apply(
+            gradient, source, added, result, beside, *vectors, *parameters, partials, *self.sizes, *self.split
+        )  # fmt: skip

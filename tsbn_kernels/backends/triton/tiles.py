@@ -12,7 +12,7 @@ import triton.language as tl
 
 # Arguments that a kernel is not compiled anew for: sizes that no access depends on, and the alignment of vectors.
 COUNTS = ["T", "N", "splits", "share"]
-VECTORS = ["weight", "bias", "mean", "var", "dweight", "dbias", "partials"]
+VECTORS = ["weight", "bias", "mean", "var", "dweight", "dbias", "partials", "terms"]
 
 
 class View(NamedTuple):
@@ -35,6 +35,8 @@ class Tile(NamedTuple):
     TASKS_INNER: tl.constexpr  # programs that follow one another differ in the task: they read the same shared input
     INDEX: tl.constexpr  # of positions: int64 where a slab has 2^31 values and more
     ACC: tl.constexpr  # of the arithmetic
+    ACTIVATION: tl.constexpr  # that follows the layer, or "none"
+    SLOPE: tl.constexpr  # of a leaky ReLU
 
 
 class Slab(NamedTuple):

@@ -1,0 +1,194 @@
+"""Residual and activation in the Triton kernels: every plan in the interpreter, the compiled code and its traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from itertools import cycle, product
+
+import pytest
+import torch
+from support import BACKWARD, FORMATS, STACKINGS, assert_within, in_double, problem
+
+pytest.importorskip("triton")
+import compiled
+from fused import Epilogue, assert_equals_reference, fused
+from interpreter import device, interpreted, kernels, passes
+from test_triton_compiled import SIZES, assert_traffic, toy
+
+from benchmarks import compiled_kernels
+from benchmarks.compiled_kernels import TARGETS
+from benchmarks.offline import compile_call, resources
+from tsbn_kernels import reference
+from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.plan import DEVICES, Work
+from tsbn_kernels.plan.triton import is_even, plan
+
+EPILOGUES: tuple[Epilogue, ...] = (
+    ("relu", False), ("relu", True), ("leaky_relu", True), ("silu", False), ("gelu", False), ("gelu", True),
+    ("none", True),
+)  # fmt: skip
+
+# ---- every plan in the interpreter -------------------------------------------------------------------------------
+
+SMALL = [(3, 4, 2, (8,)), (2, 3, 3, (5,)), (2, 3, 2, (211,)), (2, 8, 2, (128,))]
+
+
+def test_every_plan() -> None:
+    reached: set[Hashable] = set()
+    rounds = zip(cycle(EPILOGUES), cycle(STACKINGS), cycle((torch.float32, torch.bfloat16)), strict=False)
+    for size, memory_format, training in product(SMALL, FORMATS, (True, False)):
+        for multiprocessors in (1, 8):
+            epilogue, stacking, dtype = next(rounds)
+            options = {"stacking": stacking, "memory_format": memory_format, "dtype": dtype}
+            call = fused(*size, epilogue=epilogue, training=training, bias=epilogue[0] != "silu", **options)
+            with interpreted(device(threads=16, multiprocessors=multiprocessors)):
+                assert_equals_reference(call)
+                if not training:
+                    assert_equals_reference(replace(call, sums=False))
+                for one in (kept.plan for kept in passes()):
+                    kind = one.variant, one.work.family, one.work.direction
+                    reached.update({kind, (*kind, is_even(one.work, one.tile))})
+    for family, direction, even in product(("rows", "columns"), ("forward", "backward"), (True, False)):
+        for variant in ("resident", "streaming", "split", "elementwise"):
+            assert (variant, family, direction, even) in reached
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_float64_and_given_strides(memory_format: str) -> None:
+    """What x, dy and residual are cut from holds NaN elsewhere."""
+    options = {"dtype": torch.float64, "memory_format": memory_format}
+    call = fused(2, 5, 3, (53,), epilogue=("gelu", True), **options)
+    x, dy, residual = (
+        torch.stack((t, torch.full_like(t, torch.nan)), 1).flatten(0, 1)[::2]
+        for t in (call.p.x, call.p.dy, call.residual)
+    )
+    with interpreted(device(threads=16, multiprocessors=8)):
+        assert_equals_reference(replace(call, p=call.p._replace(x=x, dy=dy), residual=residual))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_an_output_in_the_place_of_the_input(memory_format: str, training: bool) -> None:
+    """``u = leaky_relu(v)`` instead of v gives the gradients of v times the activation's."""
+    for size, parameters in (((2, 3, 2, (107,)), True), ((2, 4, 3, (8,)), False)):
+        p = problem(*size, memory_format=memory_format)
+        v = torch.where(p.x > 0, p.x, p.x * 0.25)
+        mean, var = p.weight / 2, p.weight.abs() + 0.5
+        needs = training, True, parameters, parameters
+        with interpreted(device(threads=16, multiprocessors=8)):
+            end = p.bias, None, "inverse_leaky_relu", 0.25
+            got = ops.backward(p.dy, v, p.weight, mean, var, *p.options, *needs, *end)
+        q = in_double(p._replace(x=v))
+        end = q.bias, None, "inverse_leaky_relu", 0.25
+        wanted = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, *needs, *end)
+        for actual, expected in zip(got, wanted, strict=True):
+            assert actual.shape == expected.shape
+            if expected.numel():
+                assert_within(actual, expected, BACKWARD[torch.float32], scale=float(expected.abs().max()) + 1)
+
+
+def test_the_dresidual_alone() -> None:
+    p = problem(2, 5, 3, (53,))
+    mean, var = p.weight / 2, p.weight.abs() + 0.5
+    for training in (True, False):
+        options = *p.options, training, False, False, False, p.bias, p.dy / 2, "silu", 0.0, False, True
+        with interpreted(device(threads=16, multiprocessors=8)):
+            *others, got = ops.backward(p.dy, p.x, p.weight, mean, var, *options)
+            assert [kept.plan.variant for kept in passes()] == ["elementwise"]
+        q = in_double(p)
+        options = *p.options, False, False, False, False, q.bias, q.dy / 2, "silu", 0.0, False, True
+        *_, wanted = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *options)
+        assert_within(got, wanted, BACKWARD[torch.float32])
+        assert [other.numel() for other in others] == [0, 0, 0]
+
+
+# ---- as compiled -------------------------------------------------------------------------------------------------
+
+COMPILED = [
+    ("resident", "rows", True, torch.bfloat16, "sm_90", ("relu", True)),
+    ("resident", "rows", False, torch.float32, "sm_80", ("gelu", False)),
+    ("resident", "columns", False, torch.float32, "sm_100", ("silu", True)),
+    ("streaming", "rows", True, torch.float32, "sm_100", ("gelu", True)),
+    ("streaming", "columns", True, torch.bfloat16, "sm_90", ("relu", True)),
+    ("split", "rows", False, torch.bfloat16, "sm_80", ("silu", False)),
+    ("split", "columns", True, torch.bfloat16, "sm_90", ("leaky_relu", True)),
+    ("split", "columns", False, torch.float64, "sm_90", ("gelu", False)),
+    ("elementwise", "rows", True, torch.bfloat16, "sm_100", ("relu", True)),
+    ("elementwise", "columns", False, torch.float32, "sm_90", ("silu", True)),
+]
+
+
+@pytest.mark.parametrize(("variant", "family", "even", "dtype", "target", "epilogue"), COMPILED)
+def test_compiled(
+    variant: str, family: str, even: bool, dtype: torch.dtype, target: str, epilogue: Epilogue
+) -> None:  # fmt: skip
+    memory_format = "contiguous" if family == "rows" else "channels_last"
+    sums = variant != "elementwise"
+    # Where no gradient of the bias is asked for, a plan does not know of it.
+    options = {"dtype": dtype, "memory_format": memory_format, "stacking": "sample_major", "bias": sums}
+    with compiled.machine(toy(variant, target), "reversed") as done:
+        assert_equals_reference(
+            fused(*SIZES[variant, family, even], epilogue=epilogue, training=sums, sums=sums, **options)
+        )
+    assert [(one.variant, one.work.family) for one in done.plans] == [(variant, family)] * 2
+    assert_traffic(done, aligned=even)
+
+
+FUSED: list[Epilogue] = [("relu", False), ("silu", False), ("gelu", False), ("relu", True)]
+LAYERS = {"resident": (40, 256, 512, 8, 8), "streaming": (40, 256, 256, 16, 16)}  # of CelebA
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "layer", "memory_format"),
+    [
+        ("sm_80", "bfloat16", "resident", "contiguous"),
+        ("sm_90", "float32", "resident", "contiguous"),
+        ("sm_90", "float32", "streaming", "channels_last"),
+        ("sm_100", "bfloat16", "streaming", "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_spills(target: str, dtype: str, layer: str, memory_format: str, shared: bool) -> None:
+    """And no kernel takes more registers and shared memory than planned."""
+    device = DEVICES[TARGETS[target]]
+    for activation, residual in FUSED[2 * shared :]:
+        options = LAYERS[layer], dtype, memory_format, "task_major", device
+        for name, one, calls in compiled_kernels.passes(*options, activation, residual, shared):
+            for call in calls:
+                used = resources(compile_call(call, target)[0])
+                limits = (0, one.registers, one.shared)
+                found = used.spills, used.registers, used.shared
+                fits = all(a <= b for a, b in zip(found, limits, strict=True))
+                assert fits, (activation, residual, name, call.launch.kernel, found, limits)
+
+
+# ---- broken on purpose, and plans --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu", "gelu"])
+def test_a_wrong_derivative_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = fused(2, 3, 2, (11,), epilogue=(name, True))
+    with interpreted(device(threads=16)):
+        assert_equals_reference(call)
+        monkeypatch.setattr(kernels().backward, "through", lambda gradient, *others: gradient)
+        with pytest.raises(AssertionError):
+            assert_equals_reference(call)
+
+
+def test_bytes() -> None:
+    """CelebA's first layer is streamed: x twice forward, the residual once.
+
+    Backward a ReLU's dresidual serves in the second pass in the place of dy and residual, a GELU's is rounded.
+    """
+    options = {"activation": "relu", "residual": True}
+    forward = plan(Work(40, 256, 64, 4096, 2, **options), DEVICES["H100"])  # type: ignore[arg-type]
+    details = {"direction": "backward", "needs_dresidual": True, **options}
+    backward = plan(Work(40, 256, 64, 4096, 2, **details), DEVICES["H100"])  # type: ignore[arg-type]
+    size = forward.work.activation_bytes
+    assert (forward.activation_bytes_read, forward.activation_bytes_written) == (3 * size, size)
+    assert (backward.activation_bytes_read, backward.activation_bytes_written) == (5 * size, 2 * size)
+    rounded = plan(replace(backward.work, activation="gelu"), DEVICES["H100"])
+    assert (rounded.activation_bytes_read, rounded.activation_bytes_written) == (6 * size, 2 * size)
+    plain = plan(replace(backward.work, activation="none", needs_dresidual=False), DEVICES["H100"])
+    assert (plain.activation_bytes_read, plain.activation_bytes_written) == (4 * size, size)

@@ -1,0 +1,86 @@
+"""The launches of the passes over one input ``[N, C, *]`` that all tasks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.backends.triton.passes import Pass, view_of
+from tsbn_kernels.backends.triton.tiles import View
+from tsbn_kernels.plan import Plan
+
+
+class FanOutForward(Pass):
+    """Statistics of x and every task's y, or y by the tasks' given statistics."""
+
+    def __init__(
+        self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
+        residual: Tensor | None = None, slope: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, x, num_tasks, stacking, slope)
+        self.x, _, self.residual, self.y = self.views(num_tasks, stacking, x, residual)
+        sigmoid = gate == "sigmoid"
+        self.slab = self.launch("fan_out_slab", eps, sigmoid)
+        self.first = self.launch("forward_partial")
+        self.apply = self.launch("fan_out_apply", eps, sigmoid)
+
+    def __call__(
+        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
+        residual: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Writes y, and mean and var where the plan reduces; reads them where it does not."""
+        source = View(x, *self.x)
+        tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
+        if self.plan.variant == "resident":
+            self.slab(*tensors, *self.sizes)
+            return
+        partials = None
+        if self.plan.variant == "split":
+            _, *of_one = self.sizes
+            partials = weight.new_empty((4, self.plan.splits, self.sizes[2]), dtype=self.accumulate)
+            self.first(source, partials, 1, *of_one, *self.split)
+        self.apply(*tensors, partials, *self.sizes, *self.split)
+
+
+class FanOutBackward(Pass):
+    """Gradients of x (the sum over the tasks), weight, bias and residual, those that are asked for."""
+
+    def __init__(
+        self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
+        residual: Tensor | None = None, slope: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, x, num_tasks, stacking, slope)
+        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(num_tasks, stacking, x, dy, residual)
+        formula = eps, gate == "sigmoid"
+        self.gather = self.launch("fan_out_gather", plan.work.reduces, plan.work.training, *formula)
+        self.sums = self.launch("fan_out_sums", *formula, programs=plan.slabs * num_tasks)
+        self.gradient = self.launch("fan_out_gradient")
+
+    def __call__(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
+        residual: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
+        dresidual: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Writes the gradients that are given."""
+        work, counts = self.plan.work, (*self.sizes, self.plan.splits)
+        source, result = View(x, *self.x), view_of(dx, self.dx)
+        split = self.plan.variant == "split"
+        incomplete = split and work.training and dx is not None
+        gathered = self._workspace(dx) if dx is not None and incomplete else dx
+        partials = self.partials(2, weight) if split else None
+        now = (None, None, partials) if split else (dweight, dbias, None)
+        self.gather(
+            View(dy, *self.dy), source, view_of(residual, self.residual), view_of(gathered, self.dx),
+            view_of(dresidual, self.dresidual), weight, bias, mean, var, *now, *counts,
+        )  # fmt: skip
+        if split:
+            terms = weight.new_empty((2, *weight.shape), dtype=self.accumulate) if incomplete else None
+            self.sums(weight, mean, var, dweight, dbias, partials, terms, *counts)
+            if incomplete:
+                self.gradient(source, view_of(gathered, self.dx), result, mean, terms, *counts)
+
+    def _workspace(self, dx: Tensor) -> Tensor:
+        """Where the tasks' gradients of x are added up: in dx itself if it has the dtype of the sums."""
+        if dx.dtype == self.accumulate:
+            return dx
+        return torch.empty_strided(*self.input_sizes, dtype=self.accumulate, device=dx.device)
