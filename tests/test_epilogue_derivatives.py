@@ -77,6 +77,7 @@ def test_ensembles(stacking: str, fan_out: bool) -> None:
 @fans
 def test_compiled(activation: str | None, fan_out: bool) -> None:
     layer = Layer(activation, fan_out)
+    torch.compiler.reset()
     compiled = torch.compile(layer.__call__, fullgraph=True, backend="aot_eager")
     dy = torch.randn_like(layer.inputs[3])
     y, expected = compiled(*layer.inputs), layer(*layer.inputs)
