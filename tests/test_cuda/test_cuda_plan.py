@@ -20,7 +20,8 @@ SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 33, 49, 64, 255, 1000, 4096, 70001])
 WORKS = st.builds(
     Work, st.sampled_from([1, 3, 40]), SIZES, SIZES, SIZES, st.sampled_from([2, 4, 8]),
     st.sampled_from(["rows", "columns"]), st.sampled_from(["forward", "backward"]), st.booleans(), st.booleans(),
-    st.booleans(), st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(), st.booleans(), activation=st.sampled_from(rules.ACTIVATIONS[:5]),
+    residual=st.booleans(), needs_dresidual=st.booleans(), fan_out=st.booleans(),
 )  # fmt: skip
 CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 
@@ -33,12 +34,13 @@ def test_every_choice(work: Work, device: Device) -> None:
     assert launch.threads % 32 == 0 and max(32, pieces.width) <= launch.threads <= rules.THREADS
     assert launch.parts * launch.part_slots >= pieces.slots
     assert launch.part_slots <= rules.MOST_SLOTS and launch.part_slots % (1 << pieces.log_lanes) == 0
-    assert launch.blocks == work.tasks * pieces.tiles * launch.parts < 1 << 31
+    assert launch.blocks == work.tasks // problem.slab_tasks * pieces.tiles * launch.parts < 1 << 31
     assert launch.resident == launch.part_slots or launch.resident % launch.threads == 0
     assert launch.cluster == 1 or (device.clusters and launch.cluster == launch.parts)
     assert rules.resident_blocks(problem, launch, device) >= 1
-    least = work.tensors_read * work.activation_bytes
-    assert launch.bytes_read >= least
+    x = work.activation_bytes // problem.slab_tasks
+    others = problem.backward + (problem.residual is not None)
+    assert launch.bytes_read >= x * problem.reads_x + others * work.activation_bytes
     plan = rules.as_plan(problem, launch, work, device)
     assert (plan.programs, plan.shared, plan.launches) == (launch.blocks, launch.shared, launch.launches)
 
