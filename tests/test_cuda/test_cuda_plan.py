@@ -7,7 +7,7 @@ import re
 
 import pytest
 from cuda_machine import CSRC
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import python
 
@@ -29,6 +29,7 @@ CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 @given(WORKS, st.sampled_from(NVIDIA))
 def test_every_choice(work: Work, device: Device) -> None:
     problem = rules.dense(work)
+    assume(rules.cut(problem).slots <= rules.MOST_SLOTS * rules.SPLITS[-1])
     pieces, launch = rules.cut(problem), rules.choose(problem, device)
     assert launch.shared <= device.block_shared_memory
     assert launch.threads % 32 == 0 and max(32, pieces.width) <= launch.threads <= rules.THREADS

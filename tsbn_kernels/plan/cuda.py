@@ -389,7 +389,7 @@ def choose(problem: Problem, device: Device, most_clustered: int = 16) -> Launch
         launch for launch in candidates(problem, device, most_clustered) if launch.shared <= device.block_shared_memory
     ]
     if not fitting:
-        raise ValueError(f"{problem.T} tasks that share an input need more shared memory than {device.name} has")
+        raise ValueError(f"{device.name} has no room for {problem.T} tasks of {problem.C} channels in this layout")
     return min(
         fitting,
         key=lambda launch: (seconds(problem, launch, device), launch.launches, launch.parts),
