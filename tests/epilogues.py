@@ -149,8 +149,10 @@ def run_meta(call: Call) -> Outcome:
     """Shapes, strides and dtypes that the schema's fake kernels promise."""
 
     def meta(tensor: Tensor | None) -> Any:
-        return tensor if tensor is None else torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+        return (
+            tensor
+            if tensor is None
+            else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         )
 
     p = call.p._replace(x=meta(call.p.x), dy=meta(call.p.dy), weight=meta(call.p.weight), bias=meta(call.p.bias))

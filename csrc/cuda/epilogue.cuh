@@ -27,7 +27,7 @@ template <class A> struct Epilogue {
   // g = dy * act'(z), in the place of dy.
   template <int V> __device__ void differentiate(A (&dy)[V], const A (&z)[V]) const {
     switch (activation) {
-      case kRelu: return each<V>([&](int e) { dy[e] = z[e] <= A(0) ? A(0) : dy[e]; });
+      case kRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : A(0); });
       case kLeakyRelu:
       case kInverseLeakyRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : slope * dy[e]; });
       case kSilu:

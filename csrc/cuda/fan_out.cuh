@@ -10,6 +10,12 @@ template <class A> struct alignas(4 * sizeof(A)) TaskFactors {
   A center, scale, bias, rstd;
 };
 
+// A number that the compiler must take as new: what is computed from it is not kept in registers over a loop.
+__device__ inline uint32_t anew(uint32_t k) {
+  asm volatile("" : "+r"(k));
+  return k;
+}
+
 // What waits for the second pass: in dx where that loses no digits, else in a buffer in which each thread has its own
 // places, so that 16-byte accesses of a warp are adjacent and nothing needs masks.
 template <class T, int V, int CH> struct Staged {
@@ -50,22 +56,49 @@ template <class T, int V, int CH> struct Staged {
   }
 };
 
+template <class A> __device__ Sums<A> shuffle_xor(const Sums<A>& s, int by) {
+  return {__shfl_xor_sync(0xffffffff, s.total, by), __shfl_xor_sync(0xffffffff, s.dot, by)};
+}
+
 // The sums of a warp's lanes over each channel, added to `sums` of the warp, which holds one for each task and channel.
+// As long as lanes that share channels hold several of them, each passes half of them on and keeps the others.
 template <class A, int V, int CH>
 __device__ void add_sums(const RunningSums<A, V, CH>& running, Sums<A>* sums, int log_lanes) {
+  const uint32_t lane = threadIdx.x % 32;
+  Sums<A> s[CH];
 #pragma unroll
-  for (int c = 0; c < CH; ++c) {
-    Sums<A> s = running.state(c);
-#pragma unroll 1
-    for (int by = 16; by >= 1 << log_lanes; by /= 2) s = merge(s, shuffle_down(s, by));
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < 1u << log_lanes) sums[lane * CH + c] = merge(sums[lane * CH + c], s);
+  for (int c = 0; c < CH; ++c) s[c] = running.state(c);
+  int first = 0, held = CH;
+  bool holds = true;
+#pragma unroll
+  for (int step = 0; step < 5; ++step) {
+    const int by = 16 >> step, half = (CH >> step) / 2;
+    if (by < 1 << log_lanes) break;
+    const bool upper = lane & by;
+    if constexpr (CH > 1) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const Sums<A> mine = upper ? s[half + i] : s[i], other = upper ? s[i] : s[half + i];
+        s[i] = merge(mine, shuffle_xor(other, by));
+      }
+    }
+    if (half > 0) {
+      first += upper ? half : 0, held = half;
+    } else {
+      s[0] = merge(s[0], shuffle_xor(s[0], by));
+      holds &= !upper;
+    }
+  }
+  sums += (lane & ((1u << log_lanes) - 1)) * CH + first;
+#pragma unroll
+  for (int i = 0; i < CH; ++i) {
+    if (holds && i < held) sums[i] = merge(sums[i], s[i]);
   }
 }
 
 template <class T, int V, int CH> __device__ void backward_fan_out(const Params& p) {
   using A = Acc<T>;
-  constexpr uint32_t U = 2;
+  constexpr uint32_t U = CH == 8 ? 1 : 2;  // as registers allow
   const Walk<T, V, CH> walk(p);
   const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width(), warps = blockDim.x / 32, all = tasks * width;
   TaskFactors<A>* factors = reinterpret_cast<TaskFactors<A>*>(tsbn_memory);
@@ -106,37 +139,34 @@ template <class T, int V, int CH> __device__ void backward_fan_out(const Params&
       }
 #pragma unroll 1
       for (uint32_t t = 0; t < tasks; ++t) {
-        Slot<T, V> gradients[U], added[U];
+        Slot<T, V> gradients[U];
 #pragma unroll
         for (uint32_t u = 0; u < U; ++u) {
           if (k + u >= walk.mine) continue;
-          const auto at = walk.template place<Walk<T, V, CH>::kMasks>(k + u);
-          gradients[u] = walk.read(dy + t * p.n.dy.t, p.n.dy, at);
-          if (p.residual_data != nullptr) added[u] = walk.read(residual + t * p.n.residual.t, p.n.residual, at);
+          gradients[u] = walk.read(dy + t * p.n.dy.t, p.n.dy, walk.template place<Walk<T, V, CH>::kMasks>(anew(k + u)));
         }
         RunningSums<A, V, CH> running;
-        const TaskFactors<A>* of_task = factors + t * width + first;
 #pragma unroll
         for (uint32_t u = 0; u < U; ++u) {
           if (k + u >= walk.mine) continue;
+          const TaskFactors<A>* of_task = factors + anew(t * width + first);
           A v[1][V] = {}, g[1][V], center[CH];
           gradients[u].get(g[0]);
           if (reads_x) slots[u].get(v[0]);
 #pragma unroll
           for (int c = 0; c < CH; ++c) center[c] = of_task[c].center;
           if (epilogue.activation != kNone) {
-            A z[V], r[V];
-            added[u].get(r);
+            const auto at = walk.template place<Walk<T, V, CH>::kMasks>(anew(k + u));
+            A z[V], r[V] = {};
+            if (p.residual_data != nullptr) walk.read(residual + t * p.n.residual.t, p.n.residual, at).get(r);
 #pragma unroll
             for (int e = 0; e < V; ++e) {
               const TaskFactors<A>& f = of_task[CH == 1 ? 0 : e];
-              z[e] = (v[0][e] - f.center) * f.scale + f.bias;
-              if (p.residual_data != nullptr) z[e] += r[e];
+              z[e] = (v[0][e] - f.center) * f.scale + f.bias + r[e];
             }
             epilogue.differentiate(g[0], z);
             if (p.dresidual_data != nullptr) {
-              walk.write(dresidual + t * p.n.dresidual.t, p.n.dresidual, walk.template place<Walk<T, V, CH>::kMasks>(k + u),
-                         slot_of<T>(g[0]));
+              walk.write(dresidual + t * p.n.dresidual.t, p.n.dresidual, at, slot_of<T>(g[0]));
             }
           }
 #pragma unroll
