@@ -98,7 +98,7 @@ __device__ void add_sums(const RunningSums<A, V, CH>& running, Sums<A>* sums, in
 
 template <class T, int V, int CH> __device__ void backward_fan_out(const Params& p) {
   using A = Acc<T>;
-  constexpr uint32_t U = CH == 8 ? 1 : 2;  // as registers allow
+  constexpr uint32_t U = V == 8 ? 1 : 2;  // as registers allow
   const Walk<T, V, CH> walk(p);
   const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width(), warps = blockDim.x / 32, all = tasks * width;
   TaskFactors<A>* factors = reinterpret_cast<TaskFactors<A>*>(tsbn_memory);
