@@ -1,6 +1,7 @@
-// dx = gate * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), dweight and dbias; in evaluation dx = gate * rstd * dy.
+// dx = gate * rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight and dbias; in evaluation dx = gate * rstd * g. g is dy,
+// or with an epilogue dy * act'(z), which is then also the gradient of the residual.
 #pragma once
-#include "walk.cuh"
+#include "epilogue.cuh"
 
 namespace tsbn::cuda {
 
@@ -9,18 +10,19 @@ template <class A> struct BackwardFactors {
   A center, dy_scale, x_scale, offset;
 };
 
-template <class T, int V, int CH> __device__ void backward(const Params& p) {
+template <class T, int V, int CH, bool kEpilogue> __device__ void backward(const Params& p) {
   using A = Acc<T>;
   const Walk<T, V, CH> walk(p);
   const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
   T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
   const uint32_t resident = uint32_t(p.n.resident);
-  Slot<T, V>*kept = walk.kept(), *kept_dy = kept + resident;
+  Slot<T, V>*kept = walk.kept(kEpilogue ? 2 : 1), *kept_dy = kept + resident;
   Sums<A> total;
 
   // In evaluation dx does not wait for the sums.
   const bool at_once = !p.n.training && p.out_data != nullptr;
   BackwardFactors<A>* factors = walk.template factors<BackwardFactors<A>>();
+  A* biases = reinterpret_cast<A*>(factors + walk.width());  // with an epilogue
   const int64_t channel = walk.first_channel() + threadIdx.x;
   Gate<A> gate(A(0), false);
   A rstd = 0;
@@ -29,6 +31,7 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
     rstd = A(1) / sqrt(load_parameter<A>(p.var_data, p.n.var, walk.task, channel) + A(p.eps));
     factors[threadIdx.x].center = load_parameter<A>(p.mean_data, p.n.mean, walk.task, channel);
     factors[threadIdx.x].dy_scale = gate.value * rstd;
+    if constexpr (kEpilogue) biases[threadIdx.x] = load_bias<A>(p, walk.task, channel);
   }
   __syncthreads();
   A center[CH] = {}, dy_scale[CH] = {};
@@ -48,9 +51,26 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
     walk.write(dx, p.n.out, at, value);
   };
 
+  const Upstream<T, V, CH> upstream(p, walk, center, dy_scale, biases, kept);
+  T* dresidual = walk.start(static_cast<T*>(p.dresidual_data), p.n.dresidual);
+  // In the first pass, which may be the only one.
+  const auto write_at_once = [&](const auto& at, const A(&g)[V]) {
+    if (p.dresidual_data != nullptr) walk.write(dresidual, p.n.dresidual, at, slot_of<T>(g));
+    if (!at_once) return;
+    A v[V];
+#pragma unroll
+    for (int e = 0; e < V; ++e) v[e] = g[e] * dy_scale[CH == 1 ? 0 : e];
+    walk.write(dx, p.n.out, at, slot_of<T>(v));
+  };
+
   if (p.n.phases & kReduce) {
     RunningSums<A, V, CH> running;
-    walk.choose_masks([&](auto masks) {
+    if constexpr (kEpilogue) {
+      upstream.forwards([&](const auto& at, const A(&v)[1][V], const A(&g)[1][V]) {
+        write_at_once(at, g[0]);
+        running.add(g, v, center);
+      });
+    } else walk.choose_masks([&](auto masks) {
       constexpr bool masked = decltype(masks)::value;
       walk.template forwards<2>([&](uint32_t k, auto count) {
         constexpr int U = decltype(count)::value;
@@ -95,14 +115,25 @@ template <class T, int V, int CH> __device__ void backward(const Params& p) {
 
   if ((p.n.phases & kApply) && walk.mine > 0) {
     A x_scale[CH] = {}, offset[CH] = {};
-    if (!at_once) {
+    if (kEpilogue ? p.n.training : !at_once) {
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
         x_scale[c] = f.x_scale, offset[c] = f.offset;
       }
     }
-    walk.choose_masks([&](auto masks) {
+    if constexpr (kEpilogue) {
+      upstream.backwards([&](const auto& at, const A(&v)[1][V], const A(&g)[1][V]) {
+        if (!p.n.training) return write_at_once(at, g[0]);
+        A result[V];
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const int c = CH == 1 ? 0 : e;
+          result[e] = g[0][e] * dy_scale[c] + ((v[0][e] - center[c]) * x_scale[c] + offset[c]);
+        }
+        walk.write(dx, p.n.out, at, slot_of<T>(result));
+      });
+    } else walk.choose_masks([&](auto masks) {
       constexpr bool masked = decltype(masks)::value;
       walk.template backwards<2>([&](uint32_t k, auto count) {
         constexpr int U = decltype(count)::value;

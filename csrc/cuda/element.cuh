@@ -89,6 +89,12 @@ template <class T> struct Slot<T, 1> {
   __device__ void store(T* p, int, int) const { store(p); }
 };
 
+template <class T, class A, int V> __device__ Slot<T, V> slot_of(const A (&v)[V]) {
+  Slot<T, V> slot;
+  slot.set(v);
+  return slot;
+}
+
 // ---- parameters: [T, C] vectors of any dtype ---------------------------------------------------------------------
 
 template <class A> __device__ A load_parameter(const void* data, const Vector& v, int64_t t, int64_t c) {
@@ -108,6 +114,10 @@ template <class A> __device__ void store_parameter(void* data, int64_t dtype, in
     case f16: static_cast<__half*>(data)[i] = __float2half_rn(float(value)); break;
     default: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(float(value));
   }
+}
+
+template <class A> __device__ A load_bias(const Params& p, int64_t t, int64_t c) {
+  return p.bias_data != nullptr ? load_parameter<A>(p.bias_data, p.n.bias, t, c) : A(0);
 }
 
 // The gate and its derivative. 1 - sigmoid(w) is sigmoid(-w): the difference would lose all digits for large w.

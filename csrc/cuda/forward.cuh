@@ -1,6 +1,7 @@
-// y = gate * (x - mean) * rstd + bias, with the batch's statistics or given ones.
+// y = gate * (x - mean) * rstd + bias, with the batch's statistics or given ones; with an epilogue, act of that and of a
+// residual, for all tasks that share a slab of x.
 #pragma once
-#include "walk.cuh"
+#include "epilogue.cuh"
 
 namespace tsbn::cuda {
 
@@ -12,16 +13,62 @@ template <class A> struct ForwardFactors {
 template <class A>
 __device__ ForwardFactors<A> forward_factors(const Params& p, int64_t t, int64_t c, A center, A lost, A var) {
   const Gate<A> gate(load_parameter<A>(p.weight_data, p.n.weight, t, c), p.n.sigmoid);
-  const A bias = p.bias_data != nullptr ? load_parameter<A>(p.bias_data, p.n.bias, t, c) : A(0);
+  const A bias = load_bias<A>(p, t, c);
   const A scale = gate.value * (A(1) / sqrt(var + A(p.eps)));
   return {center, scale, bias - lost * scale};
 }
 
-template <class T, int V, int CH> __device__ void forward(const Params& p) {
+// The second pass with an epilogue: a piece of x is read once for the outputs of all its tasks.
+template <class T, int V, int CH>
+__device__ void apply_epilogue(const Params& p, const Walk<T, V, CH>& walk, const T* x, const Slot<T, V>* kept) {
+  using A = Acc<T>;
+  const Epilogue<A> epilogue(p);
+  const ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>() + (walk.channel - walk.first_channel());
+  const T* residual = walk.template start<T>(p.residual_data, p.n.residual);
+  T* y = walk.start(static_cast<T*>(p.out_data), p.n.out);
+  constexpr uint32_t U = 2;
+  constexpr bool kMasks = Walk<T, V, CH>::kMasks;
+  const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width(), resident = uint32_t(p.n.resident);
+  walk.template short_backwards<U>([&](uint32_t k, uint32_t count) {
+    Slot<T, V> slots[U], added[U];
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      if (u >= count) continue;
+      if (walk.slot(k + u) < resident) slots[u] = kept[walk.slot(k + u)];
+      else slots[u] = walk.read(x, p.n.x, walk.template place<kMasks>(k + u));
+    }
+#pragma unroll 1
+    for (uint32_t t = 0; t < tasks; ++t) {
+#pragma unroll
+      for (uint32_t u = 0; u < U; ++u) {
+        if (p.residual_data == nullptr || u >= count) continue;
+        added[u] = walk.read(residual + t * p.n.residual.t, p.n.residual, walk.template place<kMasks>(k + u));
+      }
+#pragma unroll 1
+      for (uint32_t u = 0; u < U; ++u, rotate(slots), rotate(added)) {
+        if (u >= count) continue;
+        A v[V], r[V];
+        slots[0].get(v);
+        added[0].get(r);
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const ForwardFactors<A>& f = factors[t * width + (CH == 1 ? 0 : e)];
+          v[e] = (v[e] - f.center) * f.scale + f.offset;
+          if (p.residual_data != nullptr) v[e] += r[e];
+        }
+        epilogue.activate(v);
+        walk.write(y + t * p.n.out.t, p.n.out, walk.template place<kMasks>(k + u), slot_of<T>(v));
+      }
+    }
+  });
+}
+
+template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const Params& p) {
   using A = Acc<T>;
   const Walk<T, V, CH> walk(p);
   const T* x = walk.template start<T>(p.x_data, p.n.x);
-  Slot<T, V>* kept = walk.kept();
+  const uint32_t tasks = kEpilogue ? uint32_t(p.n.tasks) : 1;
+  Slot<T, V>* kept = walk.kept(tasks);
   const uint32_t resident = uint32_t(p.n.resident);
   Moments<A> total;
 
@@ -63,24 +110,39 @@ template <class T, int V, int CH> __device__ void forward(const Params& p) {
   if (p.n.phases & kCombine) total = walk.template combine<Moments<A>>();
 
   ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>();
-  const int64_t channel = walk.first_channel() + threadIdx.x;
-  if (threadIdx.x < walk.width() && channel < p.n.channels) {
+  const auto find_factors = [&](uint32_t i, int64_t task, int64_t channel) {
     if (p.n.training) {
       const A mean = total.shift + total.rest, var = total.squares / A(p.n.positions);
-      factors[threadIdx.x] = forward_factors(p, walk.task, channel, mean, (total.shift - mean) + total.rest, var);
+      factors[i] = forward_factors(p, task, channel, mean, (total.shift - mean) + total.rest, var);
       if (walk.part == 0) {
-        static_cast<A*>(p.first)[walk.task * p.n.channels + channel] = mean;
-        static_cast<A*>(p.second)[walk.task * p.n.channels + channel] = var;
+        static_cast<A*>(p.first)[task * p.n.channels + channel] = mean;
+        static_cast<A*>(p.second)[task * p.n.channels + channel] = var;
       }
     } else {
-      const A mean = load_parameter<A>(p.mean_data, p.n.mean, walk.task, channel);
-      const A var = load_parameter<A>(p.var_data, p.n.var, walk.task, channel);
-      factors[threadIdx.x] = forward_factors(p, walk.task, channel, mean, A(0), var);
+      const A mean = load_parameter<A>(p.mean_data, p.n.mean, task, channel);
+      const A var = load_parameter<A>(p.var_data, p.n.var, task, channel);
+      factors[i] = forward_factors(p, task, channel, mean, A(0), var);
     }
+  };
+  const uint32_t width = walk.width();
+  if constexpr (kEpilogue) {
+    Moments<A>* shared = walk.template states<Moments<A>>();  // so that all threads work on the tasks' factors
+    if (threadIdx.x < width) shared[threadIdx.x] = total;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < tasks * width; i += blockDim.x) {
+      const int64_t channel = walk.first_channel() + i % width;
+      total = shared[i % width];
+      if (channel < p.n.channels) find_factors(i, walk.task + i / width, channel);
+    }
+  } else {
+    const int64_t channel = walk.first_channel() + threadIdx.x;
+    if (threadIdx.x < width && channel < p.n.channels) find_factors(threadIdx.x, walk.task, channel);
   }
   __syncthreads();
 
-  if (walk.mine > 0) {
+  if constexpr (kEpilogue) {
+    apply_epilogue(p, walk, x, kept);
+  } else if (walk.mine > 0) {
     ForwardFactors<A> own[CH];
 #pragma unroll
     for (int c = 0; c < CH; ++c) own[c] = factors[walk.channel - walk.first_channel() + c];

@@ -1,20 +1,27 @@
 // The kernels by name. Rows: a slot is 16 bytes of one channel. Columns: 16 bytes of as many channels. Scalar: one
 // element, for either family, where 16-byte accesses would be misaligned.
 #include "backward.cuh"
+#include "fan_out.cuh"
 #include "forward.cuh"
 
-#define TSBN_KERNEL(pass, blocks, name, T, V, CH)                               \
-  extern "C" __global__ void __launch_bounds__(tsbn::cuda::kThreads, blocks)    \
-      tsbn_##pass##_##name(const __grid_constant__ tsbn::cuda::Params p) {      \
-    tsbn::cuda::pass<T, V, CH>(p);                                              \
+#define TSBN_KERNEL(pass, blocks, name, T, ...)                                                                  \
+  extern "C" __global__ void __launch_bounds__(tsbn::cuda::kThreads, blocks)                                     \
+      tsbn_##name(const __grid_constant__ tsbn::cuda::Params p) {                                                \
+    tsbn::cuda::pass<T, __VA_ARGS__>(p);                                                                         \
   }
-#define TSBN_PAIR(name, T, V, CH)                                               \
-  TSBN_KERNEL(forward, tsbn::cuda::kForwardBlocks - (sizeof(T) == 8), name, T, V, CH)              \
-  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks, name, T, V, CH)
+#define TSBN_FORWARD(name, T, V, CH, kEpilogue) \
+  TSBN_KERNEL(forward, tsbn::cuda::kForwardBlocks - (sizeof(T) == 8), name, T, V, CH, kEpilogue)
+// In double precision an activation needs more registers than two blocks leave.
+#define TSBN_PASSES(name, T, V, CH)                                                                              \
+  TSBN_FORWARD(forward_##name, T, V, CH, false)                                                                  \
+  TSBN_FORWARD(forward_epilogue_##name, T, V, CH, true)                                                          \
+  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks, backward_##name, T, V, CH, false)                           \
+  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks - (sizeof(T) == 8), backward_epilogue_##name, T, V, CH, true) \
+  TSBN_KERNEL(backward_fan_out, tsbn::cuda::kBackwardBlocks - (sizeof(T) == 8), backward_fan_out_##name, T, V, CH)
 #define TSBN_KERNELS(dtype, T)                                                  \
-  TSBN_PAIR(dtype##_rows, T, 16 / sizeof(T), 1)                                 \
-  TSBN_PAIR(dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T))                 \
-  TSBN_PAIR(dtype##_scalar, T, 1, 1)
+  TSBN_PASSES(dtype##_rows, T, 16 / sizeof(T), 1)                               \
+  TSBN_PASSES(dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T))               \
+  TSBN_PASSES(dtype##_scalar, T, 1, 1)
 
 TSBN_KERNELS(f32, float)
 TSBN_KERNELS(f64, double)
@@ -30,15 +37,15 @@ TSBN_KERNELS(bf16, __nv_bfloat16)
 namespace tsbn::cuda {
 namespace {
 
-#define TSBN_NAMES(dtype)                                                                                      \
-  {tsbn_forward_##dtype##_rows, tsbn_backward_##dtype##_rows}, {tsbn_forward_##dtype##_columns,                \
-                                                                tsbn_backward_##dtype##_columns},              \
-      {tsbn_forward_##dtype##_scalar, tsbn_backward_##dtype##_scalar}
+#define TSBN_NAMES(name) \
+  {tsbn_forward_##name, tsbn_backward_##name, tsbn_forward_epilogue_##name, tsbn_backward_epilogue_##name,     \
+   tsbn_backward_fan_out_##name}
+#define TSBN_ACCESSES(dtype) {TSBN_NAMES(dtype##_rows), TSBN_NAMES(dtype##_columns), TSBN_NAMES(dtype##_scalar)}
 
 using Kernel = void (*)(const Params);
-// [DType][rows, columns, scalar][forward, backward]
-constexpr Kernel kernels[4][3][2] = {
-    {TSBN_NAMES(f32)}, {TSBN_NAMES(f64)}, {TSBN_NAMES(f16)}, {TSBN_NAMES(bf16)}};
+// [DType][rows, columns, scalar][Pass]
+constexpr Kernel kernels[4][3][kPasses] = {TSBN_ACCESSES(f32), TSBN_ACCESSES(f64), TSBN_ACCESSES(f16),
+                                           TSBN_ACCESSES(bf16)};
 
 // Once for each kernel and device: as much shared memory as there is, and clusters of 16. The same for every launch, so
 // that threads that launch at once do not undo each other's setting.
@@ -67,13 +74,13 @@ struct Configuration : cudaLaunchConfig_t {
   cudaError_t error;
 
   Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{} {
-    static std::atomic<uint64_t> prepared[4][3][2];
-    kernel = reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.backward]);
+    static std::atomic<uint64_t> prepared[4][3][kPasses];
+    kernel = reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.pass]);
     gridDim = dim3(unsigned(l.blocks));
     blockDim = dim3(unsigned(l.threads));
     dynamicSmemBytes = size_t(l.shared);
     stream = static_cast<cudaStream_t>(stream_handle);
-    error = prepare(kernel, prepared[l.dtype][l.access][l.backward]);
+    error = prepare(kernel, prepared[l.dtype][l.access][l.pass]);
     if (l.cluster == 1) return;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};

@@ -46,12 +46,14 @@ void* current_stream(int32_t device) {
 }
 #endif
 
-void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> numbers, double eps, Tensor x,
-                   MaybeTensor dy, MaybeTensor out, Tensor weight, MaybeTensor bias, MaybeTensor mean, MaybeTensor var,
-                   MaybeTensor first, MaybeTensor second, MaybeTensor partial) {
-  const Params params{x.const_data_ptr(), address(dy),   output(out),    weight.const_data_ptr(),
-                      address(bias),      address(mean), address(var),   output(first),
-                      output(second),     output(partial), eps,          filled<Numbers>(numbers)};
+void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> numbers, double eps, double slope, Tensor x,
+                   MaybeTensor dy, MaybeTensor residual, MaybeTensor out, MaybeTensor dresidual, Tensor weight,
+                   MaybeTensor bias, MaybeTensor mean, MaybeTensor var, MaybeTensor first, MaybeTensor second,
+                   MaybeTensor partial, MaybeTensor staged) {
+  const Params params{x.const_data_ptr(), address(dy),        address(residual), output(out),
+                      output(dresidual),  weight.const_data_ptr(), address(bias), address(mean),
+                      address(var),       output(first),      output(second),    output(partial),
+                      output(staged),     eps,                slope,             filled<Numbers>(numbers)};
   const int32_t device = x.get_device_index();
   const Guard guard(device);
   const char* error = launch(filled<Launch>(launch_numbers), params, current_stream(device));
@@ -68,8 +70,9 @@ bool cluster_fits(std::vector<int64_t> launch_numbers, int64_t device) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
   m.def(
-      "_cuda_launch(int[] launch, int[] numbers, float eps, Tensor x, Tensor? dy, Tensor(a!)? out, Tensor weight,"
-      " Tensor? bias, Tensor? mean, Tensor? var, Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? partial) -> ()");
+      "_cuda_launch(int[] launch, int[] numbers, float eps, float slope, Tensor x, Tensor? dy, Tensor? residual,"
+      " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var,"
+      " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged) -> ()");
   m.def("_cuda_cluster_fits(int[] launch, int device) -> bool");
 }
 

@@ -4,9 +4,11 @@
 
 namespace tsbn::cuda {
 
+enum Pass : int64_t { kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut, kPasses };
+
 // In the order in which the plan gives them.
 struct Launch {
-  int64_t dtype, access, backward;  // access: 0 rows, 1 columns, 2 scalar
+  int64_t dtype, access, pass;  // access: rows, columns, scalar; pass: see Pass
   int64_t blocks, threads, cluster, shared;
 };
 

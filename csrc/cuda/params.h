@@ -10,6 +10,9 @@ enum DType : int64_t { f32, f64, f16, bf16 };
 // What one launch does of: statistics from the slab, statistics to the partial buffer, statistics from it, the output.
 enum Phase : int64_t { kReduce = 1, kSpill = 2, kCombine = 4, kApply = 8 };
 
+// What follows the normalisation. The last is the backward's only: x holds the layer's output, see Epilogue::restore.
+enum Activation : int64_t { kNone, kRelu, kLeakyRelu, kSilu, kGelu, kInverseLeakyRelu };
+
 // Strides, in elements, of a [T, N, C, S] view. Rows: `s` steps over one slot of the run. Columns: over a position.
 struct Operand {
   int64_t t, n, c, s;
@@ -33,17 +36,20 @@ struct Numbers {
   int64_t divisor, multiplier, shift;
   int64_t run;        // elements of a run, for masks
   int64_t positions;  // N * S
-  Operand x, dy, out;
+  int64_t activation;
+  int64_t tasks;  // that share a slab of x: T in a fan-out, else 1
+  Operand x, dy, out, residual, dresidual;
   Vector weight, bias, mean, var;
 };
 
 struct Params {
-  const void *x_data, *dy_data;
-  void* out_data;
+  const void *x_data, *dy_data, *residual_data;
+  void *out_data, *dresidual_data;
   const void *weight_data, *bias_data, *mean_data, *var_data;
   void *first, *second;  // forward: mean and var, of the accumulate type; backward: dweight and dbias, of weight's type
-  void* partial;         // split: [slab][channel][part] states
-  double eps;
+  void* partial;         // split: [slab][part][channel] states
+  void* staged;          // fan-out of half precision: the sum over tasks, of the accumulate type, see fan_out.cuh
+  double eps, slope;
   Numbers n;
 };
 

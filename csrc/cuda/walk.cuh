@@ -110,8 +110,9 @@ template <class T, int V, int CH> struct Walk {
   template <class F> __device__ F* factors() const {
     return reinterpret_cast<F*>(tsbn_memory + (blockDim.x / 32 + 1) * width() * 4 * sizeof(A));
   }
-  __device__ Slot<T, V>* kept() const {
-    return reinterpret_cast<Slot<T, V>*>(tsbn_memory + (blockDim.x / 32 + 2) * width() * 4 * sizeof(A));
+  __device__ Slot<T, V>* kept(uint32_t rows_of_factors = 1) const {
+    const uint32_t rows = blockDim.x / 32 + 1 + rows_of_factors;
+    return reinterpret_cast<Slot<T, V>*>(tsbn_memory + rows * width() * 4 * sizeof(A));
   }
 
   // The parts' states between the two launches of a split: [slab][part][channel].
@@ -139,6 +140,17 @@ template <class T, int V, int CH> struct Walk {
     uint32_t k = mine;
     for (; k % U != 0; --k) f(k - 1, std::integral_constant<int, 1>());
     for (; k > 0; k -= U) f(k - U, std::integral_constant<int, U>());
+  }
+  // The same for a body so long that it should be compiled once: f(k, count) with a count of at most U.
+  template <uint32_t U, class F> __device__ void short_forwards(F f) const {
+    for (uint32_t k = 0; k < mine; k += U) f(k, mine - k < U ? mine - k : U);
+  }
+  template <uint32_t U, class F> __device__ void short_backwards(F f) const {
+    for (uint32_t end = mine; end > 0;) {
+      const uint32_t k = (end - 1) / U * U;
+      f(k, end - k);
+      end = k;
+    }
   }
 };
 

@@ -17,6 +17,7 @@ from tsbn_kernels.plan import cuda as rules
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 LIBRARY = ROOT / "tsbn_kernels" / "_cuda.so"
+KERNELS = len(rules.PASSES) * len(rules.DTYPE_CODES) * 3
 STRIDES = rules.Strides(0, 0, 0, 1)
 
 
@@ -60,12 +61,16 @@ def test_resources(architecture: int, cubins: dict[int, Path]) -> None:
     """No stack and no local memory, so no spills; registers within the plan's budget."""
     usage = printed(tool("cuobjdump"), "-res-usage", str(cubins[architecture]))
     kernels = re.findall(r"Function (tsbn_\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert len(kernels) == 24
+    assert len(kernels) == KERNELS
     for name, registers, stack, shared, local in kernels:
         assert (stack, local) == ("0", "0"), name
         assert int(shared) <= 1024, name  # what CUDA keeps for itself: ours is dynamic
-        out = STRIDES if "backward" in name else None
-        problem = rules.Problem("float64" if "f64" in name else "float32", 1, 2, 1, 2, STRIDES, STRIDES, out)
+        dy = STRIDES if "backward" in name else None
+        problem = rules.Problem(
+            "float64" if "f64" in name else "float32", 1, 2, 1, 2, STRIDES, STRIDES, dy,
+            activation="relu" if "epilogue" in name else "none", fan_out="fan_out" in name,
+        )  # fmt: skip
+        assert name.startswith(f"tsbn_{problem.kernels}_")
         assert int(registers) <= problem.registers, name
 
 
@@ -80,13 +85,14 @@ def disassembled(cubin: Path) -> dict[str, str]:
 def test_accesses_are_16_bytes_wide(architecture: int, cubins: dict[int, Path]) -> None:
     """Loads and stores of slots, in the machine's own instructions, as often as the loops are unrolled."""
     kernels = disassembled(cubins[architecture])
-    assert len(kernels) == 24
+    assert len(kernels) == KERNELS
     for name, body in kernels.items():
         assert not re.search(r"\b(LDL|STL)\b", body), name  # local memory
         if name.endswith("scalar"):
             continue
-        unrolled = 2 if "backward" in name else 4
-        for pattern in (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128", r"STS\.128", r"LDS\.128"):
+        unrolled = 1 if "epilogue" in name else 2 if "backward" in name else 4
+        outside, inside = (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128"), (r"STS\.128", r"LDS\.128")
+        for pattern in outside if "fan_out" in name else outside + inside:  # a fan-out's backward keeps no slots
             assert len(re.findall(pattern, body)) >= unrolled, (name, pattern)
 
 

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 # The others need not be compiled.
 FORWARDS = """
-TSBN_KERNEL(forward, 3, bf16_rows, __nv_bfloat16, 8, 1)
-TSBN_KERNEL(forward, 3, f16_rows, __half, 8, 1)
+TSBN_KERNEL(forward, 3, forward_bf16_rows, __nv_bfloat16, 8, 1, false)
+TSBN_KERNEL(forward, 3, forward_f16_rows, __half, 8, 1, false)
 """
 
 
-def mutant(*changes: tuple[str, str]) -> str:
-    text, _, _ = source().partition("#define TSBN_PAIR")
-    text += FORWARDS
+def mutant(*changes: tuple[str, str], kernels: str = FORWARDS) -> str:
+    text, _, _ = source().partition("#define TSBN_FORWARD")
+    text += kernels
     for old, new in changes:
         assert old in text, f"nothing to change: {old}"
         text = text.replace(old, new)
@@ -55,8 +55,8 @@ VIOLATIONS = {
         "streaming", 1, EVEN, ("unwritten read", "race"),
     ),
     "no barrier between the factors and their use": (
-        "A(0), var);\n    }\n  }\n  __syncthreads();",
-        "A(0), var);\n    }\n  }\n",
+        "walk.task, channel);\n  }\n  __syncthreads();",
+        "walk.task, channel);\n  }\n",
         "streaming", 1, EVEN, ("unwritten read", "race"),
     ),
     "no barrier of the cluster before its states are read": (

@@ -65,36 +65,43 @@ sys.path.insert(0, {tests!r})
 import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.plan import DEVICES
-from cuda_machine import ptx
+from tsbn_kernels.plan.cuda import PASSES
+from cuda_machine import POINTERS, dx_of_fan_out, ptx
 from ptxvm import Out, Struct, launch
-from support import Results, assert_matches_definition, problem
+from support import BACKWARD, FORWARD, Results, assert_matches_definition, assert_within, problem
+from tsbn_kernels import reference
 
 cuda._device = lambda _: DEVICES[{device!r}]
 notes = ctypes.CDLL(str(cuda._LIBRARY))
-names = ("rows", "columns", "scalar"), ("forward", "backward"), ("f32", "f64", "f16", "bf16")
+names = ("rows", "columns", "scalar"), PASSES, ("f32", "f64", "f16", "bf16")
 
 def obey(inputs, outputs):
     "Runs what was noted: each address must be that of a tensor, all others null."
     known = {{t.data_ptr(): t for t in inputs if t is not None}}
     known |= {{t.data_ptr(): Out(t) for t in outputs}}
-    raw, partial, kinds = ctypes.create_string_buffer(1 << 12), torch.zeros(1 << 20, dtype=torch.uint8), []
+    raw, kinds = ctypes.create_string_buffer(1 << 12), []
+    buffers = {{name: torch.zeros(1 << 20, dtype=torch.uint8) for name in ("partial", "staged")}}
     while size := notes.take_note(raw):
         words = memoryview(raw)[:size].cast("B").cast("q").tolist()
         dtype, access, direction, blocks, threads, cluster, shared = words[:7]
-        addresses, eps, numbers = words[7:17], words[17:18], words[18:]
-        eps = memoryview(raw)[17 * 8 : 18 * 8].cast("B").cast("d")[0]
+        addresses, numbers = words[7:20], words[22:]
+        reals = memoryview(raw)[20 * 8 : 22 * 8].cast("B").cast("d").tolist()  # eps and slope
         phases, training = numbers[:2]
         pointers = []
-        for name, address in zip(("x", "dy", "out", "w", "b", "m", "v", "first", "second", "partial"), addresses):
-            value = partial if name == "partial" and address else known[address] if address else 0
+        for name, address in zip(POINTERS, addresses, strict=True):
+            value = buffers[name] if name in buffers and address else known[address] if address else 0
             written = phases & 8 or (phases & 1 and not training) if name == "out" else not phases & 2
-            if isinstance(value, Out) and not written:
+            if name == "dresidual":
+                written = not phases & 4
+            if name == "out" and address and names[1][direction] == "backward_fan_out" and training:
+                value = dx_of_fan_out(value.array, phases, bool(addresses[-1]))
+            elif isinstance(value, Out) and not written:
                 value = 0
             pointers.append(value)
         kinds.append((names[0][access], cluster, blocks, phases))
         launch(
             ptx(), f"tsbn_{{names[1][direction]}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
-            [Struct(f"10Pd{{len(numbers)}}q", *pointers, eps, *numbers)], cluster=cluster, shared=shared,
+            [Struct(f"13P2d{{len(numbers)}}q", *pointers, *reals, *numbers)], cluster=cluster, shared=shared,
         )
     return kinds
 
@@ -114,6 +121,36 @@ for size, dtype, memory_format, stacking in itertools.product(
     dx, nothing, dbias, _ = cuda.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, False, True)
     kinds += obey((p.x, p.dy, p.weight, mean, var), (dx, dbias))
     assert nothing.numel() == 0 and dx.isfinite().all()
+    print(*kinds)
+
+for shared, activation, stacking in itertools.product((False, True), ("none", "silu"), ("sample_major", "task_axis")):
+    p = problem(*{sizes!r}[0], dtype=torch.bfloat16, memory_format="channels_last", stacking=stacking)
+    residual = p.dy.flip(0)
+    x = p.x.unflatten(0, (-1, p.num_tasks))[:, 0] if stacking == "sample_major" else p.x[0]
+    x = x if shared else p.x
+    epilogue = residual, activation, 0.25, shared
+    wide = x.double(), p.weight.double(), p.bias.double()
+    y, mean, var = cuda.forward_training(x, p.weight, p.bias, *p.options, *epilogue)
+    kinds = obey((x, p.weight, p.bias, residual), (y, mean, var))
+    exact = reference.forward_training(*wide, *p.options, residual.double(), *epilogue[1:])
+    assert_within(y, exact[0], FORWARD[y.dtype], 2.0)
+    z = cuda.forward_eval(x, p.weight, p.bias, mean, var, *p.options, *epilogue)
+    obey((x, p.weight, p.bias, mean, var, residual), (z,))
+    assert_within(z, exact[0], FORWARD[y.dtype], 2.0)
+    for training in (True, False):
+        need = True, True, True, True
+        got = cuda.backward(
+            p.dy, x, p.weight, mean, var, *p.options, training, *need[:3], p.bias, *epilogue, activation != "none"
+        )
+        kinds += obey((x, p.dy, p.weight, p.bias, mean, var, residual), [t for t in got if t.numel()])
+        wanted = reference.backward(
+            p.dy.double(), *wide[:2], *exact[1:], *p.options, training, *need[:3], wide[2], residual.double(),
+            *epilogue[1:], activation != "none",
+        )
+        for actual, expected in zip(got, wanted, strict=True):
+            assert actual.shape == expected.shape
+            if actual.numel():
+                assert_within(actual, expected, BACKWARD[torch.bfloat16], 40.0)
     print(*kinds)
 """
 
@@ -141,7 +178,7 @@ import ctypes, torch
 from tsbn_kernels.backends import cuda
 x, w = torch.empty(0, 3, 2), torch.ones(2, 3)
 y, mean, var = cuda.forward_training(x, w, None, 2, 1e-5, "sigmoid", "task_major")
-dx, dw, db = cuda.backward(x, x, w, mean, var, 2, 1e-5, "sigmoid", "task_major", True, True, True, True)
+dx, dw, db, _ = cuda.backward(x, x, w, mean, var, 2, 1e-5, "sigmoid", "task_major", True, True, True, True)
 print(y.shape == dx.shape == x.shape, mean.abs().sum() + dw.abs().sum() + db.abs().sum() == 0)
 print(ctypes.CDLL(str(cuda._LIBRARY)).take_note(None))
 """

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from cuda_machine import CSRC
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import python
 
@@ -20,7 +20,8 @@ SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 33, 49, 64, 255, 1000, 4096, 70001])
 WORKS = st.builds(
     Work, st.sampled_from([1, 3, 40]), SIZES, SIZES, SIZES, st.sampled_from([2, 4, 8]),
     st.sampled_from(["rows", "columns"]), st.sampled_from(["forward", "backward"]), st.booleans(), st.booleans(),
-    st.booleans(), st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(), st.booleans(), activation=st.sampled_from(rules.ACTIVATIONS[:5]),
+    residual=st.booleans(), needs_dresidual=st.booleans(), fan_out=st.booleans(),
 )  # fmt: skip
 CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 
@@ -28,12 +29,13 @@ CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 @given(WORKS, st.sampled_from(NVIDIA))
 def test_every_choice(work: Work, device: Device) -> None:
     problem = rules.dense(work)
+    assume(rules.cut(problem).slots <= rules.MOST_SLOTS * rules.SPLITS[-1])
     pieces, launch = rules.cut(problem), rules.choose(problem, device)
     assert launch.shared <= device.block_shared_memory
     assert launch.threads % 32 == 0 and max(32, pieces.width) <= launch.threads <= rules.THREADS
     assert launch.parts * launch.part_slots >= pieces.slots
     assert launch.part_slots <= rules.MOST_SLOTS and launch.part_slots % (1 << pieces.log_lanes) == 0
-    assert launch.blocks == work.tasks * pieces.tiles * launch.parts < 1 << 31
+    assert launch.blocks == work.tasks // problem.slab_tasks * pieces.tiles * launch.parts < 1 << 31
     assert launch.resident == launch.part_slots or launch.resident % launch.threads == 0
     assert launch.cluster == 1 or (device.clusters and launch.cluster == launch.parts)
     assert rules.resident_blocks(problem, launch, device) >= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_machine import Backward, Forward, backward, forward
+from cuda_machine import Backward, backward, counted, forward
 from ptxvm import find_nvcc
 from support import FORMATS, Problem, definition, problem
 
@@ -12,13 +12,6 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 formats = pytest.mark.parametrize("memory_format", FORMATS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def counted(result: Forward | Backward) -> tuple[int, int]:
-    return (
-        sum(report.global_read.bytes for report in result.reports),
-        sum(report.global_written.bytes for report in result.reports),
-    )
 
 
 def case(memory_format: str, dtype: torch.dtype) -> Problem:

@@ -52,19 +52,52 @@ def detail() -> str:
 class _Place(NamedTuple):
     """Where a tensor's elements lie: all that plans depend on."""
 
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     residue: int
 
 
 class _Prepared(NamedTuple):
-    """Launches, each as the kernel's choice and its numbers, and the bytes of the partial buffer between them."""
+    """Launches, each as the kernel's choice and its numbers, and the bytes of the buffers between them."""
 
     launches: tuple[tuple[list[int], list[int]], ...]
-    partial_bytes: int
+    buffers: tuple[int, int]
 
 
-def _place(x: Tensor) -> _Place:
-    return _Place(x.stride(), x.data_ptr() % 16 // x.element_size())
+class _Call(NamedTuple):
+    """What a call is asked for, beside its tensors."""
+
+    num_tasks: int
+    eps: float
+    gate: str
+    stacking: str
+    training: bool
+    backward: bool = False
+    dweight: bool = True
+    bias: bool = False
+    activation: str = "none"
+    slope: float = 0.0
+    shared: bool = False
+
+
+class _Tensors(NamedTuple):
+    """In the order of the library's operator; `first` and `second` are mean and var, or dweight and dbias."""
+
+    x: Tensor
+    dy: Tensor | None = None
+    residual: Tensor | None = None
+    out: Tensor | None = None
+    dresidual: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+def _place(x: Tensor | None) -> _Place | None:
+    return None if x is None else _Place(x.shape, x.stride(), x.data_ptr() % 16 // x.element_size())
 
 
 @lru_cache(maxsize=64)
@@ -72,12 +105,15 @@ def _device(device: torch.device) -> devices.Device:
     return devices.of(device)
 
 
-def _strides(place: _Place | None, shape: tuple[int, ...], num_tasks: int, stacking: str) -> rules.Strides | None:
+def _strides(place: _Place | None, num_tasks: int, stacking: str) -> rules.Strides | None:
     if place is None:
         return None
-    view = layout.task_view(torch.empty_strided(shape, place.strides, device="meta"), num_tasks, stacking)
-    t, n, c, s = view.stride()
+    t, n, c, s = layout.task_view(_like(place), num_tasks, stacking).stride()
     return rules.Strides(t, n, c, s, place.residue)
+
+
+def _like(place: _Place) -> Tensor:
+    return torch.empty_strided(place.shape, place.strides, device="meta")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -86,49 +122,59 @@ def _name(dtype: torch.dtype) -> str:
 
 @lru_cache(maxsize=4096)
 def _prepare(
-    shape: tuple[int, ...],
+    call: _Call,
     dtype: torch.dtype,
-    x: _Place,
-    dy: _Place | None,
-    out: _Place | None,
+    places: tuple[_Place | None, ...],
     vectors: tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...],
     device: torch.device,
-    num_tasks: int,
-    stacking: str,
-    gate: str,
-    training: bool,
-    dweight: bool,
-    bias: bool,
 ) -> _Prepared:
-    if gate not in ("sigmoid", "identity"):
-        raise ValueError(f"unknown gate {gate!r}")
-    like = torch.empty_strided(shape, x.strides, device="meta")
-    family = layout.family(like, stacking)
+    if call.gate not in ("sigmoid", "identity"):
+        raise ValueError(f"unknown gate {call.gate!r}")
+    if call.activation not in rules.ACTIVATIONS:
+        raise ValueError(f"unknown activation {call.activation!r}")
+    assert places[0] is not None
+    assert vectors[0] is not None
+    # A shared x, and the gradient of one, are the batch of one task.
+    streams = {True: (1, "task_major"), False: (call.num_tasks, call.stacking)}
+    alone = (call.shared, False, False, call.shared and call.backward, False)
+    x, dy, residual, out, dresidual = (_strides(place, *streams[one]) for place, one in zip(places, alone, strict=True))
+    assert x is not None
+    like = _like(places[0])
+    family = layout.family(like, streams[call.shared][1])
     if family is None:
         raise ValueError("neither the positions nor the channels of x are contiguous; pass x.contiguous()")
-    where = [_strides(place, shape, num_tasks, stacking) for place in (x, out, dy)]
-    assert where[0] is not None
-    assert vectors[0] is not None
-    T, N, C, S = layout.task_view(like, num_tasks, stacking).shape
+    _, N, C, S = layout.task_view(like, *streams[call.shared]).shape
+    if call.shared:
+        x, out = x._replace(t=0), out if out is None or not call.backward else out._replace(t=0)
     problem = rules.Problem(
-        _name(dtype), T, N, C, S, where[0], where[1], where[2],
-        rows=family == "rows", training=training, dweight=dweight, bias=bias, parameter_dtype=_name(vectors[0][0]),
+        _name(dtype), call.num_tasks, N, C, S, x, out, dy, rows=family == "rows", training=call.training,
+        dweight=call.dweight, bias=call.bias, parameter_dtype=_name(vectors[0][0]), activation=call.activation,
+        residual=residual, dresidual=dresidual, reads_bias=call.backward and vectors[1] is not None,
+        fan_out=call.shared,
     )  # fmt: skip
     launch = _choose(problem, device)
     numbers = [
         number for v in vectors for number in ((0, 0, 0) if v is None else (rules.DTYPE_CODES[_name(v[0])], *v[1]))
     ]
     launches = tuple(
-        (_kernel(problem, launch), list(rules.numbers(problem, launch, phases, gate == "sigmoid", tuple(numbers))))
+        (_kernel(problem, launch), list(rules.numbers(problem, launch, phases, call.gate == "sigmoid", tuple(numbers))))
         for phases in launch.phases
     )
-    return _Prepared(launches, launch.partial_bytes)
+    return _Prepared(launches, (launch.partial_bytes, launch.staged_bytes))
 
 
 def _kernel(problem: rules.Problem, launch: rules.Launch) -> list[int]:
     access = ("rows", "columns", "scalar").index(launch.kernel)
     code = rules.DTYPE_CODES[problem.dtype]
-    return [code, access, int(problem.backward), launch.blocks, launch.threads, launch.cluster, launch.shared]
+    return [
+        code,
+        access,
+        rules.PASSES.index(problem.kernels),
+        launch.blocks,
+        launch.threads,
+        launch.cluster,
+        launch.shared,
+    ]
 
 
 def _choose(problem: rules.Problem, device: torch.device) -> rules.Launch:
@@ -144,30 +190,13 @@ def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:
     return None if v is None else (v.dtype, v.stride())
 
 
-def _run(
-    x: Tensor,
-    dy: Tensor | None,
-    out: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    statistics: tuple[Tensor | None, Tensor | None],
-    results: tuple[Tensor | None, Tensor | None],
-    options: tuple[int, float, str, str],
-    training: bool,
-    needs: tuple[bool, bool],
-) -> None:
-    num_tasks, eps, gate, stacking = options
-    places = (_place(x), None if dy is None else _place(dy), None if out is None else _place(out))
-    vectors = tuple(_vector(v) for v in (weight, bias, *statistics))
-    prepared = _prepare(x.shape, x.dtype, *places, vectors, x.device, num_tasks, stacking, gate, training, *needs)
-    partial = x.new_empty(prepared.partial_bytes, dtype=torch.uint8) if prepared.partial_bytes else None
+def _run(call: _Call, tensors: _Tensors) -> None:
+    x = tensors.x
+    vectors = tuple(_vector(v) for v in tensors[5:9])
+    prepared = _prepare(call, x.dtype, tuple(_place(tensor) for tensor in tensors[:5]), vectors, x.device)
+    buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in prepared.buffers]
     for kernel, numbers in prepared.launches:
-        torch.ops.tsbn._cuda_launch(kernel, numbers, eps, x, dy, out, weight, bias, *statistics, *results, partial)
-
-
-def _only_plain(epilogue: tuple[object, ...]) -> None:
-    if any(argument not in (None, "none", 0.0, False) for argument in epilogue if not isinstance(argument, Tensor)):
-        raise NotImplementedError("the epilogue has no CUDA kernels yet")
+        torch.ops.tsbn._cuda_launch(kernel, numbers, call.eps, call.slope, *tensors, *buffers)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------
@@ -181,16 +210,20 @@ def forward_training(
     eps: float,
     gate: str,
     stacking: str,
-    *epilogue: object,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.forward_training`."""
-    _only_plain(epilogue)
-    y = layout.empty_like(x, stacking)
+    y = layout.empty_output(x, num_tasks, stacking, shared)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     if x.numel() == 0:
         return y, mean.zero_(), var.zero_()
-    options = (num_tasks, eps, gate, stacking)
-    _run(x, None, y, weight, bias, (None, None), (mean, var), options, True, (True, bias is not None))
+    call = _Call(
+        num_tasks, eps, gate, stacking, True, bias=bias is not None, activation=activation, slope=slope, shared=shared
+    )
+    _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var))
     return y, mean, var
 
 
@@ -204,14 +237,19 @@ def forward_eval(
     eps: float,
     gate: str,
     stacking: str,
-    *epilogue: object,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
 ) -> Tensor:
     """See :func:`tsbn_kernels.reference.forward_eval`."""
-    _only_plain(epilogue)
-    y = layout.empty_like(x, stacking)
+    y = layout.empty_output(x, num_tasks, stacking, shared)
     if x.numel() > 0:
-        options = (num_tasks, eps, gate, stacking)
-        _run(x, None, y, weight, bias, (mean, var), (None, None), options, False, (True, bias is not None))
+        call = _Call(
+            num_tasks, eps, gate, stacking, False, bias=bias is not None, activation=activation, slope=slope,
+            shared=shared,
+        )  # fmt: skip
+        _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var))
     return y
 
 
@@ -229,11 +267,16 @@ def backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
-    *epilogue: object,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
+    need_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`tsbn_kernels.reference.backward`."""
-    _only_plain(epilogue)
-    dx = layout.empty_like(x, stacking) if need_dx else None
+    dx = layout.empty_like(x, layout.input_stacking(stacking, shared)) if need_dx else None
+    dresidual = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else None
     dweight, dbias = (
         weight.new_empty(weight.shape) if needed else None for needed in (need_dweight, need_dbias)
     )  # contiguous: new_empty does not keep strides
@@ -241,13 +284,19 @@ def backward(
         for vector in (dweight, dbias):
             if vector is not None:
                 vector.zero_()
-    elif need_dx or need_dweight or need_dbias:
-        options = (num_tasks, eps, gate, stacking)
-        _run(x, dy, dx, weight, None, (mean, var), (dweight, dbias), options, training, (need_dweight, need_dbias))
-    nothing = weight.new_empty(0)
+    elif need_dx or need_dweight or need_dbias or need_dresidual:
+        if activation in ("none", "inverse_leaky_relu"):
+            bias = None  # z is not computed again
+        if activation == "none":
+            residual = None
+        call = _Call(
+            num_tasks, eps, gate, stacking, training, True, need_dweight, need_dbias, activation, slope, shared
+        )
+        _run(call, _Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias))
+    nothing, empty = x.new_empty(0), weight.new_empty(0)
     return (
-        x.new_empty(0) if dx is None else dx,
-        nothing if dweight is None else dweight,
-        nothing if dbias is None else dbias,
-        x.new_empty(0),
+        nothing if dx is None else dx,
+        empty if dweight is None else dweight,
+        empty if dbias is None else dbias,
+        nothing if dresidual is None else dresidual,
     )

@@ -23,11 +23,16 @@ DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 DTYPE_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 DTYPE_NAMES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
+# Passes of csrc/cuda/launch.h, and Activation of params.h.
+PASSES = ("forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "inverse_leaky_relu")
+
 REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
 CLUSTERS = (2, 4, 8, 16)
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
 SPLITS = (2, 4, 8, 16, 32, 64)
+MOST_SCRATCH = 1 << 16  # of a fan-out's block, bytes: so much that two are resident on most devices
 BUBBLE_SECONDS = 1.5e-6  # of a block, from its last load to its first store: assumed, nobody measured it
 LATENCY_SECONDS = 0.8e-6  # of a load under load: assumed
 
@@ -44,7 +49,10 @@ class Strides(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be computed; ``dy`` is None in a forward pass."""
+    """What is to be computed; ``dy`` is None in a forward pass.
+
+    In a fan-out x (and dx, the backward's ``out``) have no task axis: their task stride is 0.
+    """
 
     dtype: str
     T: int
@@ -59,6 +67,26 @@ class Problem:
     parameter_dtype: str = "float32"
     bias: bool = False  # backward: dbias is wanted
     dweight: bool = True
+    activation: str = "none"
+    residual: Strides | None = None
+    dresidual: Strides | None = None
+    reads_bias: bool = False  # backward: z is computed again, and has one
+    fan_out: bool = False
+
+    @property
+    def kernels(self) -> str:
+        """Of :data:`PASSES`."""
+        if not self.backward:
+            plain = self.activation == "none" and self.residual is None and not self.fan_out
+            return "forward" if plain else "forward_epilogue"
+        if self.fan_out:
+            return "backward_fan_out"
+        return "backward" if self.activation == "none" else "backward_epilogue"
+
+    @property
+    def slab_tasks(self) -> int:
+        """Tasks that share a slab of x."""
+        return self.T if self.fan_out else 1
 
     @property
     def size(self) -> int:
@@ -74,16 +102,23 @@ class Problem:
 
     @property
     def operands(self) -> tuple[Strides, ...]:
-        return tuple(o for o in (self.x, self.dy, self.out) if o is not None)
+        return tuple(o for o in (self.x, self.dy, self.out, self.residual, self.dresidual) if o is not None)
 
     @property
     def sums(self) -> bool:
         """Whether anything needs sums over the slab."""
-        return self.training or (self.backward and (self.dweight or self.bias))
+        return self.two_passes or (self.training if not self.backward else self.dweight or self.bias)
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether anything needs x."""
+        return not self.backward or self.sums or self.activation != "none"
 
     @property
     def registers(self) -> int:
         """The budget a thread: kForwardBlocks and kBackwardBlocks of csrc/cuda/params.h."""
+        if self.kernels in ("backward_epilogue", "backward_fan_out") and self.dtype == "float64":
+            return 255
         return 128 if self.backward or self.dtype == "float64" else 80
 
     @property
@@ -107,6 +142,8 @@ class Cut:
     x: Strides
     dy: Strides
     out: Strides
+    residual: Strides
+    dresidual: Strides
 
     @property
     def width(self) -> int:
@@ -144,8 +181,11 @@ def cut(problem: Problem) -> Cut:
         whole = p.C % wide == 0 and not any(
             s % wide for o in p.operands for s in (*_used(p, o, joined)[:2], steps[o] if inner > 1 else 0, o.residue)
         )
-        kernel, vector = ("columns", wide) if whole and wide > 1 else ("scalar", 1)
+        few = not p.fan_out or scratch_bytes(p, wide, 32) <= MOST_SCRATCH  # tasks whose sums a block can keep
+        kernel, vector = ("columns", wide) if whole and wide > 1 and few else ("scalar", 1)
         log_lanes = min((-(-p.C // vector) - 1).bit_length(), 3 if vector > 1 else 5)
+        while p.fan_out and log_lanes and scratch_bytes(p, vector << log_lanes, THREADS) > MOST_SCRATCH:
+            log_lanes -= 1
         tiles = -(-p.C // (vector << log_lanes))
         divisor, step = inner, steps
     slots = (outer * divisor) << log_lanes
@@ -158,8 +198,8 @@ def cut(problem: Problem) -> Cut:
     else:
         placed = {o: o._replace(s=step[o]) for o in p.operands}
     none = Strides(0, 0, 0, 0)
-    x, dy, out = (none if o is None else placed[o] for o in (p.x, p.dy, p.out))
-    return Cut(kernel, vector, masked, log_lanes, tiles, slots, divisor, inner, x, dy, out)  # type: ignore[arg-type]
+    operands = (none if o is None else placed[o] for o in (p.x, p.dy, p.out, p.residual, p.dresidual))
+    return Cut(kernel, vector, masked, log_lanes, tiles, slots, divisor, inner, *operands)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -177,6 +217,7 @@ class Launch:
     part_slots: int
     resident: int
     partial_bytes: int
+    staged_bytes: int
     bytes_read: int
     bytes_written: int
 
@@ -185,9 +226,14 @@ class Launch:
         return len(self.phases)
 
 
-def scratch_bytes(problem: Problem, pieces: Cut, threads: int) -> int:
+def scratch_bytes(problem: Problem, width: int, threads: int) -> int:
     """Shared memory before the resident slots: a state for each warp, block and its factors, for each channel."""
-    return (threads // 32 + 2) * pieces.width * 4 * problem.accumulate_size
+    warps, tasks = threads // 32, problem.slab_tasks
+    if problem.kernels == "backward_fan_out":  # two sums for each warp and task, factors of each task and of dx
+        values = 2 * warps * tasks + 4 * tasks + 4
+    else:
+        values = 4 * (warps + 1 + (2 if problem.kernels == "backward_epilogue" else tasks))
+    return values * width * problem.accumulate_size
 
 
 def lay_out(
@@ -209,15 +255,19 @@ def lay_out(
     p, pieces = problem, cut(problem)
     if parts > 1 and (variant in ("streaming", "resident") or (variant == "evaluation" and p.sums)):
         raise ValueError(f"{parts} blocks that sum one slab must meet: in a cluster, or in a second launch")
-    slabs = p.T * pieces.tiles
+    if p.kernels == "backward_fan_out" and variant in ("resident", "cluster"):
+        raise ValueError("a fan-out's backward keeps nothing on chip: h is 1/T of what it reads")
+    slabs = p.T // p.slab_tasks * pieces.tiles
     part_slots = -(-pieces.slots // parts)
     part_slots = -(-part_slots >> pieces.log_lanes) << pieces.log_lanes
     if part_slots > MOST_SLOTS:
         raise ValueError(f"{part_slots} slots in a block; more parts are needed")
     if not threads:
         threads = min(THREADS, max(32, pieces.width, 1 << (part_slots - 1).bit_length()))
-    scratch = scratch_bytes(p, pieces, threads)
-    slot_bytes = pieces.vector * p.size * (2 if p.backward else 1)
+        while threads > max(32, pieces.width) and scratch_bytes(p, pieces.width, threads) > MOST_SCRATCH:
+            threads //= 2
+    scratch = scratch_bytes(p, pieces.width, threads)
+    slot_bytes = pieces.vector * p.size * (2 + (p.residual is not None) if p.backward else 1)
     keeps = variant in ("resident", "cluster") and p.two_passes
     room = max(0, shared_limit - scratch) // slot_bytes if keeps else 0
     kept = min(part_slots, room) if resident < 0 else min(resident, part_slots, room)
@@ -229,26 +279,44 @@ def lay_out(
         phases = (REDUCE | SPILL, COMBINE | APPLY if p.two_passes else COMBINE)
     else:
         phases = (REDUCE | APPLY if p.two_passes else REDUCE,)
-    states = slabs * parts * pieces.width * (2 if p.backward else 4) * p.accumulate_size if variant == "split" else 0
+    values = 2 * p.slab_tasks if p.backward else 4
+    states = slabs * parts * pieces.width * values * p.accumulate_size if variant == "split" else 0
+    staged = 0
+    if p.kernels == "backward_fan_out" and p.two_passes and p.size < p.accumulate_size:
+        staged = slabs * parts * -(-part_slots // threads) * threads * pieces.vector * p.accumulate_size
     read, written = _traffic(p, pieces, variant, parts, part_slots, kept)
     return Launch(
         variant, pieces.kernel, threads, slabs * parts, parts if variant == "cluster" else 1,
-        scratch + kept * slot_bytes, phases, parts, part_slots, kept, states, read + parts * states, written + states,
+        scratch + kept * slot_bytes, phases, parts, part_slots, kept, states, staged,
+        read + parts * states, written + states,
     )  # fmt: skip
 
 
 def _traffic(p: Problem, pieces: Cut, variant: Variant, parts: int, part_slots: int, kept: int) -> tuple[int, int]:
     """Bytes of global memory read and written; between masked slots, what is kept is counted by its share."""
     tensor = p.T * p.N * p.C * p.S * p.size
-    inputs = 2 if p.backward and p.sums else 1
-    read, written = inputs * tensor, tensor if p.out is not None else 0
-    if variant != "evaluation" and p.two_passes:
+    x = tensor // p.slab_tasks
+    first = x if p.reads_x else 0  # of the pass that sums, or the only one
+    if p.backward:
+        first += tensor * (1 + (p.residual is not None))
+    read, written = first, tensor * (p.dresidual is not None)
+    if p.out is not None:
+        written += x if p.backward else tensor
+    if not p.backward and p.residual is not None:
+        read += tensor
+    if p.two_passes and p.kernels == "backward_fan_out":  # h is written in accumulate precision, read again, and x
+        h = x // p.size * p.accumulate_size
+        if pieces.masked and p.size < p.accumulate_size:
+            h = p.C * pieces.slots * pieces.vector * p.accumulate_size
+        read, written = read + x + h, written + h
+    elif variant != "evaluation" and p.two_passes:
         lengths = [max(0, min(part_slots, pieces.slots - k * part_slots)) for k in range(parts)]
         again = sum(max(0, length - kept) for length in lengths)
-        read += inputs * tensor * again // pieces.slots
+        read += first * again // pieces.slots
     statistic, parameter = p.accumulate_size, DTYPE_SIZES[p.parameter_dtype]
     if p.backward:
-        read += p.T * p.C * parts * (2 if variant == "split" else 1) * (parameter + 2 * statistic)
+        read += p.T * p.C * parts * (2 if variant == "split" else 1) * ((1 + p.reads_bias) * parameter + 2 * statistic)
+        read += p.T * p.C * parameter * (p.fan_out and p.dweight)  # its gate again
         written += p.T * p.C * parameter * (p.dweight + p.bias)
     else:
         read += p.T * p.C * parts * ((1 + p.bias) * parameter + (0 if p.training else 2 * statistic))
@@ -299,13 +367,14 @@ def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> It
     streaming: Variant = "streaming" if problem.training else "evaluation"
     if slots <= MOST_SLOTS:
         yield lay_out(problem, streaming)
+    keeps = problem.two_passes and problem.kernels != "backward_fan_out"
     limits = {min(device.block_shared_memory, device.shared_memory // blocks - 1024) for blocks in (1, 2, 3)}
-    for limit in sorted(limits) if problem.two_passes else (0,):
-        if problem.two_passes and slots <= MOST_SLOTS:
+    for limit in sorted(limits) if keeps else (0,):
+        if keeps and slots <= MOST_SLOTS:
             resident = lay_out(problem, "resident", shared_limit=limit)
             if resident.resident > 0:
                 yield resident
-        for size in clusters_of(device, most_clustered):
+        for size in clusters_of(device, most_clustered) if problem.kernels != "backward_fan_out" else ():
             if slots >= size * 32 and slots // size < MOST_SLOTS:
                 yield lay_out(problem, "cluster", size, shared_limit=limit)
     for parts in SPLITS:
@@ -316,8 +385,13 @@ def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> It
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device, most_clustered: int = 16) -> Launch:
     """The launch with the least predicted time; of equal ones the simplest."""
+    fitting = [
+        launch for launch in candidates(problem, device, most_clustered) if launch.shared <= device.block_shared_memory
+    ]
+    if not fitting:
+        raise ValueError(f"{device.name} has no room for {problem.T} tasks of {problem.C} channels in this layout")
     return min(
-        candidates(problem, device, most_clustered),
+        fitting,
         key=lambda launch: (seconds(problem, launch, device), launch.launches, launch.parts),
     )
 
@@ -328,13 +402,18 @@ def dense(work: Work) -> Problem:
     rows = work.family == "rows"
     t = N * C * S
     out = Strides(t, C * S, S if rows else 1, 1 if rows else C)
-    x = out._replace(t=0) if work.shared_input else out
+    x = out._replace(t=0) if work.shared_input or work.fan_out else out
     backward = work.direction == "backward"
+    through = not backward or work.activation != "none"  # whether the pass computes z
+    like = x if backward and work.fan_out else out
     dtype = {8: "float64", 4: "float32", 2: "bfloat16"}[work.item_size]
     return Problem(
-        dtype, T, N, C, S, x, out if work.bytes_to_write else None, out if backward else None, rows=rows,
+        dtype, T, N, C, S, x, None if backward and not work.needs_dx else like, out if backward else None, rows=rows,
         training=work.training, bias=work.bias, dweight=work.needs_dweight,
         parameter_dtype={8: "float64", 4: "float32", 2: "bfloat16"}[work.parameter_size],
+        activation=work.activation, residual=out if work.residual and through else None,
+        dresidual=out if work.needs_dresidual and through and backward else None,
+        reads_bias=work.bias and through and backward, fan_out=work.fan_out,
     )  # fmt: skip
 
 
@@ -365,7 +444,7 @@ def as_plan(problem: Problem, launch: Launch, work: Work, device: Device) -> Pla
         1, launch.threads * pieces.vector
     )  # fmt: skip
     return Plan(
-        work, device, names.get(launch.variant, whole), problem.T * pieces.tiles, tile,
+        work, device, names.get(launch.variant, whole), launch.blocks // launch.parts, tile,
         -(-pieces.slots // launch.threads), launch.threads // 32, problem.registers, launch.shared,
         splits=1 if launch.cluster > 1 else launch.parts, cluster=launch.cluster, on_chip=kept,
     )  # fmt: skip
@@ -376,9 +455,11 @@ def numbers(problem: Problem, launch: Launch, phases: int, sigmoid: bool, vector
     p, pieces = problem, cut(problem)
     shift = (pieces.divisor - 1).bit_length()
     multiplier = ((1 << 32) * ((1 << shift) - pieces.divisor)) // pieces.divisor + 1
-    strides = (value for o in (pieces.x, pieces.dy, pieces.out) for value in o[:4])
+    operands = (pieces.x, pieces.dy, pieces.out, pieces.residual, pieces.dresidual)
+    strides = (value for o in operands for value in o[:4])
+    waits = p.two_passes if p.backward else p.training
     return (
-        phases, int(p.training), int(sigmoid), int(pieces.masked), p.C, pieces.tiles, pieces.log_lanes, launch.parts,
+        phases, int(waits), int(sigmoid), int(pieces.masked), p.C, pieces.tiles, pieces.log_lanes, launch.parts,
         pieces.slots, launch.part_slots, launch.resident, pieces.divisor, multiplier, shift, pieces.run, p.N * p.S,
-        *strides, *vectors,
+        ACTIVATIONS.index(p.activation), p.slab_tasks, *strides, *vectors,
     )  # fmt: skip

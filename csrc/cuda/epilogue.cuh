@@ -1,0 +1,143 @@
+// What follows the normalisation in the same kernel: y = act(z), z = gate * (x - mean) * rstd + bias + residual.
+#pragma once
+#include "walk.cuh"
+
+namespace tsbn::cuda {
+
+__device__ inline float gauss(float z) { return 0.5f + 0.5f * erff(z * 0.70710678f); }
+__device__ inline double gauss(double z) { return 0.5 + 0.5 * erf(z * 0.70710678118654752440); }
+
+// The activation is the same for all of a launch: it is chosen for a slot at a time, outside the loop over its elements.
+template <class A> struct Epilogue {
+  Activation activation;
+  A slope;
+
+  __device__ explicit Epilogue(const Params& p) : activation(Activation(p.n.activation)), slope(A(p.slope)) {}
+
+  template <int V> __device__ void activate(A (&z)[V]) const {
+    switch (activation) {
+      case kRelu: return each<V>([&](int e) { z[e] = z[e] < A(0) ? A(0) : z[e]; });
+      case kLeakyRelu: return each<V>([&](int e) { z[e] = z[e] > A(0) ? z[e] : slope * z[e]; });
+      case kSilu: return each<V>([&](int e) { z[e] *= Gate<A>(z[e], true).value; });
+      case kGelu: return each<V>([&](int e) { z[e] *= gauss(z[e]); });
+      default: return;
+    }
+  }
+
+  // g = dy * act'(z), in the place of dy.
+  template <int V> __device__ void differentiate(A (&dy)[V], const A (&z)[V]) const {
+    switch (activation) {
+      case kRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : A(0); });
+      case kLeakyRelu:
+      case kInverseLeakyRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : slope * dy[e]; });
+      case kSilu:
+        return each<V>([&](int e) {
+          const Gate<A> sigmoid(z[e], true);
+          dy[e] *= sigmoid.value + z[e] * sigmoid.slope;
+        });
+      case kGelu:
+        return each<V>([&](int e) {
+          dy[e] *= gauss(z[e]) + z[e] * (A(0.39894228040143267794) * exp(A(-0.5) * z[e] * z[e]));
+        });
+      default: return;
+    }
+  }
+
+  // An operand that holds leaky_relu(v) becomes v.
+  template <int V> __device__ void restore(A (&v)[V]) const {
+    if (activation == kInverseLeakyRelu) each<V>([&](int e) { v[e] = v[e] > A(0) ? v[e] : v[e] / slope; });
+  }
+
+ private:
+  template <int V, class F> __device__ static void each(F f) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) f(e);
+  }
+};
+
+// The body of a loop over loaded slots is compiled once: it works on the first, and moves the others up.
+template <class S, int U> __device__ void rotate(S (&slots)[U]) {
+  const S first = slots[0];
+#pragma unroll
+  for (int u = 1; u < U; ++u) slots[u - 1] = slots[u];
+  slots[U - 1] = first;
+}
+
+// What comes from behind the epilogue: g = dy * act'(z), where z is computed again from x.
+template <class T, int V, int CH> class Upstream {
+  using A = Acc<T>;
+  static constexpr int kUnrolled = CH == 1 ? 2 : 1;
+  const Params& p;
+  const Walk<T, V, CH>& walk;
+  const A (&center)[CH], (&scale)[CH];
+  const A* bias;
+  const T *x, *dy, *residual;
+  Slot<T, V>*kept, *kept_dy, *kept_residual;
+  const uint32_t resident;
+  const Epilogue<A> epilogue;
+
+ public:
+  __device__ Upstream(const Params& p, const Walk<T, V, CH>& walk, const A (&center)[CH], const A (&scale)[CH],
+                      const A* biases, Slot<T, V>* kept)
+      : p(p), walk(walk), center(center), scale(scale), bias(biases + (walk.channel - walk.first_channel())),
+        x(walk.template start<T>(p.x_data, p.n.x)), dy(walk.template start<T>(p.dy_data, p.n.dy)),
+        residual(walk.template start<T>(p.residual_data, p.n.residual)), kept(kept), kept_dy(kept + p.n.resident),
+        kept_residual(kept_dy + p.n.resident), resident(uint32_t(p.n.resident)), epilogue(p) {}
+
+  // Calls f(at, x, g) for this thread's slots, and keeps those that stay; or from the end, with what was kept.
+  template <class F> __device__ void forwards(F f) const {
+    walk.template short_forwards<kUnrolled>([&](uint32_t k, uint32_t count) { each<true>(k, count, f); });
+  }
+  template <class F> __device__ void backwards(F f) const {
+    walk.template short_backwards<kUnrolled>([&](uint32_t k, uint32_t count) { each<false>(k, count, f); });
+  }
+
+ private:
+  template <bool keep, class F> __device__ void each(uint32_t k, uint32_t count, F f) const {
+    constexpr int U = kUnrolled;
+    Slot<T, V> slots[U], gradients[U], added[U];
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      if (u >= count) continue;
+      const uint32_t slot = walk.slot(k + u);
+      if (!keep && slot < resident) {
+        slots[u] = kept[slot], gradients[u] = kept_dy[slot];
+        if (p.residual_data != nullptr) added[u] = kept_residual[slot];
+      } else {
+        const auto at = walk.template place<Walk<T, V, CH>::kMasks>(k + u);
+        slots[u] = walk.read(x, p.n.x, at);
+        gradients[u] = walk.read(dy, p.n.dy, at);
+        if (p.residual_data != nullptr) added[u] = walk.read(residual, p.n.residual, at);
+      }
+    }
+#pragma unroll 1
+    for (uint32_t u = 0; u < count; ++u, rotate(slots), rotate(gradients), rotate(added)) {
+      const uint32_t slot = walk.slot(k + u);
+      if (keep && slot < resident) {
+        kept[slot] = slots[0], kept_dy[slot] = gradients[0];
+        if (p.residual_data != nullptr) kept_residual[slot] = added[0];
+      }
+      A v[1][V], g[1][V];
+      slots[0].get(v[0]);
+      gradients[0].get(g[0]);
+      differentiate(v[0], g[0], added[0]);
+      f(walk.template place<Walk<T, V, CH>::kMasks>(k + u), v, g);
+    }
+  }
+
+  __device__ void differentiate(A (&v)[V], A (&g)[V], const Slot<T, V>& added) const {
+    A z[V], r[V];
+    epilogue.restore(v);
+    added.get(r);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const int c = CH == 1 ? 0 : e;
+      z[e] = (v[e] - center[c]) * scale[c] + bias[c];
+      if (p.residual_data != nullptr) z[e] += r[e];
+      if (epilogue.activation == kInverseLeakyRelu) z[e] = v[e];
+    }
+    epilogue.differentiate(g, z);
+  }
+};
+
+}  // namespace tsbn::cuda
