@@ -95,7 +95,58 @@ struct Rows {
     partial[1] = m2;
   }
 
-  // Blocks of a shared x stay in the L1 cache while each task's dy goes by, and so does their part of h.
+  // Tasks of a shared x that are gone through at once: they share the loads of x and h. As many as registers allow.
+  static constexpr int kTogether = TSBN_VECTOR_BYTES == 64 ? 2 : 1;
+
+  // Sums of the `count` slabs from task k on over one block; of a shared x also their part of h, and dresidual.
+  template <class Act, bool kShared, int count>
+  static TSBN_INLINE void add_products(const Work& w, const Act& act, const Block& b, int64_t group, int64_t k,
+                                       double* partial) {
+    Before<V> z[count];
+    V share[count] = {};
+    const T *dy[count], *residual[count] = {};
+    T* dresidual[count] = {};
+    Sums sums[count];
+    for (int t = 0; t < count; ++t) {
+      const int64_t slab = group + (k + t) * w.C;
+      const Place place(w, slab);
+      z[t] = before<Act>(w, slab);
+      dy[t] = slab_of(w.dy, place);
+      if (!Act::kPlain) residual[t] = slab_of(w.residual, place);
+      if (kShared) share[t] = factor(w.vectors.z_scale, slab), dresidual[t] = slab_of(w.dresidual, place);
+    }
+    const Place place(w, group + k * w.C);
+    const T* x = slab_of(w.x, place);
+    A* all_h = kShared ? h_of(w, place) : nullptr;
+    for (int64_t n = b.n0; n < b.n1; ++n) {
+      const T *p = x + n * w.x.n + b.s0, *q[count], *u[count];
+      T* du[count];
+      for (int t = 0; t < count; ++t) {
+        q[t] = dy[t] + n * w.dy.n + b.s0;
+        u[t] = row(residual[t], w.residual, n, b.s0);
+        du[t] = row(dresidual[t], w.dresidual, n, b.s0);
+      }
+      A* h = row(all_h, w.out, n, b.s0);
+      const bool streams = w.stream && reinterpret_cast<uintptr_t>(du[0]) % kLine == 0;
+      each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+        V total = kShared && h != nullptr && k > 0 ? load_up_to(h + i, lanes, V{}) : V{};
+        for (int t = 0; t < count; ++t) {
+          const auto [d, g] = gradient(act, z[t], p, q[t], u[t], i, lanes);
+          sums[t].first[j] += g;
+          sums[t].second[j] += g * d;
+          total += g * share[t];
+          if (kShared && du[t] != nullptr) write(du[t] + i, lanes, g, streams);
+        }
+        if (kShared && h != nullptr) store_up_to(h + i, lanes, total);
+      });
+    }
+    for (int t = 0; t < count; ++t) {
+      partial[2 * (k + t)] += Sums::total(sums[t].first);
+      partial[2 * (k + t) + 1] += Sums::total(sums[t].second);
+    }
+  }
+
+  // Blocks of a shared x stay in the L1 cache while the tasks' dy go by, and so does their part of h.
   template <template <class> class Activation, bool kShared>
   static void products(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
     using Act = Activation<V>;
@@ -104,34 +155,11 @@ struct Rows {
     for (int64_t i = 0; i < 2 * fan; ++i) partial[i] = 0;
     for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
       const Block b = w.partition.block(index);
-      for (int64_t k = 0; k < fan; ++k) {
-        const int64_t slab = group + k * w.C;
-        const Before<V> z = before<Act>(w, slab);
-        const V share = kShared ? factor(w.vectors.z_scale, slab) : V{};
-        const Place place(w, slab);
-        const T *x = slab_of(w.x, place), *dy = slab_of(w.dy, place);
-        const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
-        T* dresidual = kShared ? slab_of(w.dresidual, place) : nullptr;
-        A* all_h = kShared ? h_of(w, place) : nullptr;
-        Sums sums;
-        for (int64_t n = b.n0; n < b.n1; ++n) {
-          const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
-          T* du = row(dresidual, w.dresidual, n, b.s0);
-          A* h = row(all_h, w.out, n, b.s0);
-          const bool streams = w.stream && reinterpret_cast<uintptr_t>(du) % kLine == 0;
-          each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
-            const auto [d, g] = gradient(act, z, p, q, u, i, lanes);
-            sums.first[j] += g;
-            sums.second[j] += g * d;
-            if constexpr (kShared) {
-              if (h != nullptr) store_up_to(h + i, lanes, (k == 0 ? V{} : load_up_to(h + i, lanes, V{})) + g * share);
-              if (du != nullptr) write(du + i, lanes, g, streams);
-            }
-          });
-        }
-        partial[2 * k] += Sums::total(sums.first);
-        partial[2 * k + 1] += Sums::total(sums.second);
+      int64_t k = 0;
+      if constexpr (kShared) {
+        for (; k + kTogether <= fan; k += kTogether) add_products<Act, kShared, kTogether>(w, act, b, group, k, partial);
       }
+      for (; k < fan; ++k) add_products<Act, kShared, 1>(w, act, b, group, k, partial);
     }
     if (kShared && w.stream) stream_fence();
   }
