@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +37,8 @@ class Step:
     peak_bytes: int  # the most memory during the step, above what lay there before
 
 
-class Differences(NamedTuple):
+@dataclass(frozen=True)
+class Differences:
     """Of the first step of two variants."""
 
     loss: float  # absolute
@@ -147,12 +147,12 @@ def check(steps: Mapping[str, Step]) -> None:
     """
     for name, step in steps.items():
         expected = steps[VARIANTS[name].reference]
-        loss, _, relative = differences(step, expected)
-        if not (loss <= LOSS_TOLERANCE * abs(expected.loss) and relative <= GRADIENT_TOLERANCE):
+        found = differences(step, expected)
+        if not (found.loss <= LOSS_TOLERANCE * abs(expected.loss) and found.gradient_relative <= GRADIENT_TOLERANCE):
             raise MismatchError(
                 f"{name!r} is wrong: in the network its loss differs from the loop's {expected.loss:.6f} by "
-                f"{loss:.2e}, its gradients by up to {relative:.2e} of their norm; {LOSS_TOLERANCE:.0e} and "
-                f"{GRADIENT_TOLERANCE:.0e} are what rounding explains"
+                f"{found.loss:.2e}, its gradients by up to {found.gradient_relative:.2e} of their norm; "
+                f"{LOSS_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e} are what rounding explains"
             )
 
 

@@ -164,7 +164,7 @@ def test_only_the_gradients_that_are_asked_for(variant, needs):
     expected = support.definition(p)
     with compiled.machine(toy(variant, "sm_90"), 3) as done:
         got = ops.backward(p.dy, p.x, p.weight, expected.mean.float(), expected.var.float(), *p.options, True, *needs)
-    for need, value, wanted in zip(needs, got, expected[3:], strict=True):
+    for need, value, wanted in zip(needs, got[:3], expected[3:], strict=True):
         assert value.numel() == (wanted.numel() if need else 0)
         if need:
             assert_within(value, wanted, BACKWARD[torch.float32], scale=max(1.0, float(wanted.abs().max())))
@@ -182,7 +182,7 @@ def test_backward_in_evaluation(variant, memory_format):
         mean, var = (v.float() for v in statistics)
         got = ops.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, True, True)
     expected = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, False, True, True, True)
-    for value, wanted in zip(got, expected, strict=True):
+    for value, wanted in zip(got[:3], expected[:3], strict=True):
         assert_within(value, wanted, BACKWARD[value.dtype], scale=max(1.0, float(wanted.abs().max())))
     assert done.plans[0].variant == variant
     assert_traffic(done, aligned=False)

@@ -65,6 +65,8 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     """As the dispatcher calls it: its results are no views of each other, so that they may be changed in place."""
 
     def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return function(*arguments)
 

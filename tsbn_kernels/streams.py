@@ -47,13 +47,12 @@ class TaskStreams(TaskBatchNorm):
 
         def spread(part: Tensor) -> Tensor:
             """Zero for the other tasks."""
-            return (
-                part
-                if len(tasks) == num_tasks
-                else part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
-            )
+            if len(tasks) == num_tasks:
+                return part
+            return part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
 
-        dy = torch.stack([gradients[task] for task in tasks]) if len(tasks) > 1 else gradients[tasks[0]].unsqueeze(0)  # type: ignore[union-attr, misc]
+        present: list[Any] = [gradients[task] for task in tasks]
+        dy = torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
         own: Any = x if shared else streams(x)
         family = layout.family(own, layout.input_stacking("task_axis", shared))
         plain = activation == "none"

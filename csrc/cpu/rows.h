@@ -121,13 +121,14 @@ struct Rows {
     for (int64_t n = b.n0; n < b.n1; ++n) {
       const T *p = x + n * w.x.n + b.s0, *q[count], *u[count];
       T* du[count];
+      bool streams[count];
       for (int t = 0; t < count; ++t) {
         q[t] = dy[t] + n * w.dy.n + b.s0;
         u[t] = row(residual[t], w.residual, n, b.s0);
         du[t] = row(dresidual[t], w.dresidual, n, b.s0);
+        streams[t] = w.stream && reinterpret_cast<uintptr_t>(du[t]) % kLine == 0;
       }
       A* h = row(all_h, w.out, n, b.s0);
-      const bool streams = w.stream && reinterpret_cast<uintptr_t>(du[0]) % kLine == 0;
       each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
         V total = kShared && h != nullptr && k > 0 ? load_up_to(h + i, lanes, V{}) : V{};
         for (int t = 0; t < count; ++t) {
@@ -135,7 +136,7 @@ struct Rows {
           sums[t].first[j] += g;
           sums[t].second[j] += g * d;
           total += g * share[t];
-          if (kShared && du[t] != nullptr) write(du[t] + i, lanes, g, streams);
+          if (kShared && du[t] != nullptr) write(du[t] + i, lanes, g, streams[t]);
         }
         if (kShared && h != nullptr) store_up_to(h + i, lanes, total);
       });

@@ -29,6 +29,7 @@ CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 @given(WORKS, st.sampled_from(NVIDIA))
 def test_every_choice(work: Work, device: Device) -> None:
     problem = rules.dense(work)
+    assume(work.values < 1 << 32)  # runs and slabs beyond what the kernels read are errors
     assume(rules.cut(problem).slots <= rules.MOST_SLOTS * rules.SPLITS[-1])
     pieces, launch = rules.cut(problem), rules.choose(problem, device)
     assert launch.shared <= device.block_shared_memory

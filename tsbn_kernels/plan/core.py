@@ -30,6 +30,7 @@ class Plan:
         registers: the budget a thread.
         shared: the budget of shared memory a program, bytes.
         cluster: blocks of a cluster.
+        kernels: that are launched one after the other, where the backend has others than the variant has by rule.
         on_chip: the part of a slab's values that stays on chip between the two passes over it.
     """
 
@@ -45,10 +46,13 @@ class Plan:
     splits: int = 1
     cluster: int = 1
     on_chip: float = 0.0
+    kernels: int = 0
 
     @property
     def launches(self) -> int:
         """Kernels that are launched one after the other."""
+        if self.kernels:
+            return self.kernels
         return 1 if self.variant != "split" else 3 if self._gathers else 2
 
     @property

@@ -447,6 +447,7 @@ def as_plan(problem: Problem, launch: Launch, work: Work, device: Device) -> Pla
         work, device, names.get(launch.variant, whole), launch.blocks // launch.parts, tile,
         -(-pieces.slots // launch.threads), launch.threads // 32, problem.registers, launch.shared,
         splits=1 if launch.cluster > 1 else launch.parts, cluster=launch.cluster, on_chip=kept,
+        kernels=launch.launches,
     )  # fmt: skip
 
 
