@@ -10,8 +10,9 @@ import pytest
 import torch
 from networks import NETWORKS, pretrained
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from tsbn_kernels import MultiTaskModel, convert_model, revert_model
+from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model, revert_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -271,3 +272,19 @@ def test_backbones_that_return_no_tensors_are_errors() -> None:
 
     with pytest.raises(TypeError, match="must return a tensor, or a dict, list or tuple of tensors, got int"):
         MultiTaskModel(convert_model(Wrapped(), T), {task: nn.Identity() for task in TASKS})(images())
+
+
+def test_outputs_of_the_backbone_are_recomputed() -> None:
+    layers = [FusedTSigmaBN2d(T, 8, activation="silu") for _ in range(2)]
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), layers[0], nn.Conv2d(8, 8, 3), layers[1], nn.Conv2d(8, 8, 3))
+    memory: list[StorageWeakRef] = []
+    for k in (1, 3):
+        backbone[k].register_forward_hook(lambda _, __, y: memory.append(StorageWeakRef(y.untyped_storage())))
+    x, gradients = images(size=12), []
+    for recompute in (True, False):
+        model = MultiTaskModel(backbone, {task: nn.Flatten() for task in TASKS}, recompute=recompute)
+        loss = torch.cat(list(model(x).values())).square().sum()
+        assert [one.expired() for one in memory[-2:]] == 2 * [recompute]
+        gradients.append(torch.autograd.grad(loss, list(backbone.parameters())))
+    for got, wanted in zip(*gradients, strict=True):
+        close(got, wanted)

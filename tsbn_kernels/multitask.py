@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.recompute import recompute_outputs
 
 
 class MultiTaskModel(nn.Module):
@@ -24,12 +26,15 @@ class MultiTaskModel(nn.Module):
         backbone: a model with task-major layers of T tasks, from :func:`~tsbn_kernels.convert_model`. It returns a
             tensor whose first dimension is the batch, or a dict, list or tuple of such tensors.
         heads: T modules by the name of their task, in the order of the layers' tasks.
+        recompute: run the backbone inside :func:`~tsbn_kernels.recompute_outputs`: half of the memory that its blocks
+            keep for the backward pass, for one read and one write more of each layer's output. It takes layers with
+            their activation inside; an output that is changed in place behind its layer is kept.
 
     Raises:
         ValueError: the backbone has no task-specific layer, or one with another number of tasks or stacking.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], *, recompute: bool = False) -> None:
         super().__init__()
         layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, FusedTSigmaBN)]
         if not layers:
@@ -44,6 +49,7 @@ class MultiTaskModel(nn.Module):
                     f"heads, got stacking={layer.stacking!r} and num_tasks={layer.num_tasks}"
                 )
         self.backbone = backbone
+        self.recompute = recompute
         self.heads = nn.ModuleDict(heads)
         self._router = _Router()
         for _, layer in layers:
@@ -87,7 +93,9 @@ class MultiTaskModel(nn.Module):
         batch = x.shape[0] if shared else x.shape[0] // len(tasks)
         self._router.run = run = _Run(indices, len(tasks), batch)
         try:
-            return _unstack(self.backbone(x), run)
+            with recompute_outputs() if self.recompute else nullcontext():
+                features = self.backbone(x)
+            return _unstack(features, run)
         finally:
             self._router.run = None
 
