@@ -202,9 +202,14 @@ def test_the_context_ends(x: Tensor) -> None:
 
 def test_contexts_nest(x: Tensor) -> None:
     module = network()
-    with recompute_outputs(), recompute_outputs():
-        y = module(x)
-    y.sum().backward()
+    memory = outputs_of(module)
+    with recompute_outputs():
+        with recompute_outputs():
+            y = module(x)
+        assert memory[0].expired()
+        z = module(x)
+    assert memory[3].expired()
+    assert torch.equal(*(torch.autograd.grad(out.sum(), module.norms[0].weight)[0] for out in (y, z)))
 
 
 def test_threads_have_contexts_of_their_own(x: Tensor) -> None:
