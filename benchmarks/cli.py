@@ -77,7 +77,7 @@ def celeba40(
     network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Within a minute: layers bn6 and bn7, few rounds, a small network.")
+        bool, typer.Option("--quick", help="Within two minutes: layers bn6 and bn7, few rounds, a small network.")
     ] = False,
     predict: Annotated[
         str | None,
