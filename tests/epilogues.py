@@ -12,9 +12,11 @@ from support import (
     Problem,
     Tolerance,
     assert_relative,
+    assert_same_bits,
     assert_within,
     in_double,
     problem,
+    threads,
     unstack,
 )
 from torch import Tensor
@@ -158,3 +160,13 @@ def run_meta(call: Call) -> Outcome:
     p = call.p._replace(x=meta(call.p.x), dy=meta(call.p.dy), weight=meta(call.p.weight), bias=meta(call.p.bias))
     given = None if call.given is None else (meta(call.given[0]), meta(call.given[1]))
     return run(call._replace(p=p, residual=meta(call.residual), given=given))
+
+
+def assert_same_bits_for_every_number_of_threads(call: Call) -> None:
+    results = []
+    for count in (1, 2, 3, 4, 2):
+        with threads(count):
+            results.append(run(call))
+    for result in results[1:]:
+        for got, wanted in zip(result, results[0], strict=True):
+            assert_same_bits(got, wanted)

@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from epilogues import SLOPE, Call, assert_correct, backward, forward, make_call, ops, run
+from epilogues import (
+    SLOPE,
+    Call,
+    assert_correct,
+    assert_same_bits_for_every_number_of_threads,
+    backward,
+    forward,
+    make_call,
+    ops,
+    run,
+)
 from support import (
     BACKWARD,
     DTYPES,
@@ -18,7 +28,6 @@ from support import (
     fill_cache_with_nan,
     in_memory_format,
     problem,
-    threads,
 )
 from torch import Tensor
 from torch.nn import functional
@@ -252,13 +261,7 @@ def test_same_bits_for_every_number_of_threads(
     for training, activation in ((True, "silu"), (False, "relu")):
         options = {"training": training, "memory_format": memory_format, "dtype": dtype, "away_from_kinks": False}
         call = make_call(*size, activation=activation, residual=True, **options)
-        results = []
-        for count in (1, 2, 3, 4, 2):
-            with threads(count):
-                results.append(run(call))
-        for result in results[1:]:
-            for got, wanted in zip(result, results[0], strict=True):
-                assert_same_bits(got, wanted)
+        assert_same_bits_for_every_number_of_threads(call)
 
 
 # ---- limits ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from epilogues import Call, assert_correct, backward, forward, make_call, run
+from epilogues import (
+    Call,
+    assert_correct,
+    assert_same_bits_for_every_number_of_threads,
+    backward,
+    forward,
+    make_call,
+    run,
+)
 from support import (
     DTYPES,
     FORMATS,
@@ -16,7 +24,6 @@ from support import (
     fill_cache_with_nan,
     in_memory_format,
     stack,
-    threads,
     unstack,
 )
 from torch import Tensor
@@ -224,13 +231,7 @@ def test_same_bits_for_every_number_of_threads(
     for training, stacking in ((True, "sample_major"), (False, "task_major")):
         options = {"training": training, "memory_format": memory_format, "dtype": dtype, "stacking": stacking}
         call = fan_out(*size, activation="silu", residual=True, **options)
-        results = []
-        for count in (1, 2, 3, 4, 2):
-            with threads(count):
-                results.append(run(call))
-        for result in results[1:]:
-            for got, wanted in zip(result, results[0], strict=True):
-                assert_same_bits(got, wanted)
+        assert_same_bits_for_every_number_of_threads(call)
 
 
 @formats

@@ -113,7 +113,8 @@ def _call(
 ) -> list[Tensor]:
     checks.check_options(num_tasks, gate, stacking, activation)
     checks.check_input(x, num_tasks, stacking, fan_out, training)
-    channels = x.shape[layout.channel_axis(layout.input_stacking(stacking, fan_out))]
+    order = layout.input_stacking(stacking, fan_out)
+    channels = x.shape[layout.channel_axis(order)]
     vectors = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
     for name, vector in vectors:
         if vector is not None:
@@ -122,11 +123,10 @@ def _call(
             raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
     if recover_input:
         checks.check_recovery(activation, negative_slope, fan_out or residual is not None)
-    x = layout.supported(x, layout.input_stacking(stacking, fan_out))
+    x = layout.supported(x, order)
     if residual is not None:
         checks.check_residual(residual, x, num_tasks, stacking, fan_out)
-        family = layout.family(x, layout.input_stacking(stacking, fan_out))
-        residual = layout.in_family(residual, family, stacking)
+        residual = layout.in_family(residual, layout.family(x, order), stacking)
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
     given = (None, None) if training else (running_mean, running_var)
