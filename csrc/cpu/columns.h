@@ -1,11 +1,12 @@
 // Columns family: the channels of a position are contiguous (channels_last, [N,C]). All channels of a task in a group.
-// Included inside an instruction set's namespace, after simd.h.
+// Included inside an instruction set's namespace, after prefetch.h.
 
 template <class T>
 struct Columns {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
+  static constexpr int64_t kAhead = 8192;
 
   // nullptr where there is no such operand.
   static T* slab_of(const Operand& o, int64_t task) {
@@ -80,7 +81,9 @@ struct Columns {
         const V origin = load(scratch.shift + c);
         V sum{}, squares{};
         for (int j = 0; j < positions.count; ++j) {
-          const V d = load_up_to(p + j * w.x.s + c, lanes, origin) - origin;
+          const T* from = p + j * w.x.s + c;
+          prefetch_ahead<kAhead>(from);
+          const V d = load_up_to(from, lanes, origin) - origin;
           sum += d;
           squares += d * d;
         }
@@ -161,6 +164,9 @@ struct Columns {
             V first{}, second{};
             for (int j = 0; j < positions.count; ++j) {
               const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+              if constexpr (!kShared) prefetch_ahead<kAhead>(p + j * w.x.s + c);
+              prefetch_ahead<kAhead>(q + j * w.dy.s + c);
+              if (added != nullptr) prefetch_ahead<kAhead>(added + c);
               const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
               first += g;
               second += g * d;
@@ -213,8 +219,10 @@ struct Columns {
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            const V d = load_up_to(p + j * w.x.s + c, lanes, origin) - origin;
-            const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+            const T *from = p + j * w.x.s + c, *added = u == nullptr ? nullptr : u + j * w.residual.s;
+            prefetch_ahead<kAhead>(from);
+            if (added != nullptr) prefetch_ahead<kAhead>(added + c);
+            const V d = load_up_to(from, lanes, origin) - origin;
             const V z = preactivation<Act, T>(d, factor, offset, added, c, lanes);
             write(r + j * w.out.s + c, lanes, act.value(z), streams);
           }
@@ -242,6 +250,9 @@ struct Columns {
           const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
             const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
+            prefetch_ahead<kAhead>(p + j * w.x.s + c);
+            prefetch_ahead<kAhead>(q + j * w.dy.s + c);
+            if (added != nullptr) prefetch_ahead<kAhead>(added + c);
             const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
             if (Act::kPlain || r != nullptr) {
               V v = Act::kPlain || w.training ? d * factor + offset : V{};

@@ -6,6 +6,7 @@
 namespace tsbn::cpu::TSBN_ISA {
 namespace {
 #include "simd.h"
+#include "prefetch.h"
 #include "elementary.h"
 #include "activation.h"
 #include "rows.h"

@@ -1,5 +1,5 @@
 // Rows family: the positions of a (task, channel) slab are contiguous within a sample (NCHW). One channel a group.
-// Included inside an instruction set's namespace, after simd.h.
+// Included inside an instruction set's namespace, after prefetch.h.
 
 template <class T>
 struct Rows {
@@ -7,7 +7,7 @@ struct Rows {
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
   static constexpr int kUnroll = 4;  // independent sums hide the latency of the add
-  static constexpr uintptr_t kLine = 64;
+  static constexpr int64_t kAhead = 4096;  // for each row of a slab: all of it must fit the L2 cache
 
   // Slabs are numbered like the vectors' elements. One division is for all operands: it costs as much as a short row.
   struct Place {
@@ -61,6 +61,7 @@ struct Rows {
     for (int64_t n = b.n0; n < b.n1; ++n) {
       const T* p = x + n * o.n + b.s0;
       each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+        prefetch_ahead<kAhead>(p + i);
         const V d = load_up_to(p + i, lanes, shift) - shift;
         sums.first[j] += d;
         sums.second[j] += d * d;
@@ -130,8 +131,11 @@ struct Rows {
       }
       A* h = row(all_h, w.out, n, b.s0);
       each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+        if constexpr (!kShared) prefetch_ahead<kAhead>(p + i);
         V total = kShared && h != nullptr && k > 0 ? load_up_to(h + i, lanes, V{}) : V{};
         for (int t = 0; t < count; ++t) {
+          prefetch_ahead<kAhead>(q[t] + i);
+          if (u[t] != nullptr) prefetch_ahead<kAhead>(u[t] + i);
           const auto [d, g] = gradient(act, z[t], p, q[t], u[t], i, lanes);
           sums[t].first[j] += g;
           sums[t].second[j] += g * d;
@@ -165,12 +169,14 @@ struct Rows {
     if (kShared && w.stream) stream_fence();
   }
 
-  // The head of the next channel's row: rows are too short for the processor to have seen the stride, and their first
-  // lines would otherwise be waited for, slab after slab.
-  static TSBN_INLINE void prefetch_row(const T* row, int64_t length) {
+  // For the pass that writes, which finds its slab in the cache: the heads of rows to come. Where rows are short, those of
+  // adjacent channels are one piece.
+  static TSBN_INLINE void prefetch_row(const T* row, const Operand& o, int64_t channel, int64_t length) {
     constexpr int64_t kHead = 512;
-    const int64_t bytes = length * int64_t(sizeof(T)) < kHead ? length * int64_t(sizeof(T)) : kHead;
-    for (int64_t i = 0; i < bytes; i += int64_t(kLine)) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+    const int64_t bytes = length * int64_t(sizeof(T)), channels = bytes < kHead ? kHead / bytes : 1;
+    if (channel % channels != 0) return;
+    const char* head = reinterpret_cast<const char*>(row + 2 * channels * o.c);
+    for (int64_t i = 0; i < kHead; i += int64_t(kLine)) prefetch(head + i);
   }
 
   // Calls put(offset, lane_count) for the vectors of a row of an output; where they are streamed, all with L lanes lie
@@ -215,8 +221,8 @@ struct Rows {
       for (int64_t n = b.n1; n-- > b.n0;) {
         const T *p = x + n * w.x.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T* r = out + n * w.out.n + b.s0;
-        prefetch_row(p + w.x.c, length);
-        if (u != nullptr) prefetch_row(u + w.residual.c, length);
+        prefetch_row(p, w.x, place.channel, length);
+        if (u != nullptr) prefetch_row(u, w.residual, place.channel, length);
         each_output(r, length, streams, [&](int64_t i, int lanes) TSBN_LAMBDA {
           const V d = load_up_to(p + i, lanes, center) - center;
           const V z = preactivation<Act, T>(d, scale, shift, u, i, lanes);
@@ -242,9 +248,9 @@ struct Rows {
       for (int64_t n = b.n1; n-- > b.n0;) {
         const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T *r = row(out, w.out, n, b.s0), *du = row(dresidual, w.dresidual, n, b.s0);
-        prefetch_row(p + w.x.c, length);
-        prefetch_row(q + w.dy.c, length);
-        if (u != nullptr) prefetch_row(u + w.residual.c, length);
+        prefetch_row(p, w.x, place.channel, length);
+        prefetch_row(q, w.dy, place.channel, length);
+        if (u != nullptr) prefetch_row(u, w.residual, place.channel, length);
         each_output(Act::kPlain || r != nullptr ? r : du, length, streams, [&](int64_t i, int lanes) TSBN_LAMBDA {
           const auto [d, g] = gradient(act, z, p, q, u, i, lanes);
           if (Act::kPlain || r != nullptr) {
