@@ -137,17 +137,16 @@ def _call(
     if training and x.numel() > 0:
         count = x.numel() // (channels if fan_out else weight.numel())
         if running_mean is not None:
-            _update(running_mean, mean, 1.0, momentum)
+            _update(running_mean, mean, momentum)
         if running_var is not None:
-            _update(running_var, var, count / (count - 1), momentum)
+            _update(running_var, var * (count / (count - 1)), momentum)
     if recompute.wanted() and not recover_input:
         recompute.offer(outputs, backend, x, weight, bias, residual, mean, var, *options)
     return outputs
 
 
-@torch.no_grad()
-def _update(running: Tensor, batch: Tensor, factor: float, momentum: float | Tensor) -> None:
-    """``running = (1 - momentum) * running + momentum * factor * batch``."""
-    if factor != 1.0:
-        batch = batch * factor
-    running.lerp_(batch.to(running.dtype), momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``."""
+    if batch.dtype != running.dtype:
+        batch = batch.to(running.dtype)
+    running.lerp_(batch, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
