@@ -32,6 +32,7 @@ def test_tutorial(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         exec(compile(block, "docs/tutorial.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "FusedTSigmaBN2d(3, 16, " in printed
+    assert "activation='relu')\nFusedActivation(ReLU())\n" in printed
     assert "[('base', 0.0003, 0.0001), ('gates', 0.03, 0.0)]" in printed
     shapes = {task: prediction.shape for task, prediction in names["predictions"].items()}
     assert shapes == dict.fromkeys(names["tasks"], torch.Size([8, 1]))

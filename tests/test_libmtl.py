@@ -66,9 +66,11 @@ def test_inputs_of_each_task(build: Any) -> None:
 
 
 def test_arch_args_are_those_of_the_conversion(build: Any) -> None:
-    model = build(variant="tsbn", exclude=["1"])
+    assert build().encoder.backbone[5].activation == "relu"
+    model = build(variant="tsbn", exclude=["1"], fuse_activation=False)
     assert type(model.encoder.backbone[1]) is nn.BatchNorm2d
     assert model.encoder.backbone[5].gate == "identity"
+    assert model.encoder.backbone[5].activation is None
 
 
 def test_shared_parameters_are_those_of_the_plain_encoder_without_its_norms(build: Any) -> None:

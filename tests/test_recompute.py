@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, recompute_outputs
+from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, recompute_outputs
 
 T, N, C = 3, 2, 4
 ACTIVATIONS = (None, "relu", "leaky_relu", "silu", "gelu")
@@ -129,6 +129,22 @@ def test_a_block_keeps_one_activation_in_place_of_two(saved: dict[int, int]) -> 
         forward()
     more = sum(size for size in saved.values() if size >= x.nbytes)
     assert (less, more) == (4 * x.nbytes, 7 * x.nbytes)  # the input, and of each block x, and y unless recomputed
+
+
+def test_a_converted_model_keeps_one_activation_of_a_block(saved: dict[int, int]) -> None:
+    """With its ReLU left outside it keeps two: what the convolution and the ReLU need is not the layer's output."""
+    plain = nn.Sequential(*(m for _ in range(3) for m in (nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU())))
+    x = torch.randn(N, C, 16, 16)
+    kept = []
+    for fuse in (True, False):
+        backbone = convert_model(plain, T, fuse_activation=fuse)
+        model = MultiTaskModel(backbone, {f"task{t}": nn.Flatten() for t in range(T)}, recompute=True)
+        saved.clear()
+        loss = torch.cat(list(model(x).values())).sum()
+        kept.append(sum(size for size in saved.values() if size >= x.nbytes))
+        loss.backward()
+    # The images and the first layer's input once; of each task the inputs of two layers, and the outputs of the ReLUs.
+    assert kept == [(2 + 2 * T) * x.nbytes, (2 + 5 * T) * x.nbytes]
 
 
 def test_an_output_that_is_changed_in_place_is_kept(x: Tensor) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
+Name = Literal["relu", "leaky_relu", "silu", "gelu"]
+ACTIVATIONS: tuple[Name, ...] = ("relu", "leaky_relu", "silu", "gelu")
 HOMOGENEOUS = (None, "relu", "leaky_relu")  # act(k * z) = k * act(z) for k > 0
 
 Activation = Callable[[Tensor, float], Tensor]
@@ -60,3 +62,14 @@ def as_module(activation: str, slope: float) -> nn.Module:
         "gelu": nn.GELU(),
     }
     return modules[activation]
+
+
+def of_module(module: nn.Module) -> tuple[Name, float] | None:
+    """The activation that a module of PyTorch's computes, and its slope; None where it is not one of ours."""
+    if type(module) is nn.LeakyReLU:
+        return "leaky_relu", module.negative_slope
+    if type(module) is nn.GELU and module.approximate != "none":
+        return None
+    names: dict[type[nn.Module], Name] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
+    name = names.get(type(module))
+    return None if name is None else (name, 0.0)

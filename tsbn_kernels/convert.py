@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, Literal
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tsbn_kernels.activations import of_module
+from tsbn_kernels.chains import FusedActivation, SharedActivation, find_chains, has_hooks, plain_activations
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 
 VARIANTS = ("ts_sigma_bn", "tsbn")
@@ -26,7 +29,8 @@ _LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {
 class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
     """timm's ``BatchNormAct2d`` for T tasks: the normalisation, then the ``drop`` and ``act`` of the plain layer.
 
-    They stay where they were, so that the names of parameters are those of the plain model.
+    They stay where they were, so that the names of parameters are those of the plain model. Where ``activation`` is
+    set, it is what they compute.
     """
 
     _act_plain: type[nn.Module]
@@ -35,12 +39,14 @@ class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
         """As :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
-        y: Tensor = self.act(self.drop(super().forward(x, residual, **options)))
-        return y
+        y: Tensor = super().forward(x, residual, **options)
+        return y if self.activation is not None else self.act(self.drop(y))
 
     def task(self, index: int) -> nn.Module:
         """The ``BatchNormAct2d`` of one task, a copy."""
         plain = super().task(index)
+        if isinstance(plain, nn.Sequential):  # with the activation, which act is already
+            plain = plain[0]
         # timm's class adds two children to nn.BatchNorm2d; it cannot be built by its constructor without timm.
         plain.__class__ = self._act_plain
         plain.drop, plain.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
@@ -53,6 +59,7 @@ def convert_model(
     *,
     variant: Literal["ts_sigma_bn", "tsbn"] = "ts_sigma_bn",
     stacking: Literal["task_major", "sample_major"] = "task_major",
+    fuse_activation: bool = True,
     pretrained: bool = True,
     exclude: str | Iterable[str] = (),
     inplace: bool = False,
@@ -67,11 +74,22 @@ def convert_model(
     The converted model takes the streams of all tasks stacked into its batch; :class:`~tsbn_kernels.MultiTaskModel`
     does the stacking. Its ``load_state_dict`` also takes checkpoints of the plain model.
 
+    **Activations.** Where an ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU`` or ``nn.GELU`` (the exact one) follows a layer
+    and nothing else sees the layer's output, no hook either, the layer applies it in its own pass. ``torch.fx`` finds
+    these chains, in training and in evaluation mode, with the default arguments of the model's ``forward``; what the
+    model computes there must not change its way later. The activation's module gives its place, under its name, to an
+    ``nn.Identity``; one that is called elsewhere too, as torchvision's residual blocks call one ``self.relu`` behind
+    their norms and their addition, to a module that lets pass what a layer has activated and acts on all else. Classes
+    and code of the model stay; :func:`revert_model` puts the activations back. timm's ``BatchNormAct2d`` applies its
+    own ``act`` in the same way, where it has no ``drop``. An addition between layer and activation stays what it is, as
+    does an activation that is a function, such as ``torch.relu``.
+
     Args:
         model: the shared backbone. Task heads are not to be converted: leave them out, or name them in ``exclude``.
         num_tasks: T.
         variant: ``"ts_sigma_bn"`` (gate ``sigmoid(weight)``) or ``"tsbn"`` (weight and bias learned).
         stacking: of the streams, as in ``FusedTSigmaBN2d``.
+        fuse_activation: let the layers apply the activations that follow them.
         pretrained: start every task from the plain layer: running statistics and ``num_batches_tracked`` are copied;
             for ``"ts_sigma_bn"`` the weight is clipped to [1e-5, 1 - 1e-5] and becomes ``logit(weight)``, and the bias
             is copied and frozen; for ``"tsbn"`` weight and bias are copied. False starts from new layers: gates of
@@ -82,6 +100,10 @@ def convert_model(
     Returns:
         The converted model; a new layer where ``model`` itself is a batch normalisation.
 
+    Warns:
+        UserWarning: once, with the names of the layers that are left without their activation because ``torch.fx``
+            cannot trace the model, or because it is a function.
+
     Raises:
         ValueError: there is nothing to convert, a layer has hooks, or an option or a name in ``exclude`` is unknown.
         TypeError: a batch normalisation of an unknown class.
@@ -91,32 +113,75 @@ def convert_model(
     if not inplace:
         model = copy.deepcopy(model)
     excluded = _modules_under(model, (exclude,) if isinstance(exclude, str) else exclude)
-    layers: dict[nn.Module, nn.Module] = {
+    layers: dict[nn.Module, FusedTSigmaBN] = {
         module: _task_specific(module, name, model, num_tasks, variant, stacking, pretrained)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module not in excluded
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no batch normalisation to convert, apart from what is excluded")
-    return _replace(model, layers)
+    activations = _fuse(model, layers, excluded) if fuse_activation else {}
+    return _replace(model, {**layers, **activations})
 
 
 def revert_model(model: nn.Module, task: int) -> nn.Module:
     """The plain model of one task: a copy in which every task-specific layer is the plain layer of that task.
 
-    Its weights are the gates, its bias is the learned or frozen one, its running statistics are the task's.
+    Its weights are the gates, its bias is the learned or frozen one, its running statistics are the task's. Activations
+    that :func:`convert_model` has fused are modules of their own again.
 
     Raises:
         ValueError: the model has no task-specific layer.
         IndexError: there is no such task.
     """
     model = copy.deepcopy(model)
+    activations = plain_activations(model)  # before the layers are asked
     layers: dict[nn.Module, nn.Module] = {
         module: module.task(task) for module in model.modules() if isinstance(module, FusedTSigmaBN)
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-specific layer to revert")
-    return _replace(model, layers)
+    return _replace(model, {**layers, **activations})
+
+
+def _fuse(
+    model: nn.Module, layers: dict[nn.Module, FusedTSigmaBN], excluded: set[nn.Module]
+) -> dict[nn.Module, nn.Module]:
+    """Gives the layers the activations that follow them; returns what takes the place of these."""
+    norms: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        layer = layers.get(module)
+        if isinstance(layer, FusedTSigmaBNAct2d):
+            if type(layer.drop) is nn.Identity and not has_hooks(layer.drop) and not has_hooks(layer.act):
+                _activate(layer, layer.act)
+        elif layer is not None and module is not model:
+            norms[module] = name
+    if not norms:
+        return {}
+    try:
+        chains = find_chains(model, norms, excluded)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        _warn_unfused(norms.values(), f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}")
+        return {}
+    if chains.functions:
+        _warn_unfused(chains.functions, "there they are functions; modules, such as nn.ReLU, would be fused")
+    fused: dict[nn.Module, list[FusedTSigmaBN]] = {}
+    for norm, activation in chains.activations.items():
+        _activate(layers[norm], activation)
+        fused.setdefault(activation, []).append(layers[norm])
+    return {
+        activation: (SharedActivation if activation in chains.shared else FusedActivation)(activation, group)
+        for activation, group in fused.items()
+    }
+
+
+def _activate(layer: FusedTSigmaBN, activation: nn.Module) -> None:
+    if (found := of_module(activation)) is not None:
+        layer.activation, layer.negative_slope = found
+
+
+def _warn_unfused(names: Iterable[str], reason: str) -> None:
+    warnings.warn(f"activations stay unfused behind {', '.join(map(repr, names))}: {reason}", stacklevel=4)
 
 
 def _modules_under(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
@@ -130,7 +195,7 @@ def _task_specific(
     module: _BatchNorm, name: str, model: nn.Module, num_tasks: int, variant: str, stacking: Any, pretrained: bool
 ) -> FusedTSigmaBN:
     layer_class = _layer_class(module, name)
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         raise ValueError(
             f"{name!r} has hooks, which would be lost; remove them, convert, and register them on the new layer"
         )

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from tsbn_kernels.chains import Tracer, has_hooks, plain_activations, twin_of
 from tsbn_kernels.convert import FusedTSigmaBNAct2d, _replace
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
@@ -110,13 +111,9 @@ class _Epilogue(nn.Module):
         return self.activation(y if residual is None else y + residual)  # type: ignore[no-any-return]
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, FusedTSigmaBN) or super().is_leaf_module(m, module_qualified_name)
-
-
 def _export(model: nn.Module, task: int, complaints: list[str]) -> nn.Module:
     model = copy.deepcopy(model).eval()
+    model = _replace(model, plain_activations(model))
     norms = {module: name for name, module in model.named_modules() if isinstance(module, (FusedTSigmaBN, _BatchNorm))}
     calls: list[_Call] = []
     if norms:
@@ -145,9 +142,8 @@ class _Call(NamedTuple):
 
 def _calls(model: nn.Module) -> Iterator[_Call]:
     """The calls of task-specific and plain normalisation, as ``torch.fx`` finds them."""
-    # Tracing runs forward, which may write to the module: a twin's, that has the same parameters and its own buffers.
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    graph = _Tracer().trace(twin)
+    twin = twin_of(model)
+    graph = Tracer().trace(twin)
     modules = {node: twin.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     count = Counter(module for called in modules.values() for module in called.modules())
     read = {id(operator.attrgetter(str(node.target))(twin)) for node in graph.nodes if node.op == "get_attr"}
@@ -178,10 +174,9 @@ def _obstacle(conv: nn.Module, norm: Any) -> str | None:
     spatial = (FusedTSigmaBN2d, FusedTSigmaBN3d, nn.BatchNorm2d, nn.BatchNorm3d)
     if isinstance(conv, nn.Linear) and isinstance(norm, spatial):
         return "its channels are not the last axis"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     # Those of a task-specific layer belong to it: MultiTaskModel has one in each, and none is left in a plain model.
     for module in (conv,) if isinstance(norm, FusedTSigmaBN) else (conv, norm):
-        if any(getattr(module, name) for name in hooks):
+        if has_hooks(module):
             return f"{type(module).__name__} has hooks, remove them"
     return None
 
@@ -191,9 +186,10 @@ def _split(norm: Any, task: int) -> tuple[nn.Module, nn.Module]:
     if not isinstance(norm, FusedTSigmaBN):
         return norm, nn.Identity()
     plain = FusedTSigmaBN.task(norm, task)
+    plain, rest = (plain[0], plain[1]) if isinstance(plain, nn.Sequential) else (plain, nn.Identity())
     if isinstance(norm, FusedTSigmaBNAct2d):
-        return plain, nn.Sequential(OrderedDict(drop=copy.deepcopy(norm.drop), act=copy.deepcopy(norm.act)))
-    return (plain[0], plain[1]) if isinstance(plain, nn.Sequential) else (plain, nn.Identity())
+        rest = nn.Sequential(OrderedDict(drop=copy.deepcopy(norm.drop), act=copy.deepcopy(norm.act)))
+    return plain, rest
 
 
 @torch.no_grad()

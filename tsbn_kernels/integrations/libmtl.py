@@ -28,7 +28,7 @@ class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
         rep_grad: LibMTL takes gradients of the representations, one for each task.
         multi_input: each task has its own inputs.
         device: of the model.
-        kwargs: LibMTL's ``arch_args``: ``variant``, ``pretrained`` and ``exclude`` of
+        kwargs: LibMTL's ``arch_args``: ``variant``, ``fuse_activation``, ``pretrained`` and ``exclude`` of
             :func:`~tsbn_kernels.convert_model`.
     """
 
