@@ -90,6 +90,7 @@ def test_networks(stacking: str, name: str) -> None:
     assert not fused(unfused)
     assert list(model.state_dict()) == list(NETWORKS[name]().state_dict())
     assert_same(model, unfused, 32)
+    assert not any(module.training for module in revert_model(model, 1).modules())  # after evaluation
 
 
 class Chain(nn.Module):
