@@ -67,10 +67,10 @@ template <class Apply>
 void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, Apply apply) {
   const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = reduction.width;
   const size_t scratch_size = size_t(5 * (w.channels() + 64));
+  // The first chunk's sums are where the total is made.
   const auto add_chunk = [&](double* total, double& count, const double* partial, int64_t chunk) {
     const double positions = double(w.partition.positions(chunk));
-    if (chunk == 0) std::copy(partial, partial + width, total);
-    else reduction.merge(total, count, partial, positions, width);
+    if (chunk > 0) reduction.merge(total, count, partial, positions, width);
     count += positions;
   };
 
@@ -80,7 +80,7 @@ void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, A
               scratch = std::vector<double>(scratch_size)](int64_t group) mutable {
         double count = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          reduction.reduce(w, group, chunk, partial.data(), scratch.data());
+          reduction.reduce(w, group, chunk, chunk == 0 ? total.data() : partial.data(), scratch.data());
           add_chunk(total.data(), count, partial.data(), chunk);
         }
         reduction.finish(w, group, total.data());
@@ -97,13 +97,11 @@ void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, A
       reduction.reduce(w, i / chunks, i % chunks, partials.data() + i * width, scratch.data());
     };
   });
-  std::vector<double> total(width);
   for (int64_t group = 0; group < groups; ++group) {
+    double* total = partials.data() + group * chunks * width;
     double count = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      add_chunk(total.data(), count, partials.data() + (group * chunks + chunk) * width, chunk);
-    }
-    reduction.finish(w, group, total.data());
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) add_chunk(total, count, total + chunk * width, chunk);
+    reduction.finish(w, group, total);
   }
   if (writes) apply_all(w, apply);
 }
