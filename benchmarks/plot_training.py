@@ -30,7 +30,7 @@ def _colors(groups: dict[str, list[Fit]]) -> dict[str, object]:
         method = group[0].settings.method
         same = sorted(one[0].settings.multiplier for one in groups.values() if one[0].settings.method == method)
         place = (same.index(group[0].settings.multiplier) + 1) / len(same)
-        colors[name] = _PLAIN.get(method) or _MAPS[method](0.25 + 0.65 * place)
+        colors[name] = _PLAIN.get(method) or _MAPS[method](0.15 + 0.85 * place)
     return colors
 
 
@@ -73,7 +73,10 @@ def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
         axes.set_title(f"multiplier {group[0].settings.multiplier:g}")
         axes.set_xlabel("gate")
         axes.set_xlim(0, 1)
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "¼", "½", "¾", "1"))
         axes.set_yscale("log")
+        axes.set_ylim(5e-4, 1)
+        axes.set_yticks((0.001, 0.01, 0.1, 1), ("0.1 %", "1 %", "10 %", "100 %"))
         axes.grid(axis="y", color="#dddddd", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
     row[0, 0].set_ylabel("share of the gates (log)")

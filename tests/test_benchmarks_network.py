@@ -16,6 +16,10 @@ from benchmarks.training import Step, check, differences
 from benchmarks.verify import MismatchError
 
 
+def test_all_variants_have_the_same_parameters():
+    assert len({sum(p.numel() for p in task_specific_network(name, 2).parameters()) for name in VARIANTS}) == 1
+
+
 def test_each_task_is_a_network_of_its_own():
     """Task t of the stacked network is a single-task network with plain norms that have its gates."""
     tasks, images = 3, torch.rand(4, 3, 64, 64)
