@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable
@@ -64,7 +65,8 @@ class Fit:
     Attributes:
         history: an entry for each epoch.
         best: index of the epoch with the highest mean F1 on the validation images, the first of equals.
-        test_f1: F1 of each task after that epoch; no other epoch sees the test images.
+        test_f1: F1 of each task with the weights of that epoch; no others see the test images. Empty until the last
+            epoch is over.
         gates: ``[T, F]`` after that epoch, None for a method without.
     """
 
@@ -123,6 +125,7 @@ class Run:
         self.network = self.network.to(device).to(memory_format=torch.channels_last)
         self.optimizer = optimizer_of(self.network, settings.lr, settings.multiplier)
         self.order = torch.Generator().manual_seed(settings.seed)
+        self.best_weights: dict[str, Tensor] = {}  # and statistics, of the best epoch
         if resume and checkpoint.exists():
             self._load()
 
@@ -133,12 +136,19 @@ class Run:
             loss = self._train(partial(_told, notify, epoch, f1))
             self._keep(Epoch(loss, self._f1(self.splits.validation)))
             self._save()
+        if not self.fit.test_f1:
+            last = copy.deepcopy(self.network.state_dict())
+            self.network.load_state_dict(self.best_weights)
+            self.fit.test_f1 = self._f1(self.splits.test)
+            self.network.load_state_dict(last)
+            self._save()
         return self.fit
 
     def _keep(self, epoch: Epoch) -> None:
         fit = self.fit
         if fit.best < 0 or epoch.mean_f1 > fit.history[fit.best].mean_f1:
-            fit.best, fit.test_f1, fit.gates = len(fit.history), self._f1(self.splits.test), gates(self.network)
+            fit.best, fit.gates = len(fit.history), gates(self.network)
+            self.best_weights = copy.deepcopy(self.network.state_dict())
         fit.history.append(epoch)
 
     def _batches(self, images: Any, *, train: bool) -> DataLoader[Any]:
@@ -183,6 +193,7 @@ class Run:
             "random": torch.get_rng_state(),
             "history": [asdict(epoch) for epoch in self.fit.history],
             "best": self.fit.best,
+            "best_weights": self.best_weights,
             "test_f1": self.fit.test_f1,
             "gates": self.fit.gates,
         }
@@ -208,7 +219,7 @@ class Run:
         torch.set_rng_state(state["random"])
         self.fit.history = [Epoch(epoch["loss"], tuple(epoch["validation_f1"])) for epoch in state["history"]]
         self.fit.best, self.fit.gates = state["best"], state["gates"]
-        self.fit.test_f1 = tuple(state["test_f1"])
+        self.fit.test_f1, self.best_weights = tuple(state["test_f1"]), state["best_weights"]
 
 
 def _told(notify: Notify, epoch: int, f1: float | None, share: float, loss: float) -> None:

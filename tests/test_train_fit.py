@@ -154,18 +154,23 @@ def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_the_best_epoch_is_chosen_by_validation_and_tested_once(tmp_path, monkeypatch):
     validation = iter([(0.5, 0.1, 0.3), (0.9, 0.8, 0.7), (0.8, 0.8, 0.8)])
-    tested = []
+    validated, tested = [], []
 
     def f1(self, images):
+        weights = self.network.convolutions[0].weight.clone()
         if images is self.splits.validation:
+            validated.append(weights)
             return next(validation)
-        tested.append(len(self.fit.history))
-        return (float(len(tested)),) * 3
+        tested.append(weights)
+        return (0.1, 0.2, 0.3)
 
     monkeypatch.setattr(Run, "_f1", f1)
-    found = run(tmp_path / "run.pt").run()
-    assert found.best == 1 and tested == [0, 1]
-    assert found.test_f1 == (2.0, 2.0, 2.0) and found.mean_f1 == 2.0
+    trained = run(tmp_path / "run.pt")
+    found = trained.run()
+    assert found.best == 1 and len(tested) == 1
+    assert tested[0].equal(validated[1]) and not tested[0].equal(validated[2])
+    assert trained.network.convolutions[0].weight.equal(validated[2])  # the run could go on
+    assert found.test_f1 == (0.1, 0.2, 0.3) and found.mean_f1 == pytest.approx(0.2)
     assert [epoch.mean_f1 for epoch in found.history] == pytest.approx([0.3, 0.8, 0.8])
 
 
