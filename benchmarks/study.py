@@ -176,9 +176,9 @@ class Verdict:
 
 
 def verdict(found: Mapping[str, Summary]) -> Verdict | None:
-    """None where one of the two was not trained."""
+    """None where one of the two was not trained, or with one seed, which has no spread."""
     ours, theirs = found.get(f"{TS_SIGMA_BN} x{PAPER_MULTIPLIER:g}"), found.get(HARD_SHARING)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or len(ours.f1) < 2:
         return None
     return Verdict(ours.mean - theirs.mean, max(ours.spread, theirs.spread))
 

@@ -161,6 +161,8 @@ def test_the_verdict_is_against_the_larger_spread():
     found["ts_sigma_bn x100"] = summary("ts_sigma_bn x100", 0.64, 0.65)
     assert not verdict(found).holds
     assert verdict({}) is None
+    found["ts_sigma_bn x100"] = summary("ts_sigma_bn x100", 0.9)
+    assert verdict(found) is None
 
 
 def test_summaries_are_of_the_seeds():
