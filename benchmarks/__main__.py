@@ -3,7 +3,14 @@
 import sys
 from importlib.util import find_spec
 
-NEEDED = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "skimage": "scikit-image", "typer": "typer"}
+NEEDED = {
+    "matplotlib": "matplotlib",
+    "mlxtend": "mlxtend",
+    "PIL": "pillow",
+    "rich": "rich",
+    "skimage": "scikit-image",
+    "typer": "typer",
+}
 
 if __name__ == "__main__":
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +10,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import celeba40 as runs
-from benchmarks import environment, plot, report
+from benchmarks import environment, plot, report, terminal
+from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
 from benchmarks.measure import Plan
@@ -42,16 +42,7 @@ def _commands() -> None:
     """Benchmarks of the fused layers."""
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=170)
-
-
-def _choices(values: Sequence[str], known: Sequence[str], option: str) -> list[str]:
-    for value in values:
-        if value not in known:
-            raise typer.BadParameter(f"unknown {value!r}; known are {', '.join(known)}", param_hint=option)
-    return list(dict.fromkeys(values))
+app.command()(train)
 
 
 def _case_work(case: Case) -> float:
@@ -90,10 +81,10 @@ def celeba40(
 
     Exits with 1 if a result differs from the reference.
     """
-    console = _console()
-    dtypes = _choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
-    formats = _choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
-    impls = _choices(impl or peers_of(relu), peers_of(relu), "--impl")
+    console = terminal.console()
+    dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
+    formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
+    impls = terminal.choices(impl or peers_of(relu), peers_of(relu), "--impl")
     names = [name for part in layers or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
     try:
         chosen_layers = select_layers(names)
@@ -126,12 +117,12 @@ def celeba40(
             available = environment.available_bytes(where)
             samples, reason = choose_batch(chosen_layers, tasks, dtypes, where, available)
     except (DataError, ValueError) as error:
-        _fail(str(error))
+        terminal.fail(str(error))
     impls, skipped = runs.runnable(impls, where)
     for name, why in skipped.items():
         console.print(f"[yellow]{name} is left out: {why}[/]")
     if not impls:
-        _fail("no implementation is left to measure; choose another --impl")
+        terminal.fail("no implementation is left to measure; choose another --impl")
 
     versions = environment.versions(where)
     console.print(
@@ -149,9 +140,8 @@ def celeba40(
     network_work = (network_tasks * network_batch * 5.0) if faces is not None else 0.0
     records: list[Record] = []
     network_run = None
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*terminal.columns(), console=console, transient=True) as progress:
             bar = progress.add_task("starting", total=sum(map(_case_work, todo)) + network_work)
             done = 0.0
             steps = {}
@@ -175,7 +165,7 @@ def celeba40(
                 network_run, more = runs.run_network(faces, where, plan, steps)
                 records += more
     except MismatchError as error:
-        _fail(str(error))
+        terminal.fail(str(error))
 
     report.show(console, records, network_run)
     plot.draw(plot_path, records)
@@ -203,14 +193,14 @@ def fan_out(
         raise typer.BadParameter(str(error), param_hint="--device") from None
     plan = QUICK_PLAN if quick else FULL_PLAN
     outcomes = []
-    console = _console()
+    console = terminal.console()
     try:
         for dtype in TOLERANCE:
             for memory_format in MEMORY_FORMATS:
                 with console.status(f"{dtype} {memory_format}"):
                     outcomes.append(outcome(tasks, batch, dtype, memory_format, where, plan))
     except MismatchError as error:
-        _fail(str(error))
+        terminal.fail(str(error))
     console.print(report.fan_out_table(outcomes, tasks, batch))
 
 
@@ -223,7 +213,7 @@ def host(
     try:
         from benchmarks.host import PLAN, host_times
     except ImportError as error:
-        _fail(f"the Triton backend is not installed: {error}")
+        terminal.fail(f"the Triton backend is not installed: {error}")
     times = host_times(tasks, QUICK_PLAN if quick else PLAN)
     table = Table("host time of one call, us", "forward", "forward + backward", title=f"{tasks} tasks")
     for name, passes in times.items():
@@ -251,12 +241,7 @@ def compiled_kernels_command(
     compiled_kernels.write(path or compiled_kernels.TABLE, table)
     console.print(f"{len(table)} kernels: {path or compiled_kernels.TABLE}", highlight=False, soft_wrap=True)
     if over := [row for row in table if not row.within_budget]:
-        _fail("spills, or more than the budget:\n" + "\n".join(map(str, over)))
-
-
-def _fail(message: str) -> None:
-    typer.secho(message, fg="red", err=True)
-    raise typer.Exit(1)
+        terminal.fail("spills, or more than the budget:\n" + "\n".join(map(str, over)))
 
 
 def main() -> None:

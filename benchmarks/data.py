@@ -1,13 +1,17 @@
-"""Real face images of 64x64 with binary labels: faces that install with scikit-image, or a CelebA folder."""
+"""Real images with binary labels: faces that install with scikit-image, or a CelebA folder."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 SIZE = 64
 # Where the three parts of CelebA lie: torchvision's layout and the one of the original archives.
@@ -15,7 +19,7 @@ _LAYOUTS = (
     ("img_align_celeba", "list_attr_celeba.txt", "list_eval_partition.txt"),
     ("Img/img_align_celeba", "Anno/list_attr_celeba.txt", "Eval/list_eval_partition.txt"),
 )
-_TRAIN = "0"
+_PARTITIONS = {"0": "train", "1": "validation", "2": "test"}  # numbers in the file of the partition
 
 
 class DataError(Exception):
@@ -28,6 +32,20 @@ class Faces:
 
     images: Tensor
     labels: Tensor
+    source: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images to train on, to choose the best epoch by, and to report.
+
+    Each is a dataset, with a length, of images float32 ``[C, H, W]`` in [0, 1] and labels float32 ``[T]`` of 0 and 1.
+    """
+
+    train: Any  # torch's Dataset does not promise the length that all of these have
+    validation: Any
+    test: Any
+    tasks: tuple[str, ...]
     source: str
 
 
@@ -50,35 +68,76 @@ def lfw_faces(count: int, tasks: int) -> Faces:
     return Faces(images.expand(-1, 3, -1, -1).clamp(0, 1).contiguous(), labels[chosen], "scikit-image lfw_subset")
 
 
+class CelebaImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images of a partition of CelebA, read and resized when they are asked for: ``[3, 64, 64]`` and labels ``[T]``.
+
+    Attributes:
+        files: N paths.
+        labels: bool ``[N, T]``.
+    """
+
+    def __init__(self, files: Sequence[Path], labels: Tensor) -> None:
+        self.files = files
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Raises:
+        DataError: the file cannot be read as an image.
+        """
+        return _read(self.files[index]), self.labels[index].float()
+
+
+def celeba(folder: Path) -> Splits:
+    """CelebA in either of its layouts: all images of the three partitions with their attributes.
+
+    Raises:
+        DataError: one of its files is missing or malformed.
+    """
+    images, attributes, partition = _find(folder)
+    lines = attributes.read_text().splitlines()
+    if len(lines) < 2 or not lines[0].strip().isdigit():
+        raise DataError(f"{attributes} should start with a line that counts the images and a line of attribute names")
+    names = tuple(lines[1].split())
+    labels: dict[str, list[bool]] = {}
+    for line in filter(str.strip, lines[2:]):
+        file, *values = line.split()
+        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
+            raise DataError(f"{attributes}: the line of {file} should have {len(names)} values of 1 or -1")
+        labels[file] = [value == "1" for value in values]
+    files: dict[str, list[str]] = {number: [] for number in _PARTITIONS}
+    for line in filter(str.strip, partition.read_text().splitlines()):
+        file, *rest = line.split()
+        number = " ".join(rest)
+        if number not in files or file not in labels:
+            raise DataError(f"{partition}: {line.strip()!r} should be a file that has attributes, and 0, 1 or 2")
+        files[number].append(file)
+    present = set(os.listdir(images))
+    for file in (file for part in files.values() for file in part):
+        if file not in present:
+            raise DataError(f"CelebA in {folder} is not complete: {images / file} is missing")
+    sets = {
+        name: CelebaImages([images / file for file in files[number]], torch.tensor([labels[f] for f in files[number]]))
+        for number, name in _PARTITIONS.items()
+    }
+    return Splits(**sets, tasks=names, source=f"CelebA in {folder}")
+
+
 def celeba_faces(folder: Path, count: int, tasks: int) -> Faces:
     """The first ``count`` training images of a CelebA folder with their first ``tasks`` attributes.
 
     Raises:
         DataError: a file is missing or malformed, or there are fewer images or attributes.
     """
-    images, attributes, partition = _find(folder)
-    split = dict(line.split() for line in partition.read_text().splitlines() if line.strip())
-    lines = attributes.read_text().splitlines()
-    if len(lines) < 2 or not lines[0].strip().isdigit():
-        raise DataError(f"{attributes} should start with a line that counts the images and a line of attribute names")
-    names = lines[1].split()
-    if tasks > len(names):
-        raise DataError(f"{attributes} has {len(names)} attributes, {tasks} tasks were asked for")
-    chosen: list[Tensor] = []
-    labels: list[list[float]] = []
-    for line in lines[2:]:
-        if len(chosen) == count:
-            break
-        file, *values = line.split()
-        if split.get(file) != _TRAIN:
-            continue
-        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise DataError(f"{attributes}: the line of {file} should have {len(names)} values of 1 or -1")
-        chosen.append(_read(images / file))
-        labels.append([float(value == "1") for value in values[:tasks]])
-    if len(chosen) < count:
-        raise DataError(f"{folder} has {len(chosen)} training images, {count} were asked for")
-    return Faces(torch.stack(chosen), torch.tensor(labels), f"CelebA in {folder}")
+    splits = celeba(folder)
+    if tasks > len(splits.tasks):
+        raise DataError(f"{folder} has {len(splits.tasks)} attributes, {tasks} tasks were asked for")
+    if count > len(splits.train):
+        raise DataError(f"{folder} has {len(splits.train)} training images, {count} were asked for")
+    images, labels = zip(*(splits.train[index] for index in range(count)), strict=True)
+    return Faces(torch.stack(images), torch.stack(labels)[:, :tasks], splits.source)
 
 
 def _find(folder: Path) -> tuple[Path, Path, Path]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -59,6 +62,20 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def memory_in_use(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now, and the most so far."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        return int(module.memory_allocated(device)), int(module.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text()
+        now, peak = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return now, peak
 
 
 def parse_device(name: str | None) -> torch.device:

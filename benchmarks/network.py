@@ -15,12 +15,27 @@ from torch.nn import functional
 from benchmarks.peers import LoopOfBatchNorms
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, LateFanOut, recompute_outputs
 
-CHANNELS = (64, 128, 128, 256, 256, 512, 512)  # of the 3x3 convolutions
 POOL_AFTER = (0, 2, 4)  # indices of the convolutions that a 2x2 max-pooling follows
-FEATURES = 512
 LINEARS = 2
 
 MakeNorm = Callable[[int, int], nn.Module]  # (channels, spatial dimensions) -> layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Widths of the network: channels of the images, and of the seven 3x3 convolutions that run over them."""
+
+    inputs: int
+    channels: tuple[int, ...]
+
+    @property
+    def features(self) -> int:
+        """Of the two linear layers and of the heads: channels of the last convolution, averaged over its positions."""
+        return self.channels[-1]
+
+
+CELEBA = Layout(3, (64, 128, 128, 256, 256, 512, 512))
+DIGITS = Layout(1, (4, 8, 8, 16, 16, 32, 32))  # for images of 28x28, pooled to 14, 7 and 3
 
 
 @dataclass(frozen=True)
@@ -84,21 +99,30 @@ class CelebaNetwork(nn.Module):
         streams: T for task-specific normalisation: the backbone runs once for each task, its streams stacked. 1 for
             hard sharing.
         variant: how it is run.
+        layout: how wide it is.
     """
 
-    def __init__(self, tasks: int, norm: MakeNorm, streams: int, variant: Variant = VARIANTS["fused"]) -> None:
+    def __init__(
+        self,
+        tasks: int,
+        norm: MakeNorm,
+        streams: int,
+        variant: Variant = VARIANTS["fused"],
+        layout: Layout = CELEBA,
+    ) -> None:
         super().__init__()
         self.streams = streams
         self.variant = variant
-        inputs = (3, *CHANNELS[:-1])
+        channels, features = layout.channels, layout.features
+        inputs = (layout.inputs, *channels[:-1])
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(inputs, CHANNELS, strict=True)
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(inputs, channels, strict=True)
         )
-        self.linears = nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(LINEARS))
-        self.head_weight = nn.Parameter(torch.empty(tasks, FEATURES, 1))
+        self.linears = nn.ModuleList(nn.Linear(features, features, bias=False) for _ in range(LINEARS))
+        self.head_weight = nn.Parameter(torch.empty(tasks, features, 1))
         self.head_bias = nn.Parameter(torch.zeros(tasks, 1))
-        nn.init.uniform_(self.head_weight, -(FEATURES**-0.5), FEATURES**-0.5)
-        self.norms = nn.ModuleList([norm(c, 2) for c in CHANNELS] + [norm(FEATURES, 0) for _ in range(LINEARS)])
+        nn.init.uniform_(self.head_weight, -(features**-0.5), features**-0.5)
+        self.norms = nn.ModuleList([norm(c, 2) for c in channels] + [norm(features, 0) for _ in range(LINEARS)])
         if variant.first != "expand":
             first = self.norms[0]
             assert isinstance(first, FusedTSigmaBN2d)
@@ -107,7 +131,7 @@ class CelebaNetwork(nn.Module):
                 self.norms[0] = LateFanOut.from_layer(first, nn.MaxPool2d(2), self.convolutions[1])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[T, N]`` of images ``[N, 3, 64, 64]``."""
+        """Logits ``[T, N]`` of images ``[N, inputs, H, W]``, H and W of 8 or more (CelebA: 64)."""
         with recompute_outputs() if self.variant.recompute else nullcontext():
             return self._logits(images)
 
@@ -121,14 +145,14 @@ class CelebaNetwork(nn.Module):
             expand = self.streams > 1 and self.variant.first == "expand"
             x = self._activated(self.norms[0], x.expand(self.streams, *x.shape) if expand else x)
             x = functional.max_pool2d(x.flatten(0, 1) if x.dim() == 5 else x, 2)
-        for index in range(1, len(CHANNELS)):
+        for index in range(1, len(self.convolutions)):
             if index > 1 or not late:
                 x = self.convolutions[index](x)
             x = self._activated(self.norms[index], x)
             if index in POOL_AFTER:
                 x = functional.max_pool2d(x, 2)
         x = x.mean((2, 3))
-        for linear, norm in zip(self.linears, self.norms[len(CHANNELS) :], strict=True):
+        for linear, norm in zip(self.linears, self.norms[len(self.convolutions) :], strict=True):
             x = self._activated(norm, linear(x))
         features = x.unflatten(0, (-1, self.streams)).transpose(0, 1) if late else x.unflatten(0, (self.streams, -1))
         logits: Tensor = (features @ self.head_weight).squeeze(2) + self.head_bias

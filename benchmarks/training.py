@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
-import resource
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.data import Faces
+from benchmarks.environment import memory_in_use
 from benchmarks.measure import Candidate, Clock, Plan, Summary, clock_for, measure
 from benchmarks.network import VARIANTS, CelebaNetwork, loss_of, stacked_gradients, task_specific_network
 from benchmarks.verify import MismatchError
@@ -73,29 +70,15 @@ def _prepared(variant: str, faces: Faces, device: torch.device) -> tuple[Callabl
     return lambda: train_step(network, optimizer, images, labels), network
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes in use now, and the most so far."""
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        return int(module.memory_allocated(device)), int(module.max_memory_allocated(device))
-    try:
-        status = Path("/proc/self/status").read_text()
-        now, peak = (int(re.findall(rf"{key}:\s+(\d+)", status)[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-    except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return now, peak
-
-
 def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int) -> Step:
     """The first step of a fresh network. Run it in a fresh process: the peak is that of the whole process's life."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     faces = Faces(torch.from_numpy(images), torch.from_numpy(labels), "")
     step, network = _prepared(variant, faces, device)
-    before, _ = _memory(device)
+    before, _ = memory_in_use(device)
     loss = step()
-    _, peak = _memory(device)
+    _, peak = memory_in_use(device)
     gradients = {name: gradient.cpu().numpy() for name, gradient in stacked_gradients(network).items()}
     return Step(float(loss), gradients, peak - before)
 

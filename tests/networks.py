@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.network import CHANNELS, POOL_AFTER
+from benchmarks.network import CELEBA, POOL_AFTER
 
 
 class Residual(nn.Module):
@@ -99,7 +99,7 @@ class CelebA(nn.Sequential):
     """The CelebA backbone with a plain BatchNorm after each convolution and linear layer, narrowed 32 times."""
 
     def __init__(self) -> None:
-        channels = [c // 32 for c in CHANNELS]
+        channels = [c // 32 for c in CELEBA.channels]
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(zip([3, *channels[:-1]], channels, strict=True)):
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(True)]

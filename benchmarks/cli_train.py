@@ -1,0 +1,126 @@
+"""The training command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress, TimeRemainingColumn
+
+from benchmarks import environment, plot_training, report_training, study, terminal
+from benchmarks.cost import costs
+from benchmarks.data import DataError
+from benchmarks.fit import Notify, ResumeError
+from benchmarks.measure import Plan
+from benchmarks.methods import METHODS, TS_SIGMA_BN, TSBN
+
+MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
+COST_PLAN, QUICK_COST_PLAN = Plan(5, 15, 15.0), Plan(2, 2, 1.0)
+QUICK_EPOCHS = 1
+
+
+def train(
+    dataset: Annotated[str, typer.Option(help=f"One of {', '.join(study.DATASETS)}.")] = "digits40",
+    data: Annotated[Path | None, typer.Option(help="Folder of CelebA, in either of its layouts.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all.")] = None,
+    multiplier: Annotated[
+        list[float] | None,
+        typer.Option(help="Repeatable: of the learning rate of TS-sigma-BN's gates. Default: 1, 10, 100, 1000."),
+    ] = None,
+    tsbn_multiplier: Annotated[
+        list[float] | None, typer.Option(help="Repeatable: of the learning rate of TSBN's weights. Default: 1.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15.")] = None,
+    batch: Annotated[int | None, typer.Option(min=2, help="Images of a step. Default: 32, CelebA 256.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read images. Default: 0, CelebA 4.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, one epoch, few rounds of timing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints in --output; without it they are replaced.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the checkpoints and pictures.")] = Path("results/train"),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="The results. Default: results.json in --output.")
+    ] = None,
+) -> None:
+    """Forty tasks, trained with every method: F1, delta_m%, parameters, time and memory of a step."""
+    console = terminal.console()
+    (chosen,) = terminal.choices([dataset], list(study.DATASETS), "--dataset")
+    methods = terminal.choices(method or list(METHODS), list(METHODS), "--method")
+    kind = study.DATASETS[chosen]
+    if kind.needs_folder != (data is not None):
+        needs = "needs the folder of its files" if kind.needs_folder else "takes no folder"
+        raise typer.BadParameter(f"{chosen} {needs}", param_hint="--data")
+    multipliers = {TS_SIGMA_BN: multiplier or MULTIPLIERS, TSBN: tsbn_multiplier or (1.0,)}
+    if wrong := [each for found in multipliers.values() for each in found if not each > 0]:
+        raise typer.BadParameter(f"a multiplier must be above 0, got {wrong[0]:g}", param_hint="--multiplier")
+    try:
+        where = environment.parse_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    batch = batch or kind.batch
+    try:
+        splits = kind.load(data or Path())
+    except DataError as error:
+        terminal.fail(str(error))
+    if not (len(splits.validation) and len(splits.test)):
+        terminal.fail(f"{splits.source} must have images to validate and to test with")
+    if batch > len(splits.train):
+        message = f"{splits.source} has {len(splits.train)} training images, fewer than a batch of {batch}"
+        raise typer.BadParameter(message, param_hint="--batch")
+    todo = study.all_settings(
+        splits,
+        kind.layout,
+        methods,
+        {name: list(dict.fromkeys(found)) for name, found in multipliers.items()},
+        1 if quick else seeds,
+        epochs or (QUICK_EPOCHS if quick else kind.epochs),
+        batch,
+        kind.lr if lr is None else lr,
+    )
+    versions = environment.versions(where)
+    console.print(
+        f"{environment.device_name(where)} ({versions['cpu']}, {versions['threads']} threads), "
+        f"PyTorch {versions['torch']}, backend {versions['backend']}\n"
+        f"{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} images to train on, "
+        f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
+        highlight=False,
+    )
+    try:
+        with Progress(*terminal.columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
+            bar = progress.add_task("what a step costs", total=len(todo))
+            plan = QUICK_COST_PLAN if quick else COST_PLAN
+            measured = costs(methods, splits, kind.layout, batch, where, plan)
+
+            def notify(run: int) -> Notify:
+                settings = todo[run]
+
+                def told(epoch: int, share: float, loss: float, f1: float | None) -> None:
+                    score = "" if f1 is None else f", F1 {f1:.3f}"
+                    text = f"{settings.name}, seed {settings.seed}, epoch {epoch + 1}: loss {loss:.3f}{score}"
+                    progress.update(bar, description=text, completed=run + (epoch + share) / settings.epochs)
+
+                return told
+
+            reading = (4 if kind.needs_folder else 0) if workers is None else workers
+            fits = study.train_all(todo, splits, where, output, resume, reading, notify)
+    except (DataError, ResumeError) as error:
+        terminal.fail(str(error))
+    except KeyboardInterrupt:
+        terminal.fail(f"interrupted; the same command with --resume goes on from the checkpoints in {output}")
+
+    report_training.show(console, study.summaries(fits), measured)
+    pictures = {"learning_curves.png": plot_training.learning_curves}
+    if TS_SIGMA_BN in methods:
+        pictures["gates.png"] = plot_training.gate_histograms
+    for name, draw in pictures.items():
+        draw(output / name, fits)
+        console.print(f"plot: {output / name}", highlight=False, soft_wrap=True)
+    json_path = json_path or output / "results.json"
+    study.write_json(json_path, splits, fits, measured, where)
+    console.print(f"results: {json_path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""What a training step of each method costs: time in turns on one batch, memory in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.data import Splits
+from benchmarks.environment import memory_in_use
+from benchmarks.fit import optimizer_of, train_step
+from benchmarks.measure import Candidate, Clock, Plan, Summary, clock_for, measure
+from benchmarks.methods import METHODS, loop_network
+from benchmarks.network import Layout
+
+LOOP = "loop"  # TS-sigma-BN by a loop of BatchNorms
+NETWORKS = METHODS | {LOOP: loop_network}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Trainable parameters, seconds of a training step, and the most bytes during one above what lay there before."""
+
+    parameters: int
+    step: Summary
+    peak_bytes: int
+
+
+def costs(
+    methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, plan: Plan
+) -> dict[str, Cost]:
+    """Of these methods, and of :data:`LOOP`, on the first ``batch`` training images."""
+    images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
+    names = [*methods, LOOP]
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in names:
+        with ProcessPoolExecutor(1, context) as pool:
+            arguments = name, layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
+            peaks[name] = pool.submit(peak_bytes, *arguments).result()
+    steps = {name: _step(name, layout, images, labels, device) for name in names}
+    times = measure({name: _candidate(step) for name, (step, _) in steps.items()}, plan, clock_for(device))
+    return {name: Cost(steps[name][1], times[name][0], peaks[name]) for name in names}
+
+
+def peak_bytes(
+    name: str, layout: Layout, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int
+) -> int:
+    """Of the first two steps: Adam has its buffers then. Run it in a fresh process: the peak is that of its life."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    step, _ = _step(name, layout, torch.from_numpy(images), torch.from_numpy(labels), device)
+    before, _ = memory_in_use(device)
+    step()
+    step()
+    return memory_in_use(device)[1] - before
+
+
+def _step(
+    name: str, layout: Layout, images: Tensor, labels: Tensor, device: torch.device
+) -> tuple[Callable[[], float], int]:
+    """A training step, and the number of trainable parameters."""
+    network = NETWORKS[name](labels.shape[1], layout).to(device).to(memory_format=torch.channels_last)
+    optimizer = optimizer_of(network, 1e-4, 1.0)
+    images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return lambda: train_step(network, optimizer, images, labels), parameters
+
+
+def _candidate(step: Callable[[], float]) -> Candidate:
+    def run(clock: Clock) -> tuple[float]:
+        start = clock()
+        step()
+        return (clock() - start,)
+
+    return run
