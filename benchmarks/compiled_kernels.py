@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,85 +46,147 @@ STACKINGS = {"celeba40": ("task_major", "sample_major"), "segnet": ("task_major"
 
 Shape = tuple[int, ...]  # of the activation: T, N, C, and height and width if it has them
 
+
+class Fused(NamedTuple):
+    """What a layer does besides normalising."""
+
+    activation: str = "none"
+    residual: bool = False
+    fan_out: bool = False
+
+    def __str__(self) -> str:
+        parts = "fan-out" * self.fan_out, self.activation * (self.activation != "none"), "residual" * self.residual
+        return "+".join(filter(None, parts)) or "none"
+
+
+PLAIN, RELU = Fused(), Fused("relu")
+BLOCK_END = Fused("relu", residual=True)  # the last layer of a bottleneck
+STEM = Fused("relu", fan_out=True)  # the first layer of a network
+# What none of the networks asks for, but any layer may be told to do. A leaky ReLU takes what a ReLU takes.
+OTHERS = Fused("silu"), Fused("gelu"), Fused("gelu", residual=True)
+OTHER_STEM = Fused("gelu", residual=True, fan_out=True)
+
 # Channels by how much smaller than the input their activations are.
 _SEGNET = {1: (64,), 2: (64, 128), 4: (128, 256), 8: (256, 512), 16: (512,)}
 _RESNET50 = {2: (64,), 4: (64, 128, 256), 8: (128, 256, 512, 1024, 2048)}
+_BLOCK_ENDS = {(4, 256), (8, 512), (8, 1024), (8, 2048)}
 
 
-def layers() -> Iterator[tuple[str, Shape]]:
-    """The shapes of the networks' layers: 40-task CelebA, SegNet on NYUv2, dilated ResNet-50 in three settings."""
+def layers() -> Iterator[tuple[str, Shape, tuple[Fused, ...]]]:
+    """The networks' layers and what is fused with them: 40-task CelebA, SegNet on NYUv2, dilated ResNet-50 thrice."""
+    usual = PLAIN, RELU, *OTHERS
+    first = *usual, STEM, OTHER_STEM
     for layer in CELEBA40:
-        yield "celeba40", (40, *Shape((256, *layer.shape(1, 1)[1:])))
+        yield "celeba40", (40, *Shape((256, *layer.shape(1, 1)[1:]))), first if layer is CELEBA40[0] else usual
     for scale, widths in _SEGNET.items():
-        yield from (("segnet", (3, 4, channels, 288 // scale, 384 // scale)) for channels in widths)
+        for channels in widths:
+            yield "segnet", (3, 4, channels, 288 // scale, 384 // scale), first if scale == 1 else usual
     for tasks, samples, height, width in ((3, 4, 256, 256), (3, 4, 288, 384), (2, 16, 128, 256)):
         for scale, widths in _RESNET50.items():
-            yield from (("resnet50", (tasks, samples, c, height // scale, width // scale)) for c in widths)
-        yield "resnet50", (tasks, samples, 256, 1, 1)  # of the pooling branch
+            for channels in widths:
+                fused = first if scale == 2 else (*usual, BLOCK_END) if (scale, channels) in _BLOCK_ENDS else usual
+                yield "resnet50", (tasks, samples, channels, height // scale, width // scale), fused
+        yield "resnet50", (tasks, samples, 256, 1, 1), usual  # of the pooling branch
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A kernel that a layer asks for, and the plan that asks."""
+class Layer:
+    """A layer of a network: how its activations lie, and what is fused with it."""
 
     network: str
     shape: Shape
     dtype: str
     memory_format: str
     stacking: str
+    fused: Fused
+
+    def activation(self, *, shared: bool = False) -> Tensor:
+        """All tasks' activation, or the one that they share; it takes no memory."""
+        tasks, samples, *sizes = self.shape
+        made = torch.empty((samples if shared else tasks * samples, *sizes), dtype=DTYPES[self.dtype], device="meta")
+        return made.to(memory_format=torch.channels_last) if self.memory_format == "channels_last" else made
+
+    def plan(self, pass_: str, device: Device) -> Plan:
+        """The plan of one of its passes."""
+        activation, residual, fan_out = self.fused
+        back = pass_ == "backward"
+        work = work_of(
+            self.activation(shared=fan_out), self.shape[0], self.stacking, direction="backward" if back else "forward",
+            training=pass_ != "eval", activation=activation, residual=residual, needs_dresidual=back and residual,
+            fan_out=fan_out,
+        )  # fmt: skip
+        return rules.plan(work, device)
+
+    def calls(self, plan: Plan) -> list[Call]:
+        """The launches of such a plan."""
+        activation, residual, fan_out = self.fused
+        y, x = self.activation(), self.activation(shared=fan_out)
+        vector = torch.empty((self.shape[0], self.shape[2]), device="meta")
+        bias, added = vector if activation != "none" else None, y if residual else None
+        options = self.shape[0], self.stacking, 1e-5, "sigmoid", added
+        with recorded() as calls:
+            if plan.work.direction == "backward":
+                gradients = (FanOutBackward if fan_out else Backward)(plan, y, x, *options)
+                dx, dresidual = gradients.input_like(x), gradients.stacked_like(y) if residual else None
+                gradients(y, x, vector, bias, vector, vector, added, dx, vector, None, dresidual)
+            else:
+                values = (FanOutForward if fan_out else Forward)(plan, x, *options)
+                values(x, values.stacked_like(x), vector, bias, vector, vector, added)
+        return calls
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A kernel that a layer asks for, and the plan that asks."""
+
+    layer: Layer
     pass_: str
     plan: Plan
     call: Call
 
 
-def passes(
-    shape: Shape, dtype: str, memory_format: str, stacking: str, device: Device, activation: str = "none",
-    residual: bool = False, shared: bool = False,
-) -> Iterator[tuple[str, Plan, list[Call]]]:  # fmt: skip
-    """The launches of the passes over a layer, with what is fused, on tensors that take no memory."""
-    tasks, samples, *sizes = shape
-
-    def stacked(samples: int) -> Tensor:
-        made = torch.empty((samples, *sizes), dtype=DTYPES[dtype], device="meta")
-        return made.to(memory_format=torch.channels_last) if memory_format == "channels_last" else made
-
-    y = stacked(tasks * samples)
-    x, added = stacked(samples) if shared else y, y if residual else None
-    vector = torch.empty((tasks, sizes[0]), device="meta")
-    fused = {"activation": activation, "residual": residual, "fan_out": shared}
-    bias = vector if activation != "none" else None
-    options = tasks, stacking, 1e-5, "sigmoid", added
-    for name in PASSES:
-        back = name == "backward"
-        work = work_of(
-            x, tasks, stacking, direction="backward" if back else "forward", training=name != "eval",
-            needs_dresidual=back and residual, **fused,
-        )  # fmt: skip
-        plan = rules.plan(work, device)
-        with recorded() as calls:
-            if back:
-                gradients = (FanOutBackward if shared else Backward)(plan, y, x, *options)
-                dx, dresidual = gradients.input_like(x), gradients.stacked_like(y) if residual else None
-                gradients(y, x, vector, bias, vector, vector, added, dx, vector, None, dresidual)
-            else:
-                values = (FanOutForward if shared else Forward)(plan, x, *options)
-                values(x, values.stacked_like(x), vector, bias, vector, vector, added)
-        yield name, plan, calls
-
-
 @cache
 def asked(target: str) -> list[Asked]:
-    """Each specialisation of a kernel once, with the first layer that asks for it."""
+    """Each specialisation of a plain kernel once, with the first layer that asks for it.
+
+    Where something is fused, the first layer of each :func:`kind` stands for all of them: to compile every
+    specialisation for every epilogue would take six times as long.
+    """
     found: dict[Hashable, Asked] = {}
-    for network, shape in layers():
-        for dtype in KINDS:
-            formats = FORMATS if len(shape) > 3 else FORMATS[:1]
-            for memory_format, stacking in product(formats, STACKINGS[network]):
-                for name, plan, calls in passes(shape, dtype, memory_format, stacking, DEVICES[TARGETS[target]]):
-                    for call in calls:
-                        one = Asked(network, shape, dtype, memory_format, stacking, name, plan, call)
-                        found.setdefault(specialize(call, target).key, one)
+    kinds: set[Hashable] = set()
+    plain_first = sorted(_layers(), key=lambda layer: layer.fused != PLAIN)
+    for layer, pass_ in product(plain_first, PASSES):
+        plan = layer.plan(pass_, DEVICES[TARGETS[target]])
+        if layer.fused != PLAIN:
+            if (one := kind(layer, pass_, plan)) in kinds or one is None:
+                continue
+            kinds.add(one)
+        for call in layer.calls(plan):
+            key = layer.fused.fan_out, specialize(call, target).key  # a fan-out has a budget of its own
+            found.setdefault(key, Asked(layer, pass_, plan, call))
     return list(found.values())
+
+
+def kind(layer: Layer, pass_: str, plan: Plan) -> Hashable:
+    """What layers have in common of which one is compiled; None: it is not.
+
+    Of blocks' ends and stems one for each variant, dtype and budget of registers, with masks and without. Of bare
+    activations and of what no network asks for, only in the dtype that takes more registers (float32 in rows, bfloat16
+    in columns), whatever the budget.
+    """
+    work = plan.work
+    which = layer.fused, pass_, work.family, plan.variant, rules.is_even(work, plan.tile)
+    if layer.fused in (BLOCK_END, STEM):
+        return which, layer.dtype, plan.registers
+    hardest = {"rows": "float32", "columns": "bfloat16"}[work.family]
+    return which if layer.dtype == hardest else None
+
+
+def _layers() -> Iterator[Layer]:
+    for (network, shape, fused), dtype in product(layers(), KINDS):
+        formats = FORMATS if len(shape) > 3 else FORMATS[:1]
+        for options in product(formats, STACKINGS[network], fused):
+            yield Layer(network, shape, dtype, *options)
 
 
 @dataclass(frozen=True)
@@ -137,6 +200,7 @@ class Row:
     dtype: str
     memory_format: str
     stacking: str
+    fused: str
     family: str
     variant: str
     tile: str
@@ -156,7 +220,8 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What tells one row from another."""
-        return self.target, self.kernel, self.pass_, self.shape, self.dtype, self.memory_format, self.stacking
+        where = self.shape, self.dtype, self.memory_format, self.stacking, self.fused
+        return self.target, self.kernel, self.pass_, *where
 
     @property
     def within_budget(self) -> bool:
@@ -170,11 +235,12 @@ class Row:
 def row(target: str, index: int) -> Row:
     """Compiles one of the kernels that are asked for."""
     one = asked(target)[index]
-    plan = one.plan
+    plan, layer = one.plan, one.layer
     compiled, _ = compile_call(one.call, target)
     used = resources(compiled)
     return Row(
-        target, one.call.launch.kernel, one.pass_, _by(one.shape), one.dtype, one.memory_format, one.stacking,
+        target, one.call.launch.kernel, one.pass_,
+        _by(layer.shape), layer.dtype, layer.memory_format, layer.stacking, str(layer.fused),
         plan.work.family, plan.variant, _by(plan.tile), rules.is_even(plan.work, plan.tile), plan.warps,
         used.registers, plan.registers, used.shared, plan.shared,
         replace(plan, registers=used.registers, shared=used.shared).resident_programs, plan.resident_programs,

@@ -119,13 +119,19 @@ class Resources:
 
 
 def resources(compiled: Any) -> Resources:
-    """Reads the machine code: NVIDIA's by the disassembler that comes with Triton, AMD's from the assembly."""
-    code = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
-    registers, spills, listing = code
+    """Reads the machine code, but the widths of NVIDIA's accesses in the PTX.
+
+    The assembler neither splits nor joins accesses. Its disassembler shows the same widths, and takes longer than all
+    compilers together.
+    """
+    cuda = "cubin" in compiled.asm
+    registers, spills = _used(compiled.asm["cubin"]) if cuda else _noted(compiled.asm["amdgcn"])
+    text, access, size = (compiled.asm["ptx"], _PTX, _ptx_bytes) if cuda else (compiled.asm["amdgcn"], _AMD, _amd_bytes)
     widths: dict[str, set[int]] = {"load": set(), "store": set()}
-    for width, what, file, line in listing:
+    for file, line, found in _located(text, access):
+        what = "load" if found[1] in ("load", "ld") else "store"
         if file.endswith("tiles.py") and line in lines(what):
-            widths[what].add(width)
+            widths[what].add(size(found))
     loads, stores = (tuple(sorted(widths[what], reverse=True)) for what in ("load", "store"))
     return Resources(registers, compiled.metadata.shared, spills, loads, stores)
 
@@ -138,33 +144,38 @@ def lines(what: str) -> range:
     return range(first, first + len(text) + 8 * (what == "load"))
 
 
-Access = tuple[int, str, str, int]  # width in bytes, "load" or "store", file and line of the source
+def _located(text: str, access: re.Pattern[str]) -> Iterator[tuple[str, int, re.Match[str]]]:
+    """The accesses in assembly, with the file and line of their source."""
+    files = dict(re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', text))
+    where = "", 0
+    for line in text.splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            where = files.get(place[1], ""), int(place[2])
+        elif found := access.search(line):
+            yield *where, found
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, list[Access]]:
+_PTX = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b")
+
+
+def _ptx_bytes(found: re.Match[str]) -> int:
+    return int(found[2] or 1) * int(found[3]) // 8
+
+
+def _used(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread; bytes of stack and local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        used = _output("cuobjdump", "--dump-resource-usage", file.name)
-        text = _output("nvdisasm", "--print-line-info", "--print-code", "--no-dataflow", file.name)
+        command = str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used)
     assert found is not None, used
     registers, stack, local = map(int, found.groups())
-    where, accesses = ("", 0), []
-    for line in text.splitlines():
-        if place := re.search(r'//## File "(.*?)", line (\d+)', line):
-            where = place[1], int(place[2])
-        elif access := re.search(r"\b(LDG|STG)\.E([\w.]*)", line):
-            bits = re.search(r"256|128|64|16|8", access[2])
-            what = "load" if access[1] == "LDG" else "store"
-            accesses.append((int(bits[0]) // 8 if bits else 4, what, *where))
-    return registers, stack + local, accesses
+    return registers, stack + local
 
 
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
+_AMD = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(byte|ubyte|sbyte|short|ushort|dword(?:x\d)?)")
 _AMD_WIDTHS = {
     "byte": 1,
     "ubyte": 1,
@@ -178,20 +189,16 @@ _AMD_WIDTHS = {
 }
 
 
-def _amd(text: str) -> tuple[int, int, list[Access]]:
+def _amd_bytes(found: re.Match[str]) -> int:
+    return _AMD_WIDTHS[found[2]]
+
+
+def _noted(text: str) -> tuple[int, int]:
+    """Vector registers a thread; spilled registers and bytes of stack."""
+
     def noted(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         assert found is not None, name
         return int(found[1])
 
-    files = dict(re.findall(r'\.file\s+(\d+)\s+"[^"]*"\s+"([^"]*)"', text))
-    where, accesses = ("", 0), []
-    for line in text.splitlines():
-        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
-            where = files.get(place[1], ""), int(place[2])
-        elif access := re.match(
-            r"\s*(?:global|buffer|flat)_(load|store)_(byte|ubyte|sbyte|short|ushort|dword(?:x\d)?)", line
-        ):
-            accesses.append((_AMD_WIDTHS[access[2]], access[1], *where))
-    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return noted("vgpr_count"), sum(map(noted, spills)), accesses
+    return noted("vgpr_count"), sum(map(noted, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))

@@ -1,4 +1,4 @@
-"""The compile gate: all kernels of known networks' layers for every kind of GPU, held to what the plans promise.
+"""The compile gate: the kernels of known networks' layers for every kind of GPU, held to what the plans promise.
 
 The figures are those of benchmarks/compiled_kernels.csv: ``python -m benchmarks compiled-kernels`` writes it.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from itertools import product
 
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks import cli, compiled_kernels
-from benchmarks.compiled_kernels import COMPILER, TABLE, TARGETS, Row
+from benchmarks.compiled_kernels import COMPILER, PLAIN, RELU, TABLE, TARGETS, Layer, Row
+from benchmarks.offline import specialize
+from tsbn_kernels.plan import DEVICES
 
 ITEM = {"float32": 4, "bfloat16": 2}
 FULL = 8  # values that a thread holds at least where its tile is no tiny one
@@ -40,8 +43,11 @@ def test_the_table_is_true(measured):
 def test_activations_move_sixteen_bytes_at_a_time(measured):
     for row in measured:
         width = str(min(16, max(1, values(row)) * ITEM[row.dtype]))
-        assert row.load_bytes == width, row
-        assert row.store_bytes == ("" if row.kernel.endswith("partial") else width), row
+        sums = row.kernel == "fan_out_sums"
+        writes_dresidual = row.kernel == "backward_partial" and row.fused.endswith("residual")
+        assert row.load_bytes == ("" if sums else width), row
+        nothing = sums or (row.kernel.endswith("partial") and not writes_dresidual)
+        assert row.store_bytes == ("" if nothing else width), row
 
 
 def test_nothing_spills_and_budgets_hold(measured):
@@ -55,17 +61,34 @@ def test_the_budgets_are_tight(measured):
         if row.even and values(row) >= FULL:
             amd = row.target.startswith("gfx")
             variant = "tiles" if row.variant in ("streaming", "split") else row.variant
-            kind = variant, row.family, row.pass_ == "backward", row.register_budget, amd
+            fan_out = row.fused.startswith("fan-out")
+            kind = fan_out, variant, row.family, row.pass_ == "backward", row.register_budget, amd
             most[kind] = max(most[kind], row.registers / row.register_budget)
     assert {kind: share for kind, share in most.items() if share < 0.8} == {}
 
 
-def test_every_kind_of_kernel_is_compiled_for_every_target(measured):
-    for target in TARGETS:
-        kinds = {(row.family, row.variant, row.pass_) for row in measured if row.target == target}
-        reached = {(family, variant) for family, variant, _ in kinds}
-        assert reached >= {("rows", v) for v in ("resident", "streaming", "split", "elementwise")}, target
-        assert reached >= {("columns", v) for v in ("resident", "split", "elementwise")}, target
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kind_of_kernel_is_compiled_for_every_target(measured, target):
+    reached = {(row.fused, row.family, row.variant) for row in measured if row.target == target}
+    few = "split", "elementwise"
+    for fused in ("none", "relu", "silu", "gelu", "gelu+residual"):
+        assert reached >= {(fused, "rows", variant) for variant in ("resident", "streaming", *few)}, fused
+        assert reached >= {(fused, "columns", variant) for variant in ("resident", *few)}, fused
+    for fused in ("fan-out+relu", "fan-out+gelu+residual"):
+        assert reached >= {(fused, *kind) for kind in product(("rows", "columns"), few)}, fused
+    assert reached >= {("relu+residual", "rows", "resident"), ("relu+residual", "columns", "split")}
+
+
+def test_what_no_epilogue_ends_is_compiled_once():
+    keys = []
+    for fused in (PLAIN, RELU):
+        layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "channels_last", "task_major", fused)
+        calls = layer.calls(layer.plan("forward", DEVICES["H100"]))
+        assert [call.launch.kernel for call in calls] == ["forward_partial", "forward_apply"]
+        keys.append([specialize(call, "sm_90").key for call in calls])
+    (plain, other), (same, relu) = keys
+    assert plain == same
+    assert other != relu
 
 
 def test_the_command_writes_the_table(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def _fan_out(work: Work, device: Device) -> Plan:
     A slab stays on chip where there are enough of them, or where it is one tile of any plan. In a backward a program
     has one tile, whose sums it writes once for each task.
     """
-    whole = _plan(work, device, "streaming" if work.reduces else "elementwise", _tile(work, device))
+    whole = _plan(work, device, "split" if work.reduces else "elementwise", _tile(work, device))
     if not work.reduces:
         return _split(whole, "elementwise", whole.tiles)
     if slab := _resident_tile(work, device):
@@ -86,8 +86,8 @@ def _values_per_thread(work: Work, variant: Variant) -> int:
     """
     wide = work.family == "columns" or work.positions % 16 == 0
     values = 32 if variant == "resident" and work.direction == "forward" and wide else 16
-    backward = work.direction == "backward" and not work.fan_out
-    if backward and work.reads_residual and work.family == "columns" and variant != "resident":
+    crowded = work.direction == "backward" and work.reads_residual and (not work.fan_out or _is_smooth(work))
+    if crowded and work.family == "columns" and variant != "resident":
         values = 8  # of three activations, with the addresses of each
     return values * 4 // work.statistics_size
 
@@ -95,10 +95,13 @@ def _values_per_thread(work: Work, variant: Variant) -> int:
 def limits_registers(plan: Plan) -> bool:
     """Whether the compiler is held to the budget: NVIDIA's takes more than it needs where it sees no reason not to.
 
-    Not where masks or float64 may need more than was measured: a spill costs more than a resident program.
+    Not where masks or float64 may need more than was measured: a spill costs more than a resident program. But
+    with lanes that count, or a masked backward with something fused, the compiler spills where it is left to choose.
     """
-    even = is_even(plan.work, plan.tile)
-    return even and plan.work.statistics_size == 4 and plan.device.target.startswith("sm_")
+    work = plan.work
+    measured = work.fuses if work.direction == "backward" else _counts(work, plan.variant)
+    told = measured or is_even(work, plan.tile)
+    return told and work.statistics_size == 4 and plan.device.target.startswith("sm_")
 
 
 # The budget a thread on NVIDIA's and on AMD's GPUs, for rows and for columns, whose addresses take some more. Measured:
@@ -116,41 +119,74 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
 }
 
 
-# What an epilogue takes beside that: a GELU, a residual.
-_EPILOGUES: dict[tuple[Direction, bool, Family], tuple[int, int]] = {  # the second: whether the slab is resident
-    ("forward", True, "rows"): (8, 8),
-    ("backward", True, "columns"): (0, 16),
-    ("backward", False, "rows"): (0, 24),
-    ("backward", False, "columns"): (16, 0),
+# What an epilogue takes beside that, on NVIDIA's and on AMD's GPUs: any activation, an exponential, a residual.
+_Extra = tuple[int, int, int]
+_EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
+    ("forward", "resident", "rows"): ((0, 24, 8), (0, 16, 8)),
+    ("forward", "resident", "columns"): ((0, 24, 8), (8, 16, 8)),
+    ("forward", "streaming", "rows"): ((0, 0, 0), (0, 8, 0)),
+    ("forward", "elementwise", "columns"): ((0, 16, 0), (0, 0, 0)),
+    ("backward", "resident", "rows"): ((0, 0, 8), (0, 0, 8)),
+    ("backward", "resident", "columns"): ((0, 8, 16), (0, 32, 16)),
+    ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
+    ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
 }
-# Of a program that goes through all tasks, for rows and for columns.
-_FAN_OUT: dict[tuple[Direction, bool], tuple[int, int]] = {
-    ("forward", True): (128, 128),
-    ("forward", False): (96, 96),
-    ("backward", True): (128, 128),
-    ("backward", False): (128, 128),
+# Of a program that goes through all tasks.
+_FAN_OUT: dict[tuple[Direction, Variant], _Budgets] = {
+    ("forward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
+    ("forward", "split"): {"rows": (96, 128), "columns": (96, 136)},
+    ("forward", "elementwise"): {"rows": (96, 72), "columns": (96, 96)},
+    ("backward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
+    ("backward", "split"): {"rows": (128, 128), "columns": (128, 128)},
+    ("backward", "elementwise"): {"rows": (128, 128), "columns": (128, 128)},
 }
 
 
 def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads: int) -> int:
     """The budget a thread; the tests compile every kernel and hold it to this."""
     amd = device.target.startswith("gfx")
-    resident, crowded = variant == "resident", tile[0] * tile[1] > threads * _values_per_thread(work, variant)
+    crowded = tile[0] * tile[1] > threads * _values_per_thread(work, variant)
     if work.fan_out:
-        budget = _FAN_OUT[work.direction, resident][work.family == "columns"]
+        budget = _FAN_OUT[work.direction, variant][work.family][amd]
     elif crowded:  # twice as many
-        budget = 136 if amd else 128
+        budget = 136 + 32 * _is_smooth(work) if amd else 128
     else:
-        gelu, residual = _EPILOGUES.get((work.direction, resident, work.family), (0, 0))
+        kind = work.direction, "streaming" if variant == "split" else variant, work.family
+        extra = _EPILOGUES.get(kind, ((0, 0, 0), (0, 0, 0)))[amd]
+        has = work.activation != "none", _is_smooth(work), work.reads_residual
         budget = _BUDGETS[work.direction, variant][work.family][amd]
-        budget += max(gelu * (work.activation == "gelu"), residual * work.reads_residual)
-    budget += 24 * (not is_even(work, tile)) + 32 * (work.statistics_size == 8)
+        budget += max(taken * registers for taken, registers in zip(has, extra, strict=True))
+    if not is_even(work, tile):
+        budget += 40 if _counts(work, variant) else 24
+    budget += 32 * (work.statistics_size == 8)
     return min(budget, 255, device.registers // threads // 8 * 8)
+
+
+def _counts(work: Work, variant: Variant) -> bool:
+    """Whether, with masks, a lane of the first pass counts its values, in a register for each; columns share theirs."""
+    return work.direction == "forward" and work.family == "rows" and variant in ("streaming", "split")
+
+
+def _is_smooth(work: Work) -> bool:
+    """Whether the activation has an exponential, whose terms take registers."""
+    return work.activation in ("silu", "gelu")
+
+
+def _crowds(work: Work) -> bool:
+    """Whether the epilogue leaves a full block, whose threads have 64 registers, too few for a resident slab.
+
+    Measured, as the budgets are. Forward a thread holds twice the values of x: no room is left for the terms of an
+    exponential, nor for a residual in float32. Backward x, dy and a residual leave none for those terms, nor for the
+    addresses of columns.
+    """
+    if work.direction == "forward":
+        return _is_smooth(work) or (work.reads_residual and work.item_size == 4)
+    return not work.gathers and work.reads_residual and (_is_smooth(work) or work.family == "columns")
 
 
 def _resident_tile(work: Work, device: Device) -> Tile | None:
     """The tile that holds a whole slab, where the threads of one block can."""
-    most = _most_threads(work, device) * _values_per_thread(work, "resident")
+    most = _most_threads(work, device) * _values_per_thread(work, "resident") // (1 + _crowds(work))
     if work.family == "rows":
         a, b = _power(work.samples), _power(work.positions)
         return (a, b) if a * b <= most else None
@@ -209,7 +245,7 @@ def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int =
         registers=_registers(work, device, variant, tile, threads),
         shared=max(
             2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
-            2 * a * b * work.gathers,  # where half precision and the sum in float32 change places between threads
+            32 * threads * work.gathers,  # where half precision and the sum in float32 change places between threads
         ),
         on_chip=1.0 if variant == "resident" else 0.0,
     )  # fmt: skip

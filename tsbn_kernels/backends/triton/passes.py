@@ -18,6 +18,9 @@ from tsbn_kernels.reference import accumulate_dtype
 
 Strides = tuple[int, int, int, int]
 
+# The kernels that no epilogue ends: compiled once for all activations.
+WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")
+
 
 def view_strides(shape: Sequence[int], strides: tuple[int, ...], num_tasks: int, stacking: str) -> Strides:
     """Strides of the ``[T, N, C, S]`` view of a tensor that a kernel family reads."""
@@ -106,7 +109,10 @@ class Pass:
         """A launch of one of the kernels of this pass, with as many programs as are planned where none are given."""
         plan = self.plan
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
-        return Launch(kernel, programs or plan.programs, options, self.tile, *map(tl.constexpr, constants))
+        tile = self.tile
+        if kernel in WITHOUT_EPILOGUE:
+            tile = tile._replace(ACTIVATION=tl.constexpr("none"), SLOPE=tl.constexpr(0.0))
+        return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
