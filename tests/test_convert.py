@@ -114,7 +114,7 @@ class LoopOfBatchNorms(nn.Module):
         return torch.stack([getattr(norm, name) for norm in self.norms])
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "resnet50"])
+@networks
 @variants
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 def test_twenty_training_steps_equal_a_loop_of_batch_norms(
@@ -122,9 +122,11 @@ def test_twenty_training_steps_equal_a_loop_of_batch_norms(
 ) -> None:
     """The shared stem runs once in the fused model, and T times in the loop.
 
-    Training is chaotic: where a ReLU or a maximum tips, one rounding becomes a step of the learning rate, and in
-    fifty layers this narrow it grows a hundredfold every few steps. So the rate is low, and ResNet-50 left out.
+    Training is chaotic: where a ReLU or a maximum tips, one rounding becomes a step of the learning rate. So the rate is
+    low; lower still in the fifty layers of ResNet-50, whose images are larger, for statistics over a handful of values
+    amplify it.
     """
+    size, lr = (96, 3e-5) if name == "resnet50" else (32, 3e-4)
     plain = pretrained(name, dtype)
     heads = nn.ModuleDict(
         {
@@ -145,11 +147,11 @@ def test_twenty_training_steps_equal_a_loop_of_batch_norms(
     gates = [norm.weight for module in twin.modules() if isinstance(module, LoopOfBatchNorms) for norm in module.norms]
     rest = {*twin.parameters(), *twin_heads.parameters()} - set(gates)
     optimisers = [
-        torch.optim.SGD(parameter_groups(model, lr=3e-4, gate_lr_multiplier=10)),
-        torch.optim.SGD([{"params": gates, "lr": 3e-3}, {"params": list(rest)}], lr=3e-4),
+        torch.optim.SGD(parameter_groups(model, lr=lr, gate_lr_multiplier=10)),
+        torch.optim.SGD([{"params": gates, "lr": 10 * lr}, {"params": list(rest)}], lr=lr),
     ]
     for _ in range(20):
-        x = torch.randn(N, 3, 32, 32, dtype=dtype)
+        x = torch.randn(N, 3, size, size, dtype=dtype)
         for optimiser, forward in zip(optimisers, (lambda x: list(model(x).values()), loop), strict=True):
             optimiser.zero_grad()
             sum((y - t).square().mean() for t, y in enumerate(forward(x))).backward()
@@ -161,7 +163,7 @@ def test_twenty_training_steps_equal_a_loop_of_batch_norms(
             expected = twin.get_submodule(path).stacked(attribute)
             torch.testing.assert_close(getattr(layer, attribute), expected, **close)
     moved = [(layer.gates - plain.get_parameter(f"{path}.weight")).abs().max() for path, layer in layers.items()]
-    assert max(moved) > 1e-4
+    assert max(moved) > lr / 3
     for path, parameter in model.backbone.named_parameters():
         if path.rpartition(".")[0] not in layers:
             torch.testing.assert_close(parameter, twin.get_parameter(path), **close)
