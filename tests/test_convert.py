@@ -122,9 +122,9 @@ def test_twenty_training_steps_equal_a_loop_of_batch_norms(
 ) -> None:
     """The shared stem runs once in the fused model, and T times in the loop.
 
-    Training is chaotic: where a ReLU or a maximum tips, one rounding becomes a step of the learning rate. So the rate is
-    low; lower still in the fifty layers of ResNet-50, whose images are larger, for statistics over a handful of values
-    amplify it.
+    Training is chaotic: where a ReLU or a maximum tips, one rounding becomes a step of the learning rate. So the rate
+    is low; lower still in the fifty layers of ResNet-50, whose images are larger, for statistics over a handful of
+    values amplify it.
     """
     size, lr = (96, 3e-5) if name == "resnet50" else (32, 3e-4)
     plain = pretrained(name, dtype)
