@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.data import Splits
 from benchmarks.environment import memory_in_use
 from benchmarks.fit import optimizer_of, train_step
-from benchmarks.measure import Candidate, Clock, Plan, Summary, clock_for, measure
+from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
 from benchmarks.methods import METHODS, loop_network
 from benchmarks.network import Layout
 
@@ -44,7 +44,7 @@ def costs(
             arguments = name, layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
             peaks[name] = pool.submit(peak_bytes, *arguments).result()
     steps = {name: _step(name, layout, images, labels, device) for name in names}
-    times = measure({name: _candidate(step) for name, (step, _) in steps.items()}, plan, clock_for(device))
+    times = measure({name: step_candidate(step) for name, (step, _) in steps.items()}, plan, clock_for(device))
     return {name: Cost(steps[name][1], times[name][0], peaks[name]) for name in names}
 
 
@@ -70,12 +70,3 @@ def _step(
     images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
     parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return lambda: train_step(network, optimizer, images, labels), parameters
-
-
-def _candidate(step: Callable[[], float]) -> Candidate:
-    def run(clock: Clock) -> tuple[float]:
-        start = clock()
-        step()
-        return (clock() - start,)
-
-    return run

@@ -115,12 +115,17 @@ def training_candidate(forward: Callable[[], Tensor], backward: Callable[[Tensor
     return run
 
 
-def copy_candidate(source: Tensor, target: Tensor) -> Candidate:
-    """Times ``Tensor.copy_`` into a tensor that exists already."""
+def step_candidate(step: Callable[[], object]) -> Candidate:
+    """Times the whole of a step."""
 
     def run(clock: Clock) -> tuple[float]:
         start = clock()
-        target.copy_(source)
+        step()
         return (clock() - start,)
 
     return run
+
+
+def copy_candidate(source: Tensor, target: Tensor) -> Candidate:
+    """Times ``Tensor.copy_`` into a tensor that exists already."""
+    return step_candidate(lambda: target.copy_(source))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.data import Faces
 from benchmarks.environment import memory_in_use
-from benchmarks.measure import Candidate, Clock, Plan, Summary, clock_for, measure
+from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
 from benchmarks.network import VARIANTS, CelebaNetwork, loss_of, stacked_gradients, task_specific_network
 from benchmarks.verify import MismatchError
 
@@ -102,15 +102,6 @@ def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None
         return {variant: step.result() for variant, step in steps.items()}
 
 
-def _candidate(step: Callable[[], Tensor]) -> Candidate:
-    def run(clock: Clock) -> tuple[float]:
-        start = clock()
-        step()
-        return (clock() - start,)
-
-    return run
-
-
 def differences(ours: Step, theirs: Step) -> Differences:
     """How far two first steps are from each other."""
     absolute = [float(np.abs(ours.gradients[name] - theirs.gradients[name]).max()) for name in theirs.gradients]
@@ -141,7 +132,7 @@ def check(steps: Mapping[str, Step]) -> None:
 
 def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> Comparison:
     """Times steps of the variants in turns; the rest is of their first steps, which have been checked."""
-    candidates = {variant: _candidate(_prepared(variant, faces, device)[0]) for variant in VARIANTS}
+    candidates = {variant: step_candidate(_prepared(variant, faces, device)[0]) for variant in VARIANTS}
     summaries = measure(candidates, plan, clock_for(device))
     return Comparison(
         times={variant: passes[0] for variant, passes in summaries.items()},
