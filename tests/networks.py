@@ -122,8 +122,12 @@ NETWORKS = {
 
 
 def pretrained(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A network whose normalisation layers look trained: weights in (0, 1), biases, running statistics."""
-    network = NETWORKS[name]().to(dtype)
+    """One of these networks that looks trained."""
+    return look_trained(NETWORKS[name]().to(dtype))
+
+
+def look_trained(network: nn.Module) -> nn.Module:
+    """Gives its normalisation layers weights in (0, 1), biases and running statistics."""
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, pretrained
+from networks import NETWORKS, look_trained, pretrained
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,6 +75,20 @@ def test_revert_gives_the_plain_model_back(variant: Any, name: str) -> None:
         back = revert_model(converted, task=t)
         assert [type(module) for module in back.modules()] == [type(module) for module in plain.modules()]
         assert_same_state(back, plain, rtol=0 if variant == "tsbn" else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision").models
+    plain = look_trained(getattr(models, name)()).eval()
+    converted = convert_model(plain, T)
+    x = torch.randn(2, 3, 64, 64)
+    expected = plain(x)
+    for stream in converted(x.repeat(T, 1, 1, 1)).chunk(T):
+        torch.testing.assert_close(stream, expected, rtol=1e-5, atol=1e-5)
+    back = revert_model(converted, task=1)
+    assert repr(back) == repr(plain)
+    torch.testing.assert_close(back(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_revert_gives_the_task_asked_for_and_leaves_the_model() -> None:
