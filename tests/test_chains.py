@@ -364,3 +364,11 @@ def test_vmap_over_shared_activations() -> None:
     x = torch.randn(2, T * N, 3, 4, 4, dtype=torch.float64)
     results = [torch.func.vmap(m.eval())(x) for m in (model, unfused)]
     torch.testing.assert_close(*results)
+
+
+def test_a_model_is_converted_in_two_parts() -> None:
+    plain = ResNet((1, 1))
+    half = convert_model(plain, T, exclude="stages.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused(convert_model(half, T)) == fused(convert_model(plain, T))
