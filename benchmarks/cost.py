@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.data import Splits
 from benchmarks.environment import memory_in_use
-from benchmarks.fit import optimizer_of, train_step
+from benchmarks.fit import optimizer_of
 from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
 from benchmarks.methods import METHODS, loop_network
-from benchmarks.network import Layout
+from benchmarks.network import Layout, train_step
 
 LOOP = "loop"  # TS-sigma-BN by a loop of BatchNorms
 NETWORKS = METHODS | {LOOP: loop_network}
@@ -63,7 +63,7 @@ def peak_bytes(
 
 def _step(
     name: str, layout: Layout, images: Tensor, labels: Tensor, device: torch.device
-) -> tuple[Callable[[], float], int]:
+) -> tuple[Callable[[], Tensor], int]:
     """A training step, and the number of trainable parameters."""
     network = NETWORKS[name](labels.shape[1], layout).to(device).to(memory_format=torch.channels_last)
     optimizer = optimizer_of(network, 1e-4, 1.0)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.data import Splits
 from benchmarks.methods import METHODS, TASK_SPECIFIC, gates
-from benchmarks.network import Layout, loss_of
+from benchmarks.network import Layout, train_step
 from benchmarks.scores import Confusion
 from tsbn_kernels import parameter_groups
 
@@ -167,7 +167,7 @@ class Run:
         batches = self._batches(self.splits.train, train=True)
         total = 0.0
         for index, (images, labels) in enumerate(batches, 1):
-            loss = train_step(self.network, self.optimizer, *self._moved(images, labels))
+            loss = train_step(self.network, self.optimizer, *self._moved(images, labels)).item()
             total += loss
             notify(index / len(batches), loss)
         return total / len(batches)
@@ -224,12 +224,3 @@ class Run:
 
 def _told(notify: Notify, epoch: int, f1: float | None, share: float, loss: float) -> None:
     notify(epoch, share, loss, f1)
-
-
-def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
-    """Forward, backward and the optimiser's step; the loss, summed over the tasks."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(network, images, labels)
-    loss.backward()
-    optimizer.step()
-    return loss.item()

@@ -192,6 +192,15 @@ def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return loss.mean(1).sum()
 
 
+def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    """Forward, backward and the optimiser's step; returns the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(network, images, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 def stacked_gradients(network: CelebaNetwork) -> dict[str, Tensor]:
     """Gradients by name; those of a norm's gates as ``[T, C]`` in all variants."""
     gradients = {}

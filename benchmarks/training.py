@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.data import Faces
 from benchmarks.environment import memory_in_use
 from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
-from benchmarks.network import VARIANTS, CelebaNetwork, loss_of, stacked_gradients, task_specific_network
+from benchmarks.network import VARIANTS, CelebaNetwork, stacked_gradients, task_specific_network, train_step
 from benchmarks.verify import MismatchError
 
 LEARNING_RATE = 3e-4
@@ -51,15 +51,6 @@ class Comparison:
     peak_bytes: dict[str, int]
     losses: dict[str, float]
     differences: dict[str, Differences]
-
-
-def train_step(network: CelebaNetwork, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
-    """Forward, backward and Adam; returns the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(network, images, labels)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def _prepared(variant: str, faces: Faces, device: torch.device) -> tuple[Callable[[], Tensor], CelebaNetwork]:
