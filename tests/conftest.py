@@ -21,6 +21,17 @@ settings.load_profile("tests")
 M_PERTURB = -6
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what "avx512_bf16" would repeat: it has kernels of its own for bfloat16 alone."""
+    repeated = [item for item in items if _repeats_avx512(**getattr(getattr(item, "callspec", None), "params", {}))]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if item not in repeated]
+
+
+def _repeats_avx512(kernels: str = "", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
+    return kernels == "avx512_bf16" and dtype != torch.bfloat16
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _loud_memory() -> Iterator[None]:
     """Fresh memory from malloc holds 0x7f in each byte: 3e38 in float32 and bfloat16, NaN in float16.

@@ -281,7 +281,7 @@ def instruction_sets() -> list[str]:
     """Those that this processor runs."""
     if not cpu.available:
         return []
-    return [name for name in ("avx512", "avx2", "portable") if _runs(name)]
+    return [name for name in ("avx512_bf16", "avx512", "avx2", "portable") if _runs(name)]
 
 
 def _runs(name: str) -> bool:

@@ -134,7 +134,7 @@ def test_command_line_names_the_backend() -> None:
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "portable"])
 def test_instruction_sets(name: str) -> None:
     if name not in instruction_sets():
         with pytest.raises(ValueError, match=f"this processor does not run '{name}' kernels"):

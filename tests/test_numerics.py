@@ -338,6 +338,22 @@ def test_evaluation(gate: str, memory_format: str, dtype: torch.dtype, kernels: 
         assert_within(actual, exact, BACKWARD[dtype], scale=size)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@formats
+def test_outputs_are_rounded_to_nearest_even(memory_format: str, dtype: torch.dtype, kernels: str) -> None:
+    """With x = 1, mean = 0, var = 1 and eps = 0, y is the weight rounded to the dtype: exactly PyTorch's rounding."""
+    finfo = torch.finfo(dtype)
+    halfway = [1 + finfo.eps * k / 2 for k in range(-3, 4)]
+    smallest = [finfo.smallest_normal * k for k in (1, 0.75, 0.126, finfo.eps, finfo.eps * 1.5, finfo.eps / 2)]
+    special = [*halfway, *smallest, finfo.max * (1 + finfo.eps / 8), finfo.max * (1 + finfo.eps), torch.inf, torch.nan]
+    any_bits = torch.randint(-(2**31), 2**31, (500 if kernels == "native" else 20,), dtype=torch.int64).int()
+    weight = torch.cat((torch.tensor(special), -torch.tensor(special), any_bits.view(torch.float32)))[None]
+    x = in_memory_format(torch.ones(2, weight.shape[1], 3, 7, dtype=dtype), "task_major", memory_format)
+    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    y = ops.forward_eval(x, weight, None, mean, var, 1, 0.0, "identity", "task_major")
+    torch.testing.assert_close(y, weight.to(dtype)[..., None, None].expand_as(y), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gates_over_the_whole_range(dtype: torch.dtype, kernels: str) -> None:
     """The sigmoid and its slope keep their digits from -100 to 100: no cancellation in 1 - s, no overflow in exp."""

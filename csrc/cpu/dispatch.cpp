@@ -9,6 +9,12 @@ namespace portable { const Kernels& kernels(Family, DType); }
 #if defined(__x86_64__)
 namespace avx2 { const Kernels& kernels(Family, DType); }
 namespace avx512 { const Kernels& kernels(Family, DType); }
+namespace avx512_bf16 {
+const Kernels& kernels(Family);
+const Kernels& kernels(Family family, DType dtype) {
+  return dtype == DType::bf16 ? kernels(family) : avx512::kernels(family, dtype);
+}
+}  // namespace avx512_bf16
 #endif
 
 namespace {
@@ -19,12 +25,18 @@ struct InstructionSet {
   bool available;
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const std::vector<InstructionSet>& instruction_sets() {  // best first; the last runs everywhere
   static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
-      {"avx512", avx512::kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
+      {"avx512_bf16", avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {"avx512", avx512::kernels, has_avx512()},
       {"avx2", avx2::kernels,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

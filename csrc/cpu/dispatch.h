@@ -8,7 +8,8 @@ namespace tsbn::cpu {
 
 const Kernels& kernels(Family family, DType dtype);
 
-// "avx512", "avx2" or "portable": the best that this processor runs, or the one chosen by set_instruction_set.
+// "avx512_bf16", "avx512", "avx2" or "portable": the best that this processor runs, or the one chosen by
+// set_instruction_set.
 const char* instruction_set();
 // False, and nothing changes, where this processor does not run `name`. Empty: the best.
 bool set_instruction_set(const std::string& name);

@@ -30,10 +30,17 @@ template <template <class> class Slabs, class T>
 constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels};
 }  // namespace
 
+#ifdef TSBN_HAS_BF16  // the other dtypes gain nothing by it
+const Kernels& kernels(Family family) {
+  static constexpr Kernels table[kFamilies] = {kernels_of<Rows, bf16>, kernels_of<Columns, bf16>};
+  return table[int(family)];
+}
+#else
 const Kernels& kernels(Family family, DType dtype) {
   static constexpr Kernels table[kFamilies][kDTypes] = {
       {kernels_of<Rows, f32>, kernels_of<Rows, f64>, kernels_of<Rows, f16>, kernels_of<Rows, bf16>},
       {kernels_of<Columns, f32>, kernels_of<Columns, f64>, kernels_of<Columns, f16>, kernels_of<Columns, bf16>}};
   return table[int(family)][int(dtype)];
 }
+#endif
 }  // namespace tsbn::cpu::TSBN_ISA

@@ -58,14 +58,32 @@ TSBN_INLINE H truncate(U u) {
 #endif
 }
 
+// The bits of bfloat16 are the upper half of float32's.
+#if TSBN_VECTOR_BYTES == 64
+typedef int16_t W __attribute__((vector_size(64)));
+TSBN_INLINE F widen(H h, bf16*) {
+  constexpr W word = {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return (F)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)word, _mm512_castsi256_si512((__m256i)h));
+}
+#else
 TSBN_INLINE F widen(H h, bf16*) { return bit_cast<F>(zero_extend(h) << 16); }
+#endif
 
-TSBN_INLINE H narrow(F f, bf16*) {
+TSBN_INLINE H round_to_bf16(F f) {
   const U bits = bit_cast<U>(f);
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U quiet_nan = (bits >> 16) | 0x40u;
   return truncate(f == f ? rounded : quiet_nan);
 }
+#ifdef TSBN_HAS_BF16
+TSBN_INLINE H narrow(F f, bf16*) {
+  constexpr int kSubnormal = 0x20;  // the instruction takes them for zero
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)f, kSubnormal) != 0, 0)) return round_to_bf16(f);
+  return (H)_mm512_cvtneps_pbh((__m512)f);
+}
+#else
+TSBN_INLINE H narrow(F f, bf16*) { return round_to_bf16(f); }
+#endif
 
 #ifdef TSBN_HAS_F16C
 TSBN_INLINE F widen(H h, f16*) {

@@ -31,7 +31,7 @@ def detail() -> str:
 
 
 def instruction_set() -> str:
-    """``"avx512"``, ``"avx2"`` or ``"portable"``."""
+    """``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``."""
     return str(torch.ops.tsbn._cpu_instruction_set())
 
 
