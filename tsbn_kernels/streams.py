@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout
-from tsbn_kernels.autograd import INPUTS, POSITIONAL, TaskBatchNorm, backward_operator
+from tsbn_kernels.autograd import INPUTS, TaskBatchNorm, backward_operator
 
 
 class TaskStreams(TaskBatchNorm):
@@ -72,6 +72,3 @@ class TaskStreams(TaskBatchNorm):
     @staticmethod
     def vmap(*_: Any) -> Any:
         raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
-
-
-TaskStreams.forward.__signature__ = POSITIONAL  # type: ignore[attr-defined]
