@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 BENCH_ARGS ?=
-# Whole files run side by side: what a file's tests share is made once.
-PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
+# Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
+PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: bench test lint wheel wheel-check clean
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,13 +20,19 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 M_PERTURB = -6
+COMPILES_FOR_MINUTES = ("test_triton_gate.py",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what "avx512_bf16" would repeat: it has kernels of its own for bfloat16 alone."""
+    """Leaves out what "avx512_bf16" would repeat: it has kernels of its own for bfloat16 alone.
+
+    The files that compile for minutes come first, then those with many tests: else one process ends with them, alone.
+    """
     repeated = [item for item in items if _repeats_avx512(**getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if item not in repeated]
+    tests_of = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in COMPILES_FOR_MINUTES, -tests_of[item.path], item.path))
 
 
 def _repeats_avx512(kernels: str = "", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
