@@ -53,7 +53,8 @@ class Comparison:
     differences: dict[str, Differences]
 
 
-def _prepared(variant: str, faces: Faces, device: torch.device) -> tuple[Callable[[], Tensor], CelebaNetwork]:
+def prepared_step(variant: str, faces: Faces, device: torch.device) -> tuple[Callable[[], Tensor], CelebaNetwork]:
+    """A training step of a variant's fresh network, to be called again and again, and the network."""
     tasks = faces.labels.shape[1]
     network = task_specific_network(variant, tasks).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
@@ -66,7 +67,7 @@ def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_nam
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     faces = Faces(torch.from_numpy(images), torch.from_numpy(labels), "")
-    step, network = _prepared(variant, faces, device)
+    step, network = prepared_step(variant, faces, device)
     before, _ = memory_in_use(device)
     loss = step()
     _, peak = memory_in_use(device)
@@ -123,7 +124,7 @@ def check(steps: Mapping[str, Step]) -> None:
 
 def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> Comparison:
     """Times steps of the variants in turns; the rest is of their first steps, which have been checked."""
-    candidates = {variant: step_candidate(_prepared(variant, faces, device)[0]) for variant in VARIANTS}
+    candidates = {variant: step_candidate(prepared_step(variant, faces, device)[0]) for variant in VARIANTS}
     summaries = measure(candidates, plan, clock_for(device))
     return Comparison(
         times={variant: passes[0] for variant, passes in summaries.items()},

@@ -1,0 +1,81 @@
+"""Nsight Compute: the command that measures our kernels, and the reader of the table that it writes."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = "gpu__time_duration.sum"
+READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
+MEMORY_SHARE = "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed"
+OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
+REGISTERS = "launch__registers_per_thread"
+LOCAL_BYTES = "smsp__inst_executed_op_local.sum"  # spills: there should be none
+SECTORS = (
+    "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio"  # 16 for whole 16-byte accesses of a warp
+)
+METRICS = (SECONDS, READ, WRITTEN, MEMORY_SHARE, OCCUPANCY, REGISTERS, LOCAL_BYTES, SECTORS)
+
+_SCALES = {
+    "%": 1.0, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,
+    "second": 1.0, "msecond": 1e-3, "usecond": 1e-6, "nsecond": 1e-9, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9,
+    "register/thread": 1.0, "inst": 1.0, "sector/request": 1.0, "": 1.0,
+}  # fmt: skip
+
+
+class NcuError(ValueError):
+    """A file that is not a table of Nsight Compute with our metrics."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: seconds, bytes, shares in percent, counts."""
+
+    kernel: str
+    values: dict[str, float]
+
+    @property
+    def bytes_per_second(self) -> float:
+        """From and to memory."""
+        return (self.values[READ] + self.values[WRITTEN]) / self.values[SECONDS]
+
+
+def command(kernels: Sequence[str], csv_path: Path, program: Sequence[str]) -> str:
+    """The command line that measures every launch of ``kernels`` while ``program`` runs, into ``csv_path``."""
+    names = "regex:^(" + "|".join(re.escape(name) for name in kernels) + ")$"
+    options = {
+        "--page": "raw",
+        "--log-file": str(csv_path),
+        "--kernel-name-base": "mangled",
+        "--kernel-name": names,
+        "--metrics": ",".join(METRICS),
+    }
+    return shlex.join(["ncu", "--csv", *(part for option in options.items() for part in option), *program])
+
+
+def read(path: Path) -> list[Launch]:
+    """The launches of a file that :func:`command` wrote.
+
+    Raises:
+        NcuError: it has no such table, or another unit than expected.
+    """
+    lines = [line for line in path.read_text().splitlines() if line.startswith('"')]  # ncu's own messages start with ==
+    header, units, *rows = csv.reader(lines) if len(lines) >= 2 else ([], [])
+    missing = [name for name in ("Kernel Name", *METRICS) if name not in header]
+    if missing:
+        raise NcuError(f"{path} has no column {', '.join(missing)}; write it with the command that profile prints")
+    launches = []
+    for row in rows:
+        cells = dict(zip(header, zip(row, units, strict=True), strict=True))
+        values = {}
+        for name in METRICS:
+            text, unit = cells[name]
+            if unit not in _SCALES:
+                raise NcuError(f"{path} has {name} in {unit!r}; known are {', '.join(filter(None, _SCALES))}")
+            values[name] = float(text.replace(",", "")) * _SCALES[unit]
+        launches.append(Launch(cells["Kernel Name"][0], values))
+    return launches
