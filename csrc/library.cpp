@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("forward_training", TORCH_BOX(&tsbn::cpu::forward_training));
   m.impl("forward_eval", TORCH_BOX(&tsbn::cpu::forward_eval));
   m.impl("backward", TORCH_BOX(&tsbn::cpu::backward));
+  m.impl("moments", TORCH_BOX(&tsbn::cpu::moments));
+  m.impl("input_gradient", TORCH_BOX(&tsbn::cpu::input_gradient));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {

@@ -36,7 +36,7 @@ from tsbn_kernels.backends.triton.passes import Pass
 from tsbn_kernels.plan import Device
 
 PACKAGE = "tsbn_kernels.backends.triton"
-OPERATORS = ("forward_training", "forward_eval", "backward")
+OPERATORS = ("forward_training", "forward_eval", "backward", "moments", "input_gradient")
 
 
 # ---- the interpreter -------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Builder(interpreter.InterpreterBuilder):
         return super().create_masked_store(ptrs, value, mask, *options)
 
     def _check(self, what: str, ptrs: Any, mask: Any) -> Any:
-        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data]
+        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]  # "and" makes integers of masks
         inside = np.zeros(addresses.shape, bool)
         for first, last in self.spans:
             inside |= (addresses >= first) & (addresses < last)

@@ -2,8 +2,9 @@
 
 All are functional. ``x`` is a stacked activation that :func:`tsbn_kernels.layout.family` accepts, or where ``shared``
 is set one input ``[N, C, *]`` for all tasks; ``residual`` and ``dy`` are stacked, of its family. Parameters and
-statistics are ``[T, C]``; statistics are float64 for float64 input, else float32. ``activation`` is ``"none"`` or one
-of :data:`tsbn_kernels.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too (see the reference).
+statistics are ``[T, C]``; statistics are float64 for float64 input, else float32; moments are float64. ``activation``
+is ``"none"`` or one of :data:`tsbn_kernels.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too
+(see the reference).
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ _library.define(
     " str stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias, Tensor? bias=None,"
     f" {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
+# For a batch that is spread over processes: see tsbn_kernels/synchronized.py.
+_library.define("moments(Tensor x, int num_tasks, str stacking, bool shared=False) -> (Tensor mean, Tensor var)")
+_library.define(
+    "input_gradient(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean, Tensor dz_xhat_mean,"
+    f" int num_tasks, float eps, str gate, str stacking, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False)"
+    " -> (Tensor dx, Tensor dresidual)"
+)
 
 # The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
 # first, CUDA C++ where Triton is missing or broken.
-_NAMES = ("forward_training", "forward_eval", "backward")
+_NAMES = ("forward_training", "forward_eval", "backward", "moments", "input_gradient")
 cuda.load()
 for _name in _NAMES:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -59,6 +67,8 @@ class Operators(NamedTuple):
     forward_training: Callable[..., Any]
     forward_eval: Callable[..., Any]
     backward: Callable[..., Any]
+    moments: Callable[..., Any]
+    input_gradient: Callable[..., Any]
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,11 +83,9 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_dispatched = Operators(
-    torch.ops.tsbn.forward_training.default, torch.ops.tsbn.forward_eval.default, torch.ops.tsbn.backward.default
-)
+_dispatched = Operators(*(getattr(torch.ops.tsbn, name).default for name in _NAMES))
 _reference = Operators(*(_below_autograd(getattr(reference, name)) for name in _NAMES))
-_cuda = Operators(cuda.forward_training, cuda.forward_eval, cuda.backward)
+_cuda = Operators(*(getattr(cuda, name) for name in _NAMES))
 
 
 @cache
@@ -157,3 +165,34 @@ def _(
     dweight, dbias = (weight.new_empty(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
     dresidual = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
     return dx, dweight, dbias, dresidual
+
+
+@torch.library.register_fake("tsbn::moments", lib=_library)
+def _(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+    channels = x.shape[layout.channel_axis(layout.input_stacking(stacking, shared))]
+    mean = x.new_empty((num_tasks, channels), dtype=torch.float64)
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("tsbn::input_gradient", lib=_library)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dz_mean: Tensor,
+    dz_xhat_mean: Tensor,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
+    need_dresidual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    dresidual = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+    return layout.empty_like(x, layout.input_stacking(stacking, shared)), dresidual

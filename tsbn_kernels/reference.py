@@ -34,8 +34,7 @@ def gate_values(weight: Tensor, gate: str) -> Tensor:
 
 def gate_slope(weight: Tensor, gate: str) -> Tensor:
     """Derivative of :func:`gate_values` with respect to ``weight``, shape ``[T, C]``."""
-    value = gate_values(weight, gate)
-    return value * (1 - value) if gate == "sigmoid" else torch.ones_like(weight)
+    return torch.sigmoid(weight) * torch.sigmoid(-weight) if gate == "sigmoid" else torch.ones_like(weight)
 
 
 def _wide_view(x: Tensor, num_tasks: int, stacking: str) -> Tensor:
@@ -60,6 +59,23 @@ def statistics(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -
     mean = view.mean(dim=(1, 3))
     var = (view - _spread(mean)).square().mean(dim=(1, 3))
     return (mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)) if shared else (mean, var)
+
+
+def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+    """The same as :func:`statistics` in float64: a part's, which are to be joined with those of other parts."""
+    return statistics(x.double(), num_tasks, stacking, shared)
+
+
+def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of R parts taken together, from those of each part and how many values it has.
+
+    ``mean`` and ``var`` are ``[R, ...]``, ``count`` broadcasts to them; a part may be empty. Deviations are taken from
+    the joined mean, so nothing cancels where ``|mean| >> std`` (Chan, Golub and LeVeque, 1983).
+    """
+    share = count / count.sum(0).clamp_min(1)
+    rough = (mean * share).sum(0)
+    joined = rough + ((mean - rough) * share).sum(0)  # the first sum's rounding is as large as the mean's
+    return joined, ((var + (mean - joined).square()) * share).sum(0)
 
 
 def _affine(
@@ -153,38 +169,88 @@ def backward(
     With ``activation="inverse_leaky_relu"`` the operand x is the leaky ReLU of what takes its place: an output that was
     kept instead of the input. Its mean and variance are then those given.
     """
-    inverse = activation == "inverse_leaky_relu"
-    if training and not inverse:
+    if training and activation != "inverse_leaky_relu":
         mean, var = statistics(x, num_tasks, stacking, shared)
-    dtype = accumulate_dtype(x.dtype)
-    view, grad = _input_view(x, num_tasks, stacking, shared), _wide_view(dy, num_tasks, stacking)
-    raw, mean, rstd = weight.to(dtype), mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
-    if inverse:
-        grad = grad * activation_slope(view, "leaky_relu", slope)
-        view = invert_leaky_relu(view, slope)
-    elif activation != "none":
-        added = None if residual is None else _wide_view(residual, num_tasks, stacking)
-        z = _affine(view, raw, None if bias is None else bias.to(dtype), added, mean, rstd, gate)
-        grad = grad * activation_slope(z, activation, slope)
-    xhat = (view - _spread(mean)) * _spread(rstd)
-    total, dot = grad.sum(dim=(1, 3)), (grad * xhat).sum(dim=(1, 3))
+    epilogue = bias, residual, activation, slope, shared
+    dz, xhat, scale = _before_activation(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *epilogue)
+    total, dot = dz.sum(dim=(1, 3)), (dz * xhat).sum(dim=(1, 3))
 
     nothing = x.new_empty(0)
     dx, dweight, dbias, dresidual = nothing, weight.new_empty(0), weight.new_empty(0), nothing
     if need_dresidual:
-        dresidual = layout.from_task_view(
-            grad.to(x.dtype), *layout.output_sizes(x, num_tasks, stacking, shared), stacking
-        )
+        dresidual = _stacked(dz, x, num_tasks, stacking, shared)
     if need_dx:
         if training:
-            positions = max(1, view.shape[1] * view.shape[3])
-            grad = grad - _spread(total / positions) - xhat * _spread(dot / positions)
-        streams = grad * _spread(gate_values(raw, gate) * rstd)
-        wide = streams.sum(0, keepdim=True) if shared else streams
-        order = layout.input_stacking(stacking, shared)
-        dx = layout.from_task_view(wide.to(x.dtype), x.shape, layout.dense_strides(x, order), order)
+            positions = max(1, dz.shape[1] * dz.shape[3])
+            dz = _centred(dz, xhat, total / positions, dot / positions)
+        dx = _of_input(dz * _spread(scale), x, stacking, shared)
     if need_dweight:
-        dweight = (gate_slope(raw, gate) * dot).to(weight.dtype)
+        dweight = (gate_slope(weight.to(dot.dtype), gate) * dot).to(weight.dtype)
     if need_dbias:
         dbias = total.to(weight.dtype)
     return dx, dweight, dbias, dresidual
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dz_mean: Tensor,
+    dz_xhat_mean: Tensor,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
+    need_dresidual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and residual where x is a part of the batch, which has the statistics ``mean`` and ``var``.
+
+    The means ``[T, C]`` of ``dz = dy * act'(z)`` and of ``dz * xhat`` are those over the whole batch, too. An empty
+    tensor for the residual's where it is not needed.
+    """
+    epilogue = bias, residual, activation, slope, shared
+    dz, xhat, scale = _before_activation(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *epilogue)
+    dresidual = _stacked(dz, x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+    centred = _centred(dz, xhat, dz_mean.to(dz.dtype), dz_xhat_mean.to(dz.dtype))
+    return _of_input(centred * _spread(scale), x, stacking, shared), dresidual
+
+
+def _before_activation(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
+    stacking: str, bias: Tensor | None, residual: Tensor | None, activation: str, slope: float, shared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``dz = dy * act'(z)`` and xhat as views in the accumulate dtype, and ``g(weight) * rstd``, ``[T, C]``."""
+    dtype = accumulate_dtype(x.dtype)
+    view, dz = _input_view(x, num_tasks, stacking, shared), _wide_view(dy, num_tasks, stacking)
+    raw, mean, rstd = weight.to(dtype), mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
+    if activation == "inverse_leaky_relu":
+        dz = dz * activation_slope(view, "leaky_relu", slope)
+        view = invert_leaky_relu(view, slope)
+    elif activation != "none":
+        added = None if residual is None else _wide_view(residual, num_tasks, stacking)
+        z = _affine(view, raw, None if bias is None else bias.to(dtype), added, mean, rstd, gate)
+        dz = dz * activation_slope(z, activation, slope)
+    return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, gate) * rstd
+
+
+def _centred(dz: Tensor, xhat: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor) -> Tensor:
+    return dz - _spread(dz_mean) - xhat * _spread(dz_xhat_mean)
+
+
+def _stacked(view: Tensor, x: Tensor, num_tasks: int, stacking: str, shared: bool) -> Tensor:
+    """A view of all tasks as y is stacked."""
+    return layout.from_task_view(view.to(x.dtype), *layout.output_sizes(x, num_tasks, stacking, shared), stacking)
+
+
+def _of_input(view: Tensor, x: Tensor, stacking: str, shared: bool) -> Tensor:
+    """A view of all tasks as x is stacked; of a shared x, their sum."""
+    order = layout.input_stacking(stacking, shared)
+    wide = view.sum(0, keepdim=True) if shared else view
+    return layout.from_task_view(wide.to(x.dtype), x.shape, layout.dense_strides(x, order), order)

@@ -82,7 +82,7 @@ void run_separate(Work& w, bool sums) {
 
 // The backward of tasks that share one x: a first pass sums h over the tasks, the second makes dx of it. h lies in dx's
 // own memory where that holds the accumulate type; else in a workspace, so that nothing is rounded twice.
-void run_shared(Work& w) {
+void run_shared(Work& w, Finish finish) {
   const Kernels& kernel = kernels(w.family, w.dtype);
   const bool needs_dx = w.out.data != nullptr, half = w.dtype == DType::f16 || w.dtype == DType::bf16;
   PooledMemory workspace(needs_dx && half ? size_t(w.N * w.C * w.S) * sizeof(float) : 0);
@@ -90,10 +90,23 @@ void run_shared(Work& w) {
   w.stream = should_stream(w, w.dresidual, w.T);
   Work last = w;
   last.stream = half && should_stream(w, w.out, 1);
-  const Reduction products{kernel.epilogue(w.activation).shared_products, merge_sums, kernel.vectors.backward,
+  const Reduction products{kernel.epilogue(w.activation).shared_products, merge_sums, finish,
                            2 * w.channels() * w.T};
   reduce_then_apply(w, products, needs_dx && (half || w.training),
                     [&](int64_t group, int64_t chunk) { kernel.slabs.finish_shared(last, group, chunk); });
+}
+
+// Mean and variance of a group, with all their digits.
+void store_moments(const Work& w, int64_t group, const double* total) {
+  const int64_t channels = w.channels();
+  for (int64_t k = 0; k < w.fan(); ++k) {
+    const int64_t first = group * channels + k * w.C;
+    double *mean = static_cast<double*>(w.vectors.center) + first, *var = static_cast<double*>(w.vectors.var) + first;
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = total[c];
+      var[c] = total[channels + c] / w.positions;
+    }
+  }
 }
 
 }  // namespace
@@ -197,12 +210,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
       z.vectors.shift = w.vectors.z_shift = space.vector();
       kernel.vectors.eval(z);
     }
-    if (shared) run_shared(w);
+    if (shared) run_shared(w, kernel.vectors.backward);
     else run_separate(w, need_dweight || need_dbias || (training && need_dx));
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
     if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
   return {dx, dweight, dbias, dresidual};
+}
+
+std::tuple<Tensor, Tensor> moments(Tensor x, int64_t num_tasks, std::string stacking, bool shared) {
+  Work w = work_of(x, {num_tasks, stacking, shared}, 0, "none", 0);
+  Tensor mean = allocate({w.T, w.C}, {w.C, 1}, ScalarType::Double), var = allocate_like(mean, {w.C, 1});
+  if (x.numel() == 0) {
+    fill_zero(mean), fill_zero(var);
+    return {mean, var};
+  }
+  cut(w);
+  w.vectors.center = mean.mutable_data_ptr();
+  w.vectors.var = var.mutable_data_ptr();
+  const Kernels& kernel = kernels(w.family, w.dtype);
+  const Reduction moments{kernel.slabs.moments, merge_all_moments, store_moments, 2 * w.channels()};
+  reduce_then_apply(w, moments, false, [](int64_t, int64_t) {});
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> input_gradient(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean,
+                                          Tensor dz_xhat_mean, int64_t num_tasks, double eps, std::string gate,
+                                          std::string stacking, std::optional<Tensor> bias,
+                                          std::optional<Tensor> residual, std::string activation, double slope,
+                                          bool shared, bool need_dresidual) {
+  const Stacking stacked{num_tasks, stacking, shared};
+  Work w = work_of(x, stacked, eps, activation, slope);
+  const bool plain = w.activation == Activation::none;
+  STD_TORCH_CHECK(w.activation != Activation::inverse_leaky_relu, "tsbn: there is no input_gradient of an inverse");
+  STD_TORCH_CHECK(!need_dresidual || !plain, "tsbn: without an activation dy is the gradient of residual");
+  Tensor dx = empty_input(w, x, stacked, w.out);
+  Tensor dresidual = need_dresidual ? empty_stacked(w, x, stacked, w.dresidual) : allocate({0}, {1}, x.scalar_type());
+  if (x.numel() == 0) return {dx, dresidual};
+  w.dy = stacked_operand(w, dy, x, stacked, "dy");
+  if (residual && !plain) w.residual = stacked_operand(w, *residual, x, stacked, "residual");
+  cut(w);
+  const Kernels& kernel = kernels(w.family, w.dtype);
+
+  with_accumulate_type(w, [&](auto zero) {
+    using A = decltype(zero);
+    Workspace<A> space(w.T, w.C);
+    set_gates(w, space, weight, gate);
+    w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
+    w.vectors.var = const_cast<A*>(space.values(var, "var"));
+    w.vectors.dz_mean = space.values(dz_mean, "dz_mean");
+    w.vectors.dz_xhat_mean = space.values(dz_xhat_mean, "dz_xhat_mean");
+    for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale}) *v = space.vector();
+    kernel.vectors.given(w);
+    if (!plain || shared) {
+      Work z = w;
+      z.vectors.bias = plain ? space.filled(0) : space.values_or_zeros(bias, "bias");
+      z.vectors.scale = w.vectors.z_scale = space.vector();
+      z.vectors.shift = w.vectors.z_shift = space.vector();
+      kernel.vectors.eval(z);
+    }
+    if (shared) run_shared(w, [](const Work&, int64_t, const double*) {});
+    else run_separate(w, false);
+  });
+  return {dx, dresidual};
 }
 
 }  // namespace tsbn::cpu

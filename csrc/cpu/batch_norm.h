@@ -26,4 +26,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
                                                     std::optional<Tensor> residual, std::string activation,
                                                     double slope, bool shared, bool need_dresidual);
 
+// What a batch that is spread over processes needs: its own part's moments, and the gradient by means over the whole.
+std::tuple<Tensor, Tensor> moments(Tensor x, int64_t num_tasks, std::string stacking, bool shared);
+
+std::tuple<Tensor, Tensor> input_gradient(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean,
+                                          Tensor dz_xhat_mean, int64_t num_tasks, double eps, std::string gate,
+                                          std::string stacking, std::optional<Tensor> bias,
+                                          std::optional<Tensor> residual, std::string activation, double slope,
+                                          bool shared, bool need_dresidual);
+
 }  // namespace tsbn::cpu

@@ -68,6 +68,10 @@ struct Coefficients {
   static void backward(const Work& w, int64_t group, const double* total) {
     const int64_t channels = w.channels(), first = group * channels;
     for (int64_t k = 0; k < w.fan(); ++k) backward_of(w, first + k * w.C, total + 2 * channels * k);
+    add_tasks(w, first, channels);
+  }
+
+  static void add_tasks(const Work& w, int64_t first, int64_t channels) {
     A *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
     for (int64_t k = 1; k < w.fan(); ++k) {
       TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
@@ -96,5 +100,19 @@ struct Coefficients {
     }
   }
 
-  static constexpr VectorKernels kernels{gates, eval, forward, backward};
+  // The same from means that are given, for all of [T*C].
+  static void given(const Work& w) {
+    const A *gate = vector(w.vectors.gate), *var = vector(w.vectors.var), *mean = vector(w.vectors.dz_mean),
+            *dot = vector(w.vectors.dz_xhat_mean);
+    A *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift), *dy_scale = vector(w.vectors.dy_scale);
+    TSBN_NO_OVERLAP for (int64_t i = 0; i < w.T * w.C; ++i) {
+      const A rstd = 1 / root(var[i] + A(w.eps)), factor = gate[i] * rstd;
+      dy_scale[i] = factor;
+      scale[i] = -factor * rstd * dot[i];
+      shift[i] = -factor * mean[i];
+    }
+    if (w.shared) add_tasks(w, 0, w.C);
+  }
+
+  static constexpr VectorKernels kernels{gates, eval, given, forward, backward};
 };

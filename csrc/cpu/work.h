@@ -66,6 +66,7 @@ struct Vectors {
   void *scale = nullptr, *shift = nullptr, *dy_scale = nullptr;
   void *z_scale = nullptr, *z_shift = nullptr;  // z = (x - center) * z_scale + z_shift + residual, in the backward
   void *dweight = nullptr, *dbias = nullptr;
+  const void *dz_mean = nullptr, *dz_xhat_mean = nullptr;  // given: of dz = dy * act'(z), and of dz * xhat
 };
 
 // A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels. Where x
@@ -114,7 +115,8 @@ struct SlabKernels {
 
 struct VectorKernels {
   void (*gates)(const Work&);  // weight -> gate, slope (where wanted)
-  void (*eval)(const Work&);   // gate, bias, var -> scale, shift
+  void (*eval)(const Work&);   // gate, bias, var -> scale, shift of the forward
+  void (*given)(const Work&);  // gate, var, dz_mean, dz_xhat_mean -> scale, shift, dy_scale of the backward
   Finish forward;              // moments -> center, var, scale, shift
   Finish backward;             // products -> dweight, dbias, scale, shift, dy_scale
 };

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout
+from tsbn_kernels import layout, reference
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan import devices
 from tsbn_kernels.reference import accumulate_dtype
@@ -300,3 +300,52 @@ def backward(
         empty if dbias is None else dbias,
         nothing if dresidual is None else dresidual,
     )
+
+
+def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+    """See :func:`tsbn_kernels.reference.moments`.
+
+    There is no kernel of its own: y is computed too, and dropped; and the digits are those of the statistics' dtype.
+    """
+    tasks, order = 1 if shared else num_tasks, layout.input_stacking(stacking, shared)
+    weight = x.new_ones((tasks, x.shape[layout.channel_axis(order)]), dtype=accumulate_dtype(x.dtype))
+    _, mean, var = forward_training(x, weight, None, tasks, 1.0, "identity", order)
+    mean, var = mean.double(), var.double()
+    return (mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)) if shared else (mean, var)
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dz_mean: Tensor,
+    dz_xhat_mean: Tensor,
+    num_tasks: int,
+    eps: float,
+    gate: str,
+    stacking: str,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    slope: float = 0.0,
+    shared: bool = False,
+    need_dresidual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`tsbn_kernels.reference.input_gradient`. There is no kernel of its own.
+
+    ``dx = gate * rstd * dz - gate * rstd * (dz_mean + xhat * dz_xhat_mean)``: the first term is the gradient by given
+    statistics, the second a normalisation of x, to which the first is the residual. Half precision rounds it twice.
+    """
+    dx, _, _, dresidual = backward(
+        dy, x, weight, mean, var, num_tasks, eps, gate, stacking, False, True, False, False, bias, residual,
+        activation, slope, shared, need_dresidual,
+    )  # fmt: skip
+    scale = -reference.gate_values(weight.to(var.dtype), gate) * torch.rsqrt(var + eps)
+    slopes, offsets = scale * dz_xhat_mean, scale * dz_mean
+    if shared:
+        slopes, offsets = slopes.sum(0, keepdim=True), offsets.sum(0, keepdim=True)
+        mean, var, num_tasks, stacking = mean[:1], var[:1], 1, layout.input_stacking(stacking, shared)
+    dx = forward_eval(x, slopes, offsets, mean, var, num_tasks, eps, "identity", stacking, dx)
+    return dx, dresidual

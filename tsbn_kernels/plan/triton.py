@@ -52,6 +52,13 @@ def _fan_out(work: Work, device: Device) -> Plan:
     return _split(whole, "split", min(MAX_SPLITS, max(2, WAVES * wave // whole.slabs)))
 
 
+def apart(work: Work, device: Device) -> Plan:
+    """The plan of a pass that is half of another: the sums alone, or the output by sums that others have made."""
+    whole = _plan(work, device, "split", _tile(work, device))
+    wave = device.multiprocessors * whole.resident_programs
+    return _split(whole, "split", min(MAX_SPLITS, max(1, WAVES * wave // whole.slabs)))
+
+
 def alternatives(plan: Plan) -> list[Plan]:
     """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
     if plan.variant == "resident":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tsbn_kernels.backends.triton.passes import Pass, view_of
@@ -66,7 +65,7 @@ class FanOutBackward(Pass):
         source, result = View(x, *self.x), view_of(dx, self.dx)
         split = self.plan.variant == "split"
         incomplete = split and work.training and dx is not None
-        gathered = self._workspace(dx) if dx is not None and incomplete else dx
+        gathered = self.workspace(dx) if dx is not None and incomplete else dx
         partials = self.partials(2, weight) if split else None
         now = (None, None, partials) if split else (dweight, dbias, None)
         self.gather(
@@ -78,9 +77,3 @@ class FanOutBackward(Pass):
             self.sums(weight, mean, var, dweight, dbias, partials, terms, *counts)
             if incomplete:
                 self.gradient(source, view_of(gathered, self.dx), result, mean, terms, *counts)
-
-    def _workspace(self, dx: Tensor) -> Tensor:
-        """Where the tasks' gradients of x are added up: in dx itself if it has the dtype of the sums."""
-        if dx.dtype == self.accumulate:
-            return dx
-        return torch.empty_strided(*self.input_sizes, dtype=self.accumulate, device=dx.device)

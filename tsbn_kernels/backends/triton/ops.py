@@ -13,14 +13,15 @@ from torch import Tensor
 from tsbn_kernels import layout
 from tsbn_kernels.backends.triton.autotune import choose
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
+from tsbn_kernels.backends.triton.joined import InputGradient, Moments
 from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.plan import triton as rules
 from tsbn_kernels.plan.work import INVERSE
 from tsbn_kernels.reference import accumulate_dtype
 
-_forwards: dict[Hashable, Forward | FanOutForward] = {}
-_backwards: dict[Hashable, Backward | FanOutBackward] = {}
+_forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
+_backwards: dict[Hashable, Any] = {}
 
 
 @cache
@@ -148,3 +149,50 @@ def backward(
         none if result is None else result for result, none in zip(results, empty, strict=True)
     )
     return dx, dweight, dbias, dresidual
+
+
+def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+    """See :func:`tsbn_kernels.reference.moments`."""
+    if shared:
+        mean, var = moments(x, 1, layout.input_stacking(stacking, shared))
+        return mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
+    if x.numel() == 0:
+        mean = x.new_zeros((num_tasks, x.shape[layout.channel_axis(stacking)]), dtype=torch.float64)
+        return mean, mean.clone()
+    key = "moments", _class(x), num_tasks, stacking
+    run = _forwards.get(key)
+    if run is None:
+        plan = rules.apart(work_of(x, num_tasks, stacking), _device(x.device))
+        run = _forwards[key] = Moments(plan, x, num_tasks, stacking)
+    with _on(x.device):
+        result: tuple[Tensor, Tensor] = run(x)
+    return result
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor,
+    num_tasks: int, eps: float, gate: str, stacking: str, bias: Tensor | None = None, residual: Tensor | None = None,
+    activation: str = "none", slope: float = 0.0, shared: bool = False, need_dresidual: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`tsbn_kernels.reference.input_gradient`."""
+    if x.numel() == 0:
+        empty = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+        return torch.empty_like(x), empty
+    if activation == "none":
+        bias = residual = None
+    dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
+    epilogue = None if residual is None else _class(residual), activation, slope, shared, need_dresidual
+    key = "input_gradient", _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, epilogue
+    run: Any = _backwards.get(key)
+    if run is None:
+        work = work_of(
+            x, num_tasks, stacking, direction="backward", training=not shared, needs_dweight=False,
+            parameter_size=weight.element_size(), activation=activation, residual=residual is not None,
+            needs_dresidual=need_dresidual, fan_out=shared,
+        )  # fmt: skip
+        plan = (rules.plan if shared else rules.apart)(work, _device(x.device))
+        run = _backwards[key] = InputGradient(plan, dy, x, num_tasks, stacking, eps, gate, residual, slope)
+    dx, dresidual = run.input_like(x), run.stacked_like(x) if need_dresidual else None
+    with _on(x.device):
+        run(dy, x, *_contiguous(weight, bias, mean, var), residual, dz_mean, dz_xhat_mean, dx, dresidual)
+    return dx, x.new_empty(0) if dresidual is None else dresidual

@@ -119,6 +119,12 @@ class Pass:
         tasks, _, channels, _ = self.sizes
         return like.new_empty((rows, self.plan.splits, tasks, channels), dtype=self.accumulate)
 
+    def workspace(self, dx: Tensor) -> Tensor:
+        """Where the tasks' gradients of a shared x are added up: in dx itself if it has the dtype of the sums."""
+        if dx.dtype == self.accumulate:
+            return dx
+        return torch.empty_strided(*self.input_sizes, dtype=self.accumulate, device=dx.device)
+
 
 class Forward(Pass):
     """Statistics and y, or y by given statistics."""
