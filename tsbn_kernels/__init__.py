@@ -2,7 +2,7 @@
 
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
-from tsbn_kernels.convert import convert_model, revert_model
+from tsbn_kernels.convert import convert_model, convert_sync_batchnorm, revert_model
 from tsbn_kernels.fold import export_task, fold_into_conv
 from tsbn_kernels.late import LateFanOut
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
@@ -20,6 +20,7 @@ __all__ = [
     "LateFanOut",
     "MultiTaskModel",
     "convert_model",
+    "convert_sync_batchnorm",
     "export_task",
     "fold_into_conv",
     "functional",

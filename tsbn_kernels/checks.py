@@ -29,8 +29,10 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def check_recovery(activation: str | None, negative_slope: float, with_more: bool) -> None:
+def check_recovery(activation: str | None, negative_slope: float, with_more: bool, synchronized: bool) -> None:
     """Raises ValueError where the input cannot be had from the output; ``with_more``: a residual or fan-out."""
+    if synchronized:
+        raise ValueError("recover_input=True does not work with a process_group; use recompute_outputs()")
     if not recovery.invertible(activation or "none", negative_slope):
         raise ValueError(
             f"recover_input=True needs an output that can be inverted: activation None, or 'leaky_relu' with a "

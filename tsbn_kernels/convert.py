@@ -67,7 +67,7 @@ def convert_model(
     """Replaces every batch normalisation of a model by a task-specific one for ``num_tasks`` streams.
 
     ``nn.BatchNorm1d``, ``2d``, ``3d``, ``nn.SyncBatchNorm`` and timm's ``BatchNormAct2d`` become ``FusedTSigmaBN1d``,
-    ``2d``, ``3d``, ``FusedTSigmaBN`` (statistics of each process alone) and ``FusedTSigmaBNAct2d``. A module that
+    ``2d``, ``3d``, ``FusedTSigmaBN`` (with the ``process_group``) and ``FusedTSigmaBNAct2d``. A module that
     stands in several places is replaced by one layer in all of them. ``eps``, ``momentum``, ``track_running_stats``,
     ``requires_grad`` of the weight, training mode, device and dtypes stay.
 
@@ -111,7 +111,8 @@ def convert_model(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if not inplace:
-        model = copy.deepcopy(model)
+        groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+        model = copy.deepcopy(model, {id(group): group for group in groups})  # which cannot be copied
     excluded = _modules_under(model, (exclude,) if isinstance(exclude, str) else exclude)
     layers: dict[nn.Module, FusedTSigmaBN] = {
         module: _task_specific(module, name, model, num_tasks, variant, stacking, pretrained)
@@ -142,6 +143,32 @@ def revert_model(model: nn.Module, task: int) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-specific layer to revert")
     return _replace(model, {**layers, **activations})
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Lets every task-specific layer of a model synchronise its statistics over the ranks of a process group.
+
+    The counterpart of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which is for the plain layers of a model.
+
+    Args:
+        model: is changed in place.
+        process_group: a ``torch.distributed.ProcessGroup``; None stands for all ranks.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no task-specific layer, or one of them has ``recover_input=True``.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedTSigmaBN)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no task-specific layer to synchronise")
+    for name, layer in layers:
+        if layer.recover_input:
+            raise ValueError(f"{name!r} has recover_input=True, which does not work with a process_group; set it False")
+    for _, layer in layers:
+        layer.process_group = process_group or "world"
+    return model
 
 
 def _fuse(
@@ -221,6 +248,8 @@ def _task_specific(
         dtype=like.dtype,
     )
     layer.track_running_stats = module.track_running_stats
+    if isinstance(module, nn.SyncBatchNorm):
+        layer.process_group = module.process_group or "world"
     if pretrained:
         layer.load_state_dict(state, assign=True)  # assigned, for statistics may have a dtype of their own
     for plain, parameter in ((module.weight, layer.weight), (module.bias, layer.bias)):

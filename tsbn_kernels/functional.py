@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, checks, layout, recompute
+from tsbn_kernels import autograd, backends, checks, layout, recompute, synchronized
 from tsbn_kernels.streams import TaskStreams
 
 
@@ -30,6 +30,7 @@ def task_batch_norm(
     negative_slope: float = 0.01,
     fan_out: bool = False,
     recover_input: bool = False,
+    process_group: synchronized.GroupLike = None,
 ) -> Tensor:
     """Batch normalisation with statistics, gate and bias of its own for each task, and what follows it in a network.
 
@@ -58,6 +59,10 @@ def task_batch_norm(
             has T streams in ``stacking``.
         recover_input: save y in place of x for the backward pass, see :mod:`tsbn_kernels.recovery`. It spares memory
             where a convolution follows, which saves y anyway. No effect inside ``torch.compile``.
+        process_group: in training, normalise by the statistics of the batches of all ranks of a
+            ``torch.distributed.ProcessGroup`` taken together (``"world"``: of all ranks), which may have different
+            sizes, or none: see :mod:`tsbn_kernels.synchronized`. All ranks must make the same calls in the same order.
+            None: those of this process alone.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype and memory format of ``x``.
@@ -65,13 +70,14 @@ def task_batch_norm(
     Raises:
         ValueError: a shape or option does not fit, or training has one value per channel.
         TypeError: a dtype is not supported.
-        RuntimeError: tensors lie on different devices.
+        RuntimeError: tensors lie on different devices. With a ``process_group``: ``torch.distributed`` is not
+            initialised, the ranks' tasks or channels differ, or a second derivative is asked for.
     """
     y: Tensor
     (y,) = _call(
         autograd.apply, x, weight, bias, running_mean, running_var, residual, num_tasks=num_tasks, training=training,
         momentum=momentum, eps=eps, gate=gate, stacking=stacking, activation=activation,
-        negative_slope=negative_slope, fan_out=fan_out, recover_input=recover_input,
+        negative_slope=negative_slope, fan_out=fan_out, recover_input=recover_input, process_group=process_group,
     )  # fmt: skip
     return y
 
@@ -81,7 +87,7 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
 
     A backward pass that comes from some of them computes those tasks alone: with ``fan_out`` T backward passes over a
     retained graph, as multi-task weighting methods make them, cost one task each. Where all come at once their
-    gradients are first copied into one stack.
+    gradients are first copied into one stack. With a ``process_group`` every backward pass computes all tasks.
 
     Raises:
         ValueError: also where ``recover_input`` is set.
@@ -110,9 +116,11 @@ def _call(
     negative_slope: float = 0.01,
     fan_out: bool = False,
     recover_input: bool = False,
+    process_group: synchronized.GroupLike = None,
 ) -> list[Tensor]:
     checks.check_options(num_tasks, gate, stacking, activation)
-    checks.check_input(x, num_tasks, stacking, fan_out, training)
+    group = synchronized.group_of(process_group) if training else None
+    checks.check_input(x, num_tasks, stacking, fan_out, training and group is None)
     order = layout.input_stacking(stacking, fan_out)
     channels = x.shape[layout.channel_axis(order)]
     vectors = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
@@ -122,7 +130,7 @@ def _call(
         elif not training and name.startswith("running"):
             raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
     if recover_input:
-        checks.check_recovery(activation, negative_slope, fan_out or residual is not None)
+        checks.check_recovery(activation, negative_slope, fan_out or residual is not None, process_group is not None)
     x = layout.supported(x, order)
     if residual is not None:
         checks.check_residual(residual, x, num_tasks, stacking, fan_out)
@@ -133,16 +141,31 @@ def _call(
     slope = float(negative_slope) if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
-    *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
-    if training and x.numel() > 0:
-        count = x.numel() // (channels if fan_out else weight.numel())
-        if running_mean is not None:
-            _update(running_mean, mean, momentum)
-        if running_var is not None:
-            _update(running_var, var * (count / (count - 1)), momentum)
+    if group is not None:
+        y, mean, var, values = synchronized.apply(x, weight, bias, residual, *options, group, backend)
+        outputs = [y] if differentiable is autograd.apply else [*layout.streams(y, num_tasks, stacking).unbind()]
+        momentum = momentum * (values > 0).to(values.dtype)  # an empty batch leaves the running statistics alone
+        _track(running_mean, running_var, mean, var * (values / (values - 1).clamp_min(1)), momentum)
+    else:
+        *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
+        if training and x.numel() > 0:
+            count = x.numel() // (channels if fan_out else weight.numel())
+            _track(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     if recompute.wanted() and not recover_input:
+        if group is not None:
+            weight, bias, mean, var = synchronized.coefficients(weight, bias, mean, var, eps, gate, x.dtype)
+            options = num_tasks, eps, "identity", *options[3:]
         recompute.offer(outputs, backend, x, weight, bias, residual, mean, var, *options)
     return outputs
+
+
+def _track(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float | Tensor
+) -> None:
+    if running_mean is not None:
+        _update(running_mean, mean, momentum)
+    if running_var is not None:
+        _update(running_var, var, momentum)
 
 
 def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:

@@ -99,6 +99,7 @@ class LateFanOut(nn.Module):
             negative_slope=layer.negative_slope, pool=pool, conv=conv, stacking=layer.stacking,
             track_running_stats=layer.running_mean is not None, device=layer.weight.device, dtype=layer.weight.dtype,
         )  # fmt: skip
+        late.norm.process_group = layer.process_group
         with torch.no_grad():
             late.weight.copy_(layer.weight)
             for name in _STATISTICS:

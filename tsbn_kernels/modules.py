@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import checks
+from tsbn_kernels import checks, synchronized
 from tsbn_kernels.activations import as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
@@ -40,6 +40,9 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in
         negative_slope: of the leaky ReLU.
         fan_out: the layer takes one input ``[N, C, *]`` for all tasks, and gives T streams in ``stacking``.
         recover_input: save the output in place of the input for the backward pass (:mod:`tsbn_kernels.recovery`).
+        process_group: in training mode, synchronise the statistics over the ranks of a
+            ``torch.distributed.ProcessGroup``, or over all (``"world"``), as ``nn.SyncBatchNorm`` does. None: do not.
+            Copies of the layer share the group.
         device, dtype: of the parameters and buffers.
 
     Shape:
@@ -72,6 +75,7 @@ class FusedTSigmaBN(nn.Module):
         negative_slope: float = 0.01,
         fan_out: bool = False,
         recover_input: bool = False,
+        process_group: synchronized.GroupLike = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,7 +88,7 @@ class FusedTSigmaBN(nn.Module):
         if stacking not in ("task_major", "sample_major"):
             raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
         if recover_input:
-            checks.check_recovery(activation, negative_slope, fan_out)
+            checks.check_recovery(activation, negative_slope, fan_out, process_group is not None)
         self.num_tasks = num_tasks
         self.num_features = num_features
         self.eps = eps
@@ -96,6 +100,7 @@ class FusedTSigmaBN(nn.Module):
         self.negative_slope = negative_slope
         self.fan_out = fan_out
         self.recover_input = recover_input
+        self.process_group = process_group
         shape = (num_tasks, num_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias == "frozen":
@@ -130,6 +135,16 @@ class FusedTSigmaBN(nn.Module):
             nn.init.zeros_(self.bias)
 
     @property
+    def process_group(self) -> synchronized.GroupLike:
+        """What the statistics are synchronised over: a process group, ``"world"`` or None."""
+        group = self._process_group
+        return group.group if isinstance(group, synchronized.SharedGroup) else group
+
+    @process_group.setter
+    def process_group(self, group: synchronized.GroupLike) -> None:
+        self._process_group = group if group is None or group == "world" else synchronized.SharedGroup(group)
+
+    @property
     def gates(self) -> Tensor:
         """The factors of the normalised activation, ``[T, C]``: ``sigmoid(weight)``, or ``weight`` itself."""
         return torch.sigmoid(self.weight) if self.gate == "sigmoid" else self.weight
@@ -153,6 +168,8 @@ class FusedTSigmaBN(nn.Module):
             dtype=self.weight.dtype,
         )
         plain.track_running_stats = self.track_running_stats
+        if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
+            plain.process_group = self.process_group
         with torch.no_grad():
             plain.weight.copy_(self.gates[index])
             if self.bias is not None:
@@ -252,6 +269,7 @@ class FusedTSigmaBN(nn.Module):
             negative_slope=self.negative_slope,
             fan_out=fan_out,
             recover_input=self.recover_input,
+            process_group=self.process_group if self.training else None,
         )
         if tracking and tasks is not None:
             for name, rows in zip(_STATISTICS, (running_mean, running_var, num_batches_tracked), strict=True):
@@ -296,6 +314,7 @@ class FusedTSigmaBN(nn.Module):
             + (f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else "")
             + ", fan_out=True" * self.fan_out
             + ", recover_input=True" * self.recover_input
+            + (f", process_group={self.process_group!r}" if self.process_group is not None else "")
         )
 
 

@@ -1,0 +1,242 @@
+"""The layer over a batch that is spread over the processes of a group, as ``nn.SyncBatchNorm`` is for one task.
+
+Equal to one process on the joined batch, with one collective for all T tasks in each direction. Forward: every rank
+reads x for its moments, an all-gather hands all moments to all ranks, which join them in the order of the ranks; x is
+read again and y is written. Backward: x and dy are read for the local sums of ``dz = dy * act'(z)`` and ``dz * xhat``,
+which are the gradients of bias and gate; an all-reduce adds them up; x and dy are read again and dx is written.
+
+Gradients of the parameters are those of the rank's own part, for ``DistributedDataParallel`` to reduce. The gradient of
+x is that of the sum of all ranks' losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from tsbn_kernels import layout, reference
+from tsbn_kernels.autograd import POSITIONAL
+from tsbn_kernels.ops import operators
+
+Group = Any  # a ProcessGroup; PyTorch has none where it is built without distributed
+GroupLike = Group | Literal["world"] | None
+
+_INPUTS = 13  # of SynchronizedTaskBatchNorm.forward
+_all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
+
+
+class SharedGroup:
+    """Holds a process group, which cannot be copied: a copy of what holds it has the same group."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __deepcopy__(self, _: dict[int, Any]) -> SharedGroup:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a layer with a process group of its own cannot be pickled; set its process_group to None or 'world' "
+            "first, or save its state_dict()"
+        )
+
+
+def group_of(process_group: GroupLike) -> Group | None:
+    """The group to synchronise over; None where there is nothing to do: no group, or one of one rank.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: this process is not in the group, or it is no process group.
+    """
+    if process_group is None:
+        return None
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            "process_group is set, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group() first, or set process_group=None to use the statistics of this "
+            "process alone"
+        )
+    group = distributed.group.WORLD if process_group == "world" else process_group
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not in process_group; give each process a group that it belongs to")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise ValueError(f"process_group must be None, 'world' or a torch.distributed.ProcessGroup, got {group!r}")
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Applies the layer, differentiable once; the inputs are those of :meth:`SynchronizedTaskBatchNorm.forward`."""
+    function = SynchronizedTaskBatchNorm if torch.compiler.is_compiling() else WithoutForwardMode
+    y, mean, var, count = function.apply(*inputs)
+    return y, mean, var, count
+
+
+def coefficients(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, gate: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gate values, bias, mean and variance for the operators, with ``gate="identity"`` and x of ``dtype``.
+
+    What the operators' dtype cannot hold of the joined mean goes into the bias.
+    """
+    wide = reference.accumulate_dtype(dtype)
+    gates, narrow = reference.gate_values(weight.to(wide), gate), mean.to(wide)
+    shift = (narrow - mean) * (gates * torch.rsqrt(var + eps))
+    return gates, (shift if bias is None else shift + bias).to(wide), narrow, var.to(wide)
+
+
+def joined_moments(
+    x: Tensor, num_tasks: int, stacking: str, shared: bool, group: Group, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance, float64 ``[T, C]``, of all ranks' parts, and how many values a task and channel has.
+
+    Raises:
+        RuntimeError: another rank has another number of tasks or channels, as far as this can be seen: on the CPU.
+    """
+    tasks, order = (1 if shared else num_tasks), layout.input_stacking(stacking, shared)  # a shared x has one row
+    mean, var = operators(backend).moments(x, tasks, order)
+    own = x.numel() // max(1, mean.numel()), num_tasks, mean.shape[1]
+    numbers = [mean.new_full((1,), number) for number in own]
+    message = torch.cat((*numbers, mean.flatten(), var.flatten()))
+    ranks = distributed.get_world_size(group)
+    gathered = message.new_empty(ranks * len(message))
+    assert _all_gather is not None
+    _all_gather(gathered, message, group=group)
+    gathered = gathered.view(ranks, -1)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_sizes(gathered[:, 1:3], own[1:])
+    counts, _, _, moments = gathered.split((1, 1, 1, 2 * mean.numel()), dim=1)
+    means, variances = moments.view(ranks, 2, *mean.shape).unbind(1)
+    mean, var = reference.join_moments(means, variances, counts.unsqueeze(2))
+    if shared:
+        mean, var = mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
+    return mean, var, counts.sum()
+
+
+def _check_sizes(theirs: Tensor, own: tuple[int, int]) -> None:
+    for rank, sizes in enumerate(theirs.tolist()):
+        if tuple(sizes) != own:
+            raise RuntimeError(
+                f"rank {rank} of process_group normalises {sizes[0]:g} tasks of {sizes[1]:g} channels where this rank "
+                f"has {own[0]} of {own[1]}; all ranks must run the same layers in the same order, with as many tasks"
+            )
+
+
+class SynchronizedTaskBatchNorm(torch.autograd.Function):
+    """Saves what :class:`tsbn_kernels.autograd.TaskBatchNorm` saves."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        num_tasks: int,
+        eps: float,
+        gate: str,
+        stacking: str,
+        activation: str,
+        slope: float,
+        shared: bool,
+        group: Group,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns y, mean and variance of the joined batch in float64, and how many values a task and channel has."""
+        mean, var, count = joined_moments(x, num_tasks, stacking, shared, group, backend)
+        gates, shift, *statistics = coefficients(weight, bias, mean, var, eps, gate, x.dtype)
+        y = operators(backend).forward_eval(
+            x, gates, shift, *statistics, num_tasks, eps, "identity", stacking, residual, activation, slope, shared
+        )
+        return y, mean, var, count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, residual, *ctx.options, ctx.group, ctx.backend = inputs
+        _, *statistics = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*statistics)
+        if ctx.options[4] == "none":  # its derivative does not depend on them
+            bias = residual = None
+        ctx.save_for_backward(x, weight, bias, residual, *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None or not any(ctx.needs_input_grad[:4]):
+            return (None,) * _INPUTS
+        with torch.no_grad():
+            gradients = _gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            present = [gradient for gradient in gradients if gradient is not None]
+            once = iter(FirstDerivative.apply(dy, *ctx.saved_tensors[:4], *present))
+            gradients = tuple(None if gradient is None else next(once) for gradient in gradients)
+        return *gradients, *(None,) * (_INPUTS - 4)
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
+        raise RuntimeError(
+            "statistics that are synchronised over processes do not work under vmap; loop over the models"
+        )
+
+
+class WithoutForwardMode(SynchronizedTaskBatchNorm):
+    """The same with a clear error, which ``torch.compile`` does not take in an ``autograd.Function``."""
+
+    @staticmethod
+    def jvp(*_: Any) -> Any:
+        raise RuntimeError(
+            "statistics that are synchronised over processes have no forward-mode derivative; use process_group=None"
+        )
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and residual, where they are needed."""
+    needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
+    x, weight, bias, residual, mean, var, count = ctx.saved_tensors
+    num_tasks, eps, gate, stacking, activation, slope, shared = ctx.options
+    compute, plain = operators(ctx.backend), activation == "none"
+    dy = layout.in_family(dy, layout.family(x, layout.input_stacking(stacking, shared)), stacking)
+    gates, shift, *statistics = coefficients(weight, bias, mean, var, eps, gate, x.dtype)
+    options = num_tasks, eps, "identity", stacking
+    epilogue = shift, residual, activation, slope, shared
+    dresidual = needs_dresidual and not plain
+    _, dot, total, dz = compute.backward(
+        dy, x, gates, *statistics, *options, False, False, needs_dx or needs_dweight, needs_dx or needs_dbias,
+        *epilogue, dresidual and not needs_dx,
+    )  # fmt: skip
+    dx = None
+    if needs_dx:
+        sums = torch.stack((total, dot))
+        distributed.all_reduce(sums, group=ctx.group)
+        means = (sums / count.clamp_min(1).to(sums.dtype)).unbind()
+        dx, dz = compute.input_gradient(dy, x, gates, *statistics, *means, *options, *epilogue, dresidual)
+    slopes = reference.gate_slope(weight.to(gates.dtype), gate)
+    return (
+        dx,
+        (slopes * dot).to(weight.dtype) if needs_dweight else None,
+        total.to(weight.dtype) if needs_dbias else None,
+        (dy if plain else dz) if needs_dresidual else None,
+    )
+
+
+class FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, with a clear error where they are to be differentiated again."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        """What the gradients depend on, five tensors or None, and the gradients; returns these."""
+        return tuple(gradient.view_as(gradient) for gradient in inputs[5:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(
+            "statistics that are synchronised over processes have no second derivative; use process_group=None, or "
+            "leave the layer out of what is differentiated twice"
+        )
+
+
+SynchronizedTaskBatchNorm.forward.__signature__ = POSITIONAL  # type: ignore[attr-defined]
