@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,39 +13,47 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed
 
-# The server imports once what its forks have from then on.
 _CONTEXT: Any = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "tsbn_kernels"])
-_TIMEOUT = 60.0  # seconds in which a case must end
+# The server imports once what its forks have from then on.
+_CONTEXT.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp", "pytest", "support"])
+_ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_TIMEOUT = 120.0  # seconds in which a case must end
 _pool: list[tuple[Any, Connection]] = []
 
 
-def run(case: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run(case: Callable[..., Any], world_size: int, *args: Any, timeout: float = _TIMEOUT / 2) -> list[Any]:
     """Calls a function of a module with the same arguments on every rank; returns what they return, in their order.
 
-    Each rank has a fresh default process group, one thread and the seed 0. What goes in and out must be picklable.
+    Each rank has a fresh default process group, whose collectives wait for ``timeout`` seconds, one thread and the seed
+    0. What goes in and out must be picklable.
 
     Raises:
         AssertionError: a rank raised, with the tracebacks of all that did; or it died, or did not end in time.
     """
     while len(_pool) < world_size:
-        here, there = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_serve, args=(there,), daemon=True)
-        process.start()
-        there.close()
-        _pool.append((process, here))
+        _start()
     with tempfile.TemporaryDirectory() as folder:
         for rank, (_, pipe) in enumerate(_pool[:world_size]):
-            pipe.send_bytes(pickle.dumps((case, args, rank, world_size, Path(folder, "store").as_uri())))
+            pipe.send_bytes(pickle.dumps((case, args, rank, world_size, Path(folder, "store").as_uri(), timeout)))
         answers = [_answer(rank) for rank in range(world_size)]
     if complaints := [f"rank {rank}: {result}" for rank, (good, result) in enumerate(answers) if not good]:
         _restart()
         raise AssertionError("\n".join(complaints))
     return [result for _, result in answers]
+
+
+def _start() -> None:
+    here, there = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_serve, args=(there,), daemon=True)
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        process.start()
+    there.close()
+    _pool.append((process, here))
 
 
 def _answer(rank: int) -> tuple[bool, Any]:
@@ -69,17 +78,16 @@ def _restart() -> None:
 
 
 def _serve(pipe: Connection) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     while True:
         try:
-            case, args, rank, world_size, store = pickle.loads(pipe.recv_bytes())
+            case, args, rank, world_size, store, timeout = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the tests have ended
             return
         torch.manual_seed(0)
         try:
             distributed.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=_TIMEOUT / 2)
+                "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
             )
             answer = True, case(*args)
         except Exception:
