@@ -44,7 +44,7 @@ def mesh_of(data: int = 1) -> DeviceMesh:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameter_groups(model, lr=1e-3), weight_decay=1e-4)
+    return torch.optim.Adam(parameter_groups(model, lr=1e-3), weight_decay=1e-4, foreach=True)  # as on GPUs
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, num_tasks: int, steps: range, part: int = 0) -> list[Tensor]:
@@ -75,11 +75,11 @@ def train_one(model: Any, optimizer: torch.optim.Optimizer, num_tasks: int, step
 
 def case_training(num_tasks: int, data: int, name: str, options: dict[str, Any], memory_format: Any) -> Any:
     mesh = mesh_of(data)
-    model = multitask(num_tasks, name, **options).to(memory_format=memory_format)
+    model = multitask(num_tasks, name, **options).to(torch.float32, memory_format=memory_format)
     if distributed.get_rank() > 0:  # the first rank's counts
         for parameter in model.parameters():
             parameter.data.fill_(0.5)
-    model = shard_tasks(model, mesh)
+    model = shard_tasks(model, mesh).double()
     rows = {module.weight.to_local().shape[0] for module in model.modules() if isinstance(module, FusedTSigmaBN2d)}
     size = sum(p.numel() for p in model.heads.parameters())
     norms = train(model, adam(model), num_tasks, range(3), mesh.get_local_rank("data") if data > 1 else 0)
@@ -103,7 +103,7 @@ def test_training_equals_one_process(
 ) -> None:
     parts, data = shape
     found = ranks.run(case_training, parts * data, num_tasks, data, name, options, memory_format)
-    one = multitask(num_tasks, name, **options).to(memory_format=memory_format)
+    one = multitask(num_tasks, name, **options).to(torch.float32, memory_format=memory_format).double()
     head = sum(p.numel() for p in one.heads.parameters()) // num_tasks
     norms = train_one(one, adam(one), num_tasks, range(3), data)
     state = {key: tensor.clone() for key, tensor in one.state_dict().items()}
@@ -119,9 +119,9 @@ def test_training_equals_one_process(
     assert [task for part in names for task in part] == task_names(num_tasks)
 
 
-def case_exchange() -> tuple[list[int], list[int]]:
-    mesh = mesh_of()
-    model = shard_tasks(multitask(3), mesh)
+def case_exchange() -> tuple[list[int], ...]:
+    """Values that the forward pass, a backward pass, one in no_sync, and one that another follows, exchange."""
+    model = shard_tasks(multitask(3), mesh_of())
     images, upstream = batch(3, 0)
     sent: list[int] = []
     all_reduce = distributed.all_reduce
@@ -130,18 +130,32 @@ def case_exchange() -> tuple[list[int], list[int]]:
         sent.append(tensor.numel())
         return all_reduce(tensor, **options)
 
+    counts = []
     with mock.patch.object(distributed, "all_reduce", counted):
         loss = loss_of(model(images), upstream)
-        forward = list(sent)
+        counts.append(list(sent))
         loss.backward()
-    return forward, sent
+        counts.append(list(sent))
+        with no_sync(model):
+            loss_of(model(images), upstream).backward()
+        counts.append(list(sent))
+        failing = images.clone().requires_grad_()
+        failing.register_hook(lambda _: 1 / 0)
+        loss = loss_of(model(failing), upstream)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        loss_of(model(images), upstream).backward()
+        counts.append(list(sent))
+    return tuple(counts)
 
 
 def test_only_gradients_of_shared_weights_are_exchanged_and_at_once() -> None:
     shared = [p for p in pretrained("celeba").parameters() if p.dim() > 1]  # of convolutions and linear layers
-    for forward, backward in ranks.run(case_exchange, 2):
+    once = [sum(p.numel() for p in shared) + len(shared)]
+    for forward, backward, unsynchronised, after_failure in ranks.run(case_exchange, 2):
         assert forward == []
-        assert backward == [sum(p.numel() for p in shared) + len(shared)]
+        assert backward == unsynchronised == once
+        assert after_failure == once + once
 
 
 class Branches(nn.Module):
