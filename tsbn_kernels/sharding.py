@@ -6,8 +6,10 @@ each process has. Shared weights stay what they are, equal on all processes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +113,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     gradients = _gradients(model)
     own, shared = ([_local(p.grad) for p in part if p.grad is not None] for part in (gradients.own, gradients.shared))
-    squares = [torch.nn.utils.get_total_norm(part).double().square() for part in (own, shared)]
+    device = next(model.parameters()).device
+    squares = [torch.nn.utils.get_total_norm(part).to(device, torch.float64).square() for part in (own, shared)]
     distributed.all_reduce(squares[0], group=gradients.mesh.get_group(_TASKS))
     norm = (squares[0] + squares[1]).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -152,8 +155,8 @@ class _Gradients:
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.wanted = True
+        self.queued = False
         self._model = model
-        self._queued = False
         self._hooked: dict[Tensor, Any] = {}
         self._places = [  # of each parameter: its name, module and attribute
             (f"{path}.{name}".strip("."), module, name, parameter)
@@ -173,8 +176,8 @@ class _Gradients:
 
     def _watch(self, *_: Any) -> None:
         """Hooks what needs a gradient, before each forward pass."""
-        self._queued = False  # a backward pass that raised has left it set
-        if torch.compiler.is_compiling():
+        self.queued = False  # a backward pass that raised has left it set
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         for path, module, name, parameter in self._places:
             if module._parameters.get(name) is not parameter:
@@ -182,30 +185,24 @@ class _Gradients:
                     f"parameter {path!r} was replaced after shard_tasks(), and its gradients would stay on this rank; "
                     f"convert, assign, parametrise or wrap first, and shard_tasks() then"
                 )
+        # Hooks have no reference to the model: Python's collector does not see autograd's, and would never free it.
         for parameter in chain(self.shared, self.own):
             if parameter.requires_grad and parameter not in self._hooked:
-                parameter.register_post_accumulate_grad_hook(self._queue)
+                parameter.register_post_accumulate_grad_hook(partial(_queue, weakref.ref(self)))
                 self._hooked[parameter] = None
+        ranks = self.mesh.get_group(_TASKS).size()
         for parameter in self.shared:
             if parameter.requires_grad:
                 # What accumulates is made anew where the dtype or the device of the parameter changes.
                 accumulator = torch.autograd.graph.get_gradient_edge(parameter).node
                 if self._hooked[parameter] is not accumulator:
-                    accumulator.register_prehook(self._multiply)
+                    accumulator.register_prehook(partial(_multiply, ranks))
                     self._hooked[parameter] = accumulator
 
-    def _multiply(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ranks = self.mesh.get_group(_TASKS).size()
-        return tuple(gradient * ranks for gradient in gradients)
-
-    def _queue(self, _: Tensor) -> None:
-        if self.wanted and not self._queued:
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
-
     @torch.no_grad()
-    def _reduce(self) -> None:
-        self._queued = False
+    def reduce(self) -> None:
+        """Exchanges the gradients."""
+        self.queued = False
         statistics = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
         for dimension in self.mesh.mesh_dim_names or ():
             group = self.mesh.get_group(dimension)
@@ -213,6 +210,18 @@ class _Gradients:
                 _average_gradients(self.shared, group)
             else:
                 _average_gradients([*self.shared, *self.own], group, statistics)
+
+
+def _multiply(ranks: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(gradient * ranks for gradient in gradients)
+
+
+def _queue(reference: weakref.ref[_Gradients], _: Tensor) -> None:
+    """The exchange at the end of the backward pass that runs."""
+    gradients = reference()
+    if gradients is not None and gradients.wanted and not gradients.queued:
+        gradients.queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(gradients.reduce)
 
 
 def _average_gradients(parameters: Sequence[Tensor], group: ProcessGroup, others: Sequence[Tensor] = ()) -> None:
