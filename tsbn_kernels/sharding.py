@@ -203,7 +203,8 @@ class _Gradients:
     def reduce(self) -> None:
         """Exchanges the gradients."""
         self.queued = False
-        statistics = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        buffers = self._model.named_buffers()
+        statistics = [buffer for name, buffer in buffers if name.endswith(("running_mean", "running_var"))]
         for dimension in self.mesh.mesh_dim_names or ():
             group = self.mesh.get_group(dimension)
             if dimension == _TASKS:
