@@ -9,6 +9,7 @@ from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d
 from tsbn_kernels.multitask import MultiTaskModel
 from tsbn_kernels.optim import parameter_groups
 from tsbn_kernels.recompute import recompute_outputs
+from tsbn_kernels.sharding import shard_tasks
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "parameter_groups",
     "recompute_outputs",
     "revert_model",
+    "shard_tasks",
     "use_backend",
 ]

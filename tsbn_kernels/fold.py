@@ -73,13 +73,17 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
         The network; of a ``MultiTaskModel`` the ``nn.Sequential`` of backbone and head.
 
     Raises:
-        ValueError: the model has no task-specific layer, or there is no head of that name.
+        ValueError: the model has no task-specific layer, there is no head of that name, or heads of other processes.
         IndexError: there is no such task.
         TypeError: a name was given, and the model has no heads.
     """
     complaints: list[str] = []
     if isinstance(model, MultiTaskModel):
-        names = list(model.heads)
+        names = list(model.tasks)
+        if len(model.heads) < len(names):
+            raise ValueError(
+                "the tasks of the model are sharded; load its full_state_dict() into a model of one process"
+            )
         if isinstance(task, str) and task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}, or an index, got {task!r}")
         index = names.index(task) if isinstance(task, str) else task

@@ -54,6 +54,7 @@ class FusedTSigmaBN(nn.Module):
     __doc__ = _DOC.format(streams="streams of any dimensions", plain="SyncBatchNorm", shape="``[T*N, C, *]``")
     _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
     _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
+    _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
 
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
@@ -152,7 +153,8 @@ class FusedTSigmaBN(nn.Module):
     def task(self, index: int) -> nn.Module:
         """The plain ``nn.BatchNorm`` of one task, a copy with the same outputs, in the same mode.
 
-        Where the layer has an activation it is ``nn.Sequential`` of the ``nn.BatchNorm`` and the activation.
+        Where the layer has an activation it is ``nn.Sequential`` of the ``nn.BatchNorm`` and the activation. Of a layer
+        whose parameters are distributed over processes, all of these must ask for it.
 
         Raises:
             IndexError: there is no such task.
@@ -171,12 +173,12 @@ class FusedTSigmaBN(nn.Module):
         if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
             plain.process_group = self.process_group
         with torch.no_grad():
-            plain.weight.copy_(self.gates[index])
+            plain.weight.copy_(_whole(self.gates)[index])
             if self.bias is not None:
-                plain.bias.copy_(self.bias[index])
+                plain.bias.copy_(_whole(self.bias)[index])
             for name in _STATISTICS:
                 if (buffer := getattr(self, name)) is not None:
-                    getattr(plain, name).copy_(buffer[index])
+                    getattr(plain, name).copy_(_whole(buffer)[index])
         plain.weight.requires_grad_(self.weight.requires_grad)
         plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
         if self.activation is not None:
@@ -242,9 +244,10 @@ class FusedTSigmaBN(nn.Module):
         stacking = self._stacking_of(x, fan_out)
         if tasks is not None and not isinstance(tasks, Tensor):
             tasks = self._indices(tasks)
-        weight, bias = _rows(self.weight, tasks), _rows(self.bias, tasks)
-        running_mean, running_var = _rows(self.running_mean, tasks), _rows(self.running_var, tasks)
-        num_batches_tracked = _rows(self.num_batches_tracked, tasks)
+        vectors = self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+        if self._tasks is not None:
+            vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
+        weight, bias, running_mean, running_var, num_batches_tracked = (_rows(vector, tasks) for vector in vectors)
         tracking = self.training and self.track_running_stats
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
@@ -272,14 +275,16 @@ class FusedTSigmaBN(nn.Module):
             process_group=self.process_group if self.training else None,
         )
         if tracking and tasks is not None:
-            for name, rows in zip(_STATISTICS, (running_mean, running_var, num_batches_tracked), strict=True):
-                if rows is not None:
-                    getattr(self, name).index_copy_(0, tasks, rows)
+            for vector, rows in zip(vectors[2:], (running_mean, running_var, num_batches_tracked), strict=True):
+                if vector is not None:
+                    vector.index_copy_(0, tasks, rows)
         return result
 
     def _indices(self, tasks: Sequence[int]) -> Tensor:
         if not tasks or len(set(tasks)) != len(tasks) or not all(0 <= task < self.num_tasks for task in tasks):
             raise ValueError(f"tasks must be different indices below num_tasks={self.num_tasks}, got {list(tasks)}")
+        if self._tasks is not None and not set(tasks) <= set(self._tasks):
+            raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={list(tasks)}")
         return torch.tensor(tasks, device=self.weight.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -290,11 +295,12 @@ class FusedTSigmaBN(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _replicate_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        state = {"weight": torch.ones_like(self.weight[0])}  # of affine=False
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        state = {"weight": torch.ones(self.num_features, **like)}  # of affine=False
         if self.bias is not None:
-            state["bias"] = torch.zeros_like(self.bias[0])
+            state["bias"] = torch.zeros(self.num_features, **like)
         if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
-            state["num_batches_tracked"] = torch.zeros_like(self.num_batches_tracked[0])
+            state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=self.weight.device)
         for name in ("weight", "bias", *_STATISTICS):
             if prefix + name in state_dict:
                 state[name] = state_dict[prefix + name]
@@ -316,6 +322,16 @@ class FusedTSigmaBN(nn.Module):
             + ", recover_input=True" * self.recover_input
             + (f", process_group={self.process_group!r}" if self.process_group is not None else "")
         )
+
+
+def _own_rows(vectors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of this process."""
+    return tuple(None if vector is None else vector.to_local() for vector in vectors)
+
+
+def _whole(vector: Any) -> Any:
+    """A vector of which processes have parts; all of them must ask for it."""
+    return vector.full_tensor() if hasattr(vector, "full_tensor") else vector
 
 
 def _rows(vector: Any, tasks: Tensor | None) -> Any:

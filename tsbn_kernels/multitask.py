@@ -25,7 +25,8 @@ class MultiTaskModel(nn.Module):
     Args:
         backbone: a model with task-major layers of T tasks, from :func:`~tsbn_kernels.convert_model`. It returns a
             tensor whose first dimension is the batch, or a dict, list or tuple of such tensors.
-        heads: T modules by the name of their task, in the order of the layers' tasks.
+        heads: T modules by the name of their task, in the order of the layers' tasks. ``tasks`` has the names; of a
+            model from :func:`~tsbn_kernels.shard_tasks` ``heads`` are those of this process alone.
         recompute: run the backbone inside :func:`~tsbn_kernels.recompute_outputs`: half of the memory that its blocks
             keep for the backward pass, for one read and one write more of each layer's output. It takes layers with
             their activation inside; an output that is changed in place behind its layer is kept.
@@ -51,6 +52,7 @@ class MultiTaskModel(nn.Module):
         self.backbone = backbone
         self.recompute = recompute
         self.heads = nn.ModuleDict(heads)
+        self.tasks = tuple(heads)
         self._router = _Router()
         for _, layer in layers:
             layer.register_forward_pre_hook(self._router.route, with_kwargs=True)
@@ -67,11 +69,14 @@ class MultiTaskModel(nn.Module):
         Raises:
             ValueError: a task is unknown, named twice, or has no input; or there is none.
         """
-        names = list(self.heads)
         if tasks is None:
-            tasks = names if isinstance(inputs, Tensor) else list(inputs)
-        if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(names):
-            raise ValueError(f"tasks must be different ones of {', '.join(names)}, got {', '.join(tasks) or 'none'}")
+            tasks = list(self.heads) if isinstance(inputs, Tensor) else list(inputs)
+        if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(self.tasks):
+            raise ValueError(
+                f"tasks must be different ones of {', '.join(self.tasks)}, got {', '.join(tasks) or 'none'}"
+            )
+        if elsewhere := [task for task in tasks if task not in self.heads]:
+            raise ValueError(f"{', '.join(elsewhere)} runs on other ranks; this one has {', '.join(self.heads)}")
         if isinstance(inputs, Tensor):
             streams = dict(zip(tasks, self._streams(inputs, tasks, shared=True), strict=True))
         else:
@@ -86,10 +91,9 @@ class MultiTaskModel(nn.Module):
 
     def _streams(self, x: Tensor, tasks: Sequence[str], *, shared: bool) -> list[Any]:
         """The backbone's output for each task; ``x`` is one batch for all of them, or theirs stacked."""
-        names = list(self.heads)
         indices = None
-        if list(tasks) != names:
-            indices = torch.tensor([names.index(task) for task in tasks], device=x.device)
+        if list(tasks) != list(self.heads):
+            indices = torch.tensor([self.tasks.index(task) for task in tasks], device=x.device)
         batch = x.shape[0] if shared else x.shape[0] // len(tasks)
         self._router.run = run = _Run(indices, len(tasks), batch)
         try:

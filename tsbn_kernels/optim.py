@@ -30,7 +30,8 @@ def parameter_groups(
 
     Returns:
         Dicts with ``name`` (``"base"``, ``"gates"`` or ``"layer_norm_gates"``), ``params``, ``lr`` and
-        ``weight_decay``; a group without parameters is left out.
+        ``weight_decay``; a group without parameters is left out. DTensors and other tensors do not share a group, for
+        optimisers on GPUs take them by lists of one kind.
     """
     multipliers = {"base": 1.0, "gates": gate_lr_multiplier, "layer_norm_gates": layer_norm_lr_multiplier}
     kind: dict[nn.Parameter, str] = {parameter: "base" for parameter in model.parameters() if parameter.requires_grad}
@@ -38,9 +39,9 @@ def parameter_groups(
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight in kind and hasattr(module, "gates"):
             kind[weight] = "layer_norm_gates" if hasattr(module, "normalized_shape") else "gates"
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in multipliers}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(name, False): [] for name in multipliers}
     for parameter, name in kind.items():
-        groups[name].append(parameter)
+        groups.setdefault((name, hasattr(parameter, "to_local")), []).append(parameter)
     return [
         {
             "name": name,
@@ -48,6 +49,6 @@ def parameter_groups(
             "lr": lr * multipliers[name],
             "weight_decay": weight_decay if name == "base" else 0.0,
         }
-        for name, parameters in groups.items()
+        for (name, _), parameters in groups.items()
         if parameters
     ]

@@ -100,6 +100,7 @@ def offer(
     """
     outputs = _outputs.get()
     assert outputs is not None
+    weight, bias = weight.clone(), None if bias is None else bias.clone()  # FSDP frees its own between the passes
     tensors = [None if t is None else t.detach() for t in (x, weight, bias, residual, mean, var)]
     versions = [None if t is None else t._version for t in tensors]
     num_tasks, eps, gate, stacking, activation, slope, shared = options
