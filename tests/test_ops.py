@@ -150,7 +150,7 @@ ANY_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("of_dy", ANY_STRIDES)
 @pytest.mark.parametrize("of_x", ANY_STRIDES)
 def test_operands_of_any_strides(of_x: str, of_dy: str, shared: bool, backend: str) -> None:
-    """A compiler may choose them: results are those of contiguous operands, in the strides that the fake kernel says."""
+    """A compiler may choose them: results are those of contiguous operands, in the strides of the fake kernel."""
     p = problem(2, 2, 3, (3, 2))
     x = p.x[:2] if shared else p.x
     mean, var = statistics(p)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, checks, layout, recompute
-from tsbn_kernels.streams import TaskStreams
+from tsbn_kernels import autograd, backends, checks, layout, recompute, streams
 
 
 def task_batch_norm(
@@ -88,7 +87,7 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
     """
     if options.get("recover_input"):
         raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
-    return tuple(_call(TaskStreams.apply, x, weight, *tensors, **options))
+    return tuple(_call(streams.apply, x, weight, *tensors, **options))
 
 
 def _call(
@@ -149,4 +148,9 @@ def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """``running = (1 - momentum) * running + momentum * batch``."""
     if batch.dtype != running.dtype:
         batch = batch.to(running.dtype)
-    running.lerp_(batch, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype)
+    if torch.compiler.is_compiling():
+        running.add_((batch - running) * momentum)  # lerp_ would cost a graph for every momentum
+    else:
+        running.lerp_(batch, momentum)

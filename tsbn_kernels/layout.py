@@ -7,8 +7,8 @@ Three stackings are viewed, never copied:
 - ``task_axis``: ``[T, N, C, *]``; an input that all tasks share has a task stride of 0 (``expand``).
 
 Two kernel families read that view: *rows*, whose positions are contiguous (NCHW), and *columns*, whose channels are
-(channels_last, ``[N, C]``). What is neither is made contiguous, by :func:`supported`. The operators take any strides, for a
-compiler chooses them; what a layer is given is made readable before it is saved, so that it is copied once.
+(channels_last, ``[N, C]``). What is neither is made contiguous, by :func:`supported`. The operators take any strides,
+for a compiler chooses them; what a layer is given is made readable before it is saved, so that it is copied once.
 """
 
 from __future__ import annotations
