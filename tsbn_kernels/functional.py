@@ -43,7 +43,8 @@ def task_batch_norm(
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
         running_mean, running_var: ``[T, C]``. Updated in place in training; read in evaluation.
-        residual: added before the activation; shape of y, dtype of x.
+        residual: added before the activation; shape of y. Where its dtype is not that of x, as in autocast, both are
+            promoted as in ``x + residual``, and so is y: in one copy of what is narrower.
         num_tasks: T.
         training: normalise by the statistics of the batch instead of the running ones.
         momentum: share of the batch in the running statistics; a tensor broadcasts over ``[T, C]``.
@@ -59,7 +60,7 @@ def task_batch_norm(
             where a convolution follows, which saves y anyway. No effect inside ``torch.compile``.
 
     Returns:
-        y, in the shape (with ``fan_out`` stacked), dtype and memory format of ``x``.
+        y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
 
     Raises:
         ValueError: a shape or option does not fit, or training has one value per channel.
@@ -122,9 +123,13 @@ def _call(
             raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
     if recover_input:
         checks.check_recovery(activation, negative_slope, fan_out or residual is not None)
-    x = layout.supported(x, order)
     if residual is not None:
         checks.check_residual(residual, x, num_tasks, stacking, fan_out)
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    x = layout.supported(x, order)
+    if residual is not None:
         residual = layout.in_family(residual, layout.family(x, order), stacking)
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
