@@ -163,6 +163,7 @@ def test_momentum_that_changes() -> None:
     assert len(set(counter.ran)) == 2
 
 
+@torch._inductor.config.patch(force_disable_caches=True)
 def test_a_network_is_compiled_without_conversions() -> None:
     """Inductor makes convolutions channels_last; the operators take what they give, and give what the next take."""
     net = nn.Sequential(
