@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels import layout, recovery, reference
 from tsbn_kernels.activations import activation_slope
-from tsbn_kernels.ops import operators
+from tsbn_kernels.ops import library, operators
 
 _TENSORS, INPUTS = 6, 15  # of forward: those that may be tensors, and all
 
@@ -18,6 +18,26 @@ _TENSORS, INPUTS = 6, 15  # of forward: those that may be tensors, and all
 def backward_operator(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
     """The fused one; the reference's formula, which can be differentiated again, under ``create_graph=True``."""
     return reference.backward if torch.is_grad_enabled() else operators(backend).backward
+
+
+def gradients(ctx: Any, dy: Tensor | None, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, bias and residual that are ``needed``, by what :meth:`TaskBatchNorm.setup_context` saved."""
+    if dy is None or not any(needed):
+        return (None,) * 4
+    activation = ctx.epilogue[0]
+    compute = backward_operator(ctx.backend)
+    if ctx.recover_input:
+        grads = recovery.backward(compute, dy, ctx.saved_tensors, ctx.options, ctx.epilogue, ctx.training, needed)
+    else:
+        x, weight, bias, residual, mean, var = ctx.saved_tensors
+        flags = ctx.training, *needed[:3]
+        grads = compute(
+            dy, x, weight, mean, var, *ctx.options, *flags, bias, residual, *ctx.epilogue,
+            needed[3] and activation != "none",
+        )  # fmt: skip
+    if activation == "none":
+        grads = *grads[:3], dy  # of the residual
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
 class TaskBatchNorm(torch.autograd.Function):
@@ -73,25 +93,7 @@ class TaskBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:4]
-        if dy is None or not any(needed):
-            return (None,) * INPUTS
-        activation, _, shared = ctx.epilogue
-        compute = backward_operator(ctx.backend)
-        if ctx.recover_input:
-            grads = recovery.backward(compute, dy, ctx.saved_tensors, ctx.options, ctx.epilogue, ctx.training, needed)
-        else:
-            x, weight, bias, residual, mean, var = ctx.saved_tensors
-            stacking = ctx.options[-1]
-            dy_in_family = layout.in_family(dy, layout.family(x, layout.input_stacking(stacking, shared)), stacking)
-            flags = ctx.training, *needed[:3]
-            grads = compute(
-                dy_in_family, x, weight, mean, var, *ctx.options, *flags, bias, residual, *ctx.epilogue,
-                needed[3] and activation != "none",
-            )  # fmt: skip
-        if activation == "none":
-            grads = *grads[:3], dy  # of the residual
-        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * (INPUTS - 4)
+        return *gradients(ctx, dy, ctx.needs_input_grad[:4]), *(None,) * (INPUTS - 4)
 
     @staticmethod
     def vmap(
@@ -123,10 +125,6 @@ class TaskBatchNorm(torch.autograd.Function):
         )  # fmt: skip
         y, *statistics = (result.unflatten(0, (models, -1)) for result in results)
         return (layout.stacked(y, stacking, dim=1), *statistics), (0, 0, 0)
-
-
-class ForwardModeTaskBatchNorm(TaskBatchNorm):
-    """The same with a forward-mode derivative, which ``torch.compile`` does not take in an ``autograd.Function``."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -170,7 +168,7 @@ class ForwardModeTaskBatchNorm(TaskBatchNorm):
         return tangent, None, None
 
 
-class EagerTaskBatchNorm(ForwardModeTaskBatchNorm):
+class EagerTaskBatchNorm(TaskBatchNorm):
     """The same for eager code: one call, and arguments that are not bound to a signature, at half the cost on the host.
 
     ``torch.func`` takes no function whose forward is given the context.
@@ -187,11 +185,43 @@ class EagerTaskBatchNorm(ForwardModeTaskBatchNorm):
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
-    if torch.compiler.is_compiling():
-        function: type[TaskBatchNorm] = TaskBatchNorm
-    elif torch._C._are_functorch_transforms_active():
-        function = ForwardModeTaskBatchNorm
-    else:
-        function = EagerTaskBatchNorm
-    y, mean, var = function.apply(*inputs)
-    return y, mean, var
+    transforms = torch._C._are_functorch_transforms_active()
+    if not torch.compiler.is_compiling():
+        y, mean, var = (TaskBatchNorm if transforms else EagerTaskBatchNorm).apply(*inputs)
+        return y, mean, var
+    # A graph holds the operators themselves, which bring their derivatives along: an autograd.Function would be cut off
+    # by torch.export, and Dynamo does not take one that has a forward mode. The transforms of torch.func do not know
+    # these derivatives, but they know those of the reference.
+    if transforms:
+        inputs = *inputs[:-1], "reference"
+    y, mean, var = TaskBatchNorm.forward(*inputs)
+    return y, mean.detach(), var.detach()
+
+
+# ---- the derivatives of the operators --------------------------------------------------------------------------------
+
+
+def _register(name: str, statistics: int) -> None:
+    """Makes an operator differentiable; its arguments are x, weight, bias, this many statistics, and the options."""
+    count, residual = 11 + statistics, 7 + statistics
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias, *options = inputs
+        given, options = options[:statistics] or (None, None), options[statistics:]
+        results = (output, *given) if statistics else output
+        ordered = x, weight, bias, options[4], *given, *options[:4], *options[5:], False, None
+        TaskBatchNorm.setup_context(ctx, ordered, results)
+
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        needed = *needed[:3], len(needed) > residual and needed[residual]  # defaults are left out
+        dx, dweight, dbias, dresidual = gradients(ctx, dy, needed)
+        result: list[Tensor | None] = [dx, dweight, dbias, *(None,) * (count - 3)]
+        result[residual] = dresidual
+        return tuple(result)
+
+    torch.library.register_autograd(f"tsbn::{name}", backward, setup_context=setup_context, lib=library)
+
+
+_register("forward_training", statistics=0)
+_register("forward_eval", statistics=2)

@@ -93,8 +93,11 @@ def check_residual(residual: Tensor, x: Tensor, num_tasks: int, stacking: str, f
     expected, _ = layout.output_sizes(x, num_tasks, stacking, fan_out)
     if residual.shape != torch.Size(expected):
         raise ValueError(f"residual must have the shape of the output, {list(expected)}, got {list(residual.shape)}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}; convert it with .to()")
+    if residual.dtype not in _FLOATING:
+        raise TypeError(
+            f"residual must be float32, float64, float16 or bfloat16, got {residual.dtype}; convert it with "
+            f".to(x.dtype)"
+        )
     _check_device("residual", residual, x)
 
 

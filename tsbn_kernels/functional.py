@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, checks, layout, recompute, synchronized
-from tsbn_kernels.streams import TaskStreams
+from tsbn_kernels import autograd, backends, checks, layout, recompute, streams, synchronized
 
 
 def task_batch_norm(
@@ -45,7 +44,8 @@ def task_batch_norm(
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
         running_mean, running_var: ``[T, C]``. Updated in place in training; read in evaluation.
-        residual: added before the activation; shape of y, dtype of x.
+        residual: added before the activation; shape of y. Where its dtype is not that of x, as in autocast, both are
+            promoted as in ``x + residual``, and so is y: in one copy of what is narrower.
         num_tasks: T.
         training: normalise by the statistics of the batch instead of the running ones.
         momentum: share of the batch in the running statistics; a tensor broadcasts over ``[T, C]``.
@@ -65,7 +65,7 @@ def task_batch_norm(
             None: those of this process alone.
 
     Returns:
-        y, in the shape (with ``fan_out`` stacked), dtype and memory format of ``x``.
+        y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
 
     Raises:
         ValueError: a shape or option does not fit, or training has one value per channel.
@@ -94,7 +94,7 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
     """
     if options.get("recover_input"):
         raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
-    return tuple(_call(TaskStreams.apply, x, weight, *tensors, **options))
+    return tuple(_call(streams.apply, x, weight, *tensors, **options))
 
 
 def _call(
@@ -131,9 +131,13 @@ def _call(
             raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
     if recover_input:
         checks.check_recovery(activation, negative_slope, fan_out or residual is not None, process_group is not None)
-    x = layout.supported(x, order)
     if residual is not None:
         checks.check_residual(residual, x, num_tasks, stacking, fan_out)
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    x = layout.supported(x, order)
+    if residual is not None:
         residual = layout.in_family(residual, layout.family(x, order), stacking)
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
@@ -172,4 +176,9 @@ def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """``running = (1 - momentum) * running + momentum * batch``."""
     if batch.dtype != running.dtype:
         batch = batch.to(running.dtype)
-    running.lerp_(batch, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype)
+    if torch.compiler.is_compiling():
+        running.add_((batch - running) * momentum)  # lerp_ would cost a graph for every momentum
+    else:
+        running.lerp_(batch, momentum)

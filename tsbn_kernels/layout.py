@@ -7,13 +7,14 @@ Three stackings are viewed, never copied:
 - ``task_axis``: ``[T, N, C, *]``; an input that all tasks share has a task stride of 0 (``expand``).
 
 Two kernel families read that view: *rows*, whose positions are contiguous (NCHW), and *columns*, whose channels are
-(channels_last, ``[N, C]``). What is neither is made contiguous, in :func:`supported` and nowhere else.
+(channels_last, ``[N, C]``). What is neither is made contiguous, by :func:`supported`. The operators take any strides,
+for a compiler chooses them; what a layer is given is made readable before it is saved, so that it is copied once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -100,16 +101,26 @@ def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:
     return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
+def readable(x: Tensor, stacking: str, shared: bool, *stacked: Tensor | None) -> tuple[Any, ...]:
+    """``x`` and what is ``stacked`` like y, all in one family: themselves, or copies where strides are of none."""
+    order = input_stacking(stacking, shared)
+    x = supported(x, order)
+    wanted = family(x, order)
+    return x, *(None if tensor is None else in_family(tensor, wanted, stacking) for tensor in stacked)
+
+
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
-    """Strides of a fresh tensor like ``x``: its own where ``x`` is dense, else dense ones in its family's order."""
+    """Strides of a fresh tensor like ``x``: its own where ``x`` is dense, else dense ones in its family's order.
+
+    Where ``x`` is of no family they are those of a contiguous tensor.
+    """
     shape, stride = x.shape, x.stride()
     expected, dense = 1, x.numel() > 0
     for distance, size in sorted((d, s) for d, s in zip(stride, shape, strict=True) if s != 1):
         dense = dense and distance == expected
         expected *= size
-    if dense:
-        return stride
-    return _family_strides(shape, family(x, stacking), channel_axis(stacking))
+    kind = family(x, stacking)
+    return stride if dense and kind is not None else _family_strides(shape, kind, channel_axis(stacking))
 
 
 def _family_strides(shape: Sequence[int], family: Family | None, channel: int) -> tuple[int, ...]:

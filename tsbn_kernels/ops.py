@@ -20,29 +20,38 @@ from tsbn_kernels import backends, layout, reference
 from tsbn_kernels.backends import cpu, cuda, triton
 from tsbn_kernels.reference import accumulate_dtype
 
-_library = torch.library.Library("tsbn", "DEF")
+library = torch.library.Library("tsbn", "DEF")
 
 _EPILOGUE = 'Tensor? residual=None, str activation="none", float slope=0.0, bool shared=False'
 
-_library.define(
+# Inductor may pass any strides, and spares the copies that the traced ones would cost.
+_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+
+library.define(
     "forward_training(Tensor x, Tensor weight, Tensor? bias, int num_tasks, float eps, str gate, str stacking,"
-    f" {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)"
+    f" {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)",
+    tags=_TAGS,
 )
-_library.define(
+library.define(
     "forward_eval(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
-    f" str stacking, {_EPILOGUE}) -> Tensor"
+    f" str stacking, {_EPILOGUE}) -> Tensor",
+    tags=_TAGS,
 )
-_library.define(
+library.define(
     "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, int num_tasks, float eps, str gate,"
     " str stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias, Tensor? bias=None,"
-    f" {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    f" {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    tags=_TAGS,
 )
 # For a batch that is spread over processes: see tsbn_kernels/synchronized.py.
-_library.define("moments(Tensor x, int num_tasks, str stacking, bool shared=False) -> (Tensor mean, Tensor var)")
-_library.define(
+library.define(
+    "moments(Tensor x, int num_tasks, str stacking, bool shared=False) -> (Tensor mean, Tensor var)", tags=_TAGS
+)
+library.define(
     "input_gradient(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean, Tensor dz_xhat_mean,"
     f" int num_tasks, float eps, str gate, str stacking, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False)"
-    " -> (Tensor dx, Tensor dresidual)"
+    " -> (Tensor dx, Tensor dresidual)",
+    tags=_TAGS,
 )
 
 # The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
@@ -50,13 +59,13 @@ _library.define(
 _NAMES = ("forward_training", "forward_eval", "backward", "moments", "input_gradient")
 cuda.load()
 for _name in _NAMES:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     for _key in triton.DISPATCH_KEYS:
         _otherwise = cuda if cuda.available and _key == cuda.DISPATCH_KEY else reference
         if triton.available:
-            _library.impl(_name, triton.operator_or(_name, getattr(_otherwise, _name)), _key)
+            library.impl(_name, triton.operator_or(_name, getattr(_otherwise, _name)), _key)
         elif _otherwise is cuda:
-            _library.impl(_name, getattr(cuda, _name), _key)
+            library.impl(_name, getattr(cuda, _name), _key)
 cpu.load()
 backends.force_from_environment()
 
@@ -72,19 +81,22 @@ class Operators(NamedTuple):
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As the dispatcher calls it: its results are no views of each other, so that they may be changed in place."""
+    """Without autograd, which has an autograd.Function of its own in eager mode.
+
+    The results of the reference are then no views of each other, so that they may be changed in place.
+    """
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return function(*arguments)
 
     return call
 
 
-_dispatched = Operators(*(getattr(torch.ops.tsbn, name).default for name in _NAMES))
-_reference = Operators(*(_below_autograd(getattr(reference, name)) for name in _NAMES))
+_in_graphs = Operators(*(getattr(torch.ops.tsbn, name).default for name in _NAMES))
+_reference_in_graphs = Operators(*(getattr(reference, name) for name in _NAMES))
+_dispatched = Operators(*map(_below_autograd, _in_graphs))
+_reference = Operators(*map(_below_autograd, _reference_in_graphs))
 _cuda = Operators(*(getattr(cuda, name) for name in _NAMES))
 
 
@@ -94,7 +106,21 @@ def _triton() -> Operators:
 
 
 def operators(backend: str | None) -> Operators:
-    """The operators of a backend; of the one that the dispatcher picks where it is None."""
+    """The operators of a backend; of the one that the dispatcher picks where it is None.
+
+    Those for a graph are differentiable. It holds the reference's formulas, or operators, of which the dispatcher picks
+    the kernels when they run.
+
+    Raises:
+        RuntimeError: in a graph the dispatcher would not pick the backend.
+    """
+    if torch.compiler.is_compiling():
+        if backend == "cuda" and triton.available:
+            raise RuntimeError(
+                "inside torch.compile and torch.export the backend 'cuda' runs only where Triton is not installed; "
+                "compile without TSBN_BACKEND and use_backend, or call the layer outside of the compiled function"
+            )
+        return _reference_in_graphs if backend == "reference" else _in_graphs
     if backend == "reference":
         return _reference
     if backend == "cuda":
@@ -102,7 +128,7 @@ def operators(backend: str | None) -> Operators:
     return _triton() if backend == "triton" else _dispatched
 
 
-@torch.library.register_fake("tsbn::forward_training", lib=_library)
+@torch.library.register_fake("tsbn::forward_training", lib=library)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -120,7 +146,7 @@ def _(
     return layout.empty_output(x, num_tasks, stacking, shared), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("tsbn::forward_eval", lib=_library)
+@torch.library.register_fake("tsbn::forward_eval", lib=library)
 def _(
     x: Tensor,
     weight: Tensor,
@@ -139,7 +165,7 @@ def _(
     return layout.empty_output(x, num_tasks, stacking, shared)
 
 
-@torch.library.register_fake("tsbn::backward", lib=_library)
+@torch.library.register_fake("tsbn::backward", lib=library)
 def _(
     dy: Tensor,
     x: Tensor,
@@ -167,14 +193,14 @@ def _(
     return dx, dweight, dbias, dresidual
 
 
-@torch.library.register_fake("tsbn::moments", lib=_library)
+@torch.library.register_fake("tsbn::moments", lib=library)
 def _(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
     channels = x.shape[layout.channel_axis(layout.input_stacking(stacking, shared))]
     mean = x.new_empty((num_tasks, channels), dtype=torch.float64)
     return mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("tsbn::input_gradient", lib=_library)
+@torch.library.register_fake("tsbn::input_gradient", lib=library)
 def _(
     dy: Tensor,
     x: Tensor,

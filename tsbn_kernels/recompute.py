@@ -56,8 +56,11 @@ def recompute_outputs() -> Iterator[None]:
     and higher derivatives are those of the output that was there, to rounding. An output that is changed in place is
     kept, as anything else is.
 
-    It has no effect on layers inside of ``torch.compile``, whose own partitioner decides what is kept.
+    It has no effect inside of ``torch.compile`` and ``torch.export``: the partitioner decides what is kept.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     outputs: _Outputs = {}
 
     def pack(tensor: Tensor) -> Tensor | _Promise:

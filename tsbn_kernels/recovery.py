@@ -73,7 +73,6 @@ def backward(
     assert kept is not None
     num_tasks, eps, gate, stacking = options
     activation, slope, _ = epilogue
-    dy = layout.in_family(dy, layout.family(y, stacking), stacking)
 
     # xhat = (v - bias) / gate is the normalisation of v by mean = bias and var = gate^2. The gate of it makes
     # gate' / |gate| the factor gate * rstd of dx; dweight is that of xhat itself.
@@ -106,8 +105,8 @@ def backward(
         axis = layout.channel_axis(stacking)
         rows = [None if v is None else v.index_select(1, channels) for v in (weight, mean, var, bias)]
         again = compute(
-            layout.in_family(dy.index_select(axis, channels), layout.family(kept, stacking), stacking), kept, *rows[:3],
-            *options, training, *need, rows[3], None, activation, slope, False, False,
+            dy.index_select(axis, channels), kept, *rows[:3], *options, training, *need, rows[3], None, activation,
+            slope, False, False,
         )  # fmt: skip
         for whole, part, dim, wanted in zip((dx, dweight, dbias), again, (axis, 1, 1), need, strict=False):
             if wanted:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout
+from tsbn_kernels import autograd, layout
 from tsbn_kernels.autograd import INPUTS, TaskBatchNorm, backward_operator
 
 
@@ -54,12 +54,10 @@ class TaskStreams(TaskBatchNorm):
         present: list[Any] = [gradients[task] for task in tasks]
         dy = torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
         own: Any = x if shared else streams(x)
-        family = layout.family(own, layout.input_stacking("task_axis", shared))
         plain = activation == "none"
         dx, dweight, dbias, dresidual = backward_operator(ctx.backend)(
-            layout.in_family(dy, family, "task_axis"), own, rows(weight), rows(mean), rows(var), len(tasks), eps, gate,
-            "task_axis", ctx.training, *needed[:3], rows(bias), streams(residual), activation, slope, shared,
-            needed[3] and not plain,
+            dy, own, rows(weight), rows(mean), rows(var), len(tasks), eps, gate, "task_axis", ctx.training, *needed[:3],
+            rows(bias), streams(residual), activation, slope, shared, needed[3] and not plain,
         )  # fmt: skip
         return (
             (dx if shared else layout.stacked(spread(dx), stacking)) if needed[0] else None,
@@ -72,3 +70,13 @@ class TaskStreams(TaskBatchNorm):
     @staticmethod
     def vmap(*_: Any) -> Any:
         raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
+
+
+def apply(*inputs: Any) -> tuple[Tensor, ...]:
+    """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
+    if torch.compiler.is_compiling():  # a graph has one backward pass, of all tasks
+        y, mean, var = autograd.apply(*inputs)
+        num_tasks, _, _, stacking = inputs[6:10]
+        return *layout.streams(y, num_tasks, stacking).unbind(), mean, var
+    outputs: tuple[Tensor, ...] = TaskStreams.apply(*inputs)
+    return outputs

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, distributed
 
 from tsbn_kernels import layout, reference
-from tsbn_kernels.autograd import POSITIONAL
 from tsbn_kernels.ops import operators
 
 Group = Any  # a ProcessGroup; PyTorch has none where it is built without distributed
@@ -237,6 +236,3 @@ class FirstDerivative(torch.autograd.Function):
             "statistics that are synchronised over processes have no second derivative; use process_group=None, or "
             "leave the layer out of what is differentiated twice"
         )
-
-
-SynchronizedTaskBatchNorm.forward.__signature__ = POSITIONAL  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::st
 }
 
 // y, and the work of writing it.
-Tensor prepare_forward(Work& w, const Tensor& x, const std::optional<Tensor>& residual, const Stacking& stacking) {
+Tensor prepare_forward(Work& w, const Tensor& x, std::optional<Tensor>& residual, const Stacking& stacking) {
   STD_TORCH_CHECK(w.activation != Activation::inverse_leaky_relu, "tsbn: there is no forward of inverse_leaky_relu");
   Tensor y = empty_stacked(w, x, stacking, w.out);
   if (residual) w.residual = stacked_operand(w, *residual, x, stacking, "residual");

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -35,25 +37,41 @@ Partition partition_of(const Work& w) {
           std::max({int64_t(64), 4 * kRowBlock / w.C, w.N * w.S / 64})};
 }
 
-View require_view(const Tensor& x, int64_t num_tasks, const std::string& stacking) {
+// A copy of a stacked tensor in a family's memory format. It has no loops of its own: callers that care about speed pass
+// what a kernel reads, and this serves those whose strides a compiler chose.
+Tensor copy_in(Family family, const Tensor& tensor, const std::string& stacking) {
+  const auto sizes = tensor.sizes();
+  Tensor copy = allocate_like(tensor, family_strides({sizes.begin(), sizes.end()}, family, stacking));
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+bool reads(Family family, const std::optional<View>& view) {
+  return view && (family == Family::rows ? view->rows() : view->columns());
+}
+
+std::optional<View> checked_view(const Tensor& x, int64_t num_tasks, const std::string& stacking) {
   STD_TORCH_CHECK(stacking == "task_major" || stacking == "sample_major" || stacking == "task_axis",
                   "tsbn: unknown stacking '", stacking, "'");
   const int64_t leading = stacking == "task_axis" ? 2 : 1;
   STD_TORCH_CHECK(x.dim() > leading && num_tasks > 0, "tsbn: x has too few dimensions, or num_tasks is not positive");
   STD_TORCH_CHECK(leading == 2 ? x.size(0) == num_tasks : x.size(0) % num_tasks == 0,
                   "tsbn: the first dimension of x does not hold ", num_tasks, " tasks");
-  const auto view = view_of(x, num_tasks, stacking);
-  STD_TORCH_CHECK(view && (view->rows() || view->columns()),
-                  "tsbn: neither the positions nor the channels of x are contiguous; pass x.contiguous()");
-  return *view;
+  return view_of(x, num_tasks, stacking);
 }
 
-View input_view(const Tensor& x, const Stacking& stacking) {
+View input_view(Tensor& x, const Stacking& stacking) {
   static const std::string one_task = "task_major";
   STD_TORCH_CHECK(stacking.num_tasks > 0, "tsbn: num_tasks is not positive");
-  View view = require_view(x, stacking.shared ? 1 : stacking.num_tasks, stacking.shared ? one_task : stacking.name);
-  if (stacking.shared) view.operand.t = 0;
-  return view;
+  const int64_t tasks = stacking.shared ? 1 : stacking.num_tasks;
+  const std::string& name = stacking.shared ? one_task : stacking.name;
+  std::optional<View> view = checked_view(x, tasks, name);
+  if (!reads(Family::rows, view) && !reads(Family::columns, view)) {
+    x = copy_in(Family::rows, x, name);
+    view = checked_view(x, tasks, name);
+  }
+  if (stacking.shared) view->operand.t = 0;
+  return *view;
 }
 
 std::vector<int64_t> stacked_sizes(const Tensor& x, const Stacking& stacking) {
@@ -95,7 +113,7 @@ size_t element_size(DType dtype) {
 
 }  // namespace
 
-Work work_of(const Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope) {
+Work work_of(Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope) {
   const View view = input_view(x, stacking);
   Work w;
   w.family = view.rows() ? Family::rows : Family::columns;
@@ -110,17 +128,19 @@ Work work_of(const Tensor& x, const Stacking& stacking, double eps, const std::s
   return w;
 }
 
-Operand stacked_operand(const Work& w, const Tensor& tensor, const Tensor& x, const Stacking& stacking,
+Operand stacked_operand(const Work& w, Tensor& tensor, const Tensor& x, const Stacking& stacking,
                         const char* name) {
   const auto sizes = tensor.sizes();
   const std::vector<int64_t> expected = stacked_sizes(x, stacking);
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() &&
                       std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()),
                   "tsbn: ", name, " must have the shape of y and the dtype of x");
-  const View view = require_view(tensor, stacking.num_tasks, stacking.name);
-  STD_TORCH_CHECK(w.family == Family::rows ? view.rows() : view.columns(), "tsbn: ", name,
-                  " must have the memory format of x");
-  return view.operand;
+  std::optional<View> view = checked_view(tensor, stacking.num_tasks, stacking.name);
+  if (!reads(w.family, view)) {
+    tensor = copy_in(w.family, tensor, stacking.name);
+    view = checked_view(tensor, stacking.num_tasks, stacking.name);
+  }
+  return view->operand;
 }
 
 Tensor empty_stacked(const Work& w, const Tensor& x, const Stacking& stacking, Operand& operand) {

@@ -17,11 +17,11 @@ struct Stacking {
   bool shared;
 };
 
-// The Work of an input; everything but `x` is still missing.
-Work work_of(const Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope);
+// The Work of an input; everything but `x` is still missing. An x that no kernel family reads is made contiguous.
+Work work_of(Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope);
 
-// An operand that is stacked like y: its shape, dtype and memory family are checked.
-Operand stacked_operand(const Work& w, const Tensor& tensor, const Tensor& x, const Stacking& stacking,
+// An operand that is stacked like y, of its shape and dtype. One of another memory format is replaced by a copy.
+Operand stacked_operand(const Work& w, Tensor& tensor, const Tensor& x, const Stacking& stacking,
                         const char* name);
 
 // Fresh memory for y (or the gradient of a residual), and for dx; the operand is set.

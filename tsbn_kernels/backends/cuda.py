@@ -141,8 +141,6 @@ def _prepare(
     assert x is not None
     like = _like(places[0])
     family = layout.family(like, streams[call.shared][1])
-    if family is None:
-        raise ValueError("neither the positions nor the channels of x are contiguous; pass x.contiguous()")
     _, N, C, S = layout.task_view(like, *streams[call.shared]).shape
     if call.shared:
         x, out = x._replace(t=0), out if out is None or not call.backward else out._replace(t=0)
@@ -191,7 +189,8 @@ def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:
 
 
 def _run(call: _Call, tensors: _Tensors) -> None:
-    x = tensors.x
+    x, dy, residual = layout.readable(tensors.x, call.stacking, call.shared, tensors.dy, tensors.residual)
+    tensors = tensors._replace(x=x, dy=dy, residual=residual)
     vectors = tuple(_vector(v) for v in tensors[5:9])
     prepared = _prepare(call, x.dtype, tuple(_place(tensor) for tensor in tensors[:5]), vectors, x.device)
     buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in prepared.buffers]

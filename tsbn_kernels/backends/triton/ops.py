@@ -58,6 +58,12 @@ def _normalize(
     vectors = *_contiguous(weight, bias, mean, var), residual
     run = _forwards.get(key)
     if run is None:
+        read = layout.readable(x, stacking, shared, residual)
+        if read[0] is not x or read[1] is not residual:
+            return _normalize(
+                read[0], weight, bias, mean, var, num_tasks, eps, gate, stacking, training, read[1], activation, slope,
+                shared,
+            )  # fmt: skip
         work = work_of(
             x, num_tasks, stacking, training=training, bias=bias is not None, parameter_size=weight.element_size(),
             activation=activation, residual=residual is not None, fan_out=shared,
@@ -126,6 +132,12 @@ def backward(
 
     run = _backwards.get(key)
     if run is None:
+        read = layout.readable(x, stacking, shared, dy, residual)
+        if any(copy is not given for copy, given in zip(read, (x, dy, residual), strict=True)):
+            return backward(
+                read[1], read[0], weight, mean, var, num_tasks, eps, gate, stacking, training, *needs[:3], bias,
+                read[2], activation, slope, shared, need_dresidual,
+            )  # fmt: skip
         work = work_of(
             x, num_tasks, stacking, direction="backward", training=training, bias=need_dbias, needs_dx=need_dx,
             needs_dweight=need_dweight, parameter_size=weight.element_size(), activation=activation,
