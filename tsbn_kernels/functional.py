@@ -43,7 +43,8 @@ def task_batch_norm(
             strided views of them, are read in place.
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
-        running_mean, running_var: ``[T, C]``. Updated in place in training; read in evaluation.
+        running_mean, running_var: ``[T, C]``. Updated in place in training, except by a forward pass that runs inside a
+            backward pass, which is a repetition (activation checkpointing); read in evaluation.
         residual: added before the activation; shape of y, dtype of x.
         num_tasks: T.
         training: normalise by the statistics of the batch instead of the running ones.
@@ -134,7 +135,7 @@ def _call(
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
     *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
-    if training and x.numel() > 0:
+    if training and x.numel() > 0 and not recompute.is_repetition():
         count = x.numel() // (channels if fan_out else weight.numel())
         if running_mean is not None:
             _update(running_mean, mean, momentum)
