@@ -57,7 +57,8 @@ def assert_same_state(one: nn.Module, other: nn.Module, **tolerance: float) -> N
 def test_every_task_starts_as_the_plain_model(stacking: Any, variant: Any, name: str) -> None:
     plain = pretrained(name).eval()
     converted = convert_model(plain, T, variant=variant, stacking=stacking)
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in converted.modules())
+    norms = [module for module in converted.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, FusedTSigmaBN) for norm in norms)
     x = torch.randn(N, 3, 16, 16)
     stacked = x.repeat(T, 1, 1, 1) if stacking == "task_major" else x.repeat_interleave(T, 0)
     y, expected = converted(stacked), plain(x)
@@ -213,6 +214,12 @@ def test_batch_norm_act_keeps_activation_and_drop() -> None:
     assert back[1].training is back[1].act.training is False
     converted.load_state_dict(plain.state_dict())
     convert_model(plain, T, inplace=True)
+
+
+def test_streams_of_timms_layer_are_activated() -> None:
+    layer: Any = convert_model(nn.Sequential(BatchNormAct2d(4, nn.PReLU(init=0.3))), T)[0].eval()  # type: ignore[index]
+    x = torch.randn(T * N, 4, 3, 3)
+    assert torch.equal(torch.cat(layer.streams(x)), layer(x))
 
 
 def test_in_place_and_copy() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from tsbn_kernels.activations import of_module
 from tsbn_kernels.chains import FusedActivation, SharedActivation, find_chains, has_hooks, plain_activations
@@ -37,10 +38,17 @@ class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """As :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
         y: Tensor = super().forward(x, residual, **options)
         return y if self.activation is not None else self.act(self.drop(y))
+
+    def streams(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+        """As :meth:`FusedTSigmaBN.streams`, followed by ``drop`` and ``act``."""
+        streams = super().streams(x, residual, **options)
+        return streams if self.activation is not None else tuple(self.act(self.drop(y)) for y in streams)
 
     def task(self, index: int) -> nn.Module:
         """The ``BatchNormAct2d`` of one task, a copy."""
@@ -105,7 +113,8 @@ def convert_model(
             cannot trace the model, or because it is a function.
 
     Raises:
-        ValueError: there is nothing to convert, a layer has hooks, or an option or a name in ``exclude`` is unknown.
+        ValueError: there is nothing to convert, a layer has hooks or is parametrized, or an option or a name in
+            ``exclude`` is unknown.
         TypeError: a batch normalisation of an unknown class.
     """
     if variant not in VARIANTS:
@@ -117,7 +126,7 @@ def convert_model(
     layers: dict[nn.Module, FusedTSigmaBN] = {
         module: _task_specific(module, name, model, num_tasks, variant, stacking, pretrained)
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module not in excluded
+        if isinstance(module, _BatchNorm) and not isinstance(module, FusedTSigmaBN) and module not in excluded
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no batch normalisation to convert, apart from what is excluded")
@@ -225,6 +234,11 @@ def _task_specific(
     if has_hooks(module):
         raise ValueError(
             f"{name!r} has hooks, which would be lost; remove them, convert, and register them on the new layer"
+        )
+    if is_parametrized(module):
+        raise ValueError(
+            f"{name!r} is parametrized, which would be lost; call torch.nn.utils.parametrize.remove_parametrizations "
+            f"first, or exclude it"
         )
     state: dict[str, Tensor] = {
         key: tensor.detach()

@@ -43,7 +43,8 @@ def task_batch_norm(
             strided views of them, are read in place.
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
-        running_mean, running_var: ``[T, C]``. Updated in place in training; read in evaluation.
+        running_mean, running_var: ``[T, C]``. Updated in place in training, except by a forward pass that runs inside a
+            backward pass, which is a repetition (activation checkpointing); read in evaluation.
         residual: added before the activation; shape of y. Where its dtype is not that of x, as in autocast, both are
             promoted as in ``x + residual``, and so is y: in one copy of what is narrower.
         num_tasks: T.
@@ -145,14 +146,16 @@ def _call(
     slope = float(negative_slope) if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
+    tracked = training and not recompute.is_repetition()
     if group is not None:
         y, mean, var, values = synchronized.apply(x, weight, bias, residual, *options, group, backend)
         outputs = [y] if differentiable is autograd.apply else [*layout.streams(y, num_tasks, stacking).unbind()]
-        momentum = momentum * (values > 0).to(values.dtype)  # an empty batch leaves the running statistics alone
-        _track(running_mean, running_var, mean, var * (values / (values - 1).clamp_min(1)), momentum)
+        if tracked:
+            momentum = momentum * (values > 0).to(values.dtype)  # an empty batch leaves the running statistics alone
+            _track(running_mean, running_var, mean, var * (values / (values - 1).clamp_min(1)), momentum)
     else:
         *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
-        if training and x.numel() > 0:
+        if tracked and x.numel() > 0:
             count = x.numel() // (channels if fan_out else weight.numel())
             _track(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     if recompute.wanted() and not recover_input:

@@ -7,14 +7,22 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels import checks, synchronized
+from tsbn_kernels import checks, recompute, synchronized
 from tsbn_kernels.activations import as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_LATER_OPTIONS = {
+    "activation": None,
+    "negative_slope": 0.01,
+    "fan_out": False,
+    "recover_input": False,
+    "_process_group": None,
+}
 
 _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in one call.
 
@@ -50,7 +58,8 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in
     """
 
 
-class FusedTSigmaBN(nn.Module):
+# A _BatchNorm by class, for torch.optim.swa_utils.update_bn, FSDP's mixed precision and users' own loops look for that.
+class FusedTSigmaBN(_BatchNorm):
     __doc__ = _DOC.format(streams="streams of any dimensions", plain="SyncBatchNorm", shape="``[T*N, C, *]``")
     _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
     _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
@@ -59,7 +68,7 @@ class FusedTSigmaBN(nn.Module):
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -80,7 +89,7 @@ class FusedTSigmaBN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the parameters and buffers of the plain layer have other shapes
         if num_features < 1:
             raise ValueError(f"num_features must be 1 or more, got {num_features}")
         checks.check_options(num_tasks, gate, stacking, activation)
@@ -248,13 +257,13 @@ class FusedTSigmaBN(nn.Module):
         if self._tasks is not None:
             vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
         weight, bias, running_mean, running_var, num_batches_tracked = (_rows(vector, tasks) for vector in vectors)
-        tracking = self.training and self.track_running_stats
+        tracking = self.training and self.track_running_stats and not recompute.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
             if self.momentum is None:  # cumulative average
                 momentum = 1.0 / num_batches_tracked.unsqueeze(1)
-        keeps_statistics = not self.training or self.track_running_stats
+        keeps_statistics = not self.training or tracking
         result = normalize(
             x,
             weight,
@@ -286,6 +295,10 @@ class FusedTSigmaBN(nn.Module):
         if self._tasks is not None and not set(tasks) <= set(self._tasks):
             raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={list(tasks)}")
         return torch.tensor(tasks, device=self.weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes pickles from before the layer had all of its options."""
+        super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a plain ``nn.BatchNorm`` too, and starts every task from it."""

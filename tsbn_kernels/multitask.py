@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels.modules import FusedTSigmaBN
-from tsbn_kernels.recompute import recompute_outputs
+from tsbn_kernels.recompute import is_repetition, recompute_outputs
 
 
 class MultiTaskModel(nn.Module):
@@ -99,6 +99,7 @@ class MultiTaskModel(nn.Module):
         try:
             with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
+            self._router.remember(run, features)
             return _unstack(features, run)
         finally:
             self._router.run = None
@@ -114,12 +115,34 @@ class _Run:
 
 
 class _Router:
-    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs."""
+    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs.
+
+    Activation checkpointing runs parts of the backbone again in the backward pass: they get what they got in the run
+    that the gradient has come from.
+    """
 
     run: _Run | None = None
+    repeated: _Run | None = None  # inside a backward pass
+
+    def remember(self, run: _Run, features: Any) -> None:
+        """Has the backward pass through ``features`` say which run it goes through."""
+        if isinstance(features, Mapping):
+            features = list(features.values())
+        if isinstance(features, (list, tuple)):
+            for feature in features:
+                self.remember(run, feature)
+        elif isinstance(features, Tensor) and features.requires_grad and not torch.compiler.is_compiling():
+            features.register_hook(lambda _: self._enter(run))
+
+    def _enter(self, run: _Run) -> None:
+        self.repeated = run
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave)
+
+    def _leave(self) -> None:
+        self.repeated = None
 
     def route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        run, x = self.run, args[0]
+        run, x = self.repeated if is_repetition() else self.run, args[0]
         if run is None:
             return None
         stacked = run.count * run.batch

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+_GATES = ("weight", "weight_orig")  # the second is what pruning masks
+
 
 def parameter_groups(
     model: nn.Module,
@@ -17,9 +19,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of all trainable parameters of a model, each parameter once, for any optimiser of ``torch.optim``.
 
-    The gates are the ``weight`` of the modules that have ``gates``: ``FusedTSigmaBN2d`` and its kin, and a user's own.
-    Those that also have a ``normalized_shape``, as ``nn.LayerNorm`` has, take the multiplier of layer normalisation.
-    Parameters that do not require a gradient are left out.
+    The gates are the ``weight`` of the modules that have ``gates``: ``FusedTSigmaBN2d`` and its kin, and a user's own;
+    also what ``torch.nn.utils.parametrize`` and ``prune`` have made of it. Those that also have a
+    ``normalized_shape``, as ``nn.LayerNorm`` has, take the multiplier of layer normalisation. Parameters that do not
+    require a gradient are left out.
 
     Args:
         model: any module.
@@ -36,9 +39,11 @@ def parameter_groups(
     multipliers = {"base": 1.0, "gates": gate_lr_multiplier, "layer_norm_gates": layer_norm_lr_multiplier}
     kind: dict[nn.Parameter, str] = {parameter: "base" for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight in kind and hasattr(module, "gates"):
-            kind[weight] = "layer_norm_gates" if hasattr(module, "normalized_shape") else "gates"
+        if not hasattr(module, "gates"):
+            continue
+        for name, parameter in module.named_parameters():
+            if parameter in kind and (name in _GATES or name.startswith("parametrizations.weight.")):
+                kind[parameter] = "layer_norm_gates" if hasattr(module, "normalized_shape") else "gates"
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {(name, False): [] for name in multipliers}
     for parameter, name in kind.items():
         groups.setdefault((name, hasattr(parameter, "to_local")), []).append(parameter)

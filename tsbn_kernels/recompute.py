@@ -81,6 +81,11 @@ def recompute_outputs() -> Iterator[None]:
         _outputs.reset(token)
 
 
+def is_repetition() -> bool:
+    """Whether the forward pass runs inside a backward pass: activation checkpointing runs it for a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def wanted() -> bool:
     """Whether outputs are to be offered."""
     return not torch.compiler.is_compiling() and _outputs.get() is not None
