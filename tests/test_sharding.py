@@ -35,6 +35,7 @@ from tsbn_kernels import (
     LateFanOut,
     MultiTaskModel,
     convert_model,
+    convert_sync_batchnorm,
     export_task,
     parameter_groups,
     shard_tasks,
@@ -276,6 +277,29 @@ def case_backbone() -> None:
 
 def test_a_backbone_takes_the_streams_of_its_tasks() -> None:
     ranks.run(case_backbone, 2)
+
+
+def case_synchronised() -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    mesh = mesh_of(data=2)
+    with pytest.raises(ValueError, match=r"over the ranks \[0, 1, 2, 3\], which have different tasks"):
+        shard_tasks(convert_sync_batchnorm(multitask(5)), mesh)
+    model = shard_tasks(convert_sync_batchnorm(multitask(5), mesh.get_group("data")), mesh)
+    images, upstream = batch(5, 0, mesh.get_local_rank("data"))
+    loss_of(model(images), upstream).backward()
+    return full_state_dict(model), gathered_gradients(model)
+
+
+def test_statistics_are_synchronised_over_the_data() -> None:
+    """Equal to one process on the joined batch."""
+    one = multitask(5)
+    batches = [batch(5, 0, part) for part in range(2)]
+    upstream = {task: torch.cat([part[task] for _, part in batches]) for task in batches[0][1]}
+    loss_of(one(torch.cat([images for images, _ in batches])), upstream).backward()
+    expected = {name: parameter.grad for name, parameter in one.named_parameters()}
+    for state, gradients in ranks.run(case_synchronised, 4):
+        assert_same_state(state, one.state_dict())
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-10)
 
 
 # ---- states ------------------------------------------------------------------------------------------------------

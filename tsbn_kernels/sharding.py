@@ -57,7 +57,7 @@ def shard_tasks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         ValueError: the mesh has no such dimension, or so many ranks along it that one would have no task; the model
             has no task-specific layer, layers of different numbers of tasks, or is sharded already; tasks of different
-            ranks share a head.
+            ranks share a head; statistics are synchronised over ranks that have different tasks.
         TypeError: the model has a :class:`~tsbn_kernels.LateFanOut`.
     """
     layers: list[Any] = _layers(model)
@@ -66,6 +66,7 @@ def shard_tasks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     tasks = parts[mesh.get_local_rank(_TASKS)]
     if isinstance(model, MultiTaskModel):
         _check_heads(model, parts)
+    _check_groups(layers, mesh)
     _broadcast([*model.parameters(), *model.buffers()], mesh)
     if isinstance(model, MultiTaskModel):
         model.heads = nn.ModuleDict({name: model.heads[name] for name in list(model.heads)[tasks.start : tasks.stop]})
@@ -319,6 +320,23 @@ def _check_heads(model: MultiTaskModel, parts: list[range]) -> None:
                     f"the heads {other!r} and {name!r} share parameters, and are of different ranks along {_TASKS!r}; "
                     f"give each task a head of its own, or a place beside the other"
                 )
+
+
+def _check_groups(layers: list[FusedTSigmaBN], mesh: DeviceMesh) -> None:
+    """Statistics may be synchronised among ranks that have the same tasks."""
+    from torch import distributed
+
+    own = mesh.mesh.movedim((mesh.mesh_dim_names or ()).index(_TASKS), 0)[mesh.get_local_rank(_TASKS)]
+    for layer in layers:
+        group = layer.process_group
+        if group is None:
+            continue
+        ranks = distributed.get_process_group_ranks(None if group == "world" else group)
+        if not set(ranks) <= set(own.flatten().tolist()):
+            raise ValueError(
+                f"a layer synchronises its statistics over the ranks {ranks}, which have different tasks; set "
+                f"process_group=mesh.get_group() of another dimension than {_TASKS!r}, or None"
+            )
 
 
 def _leave_other_heads(model: MultiTaskModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
