@@ -26,11 +26,11 @@ def export(module: nn.Module, inputs: list[Tensor], streams: int, strict: bool) 
         return torch.export.export(module, tuple(inputs), dynamic_shapes=(dynamic,) * len(inputs), strict=strict)
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("name", "strict"),
-    [(name, False) for name in WAYS if name not in ("checkpoint", "silu", "gelu")]
-    + [(name, True) for name in ("plain", "residual", "streams", "model")],
+    ("name", "training", "strict"),
+    [(name, True, False) for name in WAYS if name not in ("checkpoint", "silu", "gelu")]
+    + [(name, training, True) for name in ("plain", "streams") for training in (True, False)]
+    + [(name, False, False) for name in ("plain", "residual", "fan_out", "tasks", "model")],
 )
 def test_any_batch_size(name: str, training: bool, strict: bool) -> None:
     """An exported program gives the outputs, gradients and statistics of the module; in training it can be trained."""

@@ -53,6 +53,25 @@ def test_opcheck_of_the_gradients_that_are_needed(needs: tuple[bool, ...], train
         assert gradient.dtype == like.dtype
 
 
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck_of_the_derivatives(shared: bool, activation: str) -> None:
+    """The operators bring their derivatives along, which graphs rely on."""
+    p = problem(2, 2, 3, (2, 2))
+    leaves = [tensor.clone().requires_grad_() for tensor in (p.x[:2] if shared else p.x, p.weight, p.bias, p.dy)]
+    end = leaves[3], activation, 0.0, shared
+    torch.library.opcheck(ops.forward_training.default, (*leaves[:3], *p.options, *end))
+    torch.library.opcheck(ops.forward_eval.default, (*leaves[:3], *statistics(p), *p.options, *end))
+
+    def call(*leaves: Tensor) -> Tensor:
+        y: Tensor = ops.forward_training(*leaves[:3], *p.options, leaves[3], activation, 0.0, shared)[0]
+        return y
+
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(call, double)
+    assert torch.autograd.gradgradcheck(call, double)
+
+
 def test_no_gradient_needed_in_evaluation() -> None:
     program = """
 import torch, tsbn_kernels
@@ -147,8 +166,10 @@ ANY_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("of_dy", ANY_STRIDES)
-@pytest.mark.parametrize("of_x", ANY_STRIDES)
+@pytest.mark.parametrize(
+    ("of_x", "of_dy"),
+    [*((of_x, "contiguous") for of_x in ANY_STRIDES), *(("channels_last", of_dy) for of_dy in ANY_STRIDES)],
+)
 def test_operands_of_any_strides(of_x: str, of_dy: str, shared: bool, backend: str) -> None:
     """A compiler may choose them: results are those of contiguous operands, in the strides of the fake kernel."""
     p = problem(2, 2, 3, (3, 2))

@@ -1,4 +1,4 @@
-"""The ``autograd.Function`` that joins the forward and backward operators."""
+"""The ``autograd.Function`` that joins the forward and backward operators, and the derivatives of those in graphs."""
 
 from __future__ import annotations
 

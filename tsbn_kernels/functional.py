@@ -88,7 +88,8 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
 
     A backward pass that comes from some of them computes those tasks alone: with ``fan_out`` T backward passes over a
     retained graph, as multi-task weighting methods make them, cost one task each. Where all come at once their
-    gradients are first copied into one stack. With a ``process_group`` every backward pass computes all tasks.
+    gradients are first copied into one stack. With a ``process_group``, and inside ``torch.compile``, a backward pass
+    computes all tasks.
 
     Raises:
         ValueError: also where ``recover_input`` is set.

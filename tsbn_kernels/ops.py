@@ -1,10 +1,10 @@
 """The operators ``torch.ops.tsbn.*``: schemas, fake kernels, and which backend implements them on which device.
 
-All are functional. ``x`` is a stacked activation that :func:`tsbn_kernels.layout.family` accepts, or where ``shared``
-is set one input ``[N, C, *]`` for all tasks; ``residual`` and ``dy`` are stacked, of its family. Parameters and
-statistics are ``[T, C]``; statistics are float64 for float64 input, else float32; moments are float64. ``activation``
-is ``"none"`` or one of :data:`tsbn_kernels.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too
-(see the reference).
+All are functional, and the forward ones differentiable (:mod:`tsbn_kernels.autograd`). ``x`` is a stacked activation,
+or where ``shared`` is set one input ``[N, C, *]`` for all tasks; ``residual`` and ``dy`` are stacked. They may have any
+strides: :func:`tsbn_kernels.layout.readable` tells which are copied. Parameters and statistics are ``[T, C]``;
+statistics are float64 for float64 input, else float32; moments are float64. ``activation`` is ``"none"`` or one of
+:data:`tsbn_kernels.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too (see the reference).
 """
 
 from __future__ import annotations
