@@ -7,7 +7,7 @@ BENCH_ARGS ?=
 # Whole files run side by side: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
-.PHONY: bench test fuzz lint wheel wheel-check clean
+.PHONY: bench test fuzz sanitize lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -18,6 +18,11 @@ test: $(VENV)/installed
 # Random valid and hostile calls: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+# The CPU library under AddressSanitizer with UBSan, and under ThreadSanitizer.
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py address
+	$(BIN)/python tests/sanitize.py thread
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
