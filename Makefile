@@ -7,13 +7,22 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test lint wheel wheel-check clean
+.PHONY: bench test fuzz sanitize lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Random valid and hostile calls: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+# The CPU library under AddressSanitizer with UBSan, and under ThreadSanitizer.
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py address
+	$(BIN)/python tests/sanitize.py thread
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ The libraries have no Python symbols and use only the stable ABI of PyTorch 2.10
 every later PyTorch. What cannot be built (no compiler, no PyTorch, no nvcc) is left out, and a line says so.
 
 The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU.
-``TORCH_CUDA_ARCH_LIST`` chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out.
+``TORCH_CUDA_ARCH_LIST`` chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out. ``TSBN_SANITIZE``
+(``address`` or ``thread``) instruments the CPU library, for tests/sanitize.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+SANITIZERS: dict[str | None, list[str]] = {
+    None: ["-O3", "-g0"],
+    # Without the checks of each pointer for null and its object's size, which are most of the compiler's work.
+    "address": [
+        "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr,return",
+        "-fno-sanitize-recover=all", "--param", "asan-stack=0",
+    ],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}  # fmt: skip
 ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"  # the last also as PTX, for what comes later
 
 
@@ -54,6 +64,8 @@ def extensions() -> list[Extension]:
 
 def library(name: str, torch_root: Path, sources: list[str], headers: list[str]) -> Extension:
     """A library of operators."""
+    sanitizer = os.environ.get("TSBN_SANITIZE")
+    instrumented = SANITIZERS[sanitizer]
     extension = Extension(
         f"tsbn_kernels.{name}",
         sources,
@@ -64,10 +76,10 @@ def library(name: str, torch_root: Path, sources: list[str], headers: list[str])
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         # PyTorch's headers are system headers: their warnings are not ours. sqrt without errno can be vectorised.
         extra_compile_args=[
-            "-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
+            "-std=c++17", *instrumented, "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
             "-isystem", str(torch_root / "include"),
         ],
-        extra_link_args=["-s"],
+        extra_link_args=["-s"] if sanitizer is None else instrumented,
         language="c++",
     )  # fmt: skip
     extension.optional = True  # a failed build is a warning

@@ -87,12 +87,12 @@ ONES = torch.ones(3, 5)
         (
             lambda: task_batch_norm(X, W.int(), num_tasks=3),
             TypeError,
-            "weight must be a floating point tensor, got torch.int32",
+            "weight must be float32, float64, float16 or bfloat16, got torch.int32",
         ),
         (
             lambda: task_batch_norm(X, W, W.long(), num_tasks=3),
             TypeError,
-            "bias must be a floating point tensor, got torch.int64",
+            "bias must be float32, float64, float16 or bfloat16, got torch.int64",
         ),
         (
             lambda: task_batch_norm(X, W, num_tasks=3, training=False),

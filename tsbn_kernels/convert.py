@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from tsbn_kernels import checks
 from tsbn_kernels.activations import of_module
 from tsbn_kernels.chains import FusedActivation, SharedActivation, find_chains, has_hooks, plain_activations
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
@@ -115,14 +116,15 @@ def convert_model(
     Raises:
         ValueError: there is nothing to convert, a layer has hooks or is parametrized, or an option or a name in
             ``exclude`` is unknown.
-        TypeError: a batch normalisation of an unknown class.
+        TypeError: a batch normalisation of an unknown class, or an argument of another type.
     """
+    checks.check_module("model", model)
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if not inplace:
         groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
         model = copy.deepcopy(model, {id(group): group for group in groups})  # which cannot be copied
-    excluded = _modules_under(model, (exclude,) if isinstance(exclude, str) else exclude)
+    excluded = _modules_under(model, _names(exclude))
     layers: dict[nn.Module, FusedTSigmaBN] = {
         module: _task_specific(module, name, model, num_tasks, variant, stacking, pretrained)
         for name, module in model.named_modules()
@@ -143,7 +145,9 @@ def revert_model(model: nn.Module, task: int) -> nn.Module:
     Raises:
         ValueError: the model has no task-specific layer.
         IndexError: there is no such task.
+        TypeError: ``model`` is no module, or ``task`` no integer.
     """
+    checks.check_module("model", model)
     model = copy.deepcopy(model)
     activations = plain_activations(model)  # before the layers are asked
     layers: dict[nn.Module, nn.Module] = {
@@ -218,6 +222,15 @@ def _activate(layer: FusedTSigmaBN, activation: nn.Module) -> None:
 
 def _warn_unfused(names: Iterable[str], reason: str) -> None:
     warnings.warn(f"activations stay unfused behind {', '.join(map(repr, names))}: {reason}", stacklevel=4)
+
+
+def _names(exclude: Any) -> list[str]:
+    names: list[Any] = (
+        [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [None]
+    )
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"exclude must be the name of a module, or several, got {exclude!r}")
+    return names
 
 
 def _modules_under(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from tsbn_kernels import checks
 from tsbn_kernels.chains import Tracer, has_hooks, plain_activations, twin_of
 from tsbn_kernels.convert import FusedTSigmaBNAct2d, _replace
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN2d, FusedTSigmaBN3d
@@ -77,6 +78,7 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
         IndexError: there is no such task.
         TypeError: a name was given, and the model has no heads.
     """
+    checks.check_module("model", model)
     complaints: list[str] = []
     if isinstance(model, MultiTaskModel):
         names = list(model.tasks)
@@ -86,7 +88,7 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
             )
         if isinstance(task, str) and task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}, or an index, got {task!r}")
-        index = names.index(task) if isinstance(task, str) else task
+        index = names.index(task) if isinstance(task, str) else checks.index("task", task)
         backbone = _export(model.backbone, index, complaints)  # raises where there is no such index
         plain: nn.Module = nn.Sequential(backbone, _export(model.heads[names[index]], 0, complaints)).eval()
     elif isinstance(task, str):

@@ -50,7 +50,7 @@ def task_batch_norm(
         num_tasks: T.
         training: normalise by the statistics of the batch instead of the running ones.
         momentum: share of the batch in the running statistics; a tensor broadcasts over ``[T, C]``.
-        eps: added to the variance.
+        eps: added to the variance; positive, in evaluation also 0.
         gate: ``"sigmoid"`` or ``"identity"``.
         stacking: ``"task_major"`` (sample n of task t at ``t*N + n``), ``"sample_major"`` (at ``n*T + t``) or
             ``"task_axis"``.
@@ -69,10 +69,12 @@ def task_batch_norm(
         y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
 
     Raises:
-        ValueError: a shape or option does not fit, or training has one value per channel.
-        TypeError: a dtype is not supported.
-        RuntimeError: tensors lie on different devices. With a ``process_group``: ``torch.distributed`` is not
-            initialised, the ranks' tasks or channels differ, or a second derivative is asked for.
+        ValueError: a shape or option does not fit, training has one value per channel, or running statistics cannot
+            be written (they are expanded, or require a gradient).
+        TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
+        RuntimeError: tensors lie on different devices, or were made in inference mode and are to be written or saved.
+            With a ``process_group``: ``torch.distributed`` is not initialised, the ranks' tasks or channels differ, or
+            a second derivative is asked for.
     """
     y: Tensor
     (y,) = _call(
@@ -120,7 +122,11 @@ def _call(
     recover_input: bool = False,
     process_group: synchronized.GroupLike = None,
 ) -> list[Tensor]:
-    checks.check_options(num_tasks, gate, stacking, activation)
+    num_tasks = checks.count("num_tasks", num_tasks)
+    checks.check_options(gate, stacking, activation)
+    for name, flag in (("training", training), ("fan_out", fan_out), ("recover_input", recover_input)):
+        checks.check_flag(name, flag)
+    eps, negative_slope = checks.eps_value(eps, training), checks.number("negative_slope", negative_slope)
     group = synchronized.group_of(process_group) if training else None
     checks.check_input(x, num_tasks, stacking, fan_out, training and group is None)
     order = layout.input_stacking(stacking, fan_out)
@@ -129,8 +135,11 @@ def _call(
     for name, vector in vectors:
         if vector is not None:
             checks.check_vector(name, vector, x, num_tasks, channels)
+            if training and name.startswith("running"):
+                checks.check_written(name, vector)
         elif not training and name.startswith("running"):
             raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
+    momentum = checks.momentum_value(momentum, x, num_tasks, channels)
     if recover_input:
         checks.check_recovery(activation, negative_slope, fan_out or residual is not None, process_group is not None)
     if residual is not None:
@@ -144,7 +153,7 @@ def _call(
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
     given = (None, None) if training else (running_mean, running_var)
-    slope = float(negative_slope) if activation == "leaky_relu" else 0.0
+    slope = negative_slope if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
     tracked = training and not recompute.is_repetition()

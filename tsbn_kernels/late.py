@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import layout
+from tsbn_kernels import checks, layout
 from tsbn_kernels.activations import HOMOGENEOUS
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.modules import FusedTSigmaBN
@@ -45,7 +45,9 @@ class LateFanOut(nn.Module):
         ``[N, C, *]`` to ``[T*N, C, *]`` or ``[T*N, C_out, *]``, stacked.
 
     Raises:
-        ValueError: the gates do not commute with the activation, the pooling or the convolution.
+        ValueError: the gates do not commute with the activation, the pooling or the convolution, or an option is
+            unknown.
+        TypeError: an option is of another type.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class LateFanOut(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        num_tasks, num_features = checks.count("num_tasks", num_tasks), checks.count("num_features", num_features)
+        if stacking not in ("task_major", "sample_major"):
+            raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
         _check(activation, pool, conv, num_features)
         self.norm = FusedTSigmaBN(
             1, num_features, eps, momentum, gate="identity", activation=activation, negative_slope=negative_slope,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from tsbn_kernels import checks
 from tsbn_kernels.backends import cpu
 
 
@@ -31,9 +32,11 @@ def set_cache_limit(num_bytes: int) -> None:
     """Sets the most bytes that may lie idle and frees what is above; 0 turns the pool off.
 
     Raises:
-        ValueError: ``num_bytes`` is negative.
+        ValueError: ``num_bytes`` is negative, or above what 64 bits hold.
+        TypeError: it is no integer.
     """
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes must be 0 or more, got {num_bytes}")
+    num_bytes = checks.index("num_bytes", num_bytes)
+    if not 0 <= num_bytes < 1 << 63:
+        raise ValueError(f"num_bytes must be 0 or more, and below 2**63, got {num_bytes}")
     if cpu.available:
         torch.ops.tsbn._pool_set_limit(num_bytes)

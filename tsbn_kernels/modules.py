@@ -90,9 +90,14 @@ class FusedTSigmaBN(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # the parameters and buffers of the plain layer have other shapes
-        if num_features < 1:
-            raise ValueError(f"num_features must be 1 or more, got {num_features}")
-        checks.check_options(num_tasks, gate, stacking, activation)
+        num_tasks, num_features = checks.count("num_tasks", num_tasks), checks.count("num_features", num_features)
+        eps, negative_slope = checks.number("eps", eps, 0.0), checks.number("negative_slope", negative_slope)
+        momentum = None if momentum is None else checks.number("momentum", momentum)
+        checks.check_options(gate, stacking, activation)
+        checks.check_dtype(dtype)
+        flags = {"track_running_stats": track_running_stats, "fan_out": fan_out, "recover_input": recover_input}
+        for name, flag in flags.items():
+            checks.check_flag(name, flag)
         if bias not in (True, False, "frozen"):
             raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
         if stacking not in ("task_major", "sample_major"):
@@ -167,7 +172,9 @@ class FusedTSigmaBN(_BatchNorm):
 
         Raises:
             IndexError: there is no such task.
+            TypeError: ``index`` is no integer.
         """
+        index = checks.index("task", index)
         if not -self.num_tasks <= index < self.num_tasks:
             raise IndexError(f"task {index} is out of range for num_tasks={self.num_tasks}")
         plain: Any = self._plain(
@@ -250,8 +257,12 @@ class FusedTSigmaBN(_BatchNorm):
         fan_out: bool | None,
     ) -> Any:
         fan_out = self.fan_out if fan_out is None else fan_out
+        checks.check_tensor("x", x)
+        checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)
-        if tasks is not None and not isinstance(tasks, Tensor):
+        if isinstance(tasks, Tensor):
+            checks.check_tasks(tasks, self.num_tasks, self.weight)
+        elif tasks is not None:
             tasks = self._indices(tasks)
         vectors = self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
         if self._tasks is not None:
@@ -290,11 +301,13 @@ class FusedTSigmaBN(_BatchNorm):
         return result
 
     def _indices(self, tasks: Sequence[int]) -> Tensor:
-        if not tasks or len(set(tasks)) != len(tasks) or not all(0 <= task < self.num_tasks for task in tasks):
-            raise ValueError(f"tasks must be different indices below num_tasks={self.num_tasks}, got {list(tasks)}")
-        if self._tasks is not None and not set(tasks) <= set(self._tasks):
-            raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={list(tasks)}")
-        return torch.tensor(tasks, device=self.weight.device)
+        if not isinstance(tasks, Sequence) or isinstance(tasks, (str, bytes)):
+            raise TypeError(f"tasks must be a sequence of integers or an int64 tensor, got {tasks!r}")
+        indices = [checks.index("each of tasks", task) for task in tasks]
+        checks.check_indices(indices, self.num_tasks)
+        if self._tasks is not None and not set(indices) <= set(self._tasks):
+            raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={indices}")
+        return torch.tensor(indices, device=self.weight.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from before the layer had all of its options."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsbn_kernels import checks
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.recompute import is_repetition, recompute_outputs
 
@@ -33,10 +34,16 @@ class MultiTaskModel(nn.Module):
 
     Raises:
         ValueError: the backbone has no task-specific layer, or one with another number of tasks or stacking.
+        TypeError: the backbone or a head is no module.
     """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], *, recompute: bool = False) -> None:
         super().__init__()
+        checks.check_module("backbone", backbone)
+        if not isinstance(heads, Mapping) or not all(isinstance(name, str) for name in heads):
+            raise TypeError(f"heads must be modules by the name of their task, got {heads!r:.80}")
+        for name, head in heads.items():
+            checks.check_module(f"head {name!r}", head)
         layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, FusedTSigmaBN)]
         if not layers:
             raise ValueError(
@@ -68,9 +75,17 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             ValueError: a task is unknown, named twice, or has no input; or there is none.
+            TypeError: an input is no tensor, or ``tasks`` no sequence of names.
         """
+        batches = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
+        for name, batch in batches.items():
+            checks.check_tensor(name, batch)
+            if batch.dim() == 0:
+                raise ValueError(f"{name} must have a batch dimension [N, ...], got shape []")
         if tasks is None:
             tasks = list(self.heads) if isinstance(inputs, Tensor) else list(inputs)
+        if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
+            raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
         if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(self.tasks):
             raise ValueError(
                 f"tasks must be different ones of {', '.join(self.tasks)}, got {', '.join(tasks) or 'none'}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from tsbn_kernels import checks
 
 _GATES = ("weight", "weight_orig")  # the second is what pruning masks
 
 
 def parameter_groups(
     model: nn.Module,
-    lr: float,
+    lr: float | Tensor,
     *,
     gate_lr_multiplier: float = 100.0,
     layer_norm_lr_multiplier: float = 10.0,
@@ -35,7 +37,16 @@ def parameter_groups(
         Dicts with ``name`` (``"base"``, ``"gates"`` or ``"layer_norm_gates"``), ``params``, ``lr`` and
         ``weight_decay``; a group without parameters is left out. DTensors and other tensors do not share a group, for
         optimisers on GPUs take them by lists of one kind.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module; a rate, multiplier or decay is no finite number of 0 or more.
     """
+    checks.check_module("model", model)
+    if not isinstance(lr, Tensor):  # which optimisers take too
+        lr = checks.number("lr", lr, 0.0)
+    gate_lr_multiplier = checks.number("gate_lr_multiplier", gate_lr_multiplier, 0.0)
+    layer_norm_lr_multiplier = checks.number("layer_norm_lr_multiplier", layer_norm_lr_multiplier, 0.0)
+    weight_decay = checks.number("weight_decay", weight_decay, 0.0)
     multipliers = {"base": 1.0, "gates": gate_lr_multiplier, "layer_norm_gates": layer_norm_lr_multiplier}
     kind: dict[nn.Parameter, str] = {parameter: "base" for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():

@@ -32,7 +32,7 @@ def keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], epilogue: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
     """Channels that some task cannot recover, ``[K]``, and their part of x."""
-    gates = reference.gate_values(weight, options[2]).abs().to(reference.accumulate_dtype(x.dtype))
+    gates = reference.gate_values(weight.to(reference.accumulate_dtype(x.dtype)), options[2]).abs()
     activation, slope, _ = epilogue
     info = torch.finfo(x.dtype)
     subnormal = info.smallest_normal * info.eps
@@ -76,11 +76,11 @@ def backward(
 
     # xhat = (v - bias) / gate is the normalisation of v by mean = bias and var = gate^2. The gate of it makes
     # gate' / |gate| the factor gate * rstd of dx; dweight is that of xhat itself.
-    wide = var.dtype
+    wide = reference.accumulate_dtype(y.dtype)
     gates = reference.gate_values(weight.to(wide), gate)
     size = gates.abs().clamp_min(torch.finfo(wide).tiny ** 0.5)
     centre = torch.zeros_like(size) if bias is None else bias.to(wide)
-    factor = gates * torch.rsqrt(var + eps) * size
+    factor = gates * torch.rsqrt(var.to(wide) + eps) * size
     need = bool(needed[0]), bool(needed[1]), bool(needed[2])
     virtual = num_tasks, 0.0, "identity", stacking, training, *need
     dx, dweight, dbias, _ = compute(

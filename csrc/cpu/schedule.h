@@ -5,6 +5,10 @@
 #include <atomic>
 #include <vector>
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #include "work.h"
 
 namespace tsbn::cpu {
@@ -37,18 +41,34 @@ inline int64_t threads_for(const Work& w) {
   return w.T * w.N * w.C * w.S <= kSerialElements ? 1 : int64_t(torch::stable::get_num_threads());
 }
 
+// The barriers of parallel_for, for ThreadSanitizer, which does not see into OpenMP. One object stands for all loops, as it is
+// reached without reading what a loop has captured.
+#ifdef __SANITIZE_THREAD__
+inline char barriers[2];  // before and behind a loop
+inline void arrive(int which) { __tsan_release(&barriers[which]); }
+inline void pass(int which) { __tsan_acquire(&barriers[which]); }
+#else
+inline void arrive(int) {}
+inline void pass(int) {}
+#endif
+
 // Calls body(i) for i in [0, count). Threads take the next few indices as they finish: a thread that the machine holds
 // up does not hold up the rest. `make_body()` gives each thread a body with buffers of its own.
 template <class MakeBody>
 void parallel_each(int64_t count, int64_t threads, MakeBody make_body) {
   std::atomic<int64_t> next{0};
   const int64_t stride = std::max<int64_t>(1, count / (threads * 64));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  const auto run = [&](int64_t, int64_t) {
+    pass(0);
     auto body = make_body();
     for (int64_t i = next.fetch_add(stride); i < count; i = next.fetch_add(stride)) {
       for (int64_t j = i; j < std::min(count, i + stride); ++j) body(j);
     }
-  });
+    arrive(1);
+  };
+  arrive(0);
+  torch::stable::parallel_for(0, threads, 1, run);
+  pass(1);
 }
 
 // Calls apply(group, chunk) for every chunk.

@@ -38,7 +38,7 @@ def backends() -> tuple[Backend, ...]:
 
 def _available(name: str) -> Backend:
     known = {backend.name: backend for backend in backends()}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown backend {name!r}; known are {', '.join(known)}")
     if not known[name].available:
         raise RuntimeError(f"backend {name!r} is not available: {known[name].detail}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent.parent / "_native.so"
+_LIBRARY = Path(os.environ.get("TSBN_NATIVE_LIBRARY") or Path(__file__).parent.parent / "_native.so")
 
 available = False
 _problem = ""

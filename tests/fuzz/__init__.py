@@ -1,0 +1,5 @@
+"""Random calls of the public interface, valid and hostile: each equals the definition or raises a clear error.
+
+``make fuzz``, or ``PYTHONPATH=tests python -m fuzz --calls 10000 --seed 0 --seconds 300``. Calls run in a process of
+their own, so that one that crashes or hangs is caught; ``--only INDEX`` runs one call again, here.
+"""

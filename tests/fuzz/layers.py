@@ -1,0 +1,328 @@
+"""Calls of the functional form and of the layers."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tsbn_kernels
+from fuzz import definition
+from fuzz.calls import Call
+from fuzz.tensors import CONTENTS, DTYPES, HOSTILE_SCALARS, LAYOUTS, describe, hostile_tensors, laid_out, normal
+from tsbn_kernels.functional import task_batch_norm, task_streams
+
+SIZES = (1, 2, 3, 4, 5, 8, 16, 17, 33)
+ACTIVATIONS = (None, None, "relu", "leaky_relu", "silu", "gelu")
+KINDS = {
+    "num_tasks": "int", "training": "bool", "momentum": "float", "eps": "float", "gate": "str", "stacking": "str",
+    "activation": "str", "negative_slope": "float", "fan_out": "bool", "recover_input": "bool", "num_features": "int",
+    "bias": "bool", "track_running_stats": "bool",
+}  # fmt: skip
+TENSORS = ("x", "weight", "bias", "running_mean", "running_var", "residual")
+
+
+def draw_shape(rng: random.Random, spatial_dims: int | None = None) -> tuple[int, int, int, list[int]]:
+    """T, N, C and the spatial sizes, small, and more than one value a channel."""
+    while True:
+        T, N, C = rng.randint(1, 4), rng.randint(1, 4), rng.choice(SIZES)
+        spatial = [rng.choice(SIZES) for _ in range(rng.randint(0, 3) if spatial_dims is None else spatial_dims)]
+        values = N * torch.Size(spatial).numel()
+        if rng.random() < 0.03:
+            return T, 0, C, spatial
+        if 1 < values <= 300 and T * values * C <= 6000:
+            return T, N, C, spatial
+
+
+def draw_tensor(rng: random.Random, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a random layout."""
+    tensor = laid_out(rng, values.to(dtype), rng.choice(LAYOUTS))
+    return torch.nn.Parameter(tensor) if rng.random() < 0.1 else tensor
+
+
+def draw_stack(
+    rng: random.Random, T: int, N: int, C: int, spatial: list[int], stacking: str, dtype: torch.dtype
+) -> Tensor:
+    streams = normal(rng, (T, N, C, *spatial), rng.choice(CONTENTS))
+    return draw_tensor(rng, definition.restacked(streams, stacking), dtype)
+
+
+def vector(rng: random.Random, T: int, C: int, dtype: torch.dtype, content: str = "normal") -> Tensor:
+    return draw_tensor(rng, normal(rng, (T, C), content), dtype)
+
+
+def functional_arguments(rng: random.Random) -> dict[str, Any]:
+    """Of a valid call of the functional form."""
+    T, N, C, spatial = draw_shape(rng)
+    dtype, parameter_dtype = rng.choice(DTYPES), rng.choice(DTYPES)
+    stacking = rng.choice(["task_major", "sample_major", "task_axis"])
+    fan_out = rng.random() < 0.25
+    training = rng.random() < 0.7
+    activation = rng.choice(ACTIVATIONS)
+    invertible = activation in (None, "leaky_relu") and not fan_out
+    arguments: dict[str, Any] = {
+        "x": draw_stack(rng, 1, N, C, spatial, "task_major", dtype)
+        if fan_out
+        else draw_stack(rng, T, N, C, spatial, stacking, dtype),
+        "weight": vector(rng, T, C, parameter_dtype, rng.choice(["normal", "normal", "shifted", "nan"])),
+        "bias": vector(rng, T, C, parameter_dtype) if rng.random() < 0.5 else None,
+        "num_tasks": T,
+        "training": training,
+        "eps": rng.choice([1e-5, 1e-3, 1.0]),
+        "gate": rng.choice(["sigmoid", "identity"]),
+        "stacking": stacking,
+        "activation": activation,
+        "negative_slope": rng.choice([0.01, 0.3, 1.0]),
+        "fan_out": fan_out,
+    }
+    if not training or rng.random() < 0.5:
+        # In training they are written: each value has its own place.
+        arguments["running_mean"] = normal(rng, (T, C)).to(parameter_dtype)
+        arguments["running_var"] = (normal(rng, (T, C)).abs() + 0.1).to(parameter_dtype)
+        arguments["momentum"] = rng.choice([0.1, 0.0, 1.0, torch.rand(T, 1), torch.tensor(0.3)])
+    if rng.random() < 0.3:
+        arguments["residual"] = draw_stack(rng, T, N, C, spatial, stacking, dtype)
+    elif invertible and rng.random() < 0.2:
+        arguments["recover_input"] = True
+    return arguments
+
+
+def spoil(rng: random.Random, arguments: dict[str, Any], notes: list[str], name: str | None = None) -> None:
+    """Puts something hostile in the place of one argument; where there is no such thing, of none."""
+    name = rng.choice(sorted(arguments)) if name is None else name
+    current = arguments.get(name)
+    if name in TENSORS and (name != "bias" or isinstance(current, Tensor)):
+        tensors = hostile_tensors(current)
+        what = rng.choice(sorted(tensors))
+        try:
+            arguments[name] = tensors[what]()
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+            return
+        notes.append(f"{name}={what}")
+    else:
+        arguments[name] = rng.choice(HOSTILE_SCALARS[KINDS[name]])
+        notes.append(f"{name}={arguments[name]!r}")
+
+
+def _text(function: str, arguments: dict[str, Any]) -> str:
+    return f"{function}({', '.join(f'{name}={describe(value)}' for name, value in arguments.items())})"
+
+
+def functional_call(rng: random.Random) -> Call:
+    """``task_batch_norm`` or ``task_streams``, forward and backward."""
+    arguments = functional_arguments(rng)
+    streams = rng.random() < 0.2 and not arguments.get("recover_input")
+    notes: list[str] = []
+    if rng.random() < 0.55:
+        for _ in range(rng.choice([1, 1, 2])):
+            spoil(rng, arguments, notes)
+    backward = rng.random() < 0.7
+    needs = {name for name in ("x", "weight", "bias", "residual") if rng.random() < 0.8}
+    seed = rng.getrandbits(32)
+    for name in needs if backward else ():
+        tensor = arguments.get(name)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_inference() and tensor.is_leaf:
+            tensor.requires_grad_()
+    written = ("running_mean", "running_var") if arguments["training"] else ()
+    inputs = [value for name, value in arguments.items() if isinstance(value, Tensor) and name not in written]
+    function = task_streams if streams else task_batch_norm
+
+    def run() -> str | None:
+        before = {name: arguments[name].detach().clone() for name in written if isinstance(arguments.get(name), Tensor)}
+        y = function(**arguments)
+        y = definition.restacked(torch.stack(y), arguments["stacking"]) if isinstance(y, tuple) else y
+        return check(arguments, y, before, seed)
+
+    return Call(_text(function.__name__, arguments), run, not notes, inputs)
+
+
+def check(arguments: dict[str, Any], y: Tensor, before: dict[str, Tensor], seed: int) -> str | None:
+    """What is wrong with the result of a call of the functional form, its gradients and its statistics."""
+    defaults = {
+        "training": True, "momentum": 0.1, "eps": 1e-5, "gate": "sigmoid", "stacking": "task_major",
+        "activation": None, "negative_slope": 0.01, "fan_out": False, "recover_input": False,
+    }  # fmt: skip
+    given = {**dict.fromkeys(TENSORS), **defaults, **arguments}
+    x = given["x"]
+    if y.device.type != "cpu":
+        return None if y.device == x.device else f"y is on {y.device}, x on {x.device}"
+    if y.dtype != x.dtype:
+        return f"y is {y.dtype}, x is {x.dtype}"
+    rng = random.Random(seed)
+    dy = None
+    if y.requires_grad:
+        dy = laid_out(rng, normal(rng, tuple(y.shape)).to(y.dtype), rng.choice(LAYOUTS))
+    options = {name: given[name] for name in ("num_tasks", "eps", "gate", "stacking", "activation", "negative_slope")}
+    for name in ("num_tasks", "eps", "negative_slope"):
+        options[name] = options[name].item() if isinstance(options[name], Tensor) else options[name]
+    options["num_tasks"] = int(options["num_tasks"])
+    training, fan_out = bool(given["training"]), bool(given["fan_out"])
+    tensors = [before.get(name, given[name]) for name in TENSORS]
+    wanted = definition.define(*tensors, dy, training=training, fan_out=fan_out, **options)
+    T, stacking = options["num_tasks"], options["stacking"]
+    if problem := definition.compare_output("y", y, wanted, T, stacking):
+        return problem
+    if dy is not None:
+        leaves = {
+            name: given[name]
+            for name in ("x", "weight", "bias", "residual")
+            if isinstance(given[name], Tensor) and given[name].requires_grad
+        }
+        slack = 1.0
+        if given["recover_input"]:  # xhat comes from the rounded y
+            slack = 40 * torch.finfo(x.dtype).eps / definition.BACKWARD[x.dtype].absolute
+        for name, gradient in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True):
+            problem = definition.compare_gradient(
+                name, gradient, wanted, T, stacking, x.dtype, slack=slack, shared=fan_out
+            )
+            if problem:
+                return problem
+    for name, old in before.items():
+        problem = definition.compare_statistics(name, given[name], old, given["momentum"], wanted, x.dtype)
+        if problem:
+            return problem
+    return None
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------
+
+LAYERS = {"FusedTSigmaBN1d": (0, 1), "FusedTSigmaBN2d": (2,), "FusedTSigmaBN3d": (3,), "FusedTSigmaBN": (0, 1, 2, 3)}
+
+
+def layer_call(rng: random.Random) -> Call:
+    """A layer is built, and called once or twice."""
+    name = rng.choice(sorted(LAYERS))
+    T, N, C, spatial = draw_shape(rng, rng.choice(LAYERS[name]))
+    dtype = rng.choice(DTYPES)
+    activation = rng.choice(ACTIVATIONS)
+    fan_out = rng.random() < 0.2
+    options: dict[str, Any] = {
+        "num_tasks": T,
+        "num_features": C,
+        "eps": rng.choice([1e-5, 1e-2]),
+        "momentum": rng.choice([0.1, None, 0.5]),
+        "gate": rng.choice(["sigmoid", "identity"]),
+        "bias": rng.choice([True, False, "frozen"]),
+        "stacking": rng.choice(["task_major", "sample_major"]),
+        "track_running_stats": rng.random() < 0.8,
+        "activation": activation,
+        "negative_slope": rng.choice([0.01, 0.3]),
+        "fan_out": fan_out,
+        "recover_input": activation in (None, "leaky_relu") and not fan_out and rng.random() < 0.2,
+    }
+    notes: list[str] = []
+    if rng.random() < 0.3:
+        spoil(rng, options, notes)
+    seed = rng.getrandbits(32)
+    text = _text(f"tsbn_kernels.{name}", options) + f" then calls of seed {seed}"
+    calls = random.Random(seed)
+    hostile = calls.random() < 0.4
+    inputs: list[Any] = []
+    steps = [
+        step_arguments(calls, options, T, N, C, spatial, dtype, hostile, inputs) for _ in range(calls.choice([1, 2]))
+    ]
+    text += "".join(f"; ({', '.join(f'{k}={describe(v)}' for k, v in step.items())})" for step, _ in steps)
+
+    def run() -> str | None:
+        layer = getattr(tsbn_kernels, name)(**options)
+        with torch.no_grad():
+            layer.weight.copy_(normal(random.Random(seed), tuple(layer.weight.shape)))
+        for step, training in steps:
+            if problem := run_step(layer.train(training), step, seed):
+                return problem
+        return None
+
+    return Call(text, run, not notes and not hostile, inputs)
+
+
+def step_arguments(
+    rng: random.Random, options: dict[str, Any], T: int, N: int, C: int, spatial: list[int], dtype: torch.dtype,
+    hostile: bool, inputs: list[Any],
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    """Arguments of one ``forward``, and whether the layer is in training mode."""
+    shared = options["fan_out"] is True
+    arguments: dict[str, Any] = {}
+    if rng.random() < 0.15 and not options["recover_input"]:
+        shared = not shared
+        arguments["fan_out"] = shared
+    count = T
+    if rng.random() < 0.25:
+        tasks = rng.sample(range(T), rng.randint(1, T))
+        count = len(tasks)
+        arguments["tasks"] = torch.tensor(tasks) if rng.random() < 0.5 else tasks
+    stacking = options["stacking"] if options["stacking"] in ("task_major", "sample_major") else "task_major"
+    x = draw_stack(rng, 1 if shared else count, N, C, spatial, "task_major" if shared else stacking, dtype)
+    arguments = {"x": x, **arguments}
+    if rng.random() < 0.2 and not options["recover_input"]:
+        arguments["residual"] = draw_stack(rng, count, N, C, spatial, stacking, dtype)
+    if hostile:
+        name = rng.choice(["x", "residual", "tasks", "tasks", "fan_out"])
+        if name == "tasks":
+            arguments[name] = rng.choice([
+                [], [0, 0], [T], [-1], "0", "ab", 0, [0.0], [None], torch.tensor([0.5]), torch.tensor([[0]]),
+                torch.tensor([T]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64), torch.tensor([0, 0]),
+                torch.tensor(0), torch.tensor([True] * T), {0}, range(T), (t for t in range(T)), [True], [2**70],
+            ])  # fmt: skip
+        else:
+            spoil(rng, arguments, [], name)
+    inputs += [value for value in arguments.values() if isinstance(value, Tensor)]
+    return arguments, rng.random() < 0.7
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Where both are NaN too."""
+    return torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
+    """One forward and backward pass of a layer against the definition."""
+    old = copy.deepcopy(layer.state_dict())
+    y = layer(**step)
+    if not isinstance(step["x"], Tensor) or y.device.type != "cpu":
+        return None
+    x, tasks = step["x"], step.get("tasks")
+    indices = list(range(layer.num_tasks)) if tasks is None else [int(task) for task in tasks]
+    fan_out = layer.fan_out if step.get("fan_out") is None else bool(step["fan_out"])
+    dims = {"FusedTSigmaBN1d": 4, "FusedTSigmaBN2d": 5, "FusedTSigmaBN3d": 6}.get(type(layer).__name__)
+    stacking = "task_axis" if x.dim() == dims and not fan_out else layer.stacking
+    bias = old.get("bias")
+    tracked = layer.running_mean is not None
+    batch = layer.training or not tracked
+    rows: dict[str, Any] = {name: old[name][indices] for name in old}
+    momentum: Any = layer.momentum
+    if momentum is None and tracked:
+        momentum = 1 / (rows["num_batches_tracked"].double() + 1)[:, None]
+    arguments = {
+        "x": x, "weight": rows["weight"], "bias": None if bias is None else rows["bias"],
+        "running_mean": rows.get("running_mean"), "running_var": rows.get("running_var"),
+        "residual": step.get("residual"), "num_tasks": len(indices), "training": batch, "momentum": momentum,
+        "eps": layer.eps, "gate": layer.gate, "stacking": stacking, "activation": layer.activation,
+        "negative_slope": layer.negative_slope, "fan_out": fan_out,
+    }  # fmt: skip
+    problem = check(arguments, y.detach(), {}, seed)
+    if problem or not tracked:
+        return problem
+    wanted = definition.define(
+        *(arguments[name] for name in TENSORS), None, **{
+            name: arguments[name] for name in
+            ("num_tasks", "training", "eps", "gate", "stacking", "activation", "negative_slope", "fan_out")
+        },
+    )  # fmt: skip
+    writes = layer.training and layer.track_running_stats
+    others = [task for task in range(layer.num_tasks) if task not in indices]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        now = layer.state_dict()[name]
+        if not _same(now[others], old[name][others]):
+            return f"{name} of other tasks has changed"
+        if not writes and not _same(now, old[name]):
+            return f"{name} has changed"
+        if writes and name == "num_batches_tracked" and not torch.equal(now[indices], old[name][indices] + 1):
+            return f"{name} is {now}"
+        if writes and name != "num_batches_tracked":
+            problem = definition.compare_statistics(name, now[indices], old[name][indices], momentum, wanted, x.dtype)
+            if problem:
+                return problem
+    return None
