@@ -181,6 +181,8 @@ def test_operands_of_any_strides(of_x: str, of_dy: str, shared: bool, backend: s
         outputs = (
             *ops.forward_training(x, p.weight, p.bias, *p.options, *end),
             *ops.backward(dy, x, p.weight, mean, var, *p.options, *FLAGS, p.bias, *end, True),
+            *ops.moments(x, p.num_tasks, p.stacking, shared),
+            *ops.input_gradient(dy, x, p.weight, mean, var, mean, mean, *p.options, p.bias, *end, True),
         )
         return [*outputs, ops.forward_eval(x, p.weight, p.bias, mean, var, *p.options, *end)]
 

@@ -164,7 +164,7 @@ def check_vector(name: str, vector: Tensor, x: Tensor, num_tasks: int, channels:
 
 def check_written(name: str, running: Tensor) -> None:
     """Raises ValueError or RuntimeError where running statistics cannot be updated in place."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_plain_buffer(running):
         return
     if running.requires_grad and running.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name} is updated in training and must not require a gradient; pass it detached")
@@ -172,6 +172,11 @@ def check_written(name: str, running: Tensor) -> None:
         raise ValueError(f"{name} is updated in training and must not be expanded; pass a copy of strides [C, 1]")
     if running.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name} was made in inference_mode and cannot be updated outside of it; pass a clone")
+
+
+def _is_plain_buffer(running: Tensor) -> bool:
+    """The usual case: nothing of it needs a closer look."""
+    return running.is_contiguous() and not running.requires_grad and not running.is_inference()
 
 
 def momentum_value(momentum: Any, x: Tensor, num_tasks: int, channels: int) -> float | Tensor:

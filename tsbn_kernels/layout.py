@@ -85,7 +85,7 @@ def family(x: Tensor, stacking: str) -> Family | None:
 
 def supported(x: Tensor, stacking: str) -> Tensor:
     """``x`` itself where a kernel family reads it, else a contiguous copy."""
-    return x if family(x, stacking) is not None else x.contiguous()
+    return x if x.is_contiguous() or family(x, stacking) is not None else x.contiguous()
 
 
 def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:

@@ -267,7 +267,8 @@ class FusedTSigmaBN(_BatchNorm):
         vectors = self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
         if self._tasks is not None:
             vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
-        weight, bias, running_mean, running_var, num_batches_tracked = (_rows(vector, tasks) for vector in vectors)
+        rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
+        weight, bias, running_mean, running_var, num_batches_tracked = rows
         tracking = self.training and self.track_running_stats and not recompute.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
@@ -360,8 +361,8 @@ def _whole(vector: Any) -> Any:
     return vector.full_tensor() if hasattr(vector, "full_tensor") else vector
 
 
-def _rows(vector: Any, tasks: Tensor | None) -> Any:
-    return vector if vector is None or tasks is None else vector.index_select(0, tasks)
+def _rows(vector: Any, tasks: Tensor) -> Any:
+    return None if vector is None else vector.index_select(0, tasks)
 
 
 class FusedTSigmaBN1d(FusedTSigmaBN):

@@ -174,6 +174,9 @@ def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> t
     key = "moments", _class(x), num_tasks, stacking
     run = _forwards.get(key)
     if run is None:
+        (read,) = layout.readable(x, stacking, shared)
+        if read is not x:
+            return moments(read, num_tasks, stacking)
         plan = rules.apart(work_of(x, num_tasks, stacking), _device(x.device))
         run = _forwards[key] = Moments(plan, x, num_tasks, stacking)
     with _on(x.device):
@@ -197,6 +200,12 @@ def input_gradient(
     key = "input_gradient", _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, epilogue
     run: Any = _backwards.get(key)
     if run is None:
+        read = layout.readable(x, stacking, shared, dy, residual)
+        if any(copy is not given for copy, given in zip(read, (x, dy, residual), strict=True)):
+            return input_gradient(
+                read[1], read[0], weight, mean, var, dz_mean, dz_xhat_mean, num_tasks, eps, gate, stacking, bias,
+                read[2], activation, slope, shared, need_dresidual,
+            )  # fmt: skip
         work = work_of(
             x, num_tasks, stacking, direction="backward", training=not shared, needs_dweight=False,
             parameter_size=weight.element_size(), activation=activation, residual=residual is not None,
