@@ -170,7 +170,7 @@ bool should_stream(const Work& w, const Operand& out, int64_t tasks) {
   constexpr int64_t line = 64;
   const bool aligned = reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.t * size % line == 0 &&
                        (w.N == 1 || out.n * size % line == 0);
-  if (w.family == Family::rows) return w.S * size >= (aligned && out.c * size % line == 0 ? 4 : 8) * line;
+  if (w.family == Family::rows) return w.S * size >= (aligned && out.c * size % line == 0 ? 2 : 8) * line;
   return aligned && (w.S == 1 || out.s * size % line == 0);
 }
 
