@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.records import PASSES, Record
+from benchmarks.records import PASSES, TRAINING_STEP, Record
 from benchmarks.workloads import NO_FORMAT
 
 
@@ -25,10 +25,18 @@ def machine(record: Record) -> str:
 
 
 def batch(record: Record) -> str:
-    """Tasks and samples of each, or what is known of them."""
-    if record.tasks is None:
+    """Tasks and samples of each, or what is known of them. The network's shape is that of its images."""
+    if record.pass_ == TRAINING_STEP:
+        samples = record.shape[0]
+    elif record.tasks is None:
         return f"{record.shape[0]} samples of all tasks"
-    return f"{record.tasks} task{'s' * (record.tasks > 1)}, batch {record.shape[0] // record.tasks}"
+    else:
+        samples = record.shape[0] // record.tasks
+    return f"{_count(record.tasks)}batch {samples}"
+
+
+def _count(tasks: int | None) -> str:
+    return "" if tasks is None else f"{tasks} task{'s' * (tasks > 1)}, "
 
 
 def kind_name(dtype: str, memory_format: str) -> str:

@@ -128,6 +128,14 @@ def test_what_one_file_has_alone_is_listed(tmp_path):
     assert re.search(r"only in B, 20 records", output)
 
 
+def test_a_network_alone_is_listed_with_its_images(tmp_path):
+    run, (_, steps) = simulated_run(1), network_run()
+    old = [replace(record, tasks=None) for record in steps]
+    a, b = (write_run(tmp_path / f"{n}.json", run + more) for n, more in (("a", steps), ("b", [])))
+    assert "celeba40 network, 4 tasks, batch 8, float32 contiguous, training_step: loop, fused" in invoke(a, b)[1]
+    assert "celeba40 network, batch 8, float32" in invoke(b, write_run(tmp_path / "c.json", run + old))[1]
+
+
 def test_other_machines_give_a_warning(tmp_path):
     a = write_run(tmp_path / "a.json", simulated_run(1))
     b = write_run(tmp_path / "b.json", simulated_run(2, threads=8, cpu="B", tsbn_kernels="0.2"))
