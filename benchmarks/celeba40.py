@@ -15,7 +15,7 @@ from benchmarks.data import Faces, celeba_faces, lfw_faces
 from benchmarks.measure import Candidate, Plan, Summary, clock_for, copy_candidate, measure, training_candidate
 from benchmarks.network import VARIANTS
 from benchmarks.peers import PEERS, Peer, warm_up_compiler
-from benchmarks.records import PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
+from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
 from benchmarks.training import Comparison, Step, compare, first_steps
 from benchmarks.training import check as check_network
 from benchmarks.verify import Expected, check
@@ -94,6 +94,8 @@ def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
                     verified=True,
                     device=device,
                     versions=versions,
+                    rounds=summary.rounds,
+                    tasks=case.tasks,
                 )
             )
     return records
@@ -134,6 +136,7 @@ def run_network(
 ) -> tuple[NetworkRun, list[Record]]:
     """Times the training step; a record for each variant."""
     comparison = compare(faces, device, plan, steps)
+    batch, tasks = faces.labels.shape
     records = [
         Record(
             workload=WORKLOAD,
@@ -141,7 +144,7 @@ def run_network(
             shape=tuple(faces.images.shape),
             dtype="float32",
             memory_format="contiguous",
-            pass_="training_step",
+            pass_=TRAINING_STEP,
             impl=variant,
             median_ms=summary.median * 1e3,
             iqr_ms=summary.iqr * 1e3,
@@ -152,8 +155,9 @@ def run_network(
             verified=True,
             device=environment.device_name(device),
             versions=environment.versions(device),
+            rounds=summary.rounds,
+            tasks=tasks,
         )
         for variant, summary in comparison.times.items()
     ]
-    batch, tasks = faces.labels.shape
     return NetworkRun(comparison, tasks, batch, faces.source), records

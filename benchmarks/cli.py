@@ -16,6 +16,8 @@ from rich.table import Table
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report, terminal
 from benchmarks.cli_profile import profile
+from benchmarks.cli_report import compare
+from benchmarks.cli_report import report as report_command
 from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
@@ -45,6 +47,8 @@ def _commands() -> None:
 
 app.command()(train)
 app.command()(profile)
+app.command("report")(report_command)
+app.command()(compare)
 
 
 def _case_work(case: Case) -> float:

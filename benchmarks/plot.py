@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record
 from benchmarks.workloads import NO_FORMAT
 
-_COLORS = {
+COLORS = {
     "fused": "#0b6e4f",
     "separate": "#7fb69f",
     "loop": "#9aa0a6",
@@ -35,7 +35,7 @@ def _panel(axes: Axes, records: Sequence[Record], impls: Sequence[str], pass_: s
         found = {record.layer: record for record in records if record.impl == impl}
         places = [layers.index(layer) + (index - (len(impls) - 1) / 2) * width for layer in found]
         heights = [record.copies for record in found.values()]
-        bars = axes.bar(places, heights, width, label=impl, color=_COLORS.get(impl), zorder=2)
+        bars = axes.bar(places, heights, width, label=impl, color=COLORS.get(impl), zorder=2)
         if impl == "fused" or len(layers) <= 2:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8, padding=2, bbox=box, zorder=4)

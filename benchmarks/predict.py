@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -15,6 +16,23 @@ from tsbn_kernels.plan.work import Direction
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
+def work_of(
+    shape: Sequence[int], tasks: int, dtype: str, memory_format: str, direction: Direction, relu: bool = False
+) -> Work:
+    """A pass over an activation ``[T*N, C, *]``."""
+    samples, channels, *spatial = shape
+    return Work(
+        tasks,
+        samples // tasks,
+        channels,
+        math.prod(spatial),
+        DTYPES[dtype].itemsize,
+        "columns" if not spatial or memory_format == "channels_last" else "rows",
+        direction,
+        activation="relu" if relu else "none",
+    )
+
+
 def predictions(
     layers: Sequence[Layer], tasks: int, batch: int, dtypes: Sequence[str], formats: Sequence[str], device: Device
 ) -> list[tuple[str, str, str, Plan, Plan]]:
@@ -24,12 +42,7 @@ def predictions(
         flat = layer.size is None
         if flat and memory_format != formats[0]:
             continue
-        family = "columns" if flat or memory_format == "channels_last" else "rows"
-        positions = 1 if layer.size is None else layer.size**2
-        work = Work(
-            tasks, batch, layer.channels, positions, DTYPES[dtype].itemsize,
-            "columns" if family == "columns" else "rows", direction,
-        )  # fmt: skip
+        work = work_of(layer.shape(tasks, batch), tasks, dtype, memory_format, direction)
         both = rules.plan(work, device, "streaming"), rules.plan(work, device)
         found.append((layer.name, dtype, NO_FORMAT if flat else memory_format, *both))
     return found

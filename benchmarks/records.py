@@ -13,13 +13,17 @@ from benchmarks.workloads import NO_FORMAT
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
+TRAINING_STEP = "training_step"  # of the whole network
 # Tensors of the activation's size that must be read or written: x and y; and again x, dy and dx.
 USEFUL_TENSORS = {FORWARD: 2, FORWARD_BACKWARD: 5}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement. ``layer`` names all layers of the shape; ``pass_`` is ``pass`` in JSON."""
+    """One measurement. ``layer`` names all layers of the shape; ``pass_`` is ``pass`` in JSON.
+
+    ``rounds`` and ``tasks`` are None in records of files that were written before they were kept.
+    """
 
     workload: str
     layer: str
@@ -37,6 +41,8 @@ class Record:
     verified: bool
     device: str
     versions: Mapping[str, str | int]
+    rounds: int | None = None
+    tasks: int | None = None
 
     @property
     def layers(self) -> int:
@@ -79,12 +85,20 @@ class Means:
     dtype: str
     memory_format: str
     layers: int
-    over_loop: float | None
-    over_separate: float | None  # over the fused layer with the ReLU behind it
+    over: Mapping[str, float]  # over each implementation that was measured at every layer
     over_fastest: float | None  # over the peer that is fastest at each layer
     single_fastest: str | None  # the peer that is fastest over all layers
     over_single_fastest: float | None
     bandwidth: float  # fraction of the bandwidth of a copy
+
+    @property
+    def over_loop(self) -> float | None:
+        return self.over.get("loop")
+
+    @property
+    def over_separate(self) -> float | None:
+        """Over the fused layer with the ReLU behind it."""
+        return self.over.get("separate")
 
 
 def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
@@ -100,7 +114,7 @@ def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
     def mean(layers: Iterable[dict[str, Record]], value: Callable[[dict[str, Record]], float]) -> float:
         return geometric_mean([(value(layer), layer[impl].layers) for layer in layers])
 
-    def over(peer: str) -> Callable[[dict[str, Record]], float]:
+    def ratio(peer: str) -> Callable[[dict[str, Record]], float]:
         return lambda layer: layer[peer].median_ms / layer[impl].median_ms
 
     result = []
@@ -109,7 +123,7 @@ def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
         if not all(impl in layer for layer in layers):
             continue
         others = [name for name in layers[0] if name != impl and all(name in layer for layer in layers)]
-        ratios = {name: mean(layers, over(name)) for name in others}
+        ratios = {name: mean(layers, ratio(name)) for name in others}
         speedups = {name: ratio for name, ratio in ratios.items() if name not in OURS}
         peers = list(speedups)
         single = min(speedups, key=speedups.__getitem__, default=None)
@@ -125,8 +139,7 @@ def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
             Means(
                 *key,
                 layers=sum(layer[impl].layers for layer in layers),
-                over_loop=speedups.get("loop"),
-                over_separate=ratios.get("separate"),
+                over=ratios,
                 over_fastest=fastest,
                 single_fastest=single,
                 over_single_fastest=speedups[single] if single else None,

@@ -10,10 +10,10 @@ from rich.table import Table
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.fan_out import WAYS, Outcome
 from benchmarks.network import VARIANTS
-from benchmarks.records import FORWARD, FORWARD_BACKWARD, PASSES, Means, Record, means
+from benchmarks.records import FORWARD, PASSES, Means, Record, means
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     """Milliseconds with three digits that count."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -39,12 +39,16 @@ def layers_table(records: Sequence[Record]) -> Table:
         first = [str(layer), "x".join(str(size) for size in shape), str(dtype), str(memory_format)]  # type: ignore[attr-defined]
         for impl, passes in impls.items():
             cells = []
-            for record in (passes[FORWARD], passes[FORWARD_BACKWARD]):
+            for name in PASSES:
+                measured = passes.get(name)
+                if measured is None:
+                    cells += ["-"] * 4
+                    continue
                 cells += [
-                    f"{_ms(record.median_ms)} ± {_ms(record.iqr_ms)}",
-                    f"{record.copies:.1f}",
-                    _times(record.speedup_over_loop),
-                    f"{record.fraction_of_copy_bandwidth:.2f}",
+                    f"{milliseconds(measured.median_ms)} ± {milliseconds(measured.iqr_ms)}",
+                    f"{measured.copies:.1f}",
+                    _times(measured.speedup_over_loop),
+                    f"{measured.fraction_of_copy_bandwidth:.2f}",
                 ]
             table.add_row(*first, impl, *cells, style="bold green" if impl == "fused" else None)
             first = ["", "", "", ""]
@@ -98,7 +102,7 @@ def network_table(run: NetworkRun) -> Table:
         peak, of = result.peak_bytes[variant], result.differences[variant]
         table.add_row(
             variant,
-            f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}",
+            f"{milliseconds(summary.median * 1e3)} ± {milliseconds(summary.iqr * 1e3)}",
             _times(result.times[loop].median / summary.median),
             f"{peak / 2**20:.0f} MiB",
             f"{peak / result.peak_bytes[loop]:.2f}",
@@ -119,7 +123,10 @@ def fan_out_table(outcomes: Sequence[Outcome], tasks: int, batch: int) -> Table:
         for way in WAYS:
             cells = []
             for index, summary in enumerate(one.passes[way]):
-                cells += [f"{_ms(summary.median * 1e3)} ± {_ms(summary.iqr * 1e3)}", f"{one.copies(way, index):.2f}"]
+                cells += [
+                    f"{milliseconds(summary.median * 1e3)} ± {milliseconds(summary.iqr * 1e3)}",
+                    f"{one.copies(way, index):.2f}",
+                ]
                 cells.append(f"{one.speedup(index):.1f}x" if way == WAYS[0] else "")
             table.add_row(*first, way, *cells, f"{one.saved_bytes[way] / 2**20:.1f} MiB")
             first = ["", ""]

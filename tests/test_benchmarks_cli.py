@@ -42,6 +42,7 @@ def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
     assert all(row["verified"] and row["workload"] == "celeba40" for row in rows)
     versions = {"torch", "tsbn_kernels", "python", "cpu", "threads", "backend", "huge_pages"}
     assert all(set(row["versions"]) == versions and row["device"] == "cpu" for row in rows)
+    assert {(row["tasks"], row["rounds"]) for row in rows} == {(2, 2)}
     layers = [row for row in rows if row["layer"] != "network"]
     # (1 layer in 2 formats + 1 layer without) x 2 dtypes x 3 implementations x 2 passes
     assert len(layers) == 36

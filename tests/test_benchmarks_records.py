@@ -26,6 +26,8 @@ FIELDS = [
     "verified",
     "device",
     "versions",
+    "rounds",
+    "tasks",
 ]
 
 

@@ -1,0 +1,62 @@
+"""Which kernels ran, as far as records tell: on a CPU the instruction set, on a GPU the plan, computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from benchmarks.predict import DIRECTIONS, work_of
+from benchmarks.records import FORWARD, Record
+from benchmarks.workloads import DTYPES
+from tsbn_kernels.plan import DEVICES, Device, Plan
+from tsbn_kernels.plan import cuda as cuda_rules
+from tsbn_kernels.plan import triton as triton_rules
+
+RULES = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
+
+
+def backend_of(record: Record) -> tuple[str, str]:
+    """Name and detail: ``("cpu", "native C++, avx512")``."""
+    name, _, detail = str(record.versions.get("backend", "unknown")).partition(": ")
+    return name, detail
+
+
+def paper_device(record: Record) -> Device | None:
+    """The GPU that the record was measured on, as known on paper; the longest name that fits."""
+    name = record.device.replace(" ", "").lower()
+    found = [device for device in DEVICES.values() if device.name.lower() in name]
+    return max(found, key=lambda device: len(device.name), default=None)
+
+
+def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
+    """The plan of each pass of the fused layer, for records of a GPU known on paper that name their tasks."""
+    found = []
+    for record in records:
+        rules, device = RULES.get(backend_of(record)[0]), paper_device(record)
+        known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in DTYPES
+        if rules and device and known and record.tasks:
+            for direction in DIRECTIONS:
+                work = work_of(
+                    record.shape, record.tasks, record.dtype, record.memory_format, direction,
+                    relu=record.workload.endswith("+relu"),
+                )  # fmt: skip
+                found.append((record, rules(work, device)))
+    return found
+
+
+def plans_table(rows: Sequence[tuple[Record, Plan]]) -> Table:
+    """A line for each pass of each layer."""
+    table = Table(title=f"Plans of the {backend_of(rows[0][0])[0]} backend for {rows[0][1].device.name}")
+    for name in ("layer", "dtype", "format", "pass", "variant"):
+        table.add_column(name)
+    for name in ("launches", "programs", "tile", "on chip", "moved of useful bytes", "predicted ms"):
+        table.add_column(name, justify="right")
+    for record, plan in rows:
+        moved = (plan.bytes_read + plan.bytes_written) / plan.work.useful_bytes
+        table.add_row(
+            record.layer, record.dtype, record.memory_format, plan.work.direction, plan.variant, str(plan.launches),
+            f"{plan.programs:,}", f"{plan.tile[0]} x {plan.tile[1]}", f"{plan.on_chip:.0%}", f"{moved:.2f}",
+            f"{plan.seconds() * 1e3:.3g}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,57 @@
+"""The commands that read records: the report page, and the comparison of two runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import page, report_compare, terminal
+from benchmarks.compare import compare as compare_records
+from benchmarks.load import RecordsError, check_distinct, read_network, read_records
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="What `celeba40 --json` wrote; files beside them are found.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("results/report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="Write the Markdown table there and do not print it.")] = None,
+) -> None:
+    """One HTML page of all records: speed-ups, bandwidth, scaling, memory, plans, machine; and a Markdown table."""
+    try:
+        sources = [page.Source(path.name, read_records(path), read_network(path)) for path in files]
+        check_distinct([record for source in sources for record in source.records], "these files together")
+    except RecordsError as error:
+        terminal.fail(str(error))
+    table = page.markdown(sources)
+    if markdown is None:
+        typer.echo(table)
+    else:
+        _write(markdown, table)
+    _write(out, page.render(sources))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="The run before.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="The run after.")],
+) -> None:
+    """What became slower from one run to the other by more than the noise that they state.
+
+    Exits with 1 if a fused layer or network did.
+    """
+    try:
+        comparison = compare_records(read_records(first), read_records(second))
+    except RecordsError as error:
+        terminal.fail(str(error))
+    report_compare.show(terminal.console(), comparison, str(first), str(second))
+    if comparison.regressions:
+        raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        terminal.fail(f"{path} cannot be written: {error.strerror}")
+    typer.echo(f"written: {path}", err=True)

@@ -1,0 +1,78 @@
+"""Records sorted into settings: what was measured together, on one machine, at one size of the workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.records import PASSES, TRAINING_STEP, Record
+from benchmarks.workloads import NO_FORMAT
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Layers of one workload, machine and batch; ``records`` are of the layers alone."""
+
+    name: str
+    records: tuple[Record, ...]
+
+
+def machine(record: Record) -> str:
+    """Processor and threads, or the accelerator."""
+    if record.device != "cpu":
+        return record.device
+    return f"{record.versions.get('cpu', 'cpu')}, {record.versions.get('threads', '?')} threads"
+
+
+def batch(record: Record) -> str:
+    """Tasks and samples of each, or what is known of them. The network's shape is that of its images."""
+    if record.pass_ == TRAINING_STEP:
+        samples = record.shape[0]
+    elif record.tasks is None:
+        return f"{record.shape[0]} samples of all tasks"
+    else:
+        samples = record.shape[0] // record.tasks
+    return f"{_count(record.tasks)}batch {samples}"
+
+
+def _count(tasks: int | None) -> str:
+    return "" if tasks is None else f"{tasks} task{'s' * (tasks > 1)}, "
+
+
+def kind_name(dtype: str, memory_format: str) -> str:
+    """Of a dtype and a memory format, if there is one."""
+    return dtype if memory_format == NO_FORMAT else f"{dtype}, {memory_format}"
+
+
+def settings(records: Sequence[Record]) -> list[Setting]:
+    """The settings in the order of their first records. Two with the same name differ in their versions."""
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.pass_ in PASSES:
+            versions = tuple(sorted(record.versions.items()))
+            key = record.workload, record.device, versions, record.tasks, record.shape[0]
+            found.setdefault(key, []).append(record)
+    names = [f"{group[0].workload}, {batch(group[0])}, {machine(group[0])}" for group in found.values()]
+    backends = [
+        f"{name}, {group[0].versions.get('backend', '')}" for name, group in zip(names, found.values(), strict=True)
+    ]
+    return [
+        Setting(backend if names.count(name) > 1 else name, tuple(group))
+        for name, backend, group in zip(names, backends, found.values(), strict=True)
+    ]
+
+
+def series_of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records that differ in the number of tasks alone, by what they have in common; two numbers at least."""
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        if record.pass_ in PASSES and record.tasks is not None:
+            samples, versions = record.shape[0] // record.tasks, tuple(sorted(record.versions.items()))
+            kind = record.workload, record.layer, record.dtype, record.memory_format
+            found.setdefault((*kind, samples, record.shape[1:], record.device, versions), []).append(record)
+    several = {key: group for key, group in found.items() if len({record.tasks for record in group}) > 1}
+    names = [f"{key[1]}, batch {key[4]}\n{kind_name(str(key[2]), str(key[3]))}" for key in several]
+    return {
+        name if names.count(name) == 1 else f"{name}\n{key[0]}, {machine(group[0])}": group
+        for name, (key, group) in zip(names, several.items(), strict=True)
+    }

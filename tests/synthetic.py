@@ -1,0 +1,99 @@
+"""Records as a run would write them, of simulated times."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.celeba40 import NetworkRun
+from benchmarks.load import network_file
+from benchmarks.measure import Summary
+from benchmarks.network import VARIANTS
+from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, write_json
+from benchmarks.training import Comparison, Differences
+
+VERSIONS = {"torch": "2.14", "tsbn_kernels": "0.1", "cpu": "A", "threads": 2, "backend": "cpu: native C++, avx512"}
+SIZES = {"bn1": (64, 64, 64), "bn2,bn3": (128, 32, 32), "bn6,bn7": (512, 8, 8), "bn8,bn9": (512,)}
+TIMES = {"fused": 1.1, "loop": 8.0, "folded": 4.0}  # in copies
+
+
+def simulated_run(
+    seed: int = 0,
+    *,
+    tasks: int = 4,
+    rounds: int = 15,
+    noise: float = 0.02,
+    machine: float = 1.0,
+    slower: float = 1.0,
+    impl: str = "fused",
+    device: str = "cpu",
+    **versions: str | int,
+) -> list[Record]:
+    """One run: every round's time is off by normal noise, ``machine`` makes all of them longer, ``slower`` one impl."""
+    random = np.random.default_rng(seed)
+
+    def summary(milliseconds: float) -> Summary:
+        return Summary.of(list(milliseconds * machine * np.exp(noise * random.standard_normal(rounds))))
+
+    records = []
+    for layer, size in SIZES.items():
+        for dtype, item in {"float32": 4, "bfloat16": 2}.items():
+            for memory_format in ("contiguous", "channels_last") if len(size) > 1 else ("none",):
+                tensor = tasks * 2 * math.prod(size) * item
+                copy = summary(tensor / 1e6)
+                for name, copies in TIMES.items():
+                    for pass_ in PASSES:
+                        useful = USEFUL_TENSORS[pass_] * tensor
+                        took = summary(tensor / 1e6 * copies * useful / tensor / 2 * (slower if name == impl else 1))
+                        fraction = useful / took.median / (2 * tensor / copy.median)
+                        records.append(
+                            Record(
+                                "celeba40",
+                                layer,
+                                (tasks * 2, *size),
+                                dtype,
+                                memory_format,
+                                pass_,
+                                name,
+                                took.median,
+                                took.iqr,
+                                copy.median,
+                                useful,
+                                fraction,
+                                None,
+                                True,
+                                device,
+                                VERSIONS | versions,
+                                rounds,
+                                tasks,
+                            )
+                        )
+    return records
+
+
+def network_run() -> tuple[NetworkRun, list[Record]]:
+    """A training step, and its records."""
+    times = {name: Summary(0.5 if variant.fused else 1.0, 0.01, 5) for name, variant in VARIANTS.items()}
+    comparison = Comparison(
+        times, dict.fromkeys(times, 1 << 30), dict.fromkeys(times, 2.5), dict.fromkeys(times, Differences(0, 0, 0))
+    )
+    records = [
+        Record(
+            "celeba40", "network", (8, 3, 64, 64), "float32", "contiguous", TRAINING_STEP, name, 1e3 * of.median,
+            1e3 * of.iqr, None, None, None, 1.0, True, "cpu", VERSIONS, of.rounds, 4,
+        )
+        for name, of in times.items()
+    ]  # fmt: skip
+    return NetworkRun(comparison, 4, 8, "nowhere"), records
+
+
+def write_run(path: Path, records: list[Record], network: NetworkRun | None = None) -> Path:
+    """The files of a run."""
+    write_json(path, records)
+    if network is not None:
+        network_file(path).write_text(json.dumps(asdict(network)))
+    return path
