@@ -401,6 +401,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": SPARSE}, TypeError, "x must be a dense tensor, got a torch.sparse_coo one"),
     ({"x": NESTED}, TypeError, "x must be a dense tensor, got a nested one"),
     ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+    ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
     ({"weight": torch.ones(3, 5).to(torch.float8_e4m3fn)}, TypeError, "weight must be float32, .* got torch.float8"),
     ({"weight": torch.ones(3, 5, device="meta")}, RuntimeError, "weight is on meta and x on cpu"),
     ({"residual": "x"}, TypeError, "residual must be a tensor, got str"),

@@ -133,7 +133,7 @@ def _call(
     channels = x.shape[layout.channel_axis(order)]
     vectors = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
     for name, vector in vectors:
-        if vector is not None:
+        if vector is not None or name == "weight":
             checks.check_vector(name, vector, x, num_tasks, channels)
             if training and name.startswith("running"):
                 checks.check_written(name, vector)
