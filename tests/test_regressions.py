@@ -462,6 +462,18 @@ def test_fuzz_numbers_of_numpy_are_numbers() -> None:
     assert FusedTSigmaBN2d(np.int64(3), 5, momentum=np.float32(0.5)).momentum == 0.5  # type: ignore[arg-type]
 
 
+def test_fuzz_half_precision_statistics_are_rounded_once() -> None:
+    """The batch's mean was first rounded to float16, to infinity, and running_mean became NaN for a momentum of 0."""
+    mean, var = torch.full((2, 3), 0.875, dtype=torch.float16), torch.ones(2, 3, dtype=torch.float16)
+    x = torch.randn(8, 3) * 1e6
+    task_batch_norm(x, torch.zeros(2, 3), None, mean, var, num_tasks=2, momentum=0.0)
+    assert mean.eq(0.875).all()
+    assert var.eq(1).all()
+    x = torch.full((8, 3), 1.0) + torch.tensor([1.0, -1.0]).repeat(4)[:, None] * 2**-4
+    task_batch_norm(x, torch.zeros(2, 3), None, mean, var, num_tasks=2, momentum=0.5)
+    assert mean.eq(0.9375).all()
+
+
 def test_fuzz_half_precision_statistics_do_not_set_the_precision_of_recovery() -> None:
     """With bfloat16 running statistics, recover_input in evaluation computed gates and factors in bfloat16."""
     p = problem(parameter_dtype=torch.bfloat16)

@@ -131,8 +131,10 @@ def _call(
     checks.check_input(x, num_tasks, stacking, fan_out, training and group is None)
     order = layout.input_stacking(stacking, fan_out)
     channels = x.shape[layout.channel_axis(order)]
-    vectors = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
-    for name, vector in vectors:
+    vectors: dict[str, Any] = {
+        "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
+    }  # fmt: skip
+    for name, vector in vectors.items():
         if vector is not None or name == "weight":
             checks.check_vector(name, vector, x, num_tasks, channels)
             if training and name.startswith("running"):
@@ -186,12 +188,14 @@ def _track(
 
 
 def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``."""
-    if batch.dtype != running.dtype:
-        batch = batch.to(running.dtype)
+    """``running = (1 - momentum) * running + momentum * batch``, rounded once where ``running`` is the narrower."""
+    dtype = torch.promote_types(running.dtype, batch.dtype)
+    before, batch = running.to(dtype), batch.to(dtype)
     if isinstance(momentum, Tensor):
-        momentum = momentum.to(running.dtype)
+        momentum = momentum.to(dtype)
     if torch.compiler.is_compiling():
-        running.add_((batch - running) * momentum)  # lerp_ would cost a graph for every momentum
-    else:
+        running.copy_(before + (batch - before) * momentum)  # lerp would cost a graph for every momentum
+    elif before is running:
         running.lerp_(batch, momentum)
+    else:
+        running.copy_(before.lerp(batch, momentum))
