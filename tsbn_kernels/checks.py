@@ -168,10 +168,25 @@ def check_written(name: str, running: Tensor) -> None:
         return
     if running.requires_grad and running.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name} is updated in training and must not require a gradient; pass it detached")
-    if any(size > 1 and step == 0 for size, step in zip(running.shape, running.stride(), strict=True)):
-        raise ValueError(f"{name} is updated in training and must not be expanded; pass a copy of strides [C, 1]")
+    if _overlaps(running):
+        raise ValueError(
+            f"{name} is updated in training, and its elements must not share memory; got strides "
+            f"{list(running.stride())} for shape {list(running.shape)}, pass a contiguous copy"
+        )
     if running.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name} was made in inference_mode and cannot be updated outside of it; pass a clone")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a dimension steps less than those inside it extend."""
+    extent = 1
+    for step, size in sorted(
+        (step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ):
+        if step < extent:
+            return True
+        extent += step * (size - 1)
+    return False
 
 
 def _is_plain_buffer(running: Tensor) -> bool:

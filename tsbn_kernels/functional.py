@@ -70,7 +70,7 @@ def task_batch_norm(
 
     Raises:
         ValueError: a shape or option does not fit, training has one value per channel, or running statistics cannot
-            be written (they are expanded, or require a gradient).
+            be written (their elements share memory, or they require a gradient).
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices, or were made in inference mode and are to be written or saved.
             With a ``process_group``: ``torch.distributed`` is not initialised, the ranks' tasks or channels differ, or

@@ -103,7 +103,7 @@ HOSTILE_SCALARS: dict[str, list[Any]] = {
     "int": [0, -1, 2, 7, 2**40, 2**70, 1.5, float("nan"), "3", None, True, np.int64(3), torch.tensor(3), [3], 1j],
     "float": [
         0.0, 0, -1.0, 1.0, 5.0, float("nan"), float("inf"), 10**400, "0.1", None, True, 1j, np.float32(0.1), [0.1],
-        torch.tensor(0.1), torch.ones(2, 3, 4), 1e-300,
+        torch.tensor(0.1), torch.ones(2, 3, 4), 1e-30,
     ],
     "str": ["", "SIGMOID", "identity", "task_axis", "none", "relu", None, 7, b"sigmoid", [], {}, ("sigmoid",), True],
     "bool": [None, 0, 1, "no", 2, [], np.bool_(True), torch.tensor(True), "frozen", True],
