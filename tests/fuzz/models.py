@@ -132,16 +132,19 @@ def convert_call(rng: random.Random) -> Call:
         if arguments["model"] is not plain:  # it took what was meant to be refused, or a layer
             return None if isinstance(arguments["model"], nn.Module) else "converted what is no module"
         one = getattr(tsbn_kernels, what)(converted, after["task"])
+        tasks = int(arguments["num_tasks"])  # which may be another valid number
+        if len(x) % tasks:
+            return None
         twin = copy.deepcopy(plain).double()
         excluded = arguments["exclude"] not in ((), [])
         if plain.training and excluded:
             return None  # a plain layer sees all the streams at once
-        streams = [twin(stream.double()) for stream in in_streams(x, T, arguments["stacking"])]
+        streams = [twin(stream.double()) for stream in in_streams(x, tasks, arguments["stacking"])]
         if problem := _differs("converted", converted(x), restacked(torch.stack(streams), arguments["stacking"])):
             return problem
         if what == "revert_model" or not plain.training:
             one.train(plain.training)
-            stream = in_streams(x, T, arguments["stacking"])[0]
+            stream = in_streams(x, tasks, arguments["stacking"])[0]
             return _differs(what, one(stream), copy.deepcopy(plain).double()(stream.double()))
         return None
 
