@@ -28,7 +28,8 @@ from support import (
 )
 from torch import Tensor
 
-from tsbn_kernels import reference
+from benchmarks.environment import available_bytes
+from tsbn_kernels import memory, reference
 from tsbn_kernels.backends import cpu
 
 ops = torch.ops.tsbn
@@ -336,6 +337,32 @@ def test_evaluation(gate: str, memory_format: str, dtype: torch.dtype, kernels: 
     wanted = reference.backward(wide[3], wide[0], wide[1], *rounded, *p.options, *flags)
     for actual, exact, size in zip(got[:3], wanted[:3], (3.0, 20.0, 20.0), strict=True):
         assert_within(actual, exact, BACKWARD[dtype], scale=size)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.skipif(available_bytes(torch.device("cpu")) < 10 << 30, reason="takes 4 GiB")
+@formats
+def test_more_elements_than_32_bits_count(memory_format: str) -> None:
+    """Every sample is the same memory, and so is that of dy: only the output is large."""
+    N, C, S = 2**11 + 1, 64, 2**14  # 2**31 + 2**20 elements
+    x, dy = (in_memory_format(torch.randn(1, C, S, 1).bfloat16(), "task_major", memory_format) for _ in range(2))
+    vectors = torch.randn(1, C), None, torch.randn(1, C), torch.rand(1, C) + 0.5
+    options = 1, 1e-5, "sigmoid", "task_major"
+    try:
+        many, gradients = (tensor.expand(N, C, S, 1) for tensor in (x, dy))
+        for found, one in zip(ops.moments(many, 1, "task_major"), ops.moments(x, 1, "task_major"), strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6)
+        y, one = ops.forward_eval(many, *vectors, *options), ops.forward_eval(x, *vectors, *options)
+        assert all(torch.equal(y[sample], one[0]) for sample in (0, N // 2, N - 1))
+        del y
+        weight, _, *statistics = vectors
+        flags = False, True, False, False
+        dx, *_ = ops.backward(gradients, many, weight, *statistics, *options, *flags)
+        one, *_ = ops.backward(dy, x, weight, *statistics, *options, *flags)
+        assert all(torch.equal(dx[sample], one[0]) for sample in (0, N // 2, N - 1))
+        del dx
+    finally:
+        memory.empty_cache()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
