@@ -204,3 +204,11 @@ def test_empty_tensors_are_read(shape: tuple[int, ...], memory_format: str) -> N
         == layout.dense_strides(x, "task_major")
         == reference_strides(x, 2, "task_major")
     )
+
+
+def test_a_single_channel_is_read_in_every_format() -> None:
+    """A copy in the format of x would be of the same family again: the operators copied it without end."""
+    x, dy = torch.randn(4, 1, 10)[:, :, ::2], torch.randn(4, 1, 5)
+    assert layout.family(x, "task_major") == "columns"
+    assert layout.family(dy, "task_major") == "rows"
+    assert all(read is given for read, given in zip(layout.readable(x, "task_major", False, dy), (x, dy), strict=True))

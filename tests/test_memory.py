@@ -140,7 +140,7 @@ def test_limit_of_zero_turns_the_pool_off() -> None:
 
 
 def test_negative_limit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="num_bytes must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="num_bytes must be 0 or more, and below 2\\*\\*63, got -1"):
         memory.set_cache_limit(-1)
 
 

@@ -53,7 +53,7 @@ def number(name: str, value: Any, least: float | None = None) -> float:
 
 def check_flag(name: str, value: Any) -> None:
     """Raises TypeError where a value is neither True nor False."""
-    if value is not True and value is not False:
+    if type(value) is not bool and not isinstance(value, torch.SymBool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

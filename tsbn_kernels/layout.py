@@ -93,11 +93,11 @@ def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:
 
     Gradients arrive expanded (from ``sum()``), and residuals too may have another memory format than x.
     """
-    if family(tensor, stacking) == wanted:
-        return tensor
+    found, axis = family(tensor, stacking), channel_axis(stacking)
+    if found == wanted or (found is not None and wanted == "columns" and tensor.shape[axis] == 1):
+        return tensor  # a single channel is contiguous in every format
     if wanted == "rows":
         return tensor.contiguous()
-    axis = channel_axis(stacking)
     return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 

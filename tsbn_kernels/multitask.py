@@ -40,7 +40,7 @@ class MultiTaskModel(nn.Module):
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], *, recompute: bool = False) -> None:
         super().__init__()
         checks.check_module("backbone", backbone)
-        if not isinstance(heads, Mapping) or not all(isinstance(name, str) for name in heads):
+        if not isinstance(heads, (Mapping, nn.ModuleDict)) or not all(isinstance(name, str) for name in heads):
             raise TypeError(f"heads must be modules by the name of their task, got {heads!r:.80}")
         for name, head in heads.items():
             checks.check_module(f"head {name!r}", head)
