@@ -95,6 +95,12 @@ def check_options(gate: str, stacking: str, activation: str | None) -> None:
     check_activation(activation)
 
 
+def check_layer_stacking(stacking: str) -> None:
+    """Raises ValueError where a layer cannot have a stacking; a task axis it sees by the dimensions of its input."""
+    if stacking not in ("task_major", "sample_major"):
+        raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
+
+
 def check_activation(activation: str | None) -> None:
     """Raises ValueError where an activation is unknown."""
     if activation is not None and activation not in ACTIVATIONS:

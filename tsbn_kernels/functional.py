@@ -149,9 +149,7 @@ def _call(
         if residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    x = layout.supported(x, order)
-    if residual is not None:
-        residual = layout.in_family(residual, layout.family(x, order), stacking)
+    x, residual = layout.readable(x, stacking, fan_out, residual)
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
     given = (None, None) if training else (running_mean, running_var)

@@ -68,8 +68,7 @@ class LateFanOut(nn.Module):
     ) -> None:
         super().__init__()
         num_tasks, num_features = checks.count("num_tasks", num_tasks), checks.count("num_features", num_features)
-        if stacking not in ("task_major", "sample_major"):
-            raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
+        checks.check_layer_stacking(stacking)
         _check(activation, pool, conv, num_features)
         self.norm = FusedTSigmaBN(
             1, num_features, eps, momentum, gate="identity", activation=activation, negative_slope=negative_slope,

@@ -105,7 +105,7 @@ def readable(x: Tensor, stacking: str, shared: bool, *stacked: Tensor | None) ->
     """``x`` and what is ``stacked`` like y, all in one family: themselves, or copies where strides are of none."""
     order = input_stacking(stacking, shared)
     x = supported(x, order)
-    wanted = family(x, order)
+    wanted = family(x, order) if any(tensor is not None for tensor in stacked) else None
     return x, *(None if tensor is None else in_family(tensor, wanted, stacking) for tensor in stacked)
 
 

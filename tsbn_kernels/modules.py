@@ -100,8 +100,7 @@ class FusedTSigmaBN(_BatchNorm):
             checks.check_flag(name, flag)
         if bias not in (True, False, "frozen"):
             raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
-        if stacking not in ("task_major", "sample_major"):
-            raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
+        checks.check_layer_stacking(stacking)
         if recover_input:
             checks.check_recovery(activation, negative_slope, fan_out, process_group is not None)
         self.num_tasks = num_tasks

@@ -37,6 +37,16 @@ void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::st
   }
 }
 
+// The factors of z, from which a backward computes act'(z).
+template <class A>
+void set_preactivation(Work& w, Workspace<A>& space, const std::optional<Tensor>& bias) {
+  Work z = w;
+  z.vectors.bias = space.values_or_zeros(bias, "bias");
+  z.vectors.scale = w.vectors.z_scale = space.vector();
+  z.vectors.shift = w.vectors.z_shift = space.vector();
+  kernels(w.family, w.dtype).vectors.eval(z);
+}
+
 // y, and the work of writing it.
 Tensor prepare_forward(Work& w, const Tensor& x, std::optional<Tensor>& residual, const Stacking& stacking) {
   STD_TORCH_CHECK(w.activation != Activation::inverse_leaky_relu, "tsbn: there is no forward of inverse_leaky_relu");
@@ -204,11 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
       *v = space.vector();
     }
     if (!(plain || inverse) || shared || !training) {
-      Work z = w;
-      z.vectors.bias = plain || inverse ? space.filled(0) : space.values_or_zeros(bias, "bias");
-      z.vectors.scale = w.vectors.z_scale = space.vector();
-      z.vectors.shift = w.vectors.z_shift = space.vector();
-      kernel.vectors.eval(z);
+      set_preactivation(w, space, plain || inverse ? std::nullopt : bias);
     }
     if (shared) run_shared(w, kernel.vectors.backward);
     else run_separate(w, need_dweight || need_dbias || (training && need_dx));
@@ -263,11 +269,7 @@ std::tuple<Tensor, Tensor> input_gradient(Tensor dy, Tensor x, Tensor weight, Te
     for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale}) *v = space.vector();
     kernel.vectors.given(w);
     if (!plain || shared) {
-      Work z = w;
-      z.vectors.bias = plain ? space.filled(0) : space.values_or_zeros(bias, "bias");
-      z.vectors.scale = w.vectors.z_scale = space.vector();
-      z.vectors.shift = w.vectors.z_shift = space.vector();
-      kernel.vectors.eval(z);
+      set_preactivation(w, space, plain ? std::nullopt : bias);
     }
     if (shared) run_shared(w, [](const Work&, int64_t, const double*) {});
     else run_separate(w, false);
