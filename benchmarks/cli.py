@@ -21,6 +21,7 @@ from benchmarks.cli_report import report as report_command
 from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
+from benchmarks.layers import run_case, runnable
 from benchmarks.measure import Plan
 from benchmarks.peers import PEERS, peers_of
 from benchmarks.predict import predictions
@@ -124,7 +125,7 @@ def celeba40(
             samples, reason = choose_batch(chosen_layers, tasks, dtypes, where, available)
     except (DataError, ValueError) as error:
         terminal.fail(str(error))
-    impls, skipped = runs.runnable(impls, where)
+    impls, skipped = runnable(impls, where)
     for name, why in skipped.items():
         console.print(f"[yellow]{name} is left out: {why}[/]")
     if not impls:
@@ -161,7 +162,7 @@ def celeba40(
                 def notify(text: str, share: float, done: float = done, work: float = work) -> None:
                     progress.update(bar, description=text, completed=done + work * share, refresh=True)
 
-                records += runs.run_case(case, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
+                records += run_case(case, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
                 done += work
             if json_path is not None:
                 write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted

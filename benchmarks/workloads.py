@@ -16,6 +16,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CELEBA40_NAME = "celeba40"
 NO_FORMAT = "none"  # the memory format of [N, C] layers: measured once, part of the means of every format
 
 
@@ -70,6 +71,7 @@ class Case:
     memory_format: str
     device: torch.device
     relu: bool = False
+    workload: str = CELEBA40_NAME
 
     @property
     def shape(self) -> tuple[int, ...]:

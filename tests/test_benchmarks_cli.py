@@ -14,7 +14,7 @@ from test_benchmarks_records import FIELDS
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import celeba40, cli
+from benchmarks import celeba40, cli, layers
 from benchmarks.measure import Plan
 from benchmarks.network import VARIANTS
 from benchmarks.peers import PEERS, Fused, peers_of
@@ -99,7 +99,7 @@ class Wrong(Fused):
 def test_a_wrong_candidate_ends_the_run_with_status_1(invoke, monkeypatch, tmp_path, impl):
     monkeypatch.setitem(PEERS, impl, Wrong)
     timed = []
-    monkeypatch.setattr(celeba40, "measure", lambda *_: timed.append(1))
+    monkeypatch.setattr(layers, "measure", lambda *_: timed.append(1))
     result = invoke(*EAGER, "--no-network", "--dtype", "float32", "--json", "out.json")
     assert result.exit_code == 1
     assert f"{impl} is wrong: y of bn6,bn7 float32 contiguous" in result.output
@@ -162,7 +162,7 @@ def test_bad_options_are_refused(invoke, arguments, message):
 
 
 def test_missing_celeba_files_are_named_before_anything_is_measured(invoke, monkeypatch, tmp_path):
-    monkeypatch.setattr(celeba40, "measure", None)
+    monkeypatch.setattr(layers, "measure", None)
     (tmp_path / "faces").mkdir()
     result = invoke("--data", "faces")
     assert result.exit_code == 1
