@@ -9,6 +9,7 @@ NEEDED = {
     "PIL": "pillow",
     "rich": "rich",
     "skimage": "scikit-image",
+    "scipy": "scipy",
     "typer": "typer",
 }
 

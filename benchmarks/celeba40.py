@@ -75,6 +75,8 @@ def run_network(
             device=environment.device_name(device),
             versions=environment.versions(device),
             rounds=summary.rounds,
+            outliers=summary.outliers,
+            visits_ms=tuple(1e3 * visit for visit in summary.visits),
             tasks=tasks,
         )
         for variant, summary in comparison.times.items()

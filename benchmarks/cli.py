@@ -21,20 +21,22 @@ from benchmarks.cli_report import report as report_command
 from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
-from benchmarks.layers import run_case, runnable
+from benchmarks.layers import run_cases, runnable
 from benchmarks.measure import Plan
 from benchmarks.peers import PEERS, peers_of
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
 from benchmarks.records import Record, write_json
+from benchmarks.self_test import self_test
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, cases, choose_batch, select_layers
+from benchmarks.workloads import DTYPES, MEMORY_FORMATS, cases, choose_batch, select_layers
 from tsbn_kernels.plan import DEVICES, devices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
 
 FULL_PLAN, QUICK_PLAN = Plan(), Plan(min_rounds=3, max_rounds=3)
-NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3, 3.0)
+NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3)
+NETWORK_SHARE = 0.4  # of the progress bar
 QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn7"), 16
 NETWORK_BATCH = 8
 PAPER_BATCH = 256  # of the CelebA network that the paper trains
@@ -50,11 +52,6 @@ app.command()(train)
 app.command()(profile)
 app.command("report")(report_command)
 app.command()(compare)
-
-
-def _case_work(case: Case) -> float:
-    """Share of a case in the progress bar: its bytes, and a constant for compiling."""
-    return case.tensor_bytes / 2**20 + 100
 
 
 @app.command()
@@ -140,34 +137,32 @@ def celeba40(
     console.print(f"{tasks} tasks, batch {samples} ({reason})", highlight=False)
     if faces is not None:
         console.print(f"network: {network_tasks} tasks, batch {network_batch}, {faces.source}", highlight=False)
+    tested = self_test(where)
+    console.print(str(tested), style=None if tested.passed else "yellow", highlight=False)
 
     todo = cases(
         chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where, relu=relu
     )
-    network_work = (network_tasks * network_batch * 5.0) if faces is not None else 0.0
+    layers_share = 1.0 if faces is None else 1 - NETWORK_SHARE
     records: list[Record] = []
     network_run = None
     try:
         with Progress(*terminal.columns(), console=console, transient=True) as progress:
-            bar = progress.add_task("starting", total=sum(map(_case_work, todo)) + network_work)
-            done = 0.0
+            bar = progress.add_task("starting", total=1.0)
             steps = {}
             if faces is not None:
                 progress.update(bar, description="network: loss, gradients and memory of a step", refresh=True)
                 steps = runs.verify_network(faces, where, impls)
-                progress.update(bar, completed=(done := network_work / 2))
-            for case in todo:
-                work = _case_work(case)
 
-                def notify(text: str, share: float, done: float = done, work: float = work) -> None:
-                    progress.update(bar, description=text, completed=done + work * share, refresh=True)
+            def notify(text: str, share: float) -> None:
+                done = NETWORK_SHARE / 2 * (faces is not None) + layers_share * share
+                progress.update(bar, description=text, completed=done, refresh=True)
 
-                records += run_case(case, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
-                done += work
+            records += run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
             if json_path is not None:
                 write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted
             if faces is not None:
-                progress.update(bar, description="network: time of a training step", completed=done, refresh=True)
+                progress.update(bar, description="network: time of a training step", refresh=True)
                 plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN
                 network_run, more = runs.run_network(faces, where, plan, steps)
                 records += more

@@ -2,7 +2,8 @@
 
 The rule. A median of n rounds has a standard error of about 0.93 interquartile ranges over sqrt(n): of normal noise
 the range is 1.35 standard deviations, and a median's error is 1.25 of them over sqrt(n). A record's range is of few
-rounds, so its error counts as at least that of the median record of its file.
+rounds, so its error counts as at least that of the median record of its file; and as at least what the medians of its
+visits, which lie minutes apart, differ by.
 
 The copies are controls: the same operation in both runs. The median over the layers of their times' ratios is how much
 slower the machine was, and every ratio is divided by it. What single copies differ from that median is how far two
@@ -181,11 +182,18 @@ def _by_identity(records: Sequence[Record], tasks_known: bool) -> dict[tuple[obj
 
 def _errors(records: Sequence[Record]) -> list[float]:
     """Standard errors of one run's medians, relative."""
-    own = [
-        MEDIAN_ERROR * record.iqr_ms / record.median_ms / math.sqrt(record.rounds or LEAST_ROUNDS) for record in records
-    ]
+    own = [max(_error_by_rounds(record), _error_by_visits(record)) for record in records]
     typical = statistics.median(own)
     return [max(error, typical) for error in own]
+
+
+def _error_by_rounds(record: Record) -> float:
+    return MEDIAN_ERROR * record.iqr_ms / record.median_ms / math.sqrt(record.rounds or LEAST_ROUNDS)
+
+
+def _error_by_visits(record: Record) -> float:
+    visits = record.visits_ms or ()
+    return statistics.stdev(map(math.log, visits)) / math.sqrt(len(visits)) if len(visits) > 1 else 0.0
 
 
 def _copies(pairs: Iterable[tuple[Record, Record]]) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.data import Splits
 from benchmarks.environment import memory_in_use
 from benchmarks.fit import optimizer_of
-from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
+from benchmarks.measure import Plan, Summary, measure, step_candidate, summarize, timer_for
 from benchmarks.methods import METHODS, loop_network
 from benchmarks.network import Layout, train_step
 
@@ -44,7 +44,8 @@ def costs(
             arguments = name, layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
             peaks[name] = pool.submit(peak_bytes, *arguments).result()
     steps = {name: _step(name, layout, images, labels, device) for name in names}
-    times = measure({name: step_candidate(step) for name, (step, _) in steps.items()}, plan, clock_for(device))
+    candidates = {name: step_candidate(step) for name, (step, _) in steps.items()}
+    times = summarize(measure(candidates, plan, timer_for(device)))
     return {name: Cost(steps[name][1], times[name][0], peaks[name]) for name in names}
 
 

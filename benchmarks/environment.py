@@ -14,6 +14,8 @@ import torch
 import tsbn_kernels
 from tsbn_kernels import backends
 
+DEFAULT_CACHE = 32 << 20  # where the system does not say
+
 
 def device_name(device: torch.device) -> str:
     """``cpu``, or the accelerator's type and name."""
@@ -62,6 +64,18 @@ def available_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the largest cache between the device's cores and its memory."""
+    if device.type != "cpu":
+        properties = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
+        return int(getattr(properties, "L2_cache_size", 0) or DEFAULT_CACHE)
+    found = []
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KMG]?)", size.read_text().strip()).groups()  # type: ignore[union-attr]
+        found.append(int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit])
+    return max(found, default=DEFAULT_CACHE)
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:

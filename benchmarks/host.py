@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Plan, Summary, measure, training_candidate
+from benchmarks.measure import Plan, Summary, measure, summarize, training_candidate
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends.triton import launch
 
@@ -58,7 +58,7 @@ def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> dict[str, list[Summary
     fused, loop = FusedTSigmaBN2d(num_tasks, channels), Loop(num_tasks, channels)
     no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
     with stubbed_launches():
-        return measure(
+        rounds = measure(
             {
                 "fused layer, launch stubbed": training_candidate(*_step(fused, x)),
                 "the same without running statistics": training_candidate(*_step(no_statistics, x)),
@@ -66,3 +66,4 @@ def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> dict[str, list[Summary
             },
             plan,
         )
+    return summarize(rounds)

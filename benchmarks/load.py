@@ -40,7 +40,15 @@ _COUNT: Check = (
     lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
     "a count of 1 or more",
 )
+_NUMBER_OF: Check = (
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "a count of 0 or more",
+)
 _POSITIVE: Check = lambda value: _number(value) and value > 0, "a finite number above 0"  # type: ignore[operator]
+_TIMES: Check = (
+    lambda value: isinstance(value, list) and bool(value) and all(map(_POSITIVE[0], value)),
+    "a list of finite numbers above 0",
+)
 _SPREAD: Check = lambda value: _number(value) and value >= 0, "a finite number, 0 or more"  # type: ignore[operator]
 _SHAPE: Check = lambda value: isinstance(value, list) and bool(value) and all(map(_COUNT[0], value)), "a list of sizes"
 _PASS: Check = lambda value: value in (*PASSES, TRAINING_STEP), " or ".join((*PASSES, TRAINING_STEP))
@@ -63,13 +71,15 @@ CHECKS: dict[str, Check] = {
     "versions": (_texts, "texts and numbers by name"),
     "rounds": _or_none(_COUNT),
     "tasks": _or_none(_COUNT),
+    "outliers": _or_none(_NUMBER_OF),
+    "visits_ms": _or_none(_TIMES),
 }
 _REQUIRED = [field.name.rstrip("_") for field in fields(Record) if field.default is MISSING]
 _OF_A_LAYER = ("copy_ms", "useful_bytes", "fraction_of_copy_bandwidth")
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; those of an older version have no ``rounds`` and ``tasks``.
+    """The records of a file; those of an older version lack the last fields.
 
     Raises:
         RecordsError: the file is missing, is no JSON, or holds something else than such records.
@@ -142,7 +152,7 @@ def read_network(path: Path) -> NetworkRun | None:
         parts = run["comparison"]
         found = NetworkRun(
             Comparison(
-                {name: Summary(**summary) for name, summary in parts["times"].items()},
+                {name: _summary(of) for name, of in parts["times"].items()},
                 parts["peak_bytes"],
                 parts["losses"],
                 {name: Differences(**difference) for name, difference in parts["differences"].items()},
@@ -170,6 +180,10 @@ def read_network(path: Path) -> NetworkRun | None:
     return found
 
 
+def _summary(values: dict[str, Any]) -> Summary:
+    return Summary(**(values | {"visits": tuple(values["visits"])}))
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -185,6 +199,8 @@ def _is_beside(path: Path) -> bool:
 
 
 def _record(row: dict[str, Any]) -> Record:
-    return Record(
-        **{"pass_" if name == "pass" else name: value for name, value in row.items()} | {"shape": (*row["shape"],)}
-    )
+    values: dict[str, Any] = {
+        "pass_" if name == "pass" else name: tuple(value) if isinstance(value, list) else value
+        for name, value in row.items()
+    }
+    return Record(**values)

@@ -9,50 +9,121 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Clock = Callable[[], float]  # seconds, monotonic
-Candidate = Callable[[Clock], Sequence[float]]  # runs once; returns the seconds of each of its passes
+from benchmarks.intervals import Interval, interval
+
+Mark = Callable[[], None]
+Candidate = Callable[[Mark], None]  # runs once; marks its start, and the end of each of its passes
+Rounds = list[list[float]]  # seconds of each pass, of each round; a pass is timed from the start of the run
+
+STEADY = 0.9  # a round that takes less of the best one before it belongs to the warm-up
+MAX_WARM_UP = 5  # rounds; what still becomes faster then is noise
+
+
+class Timer(Protocol):
+    """Takes the time of marks."""
+
+    def mark(self) -> None:
+        """Notes the time."""
+
+    def read(self) -> list[float]:
+        """Seconds of all marks from the first one on; forgets them."""
+
+
+class HostTimer:
+    """A monotonic clock of the host."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        """Notes the time."""
+        self._marks.append(self._clock())
+
+    def read(self) -> list[float]:
+        """Seconds of all marks from the first one on; forgets them."""
+        marks, self._marks = self._marks, []
+        return [mark - marks[0] for mark in marks]
+
+
+class EventTimer:
+    """Events on the device's stream: what is queued is timed where it runs, and waited for at the end only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.Event] = []
+
+    def mark(self) -> None:
+        """Records an event."""
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def read(self) -> list[float]:
+        """Seconds of all events from the first one on; forgets them."""
+        events, self._events = self._events, []
+        events[-1].synchronize()
+        return [events[0].elapsed_time(event) / 1e3 for event in events]
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The host's clock for the CPU, events for accelerators."""
+    return HostTimer() if device.type == "cpu" else EventTimer(device)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and interquartile range of the rounds, in seconds."""
+    """Median and interquartile range of all rounds, in seconds.
+
+    Attributes:
+        outliers: rounds further from the quartiles than 1.5 interquartile ranges; they count like the others.
+        visits: medians of the visits that the rounds were made in, for the interval.
+    """
 
     median: float
     iqr: float
     rounds: int
+    outliers: int
+    visits: tuple[float, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Summary:
+    def of(cls, visits: Sequence[Sequence[float]]) -> Summary:
+        """Of the rounds of each visit."""
+        samples = [sample for visit in visits for sample in visit]
+        medians = tuple(map(statistics.median, visits))
         if len(samples) < 2:
-            return cls(samples[0], 0.0, len(samples))
+            return cls(samples[0], 0.0, 1, 0, medians)
         lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, upper - lower, len(samples))
+        fence = 1.5 * (upper - lower)
+        outliers = sum(not lower - fence <= sample <= upper + fence for sample in samples)
+        return cls(median, upper - lower, len(samples), outliers, medians)
+
+    def ratio(self, other: Summary) -> Interval | None:
+        """Interval of this time over the other's, by their visits; None where there was one visit."""
+        return interval([a / b for a, b in zip(self.visits, other.visits, strict=True)])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: rounds until the budget is spent, but neither fewer nor more than the bounds."""
+    """How long to measure.
 
-    min_rounds: int = 5
-    max_rounds: int = 15
-    budget_s: float = 8.0
-    min_time_s: float = 2e-3  # a timing shorter than this is repeated, and divided
+    Attributes:
+        min_rounds, max_rounds, budget_s: of a visit: rounds until the seconds are spent, within the bounds.
+        min_time_s: a timing shorter than this is repeated, and divided.
+        visits: how often a candidate is come back to, each time with new buffers, after all others had their visit.
+    """
 
-
-def clock_for(device: torch.device) -> Clock:
-    """The process's monotonic clock, read after the device has finished its work."""
-    if device.type == "cpu":
-        return time.perf_counter
-
-    def synchronized() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return synchronized
+    min_rounds: int = 4
+    max_rounds: int = 8
+    budget_s: float = 3.0
+    min_time_s: float = 2e-3
+    visits: int = 3
 
 
 @contextmanager
@@ -67,50 +138,86 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _timed(candidate: Candidate, repeats: int, timer: Timer) -> list[float]:
+    """Mean seconds of each pass."""
+    for _ in range(repeats):
+        candidate(timer.mark)
+    marks = timer.read()
+    each = len(marks) // repeats
+    starts = marks[::each]
+    return [
+        math.fsum(end - start for start, end in zip(starts, marks[pass_::each], strict=True)) / repeats
+        for pass_ in range(1, each)
+    ]
+
+
 def measure(
     candidates: Mapping[str, Candidate],
     plan: Plan,
-    clock: Clock = time.perf_counter,
+    timer: Timer | None = None,
     on_round: Callable[[int], None] = lambda _: None,
-) -> dict[str, list[Summary]]:
-    """Times all candidates in interleaved rounds; one summary for each pass of each candidate.
+) -> dict[str, Rounds]:
+    """Times all candidates in interleaved rounds: one visit.
 
-    A first round warms up and sets how often a short candidate is repeated within one timing. The candidate that
-    starts changes from round to round, so that none always follows the same one.
+    The first round, and all in which a candidate was still getting faster, warm up; they also set how often a short
+    candidate is repeated within one timing. The candidate that starts changes from round to round, so that none always
+    follows the same one.
     """
-    repeats = {}
+    timer = timer or HostTimer()
+    order = list(candidates)
+    repeats = dict.fromkeys(candidates, 1)
+    best = dict.fromkeys(candidates, math.inf)
+    kept: list[dict[str, list[float]]] = []
+    spent, warming_up = 0.0, MAX_WARM_UP
     with _no_garbage_collection():
-        for name, candidate in candidates.items():
-            seconds = max(candidate(clock))
-            repeats[name] = max(1, math.ceil(plan.min_time_s / max(seconds, 1e-7)))
-        samples: dict[str, list[list[float]]] = {name: [] for name in candidates}
-        order = list(candidates)
-        start = clock()
-        for index in range(plan.max_rounds):
-            if index >= plan.min_rounds and clock() - start > plan.budget_s:
-                break
-            for name in order:
-                runs = [candidates[name](clock) for _ in range(repeats[name])]
-                samples[name].append([math.fsum(passes) / len(runs) for passes in zip(*runs, strict=True)])
+        while len(kept) < plan.min_rounds or (len(kept) < plan.max_rounds and spent <= plan.budget_s):
+            taken = {name: _timed(candidates[name], repeats[name], timer) for name in order}
             order.append(order.pop(0))
-            on_round(index + 1)
-    return {name: [Summary.of(passes) for passes in zip(*rounds, strict=True)] for name, rounds in samples.items()}
+            if warming_up and any(passes[-1] < STEADY * best[name] for name, passes in taken.items()):
+                best = {name: min(best[name], passes[-1]) for name, passes in taken.items()}
+                repeats = {name: max(1, math.ceil(plan.min_time_s / max(best[name], 1e-7))) for name in candidates}
+                warming_up -= 1
+                continue
+            warming_up = 0
+            kept.append(taken)
+            spent += sum(repeats[name] * passes[-1] for name, passes in taken.items())
+            on_round(len(kept))
+    return {
+        name: [list(rounds) for rounds in zip(*(taken[name] for taken in kept), strict=True)] for name in candidates
+    }
 
 
-def training_candidate(forward: Callable[[], Tensor], backward: Callable[[Tensor], tuple[Tensor, ...]]) -> Candidate:
-    """Times a forward, and a forward+backward, of one and the same step.
+def summarize(*visits: Mapping[str, Rounds]) -> dict[str, list[Summary]]:
+    """One summary for each pass of each candidate, of all its visits."""
+    return {
+        name: [Summary.of(passes) for passes in zip(*(visit[name] for visit in visits), strict=True)]
+        for name in visits[0]
+    }
+
+
+def _nothing() -> None:
+    pass
+
+
+def training_candidate(
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], tuple[Tensor, ...]],
+    before: Callable[[], None] = _nothing,
+) -> Candidate:
+    """Times a forward, and a forward+backward, of one and the same step; ``before`` each step is not timed.
 
     The forward ends when y and its autograd graph exist. The step ends when y, the graph and the gradients are freed
     again: memory that is mapped and unmapped at every step is part of what a candidate costs.
     """
 
-    def run(clock: Clock) -> tuple[float, float]:
-        start = clock()
+    def run(mark: Mark) -> None:
+        before()
+        mark()
         y = forward()
-        middle = clock()
+        mark()
         gradients = backward(y)
         del y, gradients
-        return middle - start, clock() - start
+        mark()
 
     return run
 
@@ -118,14 +225,27 @@ def training_candidate(forward: Callable[[], Tensor], backward: Callable[[Tensor
 def step_candidate(step: Callable[[], object]) -> Candidate:
     """Times the whole of a step."""
 
-    def run(clock: Clock) -> tuple[float]:
-        start = clock()
+    def run(mark: Mark) -> None:
+        mark()
         step()
-        return (clock() - start,)
+        mark()
 
     return run
 
 
-def copy_candidate(source: Tensor, target: Tensor) -> Candidate:
-    """Times ``Tensor.copy_`` into a tensor that exists already."""
-    return step_candidate(lambda: target.copy_(source))
+def copy_candidate(source: Tensor, buffers: int = 1) -> Candidate:
+    """Times ``Tensor.copy_`` into a tensor that exists already; as many pairs of them as ``buffers`` take turns."""
+    pairs = cycle([(source.clone() if index else source, torch.empty_like(source)) for index in range(buffers)])
+
+    def run(mark: Mark) -> None:
+        source, target = next(pairs)
+        mark()
+        target.copy_(source)
+        mark()
+
+    return run
+
+
+def rotating_buffers(bytes_of_a_step: int, cache_bytes: int) -> int:
+    """How many sets of buffers must take turns so that none is still in a cache when its turn comes again."""
+    return max(1, math.ceil(cache_bytes / bytes_of_a_step))

@@ -34,8 +34,11 @@ SECTIONS = {
 }
 OPEN_SETTINGS = 2
 METHOD = """<p>Every implementation is verified against the reference in float64 before it is timed. All of them take
-turns in one process; a figure is the median of the rounds, ± its interquartile range, and whiskers are half of that
-range, of both times that a ratio is made of. A <em>copy</em> is <code>Tensor.copy_</code> of the layer's activation,
+turns in one process, after rounds that warm up until none becomes faster, on as many sets of buffers as exceed the
+largest cache. Each case is visited several times, with all other cases between two visits. A figure is the median of
+all rounds, ± its interquartile range, and whiskers are half of that range, of both times that a ratio is made of; a
+round outside of the quartiles by more than 1.5 ranges is marked by a star. The intervals of the means hold them with
+95 % (Student's t), by how the visits differ. A <em>copy</em> is <code>Tensor.copy_</code> of the layer's activation,
 timed in the same rounds; useful bytes are those that must be read or written at least: twice the activation in a
 forward pass, five times in forward and backward. A layer that moves no others, at the bandwidth of the copy, has a
 fraction of 1. Means over layers are geometric; a shape that two layers of the network have counts twice.</p>
@@ -88,7 +91,7 @@ class _Page:
             rows = means(one.records)
             drawn = self.figure(
                 plot_report.mean_speedups(rows),
-                "Time of each peer over that of the fused layer, geometric means over the layers.",
+                "Time of each peer over that of the fused layer, geometric means over the layers, and their intervals.",
             )
             return drawn + as_html(means_table(rows)) if rows else ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,6 +76,7 @@ class Peer(ABC):
     x: Tensor
     dy: Tensor
     parameters: list[Tensor]
+    _waiting: deque[tuple[Tensor, Tensor]]
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.tasks, self.batch, self.channels = case.tasks, case.batch, case.layer.channels
@@ -94,6 +96,15 @@ class Peer(ABC):
         """Gradients of x and of the parameters for the incoming gradient dy."""
         return torch.autograd.grad(y, (self.x, *self.parameters), self.dy)
 
+    def rotate_over(self, buffers: int) -> None:
+        """Sets of x and dy that take turns from now on, all with the values that there are."""
+        self._waiting = deque((self.x.detach().clone().requires_grad_(), self.dy.clone()) for _ in range(buffers - 1))
+
+    def next_buffers(self) -> None:
+        """The next set takes its turn."""
+        self._waiting.append((self.x, self.dy))
+        self.x, self.dy = self._waiting.popleft()
+
     @abstractmethod
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance ``[T, C]``."""
@@ -103,7 +114,7 @@ class Peer(ABC):
         return tensor
 
     def step(self) -> Outcome:
-        """One forward and backward, for verification. The running statistics count it as the first batch."""
+        """One forward and backward, for verification."""
         y = self.forward()
         dx, *dgamma = self.backward(y)
         stacked = torch.stack(list(dgamma)).view(self.tasks, self.channels)

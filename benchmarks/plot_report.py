@@ -154,7 +154,7 @@ def speedups(records: Sequence[Record], pass_: str) -> Figure | None:
 
 
 def mean_speedups(rows: Sequence[Means]) -> Figure | None:
-    """The geometric means over the layers, a panel for each pass; None where there are no peers."""
+    """The geometric means over the layers and their intervals, a panel for each pass; None where there are no peers."""
     peers = _distinct(peer for row in rows for peer in row.over)
     if not peers:
         return None
@@ -163,7 +163,12 @@ def mean_speedups(rows: Sequence[Means]) -> Figure | None:
     for axes, pass_ in zip(grid[0], passes, strict=True):
         found = {f"{row.dtype},{row.memory_format}": row for row in rows if row.pass_ == pass_}
         series = {
-            peer: {group: (row.over[peer], 0.0) for group, row in found.items() if peer in row.over} for peer in peers
+            peer: {
+                group: (row.over[peer], row.intervals[peer].half_width if peer in row.intervals else 0.0)
+                for group, row in found.items()
+                if peer in row.over
+            }
+            for peer in peers
         }
         _bars(axes, list(found), series)
         axes.set_title(pass_)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.intervals import Interval, interval
 from benchmarks.peers import OURS
 from benchmarks.workloads import NO_FORMAT
 
@@ -22,7 +23,8 @@ USEFUL_TENSORS = {FORWARD: 2, FORWARD_BACKWARD: 5}
 class Record:
     """One measurement. ``layer`` names all layers of the shape; ``pass_`` is ``pass`` in JSON.
 
-    ``rounds`` and ``tasks`` are None in records of files that were written before they were kept.
+    The last fields are None in records of files that were written before they were kept. ``visits_ms`` are the medians
+    of the visits, which lie minutes apart and tell how far two runs may differ.
     """
 
     workload: str
@@ -43,6 +45,8 @@ class Record:
     versions: Mapping[str, str | int]
     rounds: int | None = None
     tasks: int | None = None
+    outliers: int | None = None
+    visits_ms: tuple[float, ...] | None = None
 
     @property
     def layers(self) -> int:
@@ -74,11 +78,15 @@ def geometric_mean(values: Sequence[tuple[float, int]]) -> float:
     return math.exp(sum(count * math.log(value) for value, count in values) / sum(count for _, count in values))
 
 
+FASTEST = "fastest peer of each layer"
+
+
 @dataclass(frozen=True)
 class Means:
     """Speed-ups of one implementation, geometric means over all layers of one pass, dtype and memory format.
 
-    A record of two layers counts twice; 1-d layers, which have no memory format, count in both.
+    A record of two layers counts twice; 1-d layers, which have no memory format, count in both. The intervals are of
+    ``over`` by the implementation, and of ``over_fastest`` under :data:`FASTEST`; records of one visit have none.
     """
 
     pass_: str
@@ -90,6 +98,7 @@ class Means:
     single_fastest: str | None  # the peer that is fastest over all layers
     over_single_fastest: float | None
     bandwidth: float  # fraction of the bandwidth of a copy
+    intervals: Mapping[str, Interval]
 
     @property
     def over_loop(self) -> float | None:
@@ -101,49 +110,62 @@ class Means:
         return self.over.get("separate")
 
 
+Time = Callable[[Record], float]  # milliseconds of a record: of all its visits, or of one
+Value = Callable[[Mapping[str, Record], Time], float]  # of the records of one layer, by implementation
+
+
+def _median(record: Record) -> float:
+    return record.median_ms
+
+
+def _visit(number: int) -> Time:
+    return lambda record: (record.visits_ms or ())[number]
+
+
+def _mean(layers: Sequence[Mapping[str, Record]], value: Value, time: Time) -> float:
+    return geometric_mean([(value(layer, time), next(iter(layer.values())).layers) for layer in layers])
+
+
+def _interval(layers: Sequence[Mapping[str, Record]], value: Value) -> Interval | None:
+    """Of the mean over the layers: each visit, of all layers, gives one."""
+    visits = min(len(record.visits_ms or ()) for layer in layers for record in layer.values())
+    return interval([_mean(layers, value, _visit(number)) for number in range(visits)])
+
+
 def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
     """The means of ``impl`` against every other implementation that was measured with it."""
-    medians: dict[tuple[str, str, str], dict[str, dict[str, Record]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Record]]] = {}
     flat = [record for record in records if record.pass_ in PASSES]
     formats = list(dict.fromkeys(r.memory_format for r in flat if r.memory_format != NO_FORMAT)) or [NO_FORMAT]
     for record in flat:
         for memory_format in formats if record.memory_format == NO_FORMAT else (record.memory_format,):
-            group = medians.setdefault((record.pass_, record.dtype, memory_format), {})
+            group = groups.setdefault((record.pass_, record.dtype, memory_format), {})
             group.setdefault(record.layer, {})[record.impl] = record
+    complete = {key: list(group.values()) for key, group in groups.items()}
+    return [_means(key, layers, impl) for key, layers in complete.items() if all(impl in layer for layer in layers)]
 
-    def mean(layers: Iterable[dict[str, Record]], value: Callable[[dict[str, Record]], float]) -> float:
-        return geometric_mean([(value(layer), layer[impl].layers) for layer in layers])
 
-    def ratio(peer: str) -> Callable[[dict[str, Record]], float]:
-        return lambda layer: layer[peer].median_ms / layer[impl].median_ms
+def _means(key: tuple[str, str, str], layers: Sequence[Mapping[str, Record]], impl: str) -> Means:
+    def over(peer: str) -> Value:
+        return lambda layer, time: time(layer[peer]) / time(layer[impl])
 
-    result = []
-    for key, group in medians.items():
-        layers = list(group.values())
-        if not all(impl in layer for layer in layers):
-            continue
-        others = [name for name in layers[0] if name != impl and all(name in layer for layer in layers)]
-        ratios = {name: mean(layers, ratio(name)) for name in others}
-        speedups = {name: ratio for name, ratio in ratios.items() if name not in OURS}
-        peers = list(speedups)
-        single = min(speedups, key=speedups.__getitem__, default=None)
-        fastest = (
-            mean(
-                layers,
-                lambda layer: min(layer[name].median_ms for name in layer if name not in OURS) / layer[impl].median_ms,
-            )
-            if peers
-            else None
-        )
-        result.append(
-            Means(
-                *key,
-                layers=sum(layer[impl].layers for layer in layers),
-                over=ratios,
-                over_fastest=fastest,
-                single_fastest=single,
-                over_single_fastest=speedups[single] if single else None,
-                bandwidth=mean(layers, lambda layer: layer[impl].fraction_of_copy_bandwidth or math.nan),
-            )
-        )
-    return result
+    def over_fastest(layer: Mapping[str, Record], time: Time) -> float:
+        return min(time(record) for name, record in layer.items() if name not in OURS) / time(layer[impl])
+
+    values = {name: over(name) for name in layers[0] if name != impl and all(name in layer for layer in layers)}
+    ratios = {name: _mean(layers, value, _median) for name, value in values.items()}
+    speedups = {name: ratio for name, ratio in ratios.items() if name not in OURS}
+    single = min(speedups, key=speedups.__getitem__, default=None)
+    if single is not None:
+        values[FASTEST] = over_fastest
+    intervals = {name: _interval(layers, value) for name, value in values.items()}
+    return Means(
+        *key,
+        layers=sum(layer[impl].layers for layer in layers),
+        over=ratios,
+        over_fastest=None if single is None else _mean(layers, over_fastest, _median),
+        single_fastest=single,
+        over_single_fastest=None if single is None else speedups[single],
+        bandwidth=_mean(layers, lambda layer, _: layer[impl].fraction_of_copy_bandwidth or math.nan, _median),
+        intervals={name: found for name, found in intervals.items() if found is not None},
+    )

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.fan_out import WAYS, Outcome
+from benchmarks.intervals import CONFIDENCE, Interval
 from benchmarks.network import VARIANTS
-from benchmarks.records import FORWARD, PASSES, Means, Record, means
+from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record, means
 
 
 def milliseconds(value: float) -> str:
@@ -22,9 +23,22 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}x"
 
 
+def _within(value: float | None, interval: Interval | None) -> str:
+    """A ratio and its interval."""
+    return _times(value) + ("" if interval is None else f" ({interval.low:.2g}-{interval.high:.2g})")
+
+
+def _took(median: float, iqr: float, outliers: int | None) -> str:
+    """Milliseconds, with a star for each outlier."""
+    return f"{milliseconds(median)} ± {milliseconds(iqr)}" + "*" * (outliers or 0)
+
+
 def layers_table(records: Sequence[Record]) -> Table:
     """A line for each layer, dtype, memory format and implementation, both passes side by side."""
-    table = Table(title="Layers: median ± interquartile range; in copies of the activation; speed-up over the loop")
+    table = Table(
+        title="Layers: median ± interquartile range; in copies of the activation; speed-up over the loop",
+        caption="a star: a round that lies further from the quartiles than 1.5 interquartile ranges",
+    )
     for name in ("layer", "shape", "dtype", "format", "impl"):
         table.add_column(name)
     for name in PASSES:
@@ -45,7 +59,7 @@ def layers_table(records: Sequence[Record]) -> Table:
                     cells += ["-"] * 4
                     continue
                 cells += [
-                    f"{milliseconds(measured.median_ms)} ± {milliseconds(measured.iqr_ms)}",
+                    _took(measured.median_ms, measured.iqr_ms, measured.outliers),
                     f"{measured.copies:.1f}",
                     _times(measured.speedup_over_loop),
                     f"{measured.fraction_of_copy_bandwidth:.2f}",
@@ -58,7 +72,10 @@ def layers_table(records: Sequence[Record]) -> Table:
 
 def means_table(rows: Sequence[Means]) -> Table:
     """The speed-ups of the fused layer, geometric means over the network's layers."""
-    table = Table(title="Fused layer: geometric means over the layers (a shape that two layers have counts twice)")
+    table = Table(
+        title="Fused layer: geometric means over the layers (a shape that two layers have counts twice), and the "
+        f"intervals that hold them with {CONFIDENCE:.0%}, from the spread of the visits"
+    )
     for name in ("pass", "dtype", "format"):
         table.add_column(name)
     headers = (
@@ -72,9 +89,17 @@ def means_table(rows: Sequence[Means]) -> Table:
     for name in headers:
         table.add_column(name, justify="right")
     for row in rows:
-        single = "-" if row.single_fastest is None else f"{_times(row.over_single_fastest)} ({row.single_fastest})"
-        separate = "-" if row.over_separate is None else f"{row.over_separate:.2f}x"
-        ratios = _times(row.over_loop), separate, _times(row.over_fastest), single, f"{row.bandwidth:.2f}"
+        of = row.intervals.get
+        single = "-"
+        if row.single_fastest is not None:
+            single = f"{_within(row.over_single_fastest, of(row.single_fastest))} {row.single_fastest}"
+        ratios = (
+            _within(row.over_loop, of("loop")),
+            _within(row.over_separate, of("separate")),
+            _within(row.over_fastest, of(FASTEST)),
+            single,
+            f"{row.bandwidth:.2f}",
+        )
         table.add_row(row.pass_, row.dtype, row.memory_format, str(row.layers), *ratios)
     return table
 
@@ -102,8 +127,10 @@ def network_table(run: NetworkRun) -> Table:
         peak, of = result.peak_bytes[variant], result.differences[variant]
         table.add_row(
             variant,
-            f"{milliseconds(summary.median * 1e3)} ± {milliseconds(summary.iqr * 1e3)}",
-            _times(result.times[loop].median / summary.median),
+            _took(summary.median * 1e3, summary.iqr * 1e3, summary.outliers),
+            "1"
+            if variant == loop
+            else _within(result.times[loop].median / summary.median, result.times[loop].ratio(summary)),
             f"{peak / 2**20:.0f} MiB",
             f"{peak / result.peak_bytes[loop]:.2f}",
             *(("-", "-") if variant == loop else (f"{of.loss:.1e}", f"{of.gradient_relative:.1e}")),

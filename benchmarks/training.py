@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.data import Faces
 from benchmarks.environment import memory_in_use
-from benchmarks.measure import Plan, Summary, clock_for, measure, step_candidate
+from benchmarks.measure import Plan, Summary, measure, step_candidate, timer_for
 from benchmarks.network import VARIANTS, CelebaNetwork, stacked_gradients, task_specific_network, train_step
 from benchmarks.verify import MismatchError
 
@@ -125,9 +125,10 @@ def check(steps: Mapping[str, Step]) -> None:
 def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> Comparison:
     """Times steps of the variants in turns; the rest is of their first steps, which have been checked."""
     candidates = {variant: step_candidate(prepared_step(variant, faces, device)[0]) for variant in VARIANTS}
-    summaries = measure(candidates, plan, clock_for(device))
+    rounds = measure(candidates, plan, timer_for(device))
     return Comparison(
-        times={variant: passes[0] for variant, passes in summaries.items()},
+        # A step allocates everything anew: each round counts as a visit.
+        times={variant: Summary.of([[seconds] for seconds in taken]) for variant, (taken,) in rounds.items()},
         peak_bytes={variant: step.peak_bytes for variant, step in steps.items()},
         losses={variant: step.loss for variant, step in steps.items()},
         differences={name: differences(step, steps[VARIANTS[name].reference]) for name, step in steps.items()},

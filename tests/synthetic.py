@@ -17,6 +17,7 @@ from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, wr
 from benchmarks.training import Comparison, Differences
 
 VERSIONS = {"torch": "2.14", "tsbn_kernels": "0.1", "cpu": "A", "threads": 2, "backend": "cpu: native C++, avx512"}
+VISITS = 3
 SIZES = {"bn1": (64, 64, 64), "bn2,bn3": (128, 32, 32), "bn6,bn7": (512, 8, 8), "bn8,bn9": (512,)}
 TIMES = {"fused": 1.1, "loop": 8.0, "folded": 4.0}  # in copies
 
@@ -37,7 +38,8 @@ def simulated_run(
     random = np.random.default_rng(seed)
 
     def summary(milliseconds: float) -> Summary:
-        return Summary.of(list(milliseconds * machine * np.exp(noise * random.standard_normal(rounds))))
+        times = milliseconds * machine * np.exp(noise * random.standard_normal(rounds))
+        return Summary.of([list(map(float, visit)) for visit in np.array_split(times, VISITS)])
 
     records = []
     for layer, size in SIZES.items():
@@ -70,6 +72,8 @@ def simulated_run(
                                 VERSIONS | versions,
                                 rounds,
                                 tasks,
+                                took.outliers,
+                                took.visits,
                             )
                         )
     return records
@@ -77,14 +81,15 @@ def simulated_run(
 
 def network_run() -> tuple[NetworkRun, list[Record]]:
     """A training step, and its records."""
-    times = {name: Summary(0.5 if variant.fused else 1.0, 0.01, 5) for name, variant in VARIANTS.items()}
+    times = {name: Summary.of([[0.5 if variant.fused else 1.0] * 5]) for name, variant in VARIANTS.items()}
     comparison = Comparison(
         times, dict.fromkeys(times, 1 << 30), dict.fromkeys(times, 2.5), dict.fromkeys(times, Differences(0, 0, 0))
     )
     records = [
         Record(
             "celeba40", "network", (8, 3, 64, 64), "float32", "contiguous", TRAINING_STEP, name, 1e3 * of.median,
-            1e3 * of.iqr, None, None, None, 1.0, True, "cpu", VERSIONS, of.rounds, 4,
+            1e3 * of.iqr, None, None, None, 1.0, True, "cpu", VERSIONS, of.rounds, 4, of.outliers,
+            tuple(1e3 * visit for visit in of.visits),
         )
         for name, of in times.items()
     ]  # fmt: skip

@@ -30,7 +30,7 @@ def invoke(monkeypatch, tmp_path):
     """Runs the command with few and short rounds in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("FULL_PLAN", "NETWORK_PLAN"):
-        monkeypatch.setattr(cli, name, Plan(2, 2, 0.0, 0.0))
+        monkeypatch.setattr(cli, name, Plan(2, 2, 0.0, 0.0, visits=1))
     return lambda *arguments: CliRunner().invoke(cli.app, [*TINY, *arguments])
 
 
@@ -77,7 +77,7 @@ def test_a_run_writes_records_and_a_picture(invoke, tmp_path):
 
 
 def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0))
+    monkeypatch.setattr(cli, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0, visits=1))
     result = invoke(
         "--quick", "--no-network", "--dtype", "float32", "--memory-format", "contiguous", "--json", "q.json"
     )

@@ -134,8 +134,8 @@ def test_markdown_is_a_table_of_means(rendered):
     assert columns[:5] == ["pass", "dtype", "format", "layers", "vs loop"]  # and no column of what was not measured
     first = lines[lines.index(header) + 2].strip("|").split("|")
     assert len(first) == len(columns)
-    assert first[columns.index("vs loop")].strip() == "7.3x"
-    assert first[columns.index("vs fastest peer over all layers")].strip() == "3.6x (folded)"
+    assert first[columns.index("vs loop")].strip() == "7.3x (7.1-7.4)"
+    assert first[columns.index("vs fastest peer over all layers")].strip() == "3.6x (3.6-3.7) folded"
 
 
 @pytest.mark.skipif(

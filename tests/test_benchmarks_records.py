@@ -28,6 +28,8 @@ FIELDS = [
     "versions",
     "rounds",
     "tasks",
+    "outliers",
+    "visits_ms",
 ]
 
 

@@ -48,7 +48,7 @@ def invoke(monkeypatch, tmp_path, one_thread):
 @pytest.fixture
 def no_costs(monkeypatch):
     """Leaves out the step's time and memory, which take a process for each method."""
-    cost = Cost(1, measure.Summary(1.0, 0.0, 1), 1)
+    cost = Cost(1, measure.Summary(1.0, 0.0, 1, 0, (1.0,)), 1)
     monkeypatch.setattr(cli_train, "costs", lambda methods, *_: dict.fromkeys([*methods, "loop"], cost))
 
 

@@ -1,0 +1,47 @@
+"""Cases, from their verification to their records."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import layers
+from benchmarks.measure import Plan
+from benchmarks.verify import check
+from benchmarks.workloads import Case, Layer
+
+CPU = torch.device("cpu")
+CASES = [Case(Layer((name,), 4, 3), 2, 3, "float32", "contiguous", CPU) for name in ("a", "b")]
+PLAN = Plan(2, 2, 0.0, 0.0, visits=3)
+
+
+def test_all_cases_are_visited_in_turns_and_verified_once(monkeypatch):
+    stages, verified, shares = [], [], []
+
+    def notify(text: str, share: float) -> None:
+        stages.append(text)
+        shares.append(share)
+
+    def checked(name, case, *rest):
+        verified.append((name, str(case)))
+        return check(name, case, *rest)
+
+    monkeypatch.setattr(layers, "check", checked)
+    records = layers.run_cases(CASES, ["fused", "loop"], PLAN, notify)
+    assert verified == [(impl, f"{case} float32 contiguous") for case in "ab" for impl in ("fused", "loop")]
+    started = [text.split(" float32 contiguous, visit ") for text in stages if text.endswith(": inputs")]
+    assert started == [[case, f"{visit} of 3: inputs"] for visit in (1, 2, 3) for case in "ab"]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] < 1
+    assert [(record.layer, record.impl, record.pass_) for record in records] == [
+        (case, impl, pass_) for case in "ab" for impl in ("fused", "loop") for pass_ in layers.PASSES
+    ]
+    assert all(record.rounds == 6 and len(record.visits_ms or ()) == 3 for record in records)
+
+
+def test_later_visits_run_what_was_compiled_at_the_first():
+    if reason := layers.runnable(["compiled_reference"], CPU)[1]:
+        pytest.skip(str(reason))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    layers.run_cases(CASES, ["compiled_reference"], PLAN, lambda *_: None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # both cases have the same shapes
