@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import page, report_compare, terminal
+from benchmarks.agreement import agreements
 from benchmarks.compare import compare as compare_records
 from benchmarks.load import RecordsError, check_distinct, read_network, read_records
 
@@ -40,10 +41,11 @@ def compare(
     Exits with 1 if a fused layer or network did.
     """
     try:
-        comparison = compare_records(read_records(first), read_records(second))
+        before, after = read_records(first), read_records(second)
+        comparison = compare_records(before, after)
     except RecordsError as error:
         terminal.fail(str(error))
-    report_compare.show(terminal.console(), comparison, str(first), str(second))
+    report_compare.show(terminal.console(), comparison, agreements(before, after), str(first), str(second))
     if comparison.regressions:
         raise typer.Exit(1)
 

@@ -119,7 +119,7 @@ class Plan:
         visits: how often a candidate is come back to, each time with new buffers, after all others had their visit.
     """
 
-    min_rounds: int = 4
+    min_rounds: int = 3
     max_rounds: int = 8
     budget_s: float = 3.0
     min_time_s: float = 2e-3

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.agreement import Agreement
 from benchmarks.compare import Change, Comparison
 from benchmarks.records import Record
 from benchmarks.report import milliseconds
@@ -64,6 +65,21 @@ def means_table(changes: Sequence[Change]) -> Table:
     return table
 
 
+def agreements_table(rows: Sequence[Agreement]) -> Table:
+    """A line for each mean speed-up that both runs have."""
+    table = Table(title="Speed-ups of the fused layer in both runs, with the intervals that each run states")
+    for name in ("setting", "pass", "dtype", "format", "over"):
+        table.add_column(name)
+    for name in ("A", "B"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        cells = [f"{value:.3g} ({interval})" for value, interval in zip(row.values, row.intervals, strict=True)]
+        named = row.setting, row.pass_, row.dtype, row.memory_format, row.over
+        table.add_row(*named, *cells, "" if row.holds else "APART", style=None if row.holds else "yellow")
+    return table
+
+
 def _alone(records: Sequence[Record]) -> list[str]:
     """A line for each case and its passes, with the implementations."""
     passes: dict[tuple[str, str], list[str]] = {}
@@ -76,12 +92,16 @@ def _alone(records: Sequence[Record]) -> list[str]:
     return [f"{case}: {', '.join(names)}" for case, names in impls.items()]
 
 
-def show(console: Console, comparison: Comparison, first: str, second: str) -> None:
+def show(console: Console, comparison: Comparison, speedups: Sequence[Agreement], first: str, second: str) -> None:
     """Prints the comparison; the verdict comes last."""
     console.print(f"A is {first}, B is {second}", highlight=False)
     console.print(changes_table(comparison.changes))
     if comparison.means:
         console.print(means_table(comparison.means))
+    if speedups:
+        console.print(agreements_table(speedups))
+        agree = sum(row.holds for row in speedups)
+        console.print(f"{agree} of {len(speedups)} mean speed-ups agree within their intervals", highlight=False)
     for name, records in (("A", comparison.only_first), ("B", comparison.only_second)):
         if records:
             console.print(f"only in {name}, {len(records)} records:", *_alone(records), sep="\n", highlight=False)

@@ -12,6 +12,7 @@ from synthetic import network_run, simulated_run, write_run
 from typer.testing import CliRunner
 
 from benchmarks import cli
+from benchmarks.agreement import agreements
 from benchmarks.compare import Machine, compare
 from benchmarks.load import RecordsError
 from benchmarks.records import FORWARD
@@ -115,6 +116,20 @@ def test_the_command_marks_regressions_and_exits_with_1(tmp_path):
     assert "SLOWER" not in output and output.count("faster") == 30
     assert output.endswith("nothing of ours is slower beyond the noise, in 84 records")
     assert "warning" not in output and "only in" not in output
+
+
+def test_two_runs_agree_where_their_intervals_meet(tmp_path):
+    one, other, changed = simulated_run(1), simulated_run(2), simulated_run(3, slower=1.5)
+    found = agreements(one, other)
+    # 2 passes x 2 dtypes x 2 formats x (2 peers and the fastest of them); a 95 % interval each
+    assert len(found) == 24 and sum(row.holds for row in found) >= 22
+    apart = agreements(one, changed)
+    assert not any(row.holds for row in apart)
+    assert all(row.values[0] / row.values[1] == pytest.approx(1.5, rel=0.05) for row in apart)
+    assert not agreements(one, [replace(record, visits_ms=None) for record in other])
+    a, b = (write_run(tmp_path / f"{n}.json", run) for n, run in (("a", one), ("b", changed)))
+    assert "0 of 24 mean speed-ups agree within their intervals" in invoke(a, b)[1]
+    assert "24 of 24 mean speed-ups agree" in invoke(a, a)[1]
 
 
 def test_what_one_file_has_alone_is_listed(tmp_path):

@@ -1,0 +1,55 @@
+"""Whether two runs of unchanged code agree: the mean speed-ups that both print, and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.intervals import Interval
+from benchmarks.records import FASTEST, Means, Record, means
+from benchmarks.settings import settings
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One mean speed-up of both runs."""
+
+    setting: str
+    pass_: str
+    dtype: str
+    memory_format: str
+    over: str  # the implementation
+    values: tuple[float, float]
+    intervals: tuple[Interval, Interval]
+
+    @property
+    def holds(self) -> bool:
+        """Whether some speed-up lies in both intervals."""
+        first, second = self.intervals
+        return first.meets(second)
+
+
+def agreements(first: Sequence[Record], second: Sequence[Record]) -> list[Agreement]:
+    """Of all means that both runs have, with intervals."""
+    before, after = _by_key(first), _by_key(second)
+    return [
+        Agreement(*key, (before[key][0], after[key][0]), (before[key][1], after[key][1]))
+        for key in before
+        if key in after
+    ]
+
+
+def _by_key(records: Sequence[Record]) -> dict[tuple[str, str, str, str, str], tuple[float, Interval]]:
+    found = {}
+    for setting in settings(records):
+        for row in means(setting.records):
+            for name, interval in row.intervals.items():
+                key = setting.name, row.pass_, row.dtype, row.memory_format, name
+                found[key] = _value(row, name), interval
+    return found
+
+
+def _value(row: Means, name: str) -> float:
+    value = row.over_fastest if name == FASTEST else row.over[name]
+    assert value is not None
+    return value
