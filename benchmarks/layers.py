@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks import environment
 from benchmarks.measure import Candidate, Plan, Summary, clock_for, copy_candidate, measure, training_candidate
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import OURS, Peer
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
+from benchmarks.registry import PEERS
 from benchmarks.verify import Expected, check
 from benchmarks.workloads import Case
 from tsbn_kernels import memory
 
 COPY = "copy"
+FULL_PLAN, QUICK_PLAN = Plan(), Plan(min_rounds=3, max_rounds=3)
 
-# Says what is being done, and which share (0 to 1) of the case is done.
+# Says what is being done, and which share (0 to 1) is done.
 Notify = Callable[[str, float], None]
 
 
-def runnable(impls: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The implementations that can run on the device, and why the others cannot."""
-    reasons = {impl: reason for impl in impls if (reason := PEERS[impl].unavailable(device)) is not None}
-    return [impl for impl in impls if impl not in reasons], reasons
+def run_cases(
+    todo: Sequence[Case], impls: Sequence[str], plan: Plan, notify: Notify, tell: Callable[[str], object]
+) -> list[Record]:
+    """All cases, one after the other."""
+    records = []
+    for index, case in enumerate(todo):
+        start, end = (work(todo[:number]) / work(todo) for number in (index, index + 1))
+        records += run_case(case, impls, plan, part_of(notify, start, end), tell)
+    return records
 
 
-def run_case(case: Case, impls: Sequence[str], plan: Plan, notify: Notify) -> list[Record]:
-    """Verifies and measures all implementations of one case; two records for each.
+def work(todo: Sequence[Case]) -> float:
+    """How long cases take, in no unit, for a progress bar: their bytes, and a constant for compiling."""
+    return sum(case.tensor_bytes / 2**20 + 100 for case in todo)
+
+
+def part_of(notify: Notify, start: float, end: float) -> Notify:
+    """For a part of the whole, from one share of it to another."""
+    return lambda text, share: notify(text, start + share * (end - start))
+
+
+def run_case(
+    case: Case,
+    impls: Sequence[str],
+    plan: Plan,
+    notify: Notify,
+    tell: Callable[[str], object] = warnings.warn,
+) -> list[Record]:
+    """Verifies and measures the implementations that have a part in the case; two records for each.
+
+    A peer that fails, ours excepted, is left out, and ``tell`` is told.
 
     Raises:
         MismatchError: an implementation's results are wrong; none was timed.
     """
+    impls = [impl for impl in impls if PEERS[impl].unsupported(case) is None]
     torch.compiler.reset()  # compiled code of earlier cases, and their count towards the limit of recompilations
     stages = len(impls) + 2
     notify(f"{case}: reference", 0.0)
@@ -41,8 +68,17 @@ def run_case(case: Case, impls: Sequence[str], plan: Plan, notify: Notify) -> li
     peers: dict[str, Peer] = {}
     for index, impl in enumerate(impls):
         notify(f"{case}: verifying {impl}", (1 + index) / stages)
-        peers[impl] = PEERS[impl](case, inputs)
-        check(impl, case, peers[impl].step(), expected)
+        try:
+            peer = PEERS[impl](case, inputs)
+            outcome = peer.step()
+        except Exception as error:
+            if impl in OURS:
+                raise
+            tell(f"{impl} is left out of {case}: {type(error).__name__}: {error}")
+            continue
+        check(impl, case, outcome, expected)
+        peers[impl] = peer
+        del outcome
     del expected
     candidates: dict[str, Candidate] = {COPY: copy_candidate(inputs.x, torch.empty_like(inputs.x))}
     candidates |= {name: training_candidate(peer.forward, peer.backward) for name, peer in peers.items()}
@@ -68,7 +104,7 @@ def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
             useful = USEFUL_TENSORS[pass_] * case.tensor_bytes
             records.append(
                 Record(
-                    workload=case.workload + "+relu" * case.relu,
+                    workload=case.record_name,
                     layer=case.layer.name,
                     shape=case.shape,
                     dtype=case.dtype,
