@@ -13,11 +13,11 @@ from benchmarks import environment
 from benchmarks.data import Faces, celeba_faces, lfw_faces
 from benchmarks.measure import Plan
 from benchmarks.network import VARIANTS
-from benchmarks.peers import warm_up_compiler
+from benchmarks.peers_compiled import warm_up
 from benchmarks.records import TRAINING_STEP, Record
 from benchmarks.training import Comparison, Step, compare, first_steps
 from benchmarks.training import check as check_network
-from benchmarks.workloads import CELEBA40_NAME
+from benchmarks.workloads import CELEBA
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def verify_network(faces: Faces, device: torch.device, impls: Sequence[str]) -> 
     Raises:
         MismatchError: loss or gradients of a variant differ from the loop's.
     """
-    steps = first_steps(faces, device, partial(warm_up_compiler, impls, device))
+    steps = first_steps(faces, device, partial(warm_up, impls, device))
     check_network(steps)
     return steps
 
@@ -58,7 +58,7 @@ def run_network(
     batch, tasks = faces.labels.shape
     records = [
         Record(
-            workload=CELEBA40_NAME,
+            workload=CELEBA.name,
             layer="network",
             shape=tuple(faces.images.shape),
             dtype="float32",

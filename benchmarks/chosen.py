@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.records import FORWARD, Record
-from benchmarks.workloads import DTYPES
+from benchmarks.workloads import DTYPES, activation_named
 from tsbn_kernels.plan import DEVICES, Device, Plan
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
@@ -39,7 +39,7 @@ def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
             for direction in DIRECTIONS:
                 work = work_of(
                     record.shape, record.tasks, record.dtype, record.memory_format, direction,
-                    relu=record.workload.endswith("+relu"),
+                    activation_named(record.workload),
                 )  # fmt: skip
                 found.append((record, rules(work, device)))
     return found

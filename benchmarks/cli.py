@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,31 +16,40 @@ from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report, terminal
+from benchmarks.cli_layers import (
+    Device,
+    Dtypes,
+    Formats,
+    Impls,
+    Json,
+    announce,
+    layers,
+    parse_device,
+    parse_impls,
+    sweep,
+    tell,
+)
 from benchmarks.cli_profile import profile
 from benchmarks.cli_report import compare
 from benchmarks.cli_report import report as report_command
 from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
-from benchmarks.layers import run_cases, runnable
+from benchmarks.layers import FULL_PLAN, QUICK_PLAN, part_of, run_cases, work
 from benchmarks.measure import Plan
-from benchmarks.peers import PEERS, peers_of
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
-from benchmarks.records import Record, write_json
+from benchmarks.records import write_json
 from benchmarks.self_test import self_test
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import DTYPES, MEMORY_FORMATS, cases, choose_batch, select_layers
+from benchmarks.workloads import CELEBA, DTYPES, MEMORY_FORMATS, NO_ACTIVATION, cases, choose_batch, select_layers
 from tsbn_kernels.plan import DEVICES, devices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
 
-FULL_PLAN, QUICK_PLAN = Plan(), Plan(min_rounds=3, max_rounds=3)
 NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3)
-NETWORK_SHARE = 0.4  # of the progress bar
 QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn7"), 16
 NETWORK_BATCH = 8
-PAPER_BATCH = 256  # of the CelebA network that the paper trains
 QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
 
 
@@ -48,6 +58,8 @@ def _commands() -> None:
     """Benchmarks of the fused layers."""
 
 
+app.command()(layers)
+app.command()(sweep)
 app.command()(train)
 app.command()(profile)
 app.command("report")(report_command)
@@ -60,14 +72,14 @@ def celeba40(
     batch: Annotated[
         int | None, typer.Option(min=2, help="Samples of each task. Default: what fits in memory, on a CPU at most 16.")
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(DTYPES)}.")] = None,
-    memory_format: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")] = None,
-    impl: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(PEERS)}. Default: all.")] = None,
-    layers: Annotated[list[str] | None, typer.Option(help="Repeatable, or with commas: bn1 to bn9.")] = None,
+    dtype: Dtypes = None,
+    memory_format: Formats = None,
+    impl: Impls = None,
+    names: Annotated[list[str] | None, typer.Option("--layers", help="Repeatable, or with commas: bn1 to bn9.")] = None,
     relu: Annotated[
         bool, typer.Option("--relu", help="With a ReLU: inside the fused layer, behind the others.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    device: Device = None,
     network: Annotated[bool, typer.Option(help="Also a training step of the whole network.")] = True,
     network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
@@ -78,7 +90,7 @@ def celeba40(
         str | None,
         typer.Option(help=f"Measure nothing: bytes and time predicted for the CUDA kernels on {', '.join(DEVICES)}."),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")] = None,
+    json_path: Json = None,
     plot_path: Annotated[Path, typer.Option("--plot", help="The picture.")] = Path("results/celeba40.png"),
 ) -> None:
     """The normalisation layers of the 40-task CelebA network, fused and by every peer, and a training step of it.
@@ -88,10 +100,9 @@ def celeba40(
     console = terminal.console()
     dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
     formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
-    impls = terminal.choices(impl or peers_of(relu), peers_of(relu), "--impl")
-    names = [name for part in layers or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
+    chosen_names = [name for part in names or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
     try:
-        chosen_layers = select_layers(names)
+        chosen_layers = select_layers(chosen_names, CELEBA.layers)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--layers") from None
     if predict is not None:
@@ -101,14 +112,12 @@ def celeba40(
             raise typer.BadParameter(str(error), param_hint="--predict") from None
         if not paper.target.startswith("sm_"):
             raise typer.BadParameter(f"{paper.name} does not run CUDA", param_hint="--predict")
-        rows = predictions(chosen_layers, tasks, batch or PAPER_BATCH, dtypes, formats, paper)
-        console.print(f"{tasks} tasks, batch {batch or PAPER_BATCH}", highlight=False)
+        rows = predictions(chosen_layers, tasks, batch or CELEBA.batch, dtypes, formats, paper)
+        console.print(f"{tasks} tasks, batch {batch or CELEBA.batch}", highlight=False)
         console.print(prediction_table(rows, paper))
         return
-    try:
-        where = environment.parse_device(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+    where = parse_device(device)
+    impls = parse_impls(impl, where)
     network_tasks = min(tasks, QUICK_NETWORK_TASKS) if quick else tasks
     network_batch = network_batch or (QUICK_NETWORK_BATCH if quick else NETWORK_BATCH)
     try:
@@ -122,49 +131,34 @@ def celeba40(
             samples, reason = choose_batch(chosen_layers, tasks, dtypes, where, available)
     except (DataError, ValueError) as error:
         terminal.fail(str(error))
-    impls, skipped = runnable(impls, where)
-    for name, why in skipped.items():
-        console.print(f"[yellow]{name} is left out: {why}[/]")
-    if not impls:
-        terminal.fail("no implementation is left to measure; choose another --impl")
-
-    versions = environment.versions(where)
-    console.print(
-        f"{environment.device_name(where)} ({versions['cpu']}, {versions['threads']} threads), "
-        f"PyTorch {versions['torch']}, backend {versions['backend']}",
-        highlight=False,
-    )
+    todo = cases(
+        chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where,
+        activation="relu" if relu else NO_ACTIVATION, workload=CELEBA.name,
+    )  # fmt: skip
+    impls = announce(console, impls, todo)
     console.print(f"{tasks} tasks, batch {samples} ({reason})", highlight=False)
     if faces is not None:
         console.print(f"network: {network_tasks} tasks, batch {network_batch}, {faces.source}", highlight=False)
     tested = self_test(where)
     console.print(str(tested), style=None if tested.passed else "yellow", highlight=False)
 
-    todo = cases(
-        chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where, relu=relu
-    )
-    layers_share = 1.0 if faces is None else 1 - NETWORK_SHARE
-    records: list[Record] = []
+    network_work = (network_tasks * network_batch * 5.0) if faces is not None else 0.0
+    begin, end = (part / (work(todo) + network_work) for part in (network_work / 2, work(todo) + network_work / 2))
     network_run = None
     try:
-        with Progress(*terminal.columns(), console=console, transient=True) as progress:
-            bar = progress.add_task("starting", total=1.0)
+        with terminal.progress(console) as notify:
             steps = {}
             if faces is not None:
-                progress.update(bar, description="network: loss, gradients and memory of a step", refresh=True)
+                notify("network: loss, gradients and memory of a step", 0.0)
                 steps = runs.verify_network(faces, where, impls)
-
-            def notify(text: str, share: float) -> None:
-                done = NETWORK_SHARE / 2 * (faces is not None) + layers_share * share
-                progress.update(bar, description=text, completed=done, refresh=True)
-
-            records += run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify)
+            plan = QUICK_PLAN if quick else FULL_PLAN
+            records = run_cases(todo, impls, plan, part_of(notify, begin, end), partial(tell, console))
             if json_path is not None:
                 write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted
             if faces is not None:
-                progress.update(bar, description="network: time of a training step", refresh=True)
-                plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN
-                network_run, more = runs.run_network(faces, where, plan, steps)
+                notify("network: time of a training step", end)
+                network_plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN
+                network_run, more = runs.run_network(faces, where, network_plan, steps)
                 records += more
     except MismatchError as error:
         terminal.fail(str(error))
@@ -189,10 +183,7 @@ def fan_out(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
 ) -> None:
     """The first layer of the CelebA network and its ReLU: one input fanned out, against expanding it first."""
-    try:
-        where = environment.parse_device(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+    where = parse_device(device)
     plan = QUICK_PLAN if quick else FULL_PLAN
     outcomes = []
     console = terminal.console()

@@ -20,7 +20,8 @@ import triton
 from torch import Tensor
 
 from benchmarks.offline import Call, compile_call, recorded, resources, specialize
-from benchmarks.workloads import CELEBA40, DTYPES
+from benchmarks.workloads import CELEBA, DTYPES, RESNET50, SEGNET, Workload
+from benchmarks.workloads import Layer as NetworkLayer
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan
@@ -66,27 +67,29 @@ STEM = Fused("relu", fan_out=True)  # the first layer of a network
 OTHERS = Fused("silu"), Fused("gelu"), Fused("gelu", residual=True)
 OTHER_STEM = Fused("gelu", residual=True, fan_out=True)
 
-# Channels by how much smaller than the input their activations are.
-_SEGNET = {1: (64,), 2: (64, 128), 4: (128, 256), 8: (256, 512), 16: (512,)}
-_RESNET50 = {2: (64,), 4: (64, 128, 256), 8: (128, 256, 512, 1024, 2048)}
-_BLOCK_ENDS = {(4, 256), (8, 512), (8, 1024), (8, 2048)}
+# Of ResNet-50: channels, by how much smaller than the first layer's their activations are.
+_BLOCK_ENDS = {(2, 256), (4, 512), (4, 1024), (4, 2048)}
 
 
 def layers() -> Iterator[tuple[str, Shape, tuple[Fused, ...]]]:
     """The networks' layers and what is fused with them: 40-task CelebA, SegNet on NYUv2, dilated ResNet-50 thrice."""
     usual = PLAIN, RELU, *OTHERS
     first = *usual, STEM, OTHER_STEM
-    for layer in CELEBA40:
-        yield "celeba40", (40, *Shape((256, *layer.shape(1, 1)[1:]))), first if layer is CELEBA40[0] else usual
-    for scale, widths in _SEGNET.items():
-        for channels in widths:
-            yield "segnet", (3, 4, channels, 288 // scale, 384 // scale), first if scale == 1 else usual
-    for tasks, samples, height, width in ((3, 4, 256, 256), (3, 4, 288, 384), (2, 16, 128, 256)):
-        for scale, widths in _RESNET50.items():
-            for channels in widths:
-                fused = first if scale == 2 else (*usual, BLOCK_END) if (scale, channels) in _BLOCK_ENDS else usual
-                yield "resnet50", (tasks, samples, channels, height // scale, width // scale), fused
-        yield "resnet50", (tasks, samples, 256, 1, 1), usual  # of the pooling branch
+    for workload in (CELEBA, SEGNET):
+        for layer in workload.layers:
+            yield workload.name, _shape(workload, layer), first if layer is workload.layers[0] else usual
+    for workload in RESNET50:
+        stem, *others = workload.layers
+        yield "resnet50", _shape(workload, stem), first
+        for layer in others:
+            _, channels, height, _ = layer.shape(1, 1)
+            ends_block = (stem.shape(1, 1)[2] // height, channels) in _BLOCK_ENDS
+            yield "resnet50", _shape(workload, layer), (*usual, BLOCK_END) if ends_block else usual
+        yield "resnet50", (workload.tasks, workload.batch, 256, 1, 1), usual  # of the pooling branch
+
+
+def _shape(workload: Workload, layer: NetworkLayer) -> Shape:
+    return (workload.tasks, workload.batch, *layer.shape(1, 1)[1:])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,88 +20,99 @@ from benchmarks.measure import (
     timer_for,
     training_candidate,
 )
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import OURS, Peer
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
+from benchmarks.registry import PEERS
 from benchmarks.verify import Expected, check, outcome_of
 from benchmarks.workloads import Case, Inputs
 from tsbn_kernels import memory
 
 COPY = "copy"
+FULL_PLAN, QUICK_PLAN = Plan(), Plan(max_rounds=3)
 
-# Says what is being done, and which share (0 to 1) of all is done.
-Notify = Callable[[str, float], None]
-
-
-def runnable(impls: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The implementations that can run on the device, and why the others cannot."""
-    reasons = {impl: reason for impl in impls if (reason := PEERS[impl].unavailable(device)) is not None}
-    return [impl for impl in impls if impl not in reasons], reasons
+Notify = Callable[[str, float], None]  # says what is being done, and which share (0 to 1) is done
+Tell = Callable[[str], object]  # says what is left out
 
 
-def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: Notify) -> list[Record]:
-    """Verifies and measures all implementations of all cases; two records for each.
+def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: Notify, tell: Tell) -> list[Record]:
+    """Verifies and measures the implementations that have a part in each case; two records for each.
 
     Each case is visited ``plan.visits`` times, and verified at the first one; between two visits lie all other cases.
-    So the visits see the machine at different times and memory in other places, and differ as two runs do.
+    So the visits see the machine at different times and memory in other places, and differ as two runs do. A peer that
+    fails, ours excepted, is left out of the case, and ``tell`` is told.
 
     Raises:
         MismatchError: an implementation's results are wrong; it was not timed.
     """
-    total = plan.visits * sum(map(_work, cases))
+    total = plan.visits * work(cases)
     done = 0.0
+    taking_part = {case: [impl for impl in impls if PEERS[impl].unsupported(case) is None] for case in cases}
     visits: dict[Case, list[dict[str, Rounds]]] = {case: [] for case in cases}
-    # What was compiled at the first visit serves the later ones: one graph for each case.
-    with torch._dynamo.config.patch(recompile_limit=len(cases) + 1):
-        for visit in range(plan.visits):
+    # What was compiled at the first visit serves the later ones, but for what holds a module of its own.
+    with torch._dynamo.config.patch(recompile_limit=plan.visits * len(cases) + 1):
+        for number in range(plan.visits):
             for case in cases:
 
-                def on_stage(text: str, case: Case = case, done: float = done, number: int = visit) -> None:
+                def on_stage(text: str, case: Case = case, done: float = done, number: int = number) -> None:
                     notify(f"{case}, visit {number + 1} of {plan.visits}: {text}", done / total)
 
-                visits[case].append(_visit(case, impls, plan, on_stage, verified=visit > 0))
-                done += _work(case)
+                on_stage("inputs")
+                inputs = case.inputs()
+                if number == 0:
+                    peers = _verified(case, taking_part[case], inputs, on_stage, tell)
+                    taking_part[case] = list(peers)
+                else:
+                    peers = {impl: PEERS[impl](case, inputs) for impl in taking_part[case]}
+                visits[case].append(_visit(case, inputs, peers, plan, on_stage))
+                del inputs, peers
+                gc.collect()
+                memory.empty_cache()
+                done += work([case])
     return [record for case, of in visits.items() for record in _records(case, summarize(*of))]
 
 
-def _work(case: Case) -> float:
-    """Share of a case in the progress bar: its bytes, and a constant for compiling."""
-    return case.tensor_bytes / 2**20 + 100
+def work(cases: Sequence[Case]) -> float:
+    """How long cases take, in no unit, for a progress bar: their bytes, and a constant for compiling."""
+    return sum(case.tensor_bytes / 2**20 + 100 for case in cases)
+
+
+def part_of(notify: Notify, start: float, end: float) -> Notify:
+    """For a part of the whole, from one share of it to another."""
+    return lambda text, share: notify(text, start + share * (end - start))
+
+
+def _verified(
+    case: Case, impls: Sequence[str], inputs: Inputs, on_stage: Callable[[str], None], tell: Tell
+) -> dict[str, Peer]:
+    on_stage("reference")
+    expected = Expected.of(case, inputs)
+    peers = {}
+    for impl in impls:
+        on_stage(f"verifying {impl}")
+        try:
+            peer = PEERS[impl](case, inputs)
+            outcome = outcome_of(peer)
+        except Exception as error:
+            if impl in OURS:
+                raise
+            tell(f"{impl} is left out of {case}: {type(error).__name__}: {error}")
+            continue
+        check(impl, case, outcome, expected)
+        peers[impl] = peer
+        del outcome
+    return peers
 
 
 def _visit(
-    case: Case, impls: Sequence[str], plan: Plan, on_stage: Callable[[str], None], verified: bool
+    case: Case, inputs: Inputs, peers: dict[str, Peer], plan: Plan, on_stage: Callable[[str], None]
 ) -> dict[str, Rounds]:
-    on_stage("inputs")
-    inputs = case.inputs()
-    peers: dict[str, Peer] = {}
-    if verified:
-        peers = {impl: PEERS[impl](case, inputs) for impl in impls}
-    else:
-        for impl, peer in _verified_peers(case, impls, inputs, on_stage):
-            peers[impl] = peer
     buffers = rotating_buffers(2 * case.tensor_bytes, environment.cache_bytes(case.device))
     candidates: dict[str, Candidate] = {COPY: copy_candidate(inputs.x, buffers)}
     for impl, peer in peers.items():
         peer.rotate_over(buffers)
         candidates[impl] = training_candidate(peer.forward, peer.backward, peer.next_buffers)
     on_stage("warming up")
-    rounds = measure(candidates, plan, timer_for(case.device), lambda count: on_stage(f"round {count}"))
-    del candidates, peers, inputs
-    gc.collect()
-    memory.empty_cache()
-    return rounds
-
-
-def _verified_peers(
-    case: Case, impls: Sequence[str], inputs: Inputs, on_stage: Callable[[str], None]
-) -> Iterator[tuple[str, Peer]]:
-    on_stage("reference")
-    expected = Expected.of(case, inputs)
-    for impl in impls:
-        on_stage(f"verifying {impl}")
-        peer = PEERS[impl](case, inputs)
-        check(impl, case, outcome_of(peer), expected)
-        yield impl, peer
+    return measure(candidates, plan, timer_for(case.device), lambda count: on_stage(f"round {count}"))
 
 
 def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
@@ -114,7 +125,7 @@ def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
             useful = USEFUL_TENSORS[pass_] * case.tensor_bytes
             records.append(
                 Record(
-                    workload=case.workload + "+relu" * case.relu,
+                    workload=case.record_name,
                     layer=case.layer.name,
                     shape=case.shape,
                     dtype=case.dtype,
@@ -133,9 +144,9 @@ def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
                     device=device,
                     versions=versions,
                     rounds=summary.rounds,
+                    tasks=case.tasks,
                     outliers=summary.outliers,
                     visits_ms=tuple(1e3 * visit for visit in summary.visits),
-                    tasks=case.tasks,
                 )
             )
     return records

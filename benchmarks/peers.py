@@ -1,28 +1,46 @@
-"""The ways to run one training step of a layer for T tasks, and of the ReLU behind it: the fused layer and its peers.
+"""The ways to run one training step of a layer for T tasks, and of the activation behind it: what PyTorch runs at once.
 
 All do the same work: normalise by the batch, update running statistics with momentum 0.1, multiply by sigmoid(gamma),
 and give gradients of the activation and of gamma. Parameters and statistics are float32 (float64 for float64).
+
+None of them but :class:`CuDNN` runs cuDNN, whatever the memory format: PyTorch takes its own kernels for a batch
+normalisation without a bias.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.workloads import MEMORY_FORMATS, Case, Inputs
+from benchmarks.workloads import DTYPES, NO_ACTIVATION, Case, Inputs
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, reference
 
 MOMENTUM = 0.1
 EPS = 1e-5
+SLOPE = 0.01  # of a leaky ReLU
+
+# In place where the derivative does not need the input. A BatchNorm does not need its output.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    NO_ACTIVATION: lambda y: y,
+    "relu": lambda y: functional.relu(y, inplace=True),
+    "leaky_relu": lambda y: functional.leaky_relu(y, SLOPE, inplace=True),
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """The activation behind a BatchNorm, which may overwrite ``y``."""
+    return _ACTIVATIONS[activation](y)
 
 
 class SigmoidBatchNorm2d(nn.BatchNorm2d):
@@ -80,12 +98,17 @@ class Peer(ABC):
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.tasks, self.batch, self.channels = case.tasks, case.batch, case.layer.channels
-        self.relu = case.relu
+        self.activation = case.activation
         self.x, self.dy = inputs.x.detach().requires_grad_(), inputs.dy
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:
         """Why this peer cannot run on the device; None where it can."""
+        return None
+
+    @staticmethod
+    def unsupported(case: Case) -> str | None:
+        """Why this peer has no part in a case, on a device where it can run; None where it has."""
         return None
 
     @abstractmethod
@@ -122,17 +145,17 @@ class Peer(ABC):
 
 
 class Fused(Peer):
-    """``FusedTSigmaBN`` on task-major input, with the ReLU inside."""
+    """``FusedTSigmaBN`` on task-major input, with the activation inside."""
 
     name = "fused"
-    relu_inside: ClassVar[bool] = True
+    activation_inside: ClassVar[bool] = True
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)
         module = FusedTSigmaBN1d if case.layer.size is None else FusedTSigmaBN2d
         options: dict[str, Any] = {"device": case.device, "dtype": inputs.gamma.dtype}
-        if self.relu and self.relu_inside:
-            options["activation"] = "relu"
+        if self.activation != NO_ACTIVATION and self.activation_inside:
+            options |= {"activation": self.activation, "negative_slope": SLOPE}
         self.module = module(case.tasks, self.channels, EPS, MOMENTUM, **options)
         with torch.no_grad():
             self.module.weight.copy_(inputs.gamma)
@@ -148,17 +171,25 @@ class Fused(Peer):
 
 
 class Separate(Fused):
-    """The fused layer, followed by ``F.relu``."""
+    """The fused layer, followed by the activation."""
 
     name = "separate"
-    relu_inside = False
+    activation_inside = False
+
+    @staticmethod
+    def unsupported(case: Case) -> str | None:
+        return "it is the fused layer where no activation follows" if case.activation == NO_ACTIVATION else None
 
     def forward(self) -> Tensor:
-        return functional.relu(super().forward())
+        return activate(super().forward(), self.activation)
+
+
+def _loop_step(module: LoopOfBatchNorms, x: Tensor, activation: str) -> Tensor:
+    return activate(module(x), activation)
 
 
 class Loop(Peer):
-    """T ``nn.BatchNorm2d`` on the chunks of task-major input, joined by ``cat``; then a ReLU in place."""
+    """T ``nn.BatchNorm2d`` on the chunks of task-major input, joined by ``cat``; then the activation."""
 
     name = "loop"
 
@@ -170,23 +201,36 @@ class Loop(Peer):
         with torch.no_grad():
             for weight, gamma in zip(self.parameters, inputs.gamma, strict=True):
                 weight.copy_(gamma)
+        self.step_function: Callable[..., Tensor] = _loop_step
 
     def forward(self) -> Tensor:
-        y: Tensor = self.module(self.x)
-        return functional.relu(y, inplace=True) if self.relu else y
+        return self.step_function(self.module, self.x, self.activation)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         buffers = [list(norm.buffers()) for norm in self.module.norms]
         return torch.stack([mean for mean, _, _ in buffers]), torch.stack([var for _, var, _ in buffers])
 
 
-def _folded_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, relu: bool) -> Tensor:
-    y = functional.batch_norm(x, running_mean, running_var, torch.sigmoid(gamma), None, True, MOMENTUM, EPS)
-    return functional.relu(y, inplace=True) if relu else y
+class _Functional(Peer):
+    """A step written as a function of x, gamma, the running statistics and the activation's name."""
+
+    step_function: Callable[..., Tensor]
+
+    def _allocate(self, gamma: Tensor) -> None:
+        self.gamma = gamma.clone().requires_grad_()
+        self.running_mean, self.running_var = torch.zeros_like(gamma), torch.ones_like(gamma)
+        self.parameters = [self.gamma]
+
+    def forward(self) -> Tensor:
+        return self.step_function(self.x, self.gamma, self.running_mean, self.running_var, self.activation)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        shape = self.tasks, self.channels
+        return self.running_mean.view(shape), self.running_var.view(shape)
 
 
-def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, relu: bool) -> Tensor:
-    options = gamma.shape[0], EPS, "sigmoid", "task_major", None, "relu" if relu else "none"
+def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, activation: str) -> Tensor:
+    options = gamma.shape[0], EPS, "sigmoid", "task_major", None, activation, SLOPE
     y, mean, var = reference.forward_training(x, gamma, None, *options)
     count = x.numel() // gamma.numel()
     with torch.no_grad():
@@ -195,95 +239,97 @@ def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var:
     return y
 
 
-class _Functional(Peer):
-    """A step written as a function of x, gamma and the running statistics."""
+class Reference(_Functional):
+    """The package's reference, in training, with its running statistics. It is there to be compiled."""
 
-    step_function: Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+    name = "reference"
 
-    def _allocate(self, gamma: Tensor) -> None:
-        self.gamma = gamma.clone().requires_grad_()
-        self.running_mean, self.running_var = torch.zeros_like(gamma), torch.ones_like(gamma)
-        self.parameters = [self.gamma]
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__(case, inputs)
+        self._allocate(inputs.gamma)
+        self.step_function = _reference_step
 
-    def forward(self) -> Tensor:
-        return self.step_function(self.x, self.gamma, self.running_mean, self.running_var, self.relu)
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        shape = self.tasks, self.channels
-        return self.running_mean.view(shape), self.running_var.view(shape)
+def _folded_step(
+    x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, activation: str, bias: Tensor | None = None
+) -> Tensor:
+    gates = torch.sigmoid(gamma)
+    y = functional.batch_norm(x, running_mean, running_var, gates, bias, True, MOMENTUM, EPS)
+    return activate(y, activation)
 
 
 class Folded(_Functional):
-    """One ``F.batch_norm`` over T*C channels.
-
-    Its input is sample-major, ``[N*T, C, *]`` read as ``[N, T*C, *]``, and is prepared outside the timed region. In
-    channels_last no view of a sample-major batch is ``[N, T*C, H, W]``; there it gets what grouped convolutions over T
-    streams give, ``[N, T*C, H, W]`` that is itself channels_last, also prepared outside.
-    """
+    """One ``F.batch_norm`` over ``[N, T*C, *]``: for sample-major input a view. The input is laid out so beforehand."""
 
     name = "folded"
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)
         self.positions = case.shape[2:]
-        memory_format = MEMORY_FORMATS.get(case.memory_format, torch.contiguous_format)
-        self.x = self._fold(inputs.x).contiguous(memory_format=memory_format).requires_grad_()
-        self.dy = self._fold(inputs.dy).contiguous(memory_format=memory_format)
+        x, self.dy = inputs.folded
+        self.x = x.detach().requires_grad_()
         self._allocate(inputs.gamma.flatten())
         self.step_function = _folded_step
-
-    def _fold(self, tensor: Tensor) -> Tensor:
-        sample_major = tensor.view(self.tasks, self.batch, *tensor.shape[1:]).transpose(0, 1)
-        return sample_major.reshape(self.batch, self.tasks * self.channels, *self.positions)
 
     def task_major(self, tensor: Tensor) -> Tensor:
         """``[T, N, C, *]``, a view: copying would double the memory that verification takes."""
         return tensor.view(self.batch, self.tasks, self.channels, *self.positions).transpose(0, 1)
 
 
-def _no_compiler(device: torch.device) -> str | None:
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return "torch.compile needs a C++ compiler (g++ or clang++) and there is none"
-    return None
+class CuDNN(Folded):
+    """The folded form with a bias of zeros, for which PyTorch takes cuDNN: in channels_last its NHWC kernels."""
 
-
-def warm_up_compiler(impls: Sequence[str], device: torch.device) -> None:
-    """Compiles something small, if one of the implementations will be compiled: the first time takes ten seconds."""
-    if any(impl.startswith("compiled") for impl in impls):
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-
-
-class CompiledReference(_Functional):
-    """``torch.compile`` of the package's reference, in training, with its running statistics."""
-
-    name = "compiled_reference"
-
-    unavailable = staticmethod(_no_compiler)
+    name = "cudnn"
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)
+        self.step_function = partial(_folded_step, bias=torch.zeros_like(self.running_mean))
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip:
+            return "cuDNN runs on NVIDIA's GPUs alone"
+        return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
+
+    @staticmethod
+    def unsupported(case: Case) -> str | None:
+        """PyTorch is asked which kernels it would take, with tensors of the right sizes and without memory."""
+        _, channels, *positions = case.shape
+        value = torch.empty((), dtype=DTYPES[case.dtype], device=case.device)
+        x = value.expand(case.batch, case.tasks * channels, *positions)
+        vector = value.to(torch.promote_types(value.dtype, torch.float32)).expand(x.shape[1])
+        chosen = torch._C._select_batch_norm_backend(x, vector, vector, vector, vector, True, EPS)
+        if chosen == torch._C._BatchNormBackend.Cudnn:  # type: ignore[attr-defined]
+            return None
+        return f"PyTorch does not take cuDNN for {case.dtype} {list(x.shape)}"
+
+
+def _task_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    y = functional.batch_norm(x, running_mean, running_var, torch.sigmoid(gamma), None, True, MOMENTUM, EPS)
+    return y.to(x.dtype)  # the gates are float32
+
+
+def _vmap_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, activation: str) -> Tensor:
+    return activate(torch.vmap(_task_step)(x, gamma, running_mean, running_var), activation)
+
+
+class Vmap(_Functional):
+    """``torch.vmap`` of one task's ``F.batch_norm`` over the tasks of ``[T, N, C, *]``."""
+
+    name = "vmap"
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__(case, inputs)
+        x, self.dy = (tensor.unflatten(0, (case.tasks, case.batch)) for tensor in (inputs.x, inputs.dy))
+        self.x = x.detach().requires_grad_()
         self._allocate(inputs.gamma)
-        self.step_function = torch.compile(_reference_step, dynamic=False)
+        self.step_function = _vmap_step
+
+    @staticmethod
+    def unsupported(case: Case) -> str | None:
+        if case.device.type == "cpu" and DTYPES[case.dtype].itemsize == 2:
+            return "on a CPU F.batch_norm under vmap takes no half precision with statistics in float32"
+        return None
 
 
-class CompiledFolded(Folded):
-    """``torch.compile`` of the folded form."""
-
-    name = "compiled_folded"
-
-    unavailable = staticmethod(_no_compiler)
-
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        super().__init__(case, inputs)
-        self.step_function = torch.compile(_folded_step, dynamic=False)
-
-
-_PEERS = (Fused, Separate, Loop, Folded, CompiledReference, CompiledFolded)
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in _PEERS}
 OURS = (Fused.name, Separate.name)
-
-
-def peers_of(relu: bool) -> list[str]:
-    """Those that differ: without a ReLU the fused layer is the separate one."""
-    return [name for name in PEERS if relu or name != Separate.name]

@@ -8,7 +8,7 @@ from itertools import product
 
 from rich.table import Table
 
-from benchmarks.workloads import DTYPES, NO_FORMAT, Layer
+from benchmarks.workloads import DTYPES, NO_ACTIVATION, NO_FORMAT, Layer
 from tsbn_kernels.plan import Device, Plan, Work
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan.work import Direction
@@ -17,7 +17,12 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 def work_of(
-    shape: Sequence[int], tasks: int, dtype: str, memory_format: str, direction: Direction, relu: bool = False
+    shape: Sequence[int],
+    tasks: int,
+    dtype: str,
+    memory_format: str,
+    direction: Direction,
+    activation: str = NO_ACTIVATION,
 ) -> Work:
     """A pass over an activation ``[T*N, C, *]``."""
     samples, channels, *spatial = shape
@@ -29,7 +34,7 @@ def work_of(
         DTYPES[dtype].itemsize,
         "columns" if not spatial or memory_format == "channels_last" else "rows",
         direction,
-        activation="relu" if relu else "none",
+        activation=activation,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.intervals import Interval, interval
 from benchmarks.peers import OURS
-from benchmarks.workloads import NO_FORMAT
+from benchmarks.workloads import NO_FORMAT, layers_named
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
@@ -51,7 +51,7 @@ class Record:
     @property
     def layers(self) -> int:
         """How many layers of the network the record stands for."""
-        return self.layer.count(",") + 1
+        return layers_named(self.layer)
 
     @property
     def copies(self) -> float:

@@ -12,6 +12,7 @@ from benchmarks.fan_out import WAYS, Outcome
 from benchmarks.intervals import CONFIDENCE, Interval
 from benchmarks.network import VARIANTS
 from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record, means
+from benchmarks.settings import settings
 
 
 def milliseconds(value: float) -> str:
@@ -166,7 +167,8 @@ def show(console: Console, records: Sequence[Record], network: NetworkRun | None
     layers = [record for record in records if record.pass_ in PASSES]
     if layers:
         console.print(layers_table(layers))
-    if rows := means(layers):
-        console.print(means_table(rows))
+    for one in settings(layers):
+        if not one.sweep and (rows := means(one.records)):
+            console.print(means_table(rows))
     if network is not None:
         console.print(network_table(network))

@@ -6,15 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.records import PASSES, TRAINING_STEP, Record
-from benchmarks.workloads import NO_FORMAT
+from benchmarks.workloads import NO_FORMAT, SWEEPS
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Layers of one workload, machine and batch; ``records`` are of the layers alone."""
+    """Layers of one workload, machine and batch, or of a sweep; ``records`` are of the layers alone."""
 
     name: str
     records: tuple[Record, ...]
+
+    @property
+    def sweep(self) -> bool:
+        """Whether the records are a series: each is of another size, and no means are made of them."""
+        return in_sweep(self.records[0])
+
+
+def in_sweep(record: Record) -> bool:
+    """Whether it is one of a series over tasks or sizes."""
+    return record.workload.partition("+")[0] in SWEEPS
 
 
 def machine(record: Record) -> str:
@@ -50,9 +60,9 @@ def settings(records: Sequence[Record]) -> list[Setting]:
     for record in records:
         if record.pass_ in PASSES:
             versions = tuple(sorted(record.versions.items()))
-            key = record.workload, record.device, versions, record.tasks, record.shape[0]
-            found.setdefault(key, []).append(record)
-    names = [f"{group[0].workload}, {batch(group[0])}, {machine(group[0])}" for group in found.values()]
+            size = () if in_sweep(record) else (record.tasks, record.shape[0])
+            found.setdefault((record.workload, record.device, versions, *size), []).append(record)
+    names = [_name(group[0]) for group in found.values()]
     backends = [
         f"{name}, {group[0].versions.get('backend', '')}" for name, group in zip(names, found.values(), strict=True)
     ]
@@ -60,6 +70,11 @@ def settings(records: Sequence[Record]) -> list[Setting]:
         Setting(backend if names.count(name) > 1 else name, tuple(group))
         for name, backend, group in zip(names, backends, found.values(), strict=True)
     ]
+
+
+def _name(record: Record) -> str:
+    size = () if in_sweep(record) else (batch(record),)
+    return ", ".join((record.workload, *size, machine(record)))
 
 
 def series_of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:

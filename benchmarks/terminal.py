@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 
 def console() -> Console:
@@ -19,6 +20,14 @@ def console() -> Console:
 def columns() -> tuple[ProgressColumn, ...]:
     """Of a progress bar."""
     return TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
+
+
+@contextmanager
+def progress(where: Console) -> Iterator[Callable[[str, float], None]]:
+    """A bar that is told what is being done, and which share (0 to 1) is done."""
+    with Progress(*columns(), console=where, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda text, share: bar.update(task, description=text, completed=share, refresh=True)
 
 
 def choices(values: Sequence[str], known: Sequence[str], option: str) -> list[str]:

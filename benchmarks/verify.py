@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.peers import EPS, MOMENTUM, OURS, Outcome, Peer
+from benchmarks.peers import EPS, MOMENTUM, OURS, SLOPE, Outcome, Peer
 from benchmarks.workloads import DTYPES, Case, Inputs
 from tsbn_kernels import reference
 
@@ -45,7 +45,8 @@ PEER_TOLERANCES = {
     "float16": Tolerance(2**-10, 2**-8, 2**-8),
     "bfloat16": Tolerance(2**-7, 2**-5, 2**-5),
 }
-KINK = 1e-4  # nearer to zero than this rounding may decide whether a ReLU lets a gradient pass
+KINKED = ("relu", "leaky_relu")
+KINK = 1e-4  # nearer to zero than this rounding may decide what of a gradient passes a kink
 STEPS = 2  # of a peer before its outcome is compared
 BLOCK = 2**19  # elements that the reference computes at a time: they and its temporaries stay in a cache
 
@@ -55,8 +56,9 @@ class Expected:
     """The reference's outcome of a second step on the same batch.
 
     It is rounded from float64 to float32 (not for float64 input) to be stored, and computed for some channels of one
-    task at a time: a float64 copy of the whole activation would not fit. Where a ReLU's kink is near, the gradient dy
-    that all are given is set to zero: any side of it is right, and the sums over a channel must not depend on it.
+    task at a time: a float64 copy of the whole activation would not fit. Where the kink of an activation is near, the
+    gradient dy that all are given is set to zero: any side of it is right, and the sums over a channel must not depend
+    on it.
     """
 
     outcome: Outcome
@@ -79,15 +81,15 @@ class Expected:
                 x64, dy64 = x.double(), dy.double()
                 gamma64 = inputs.gamma[task : task + 1, channels].double()
                 options = 1, EPS, "sigmoid", "task_major"
-                activation = "relu" if case.relu else "none"
-                result, mean, var = reference.forward_training(x64, gamma64, None, *options, None, activation)
-                if case.relu:
+                epilogue = None, case.activation, SLOPE
+                result, mean, var = reference.forward_training(x64, gamma64, None, *options, *epilogue)
+                if case.activation in KINKED:
                     z = reference.normalize(x64, gamma64, None, mean, var, *options)
                     dy64 = dy64.masked_fill_(z.abs() < KINK, 0.0)
                     dy.copy_(dy64)
                 flags = True, True, True, False  # training; gradients of x and gamma, there is no bias
                 gradient, gate_gradient, *_ = reference.backward(
-                    dy64, x64, gamma64, mean, var, *options, *flags, activation=activation
+                    dy64, x64, gamma64, mean, var, *options, *flags, None, *epilogue
                 )
                 y_part.copy_(result)
                 dx_part.copy_(gradient)

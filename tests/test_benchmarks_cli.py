@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from benchmarks import celeba40, cli, layers
 from benchmarks.measure import Plan
 from benchmarks.network import VARIANTS
-from benchmarks.peers import PEERS, Fused, peers_of
+from benchmarks.peers import Fused
+from benchmarks.registry import PEERS, defaults
 from benchmarks.training import Differences
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +90,8 @@ def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_pa
     )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "q.json").read_text())
-    unavailable = {name for name, peer in PEERS.items() if peer.unavailable(torch.device("cpu"))}
-    assert {row["impl"] for row in rows} == set(peers_of(relu=False)) - unavailable
+    left_out = {"separate"} | {name for name, peer in PEERS.items() if peer.unavailable(torch.device("cpu"))}
+    assert {row["impl"] for row in rows} == set(defaults(torch.device("cpu"))) - left_out
     assert (tmp_path / "results" / "celeba40.png").exists()  # where it goes by default
 
 
@@ -152,7 +153,7 @@ def test_peers_without_a_compiler_are_left_out(invoke, monkeypatch, tmp_path):
     [
         (["--dtype", "int8"], "unknown 'int8'; known are float32, bfloat16"),
         (["--memory-format", "nhwc"], "unknown 'nhwc'; known are contiguous, channels_last"),
-        (["--impl", "magic"], "unknown 'magic'; known are fused, loop"),
+        (["--impl", "magic"], "unknown 'magic'; known are fused, separate, loop"),
         (["--layers", "bn1,bn99"], "unknown layer 'bn99'"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         (["--device", "toaster"], "device 'toaster' cannot be used here"),

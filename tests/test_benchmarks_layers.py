@@ -7,11 +7,12 @@ import torch
 
 from benchmarks import layers
 from benchmarks.measure import Plan
+from benchmarks.registry import PEERS
 from benchmarks.verify import check
 from benchmarks.workloads import Case, Layer
 
 CPU = torch.device("cpu")
-CASES = [Case(Layer((name,), 4, 3), 2, 3, "float32", "contiguous", CPU) for name in ("a", "b")]
+CASES = [Case(Layer((name,), 4, (3, 3)), 2, 3, "float32", "contiguous", CPU) for name in ("a", "b")]
 PLAN = Plan(2, 2, 0.0, 0.0, visits=3)
 
 
@@ -27,7 +28,7 @@ def test_all_cases_are_visited_in_turns_and_verified_once(monkeypatch):
         return check(name, case, *rest)
 
     monkeypatch.setattr(layers, "check", checked)
-    records = layers.run_cases(CASES, ["fused", "loop"], PLAN, notify)
+    records = layers.run_cases(CASES, ["fused", "loop"], PLAN, notify, print)
     assert verified == [(impl, f"{case} float32 contiguous") for case in "ab" for impl in ("fused", "loop")]
     started = [text.split(" float32 contiguous, visit ") for text in stages if text.endswith(": inputs")]
     assert started == [[case, f"{visit} of 3: inputs"] for visit in (1, 2, 3) for case in "ab"]
@@ -39,9 +40,9 @@ def test_all_cases_are_visited_in_turns_and_verified_once(monkeypatch):
 
 
 def test_later_visits_run_what_was_compiled_at_the_first():
-    if reason := layers.runnable(["compiled_reference"], CPU)[1]:
-        pytest.skip(str(reason))
+    if reason := PEERS["compiled_reference"].unavailable(CPU):
+        pytest.skip(reason)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    layers.run_cases(CASES, ["compiled_reference"], PLAN, lambda *_: None)
+    layers.run_cases(CASES, ["compiled_reference"], PLAN, lambda *_: None, print)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # both cases have the same shapes

@@ -7,6 +7,7 @@ once; targets, schedules, stackings, gates and bias go round with them, so that 
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 from dataclasses import replace
 from itertools import cycle
@@ -228,7 +229,7 @@ def plans(direction: str, columns: bool) -> list[tuple[str, Plan]]:
     found = []
     for layer in CELEBA40:
         family = "columns" if columns or layer.size is None else "rows"
-        work = Work(40, 256, layer.channels, (layer.size or 1) ** 2, 2, family, direction)
+        work = Work(40, 256, layer.channels, math.prod(layer.size or ()), 2, family, direction)
         found += [(name, rules.plan(work, DEVICES["H100"])) for name in layer.names]
     return found
 

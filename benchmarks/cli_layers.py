@@ -1,0 +1,263 @@
+"""The commands that measure layers alone: those of a network, of given shapes, and in series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import environment, plot, report, terminal
+from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
+from benchmarks.peers import ACTIVATIONS
+from benchmarks.records import Record, write_json
+from benchmarks.registry import PEERS, defaults, runnable
+from benchmarks.verify import MismatchError
+from benchmarks.workloads import (
+    DTYPES,
+    MEMORY_FORMATS,
+    NO_ACTIVATION,
+    SLAB_BATCH,
+    SLAB_LAYERS,
+    SLAB_TASKS,
+    SWEEP_SLAB,
+    SWEEP_TASKS,
+    TASK_COUNTS,
+    TASKS_LAYER,
+    WORKLOADS,
+    Case,
+    batch_that_fits,
+    cases,
+    choose_batch,
+    parse_shape,
+    select_layers,
+)
+
+SERIES = {"tasks": SWEEP_TASKS, "slab": SWEEP_SLAB}
+QUICK_LAYERS, QUICK_POINTS = 2, slice(0, 6, 2)  # points of a series: every other one
+
+Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help=f"Repeatable: {', '.join(DTYPES)}.")]
+Formats = Annotated[list[str] | None, typer.Option("--memory-format", help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")]
+Impls = Annotated[
+    list[str] | None,
+    typer.Option("--impl", help=f"Repeatable: {', '.join(PEERS)}. Default: all, on a CPU those quickly compiled."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")]
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device of an option; ends the command where there is none."""
+    try:
+        return environment.parse_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
+    """The implementations of an option, or the defaults."""
+    return terminal.choices(given or defaults(device), list(PEERS), "--impl")
+
+
+def announce(console: Console, impls: Sequence[str], todo: Sequence[Case]) -> list[str]:
+    """Prints the machine and what cannot run; gives what can, and ends the command where nothing does."""
+    device = todo[0].device
+    found, skipped = runnable(impls, todo)
+    for name, why in skipped.items():
+        tell(console, f"{name} is left out: {why}")
+    if not found:
+        terminal.fail("no implementation is left to measure; choose another --impl")
+    versions = environment.versions(device)
+    console.print(
+        f"{environment.device_name(device)} ({versions['cpu']}, {versions['threads']} threads), "
+        f"PyTorch {versions['torch']}, backend {versions['backend']}",
+        highlight=False,
+    )
+    return found
+
+
+def tell(console: Console, text: str) -> None:
+    """What is left out."""
+    console.print(text, style="yellow", markup=False, highlight=False)
+
+
+def layers(
+    workload: Annotated[str | None, typer.Argument(help=f"One of {', '.join(WORKLOADS)}; none with --shape.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: TASKSxSAMPLES,CHANNELS[,HEIGHT,WIDTH], as in 40x16,64,32,32."),
+    ] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--layers", help="Of the workload: repeatable, or with commas. Default: all.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Default: the workload's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=2, help="Samples of each task. Default: the workload's, or what fits in memory.")
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help=f"What follows: {', '.join(ACTIVATIONS)}. Default: what does in the workload, or none."),
+    ] = None,
+    dtype: Dtypes = None,
+    memory_format: Formats = None,
+    impl: Impls = None,
+    device: Device = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The two smallest layers, few rounds.")] = False,
+    json_path: Json = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="The picture of a workload. Default: results/WORKLOAD.png.")
+    ] = None,
+) -> None:
+    """The normalisation layers of a network, or layers of given shapes, fused and by every peer.
+
+    Exits with 1 if a result differs from the reference.
+    """
+    console = terminal.console()
+    dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
+    formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
+    if activation is not None:
+        terminal.choices([activation], ACTIVATIONS, "--activation")
+    if (workload is None) == (not shape):
+        raise typer.BadParameter("give either a workload or a --shape", param_hint="WORKLOAD")
+    where = parse_device(device)
+    impls = parse_impls(impl, where)
+    if workload is None:
+        if names or tasks or batch:
+            raise typer.BadParameter("--layers, --tasks and --batch go with a workload", param_hint="--shape")
+        todo = _of_shapes(shape or [], dtypes, formats, where, activation or NO_ACTIVATION)
+    else:
+        terminal.choices([workload], list(WORKLOADS), "WORKLOAD")
+        network = WORKLOADS[workload]
+        tasks = tasks or network.tasks
+        try:
+            chosen = select_layers([name for part in names or () for name in part.split(",")], network.layers)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--layers") from None
+        if quick:
+            chosen = tuple(sorted(chosen, key=lambda layer: layer.elements)[:QUICK_LAYERS])
+        reason = "given"
+        if batch is None:
+            available = environment.available_bytes(where)
+            try:
+                batch, reason = choose_batch(chosen, tasks, dtypes, where, available, network.batch)
+            except ValueError as error:
+                terminal.fail(str(error))
+        console.print(f"{workload}: {tasks} tasks, batch {batch} ({reason})", highlight=False)
+        todo = cases(
+            chosen, tasks=tasks, batch=batch, dtypes=dtypes, memory_formats=formats, device=where,
+            activation=activation or network.activation, workload=workload,
+        )  # fmt: skip
+    records = _measure(console, todo, impls, quick)
+    report.show(console, records, None)
+    if workload is not None:
+        path = plot_path or Path(f"results/{workload}.png")
+        plot.draw(path, records)
+        console.print(f"plot: {path}", highlight=False, soft_wrap=True)
+    _keep(console, json_path, records)
+
+
+def sweep(
+    series: Annotated[str, typer.Argument(help="tasks: 1 to 128; slab: positions of each task and channel.")],
+    batch: Annotated[
+        int | None, typer.Option(min=2, help="Samples of each task. Default: what fits in memory.")
+    ] = None,
+    dtype: Dtypes = None,
+    memory_format: Formats = None,
+    impl: Impls = None,
+    device: Device = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three points, few rounds.")] = False,
+    json_path: Json = None,
+) -> None:
+    """One layer for more and more tasks, or larger and larger, fused and by every peer; the report draws them.
+
+    Exits with 1 if a result differs from the reference.
+    """
+    console = terminal.console()
+    terminal.choices([series], list(SERIES), "SERIES")
+    dtypes = terminal.choices(dtype or ["float32"], list(DTYPES), "--dtype")
+    formats = terminal.choices(memory_format or ["contiguous"], list(MEMORY_FORMATS), "--memory-format")
+    where = parse_device(device)
+    impls = parse_impls(impl, where)
+    points = QUICK_POINTS if quick else slice(None)
+    try:
+        todo = _sweep(console, series, points, batch, dtypes, formats, where)
+    except ValueError as error:
+        terminal.fail(str(error))
+    records = _measure(console, todo, impls, quick)
+    report.show(console, records, None)
+    _keep(console, json_path, records)
+    if json_path is not None:
+        console.print(f"pictures: python -m benchmarks report {json_path}", highlight=False, soft_wrap=True)
+
+
+def _of_shapes(
+    shapes: Sequence[str], dtypes: Sequence[str], formats: Sequence[str], device: torch.device, activation: str
+) -> list[Case]:
+    todo = []
+    for text in dict.fromkeys(shapes):
+        try:
+            tasks, batch, layer = parse_shape(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--shape") from None
+        todo += cases(
+            [layer], tasks=tasks, batch=batch, dtypes=dtypes, memory_formats=formats, device=device,
+            activation=activation,
+        )  # fmt: skip
+    return todo
+
+
+def _sweep(
+    console: Console,
+    series: str,
+    points: slice,
+    batch: int | None,
+    dtypes: Sequence[str],
+    formats: Sequence[str],
+    device: torch.device,
+) -> list[Case]:
+    """The cases of a series, as far as they fit in memory.
+
+    Raises:
+        ValueError: none does.
+    """
+    available = environment.available_bytes(device)
+    counts, sizes = TASK_COUNTS[points], SLAB_LAYERS[points]
+    if series == "tasks":
+        sizes, reason = (TASKS_LAYER,), "given"
+        if batch is None:
+            batch, reason = choose_batch(sizes, max(counts), dtypes, device, available)
+    else:
+        counts, batch, reason = (SLAB_TASKS,), batch or SLAB_BATCH, "given" if batch else "the default"
+        fitting = tuple(size for size in sizes if batch_that_fits([size], SLAB_TASKS, dtypes, available)[0] >= batch)
+        if missing := [size.name for size in sizes if size not in fitting]:
+            tell(console, f"{', '.join(missing)} left out: too large for {available / 2**30:.1f} GiB of memory")
+        sizes = fitting
+    tasks = f"{counts[0]} to {counts[-1]} tasks" if len(counts) > 1 else f"{counts[0]} tasks"
+    console.print(f"{tasks}, batch {batch} ({reason}), {', '.join(size.name for size in sizes)}", highlight=False)
+    return [
+        case
+        for count in counts
+        for case in cases(
+            sizes, tasks=count, batch=batch, dtypes=dtypes, memory_formats=formats, device=device,
+            workload=SERIES[series],
+        )
+    ]  # fmt: skip
+
+
+def _measure(console: Console, todo: Sequence[Case], impls: Sequence[str], quick: bool) -> list[Record]:
+    impls = announce(console, impls, todo)
+    try:
+        with terminal.progress(console) as notify:
+            return run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify, partial(tell, console))
+    except MismatchError as error:
+        terminal.fail(str(error))
+
+
+def _keep(console: Console, path: Path | None, records: Sequence[Record]) -> None:
+    if path is not None:
+        write_json(path, records)
+        console.print(f"records: {path}", highlight=False, soft_wrap=True)

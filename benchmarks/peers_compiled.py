@@ -1,0 +1,55 @@
+"""The peers that a compiler makes of others: ``torch.compile`` as it is, and told to try kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Folded, Loop, Peer, Reference, Vmap
+from benchmarks.workloads import Case, Inputs
+
+# Without CUDA graphs: they spare launches, for whatever is put into them, and would copy x into a buffer of theirs.
+MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers if compiler):
+        return "torch.compile needs a C++ compiler (g++ or clang++) and there is none"
+    return None
+
+
+class Compiled(Peer):
+    """Compiles the step of the peer that stands behind it among a class's bases."""
+
+    mode: ClassVar[str]
+    step_function: Callable[..., Tensor]
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__(case, inputs)
+        self.step_function = torch.compile(self.step_function, dynamic=False, mode=self.mode)
+
+    unavailable = staticmethod(_no_compiler)
+
+    @staticmethod
+    def unsupported(case: Case) -> str | None:
+        return None  # what eager operators refuse is decomposed
+
+
+def _compiled(prefix: str, peer: type[Peer]) -> type[Peer]:
+    name = f"{prefix}_{peer.name}"
+    return type(name, (Compiled, peer), {"name": name, "mode": MODES[prefix]})
+
+
+COMPILED = [_compiled(prefix, peer) for prefix in MODES for peer in (Loop, Reference, Folded, Vmap)]
+
+
+def warm_up(impls: Sequence[str], device: torch.device) -> None:
+    """Compiles something small, if one of the implementations will be compiled: the first time takes ten seconds."""
+    if {peer.name for peer in COMPILED} & set(impls):
+        torch.compile(torch.neg)(torch.ones(8, device=device))
