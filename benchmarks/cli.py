@@ -15,6 +15,7 @@ from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report, terminal
+from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_profile import profile
 from benchmarks.cli_report import compare
 from benchmarks.cli_report import report as report_command
@@ -47,6 +48,7 @@ def _commands() -> None:
 
 app.command()(train)
 app.command()(profile)
+app.command("gpu-check")(gpu_check)
 app.command("report")(report_command)
 app.command()(compare)
 
