@@ -7,13 +7,18 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test fuzz sanitize lint wheel wheel-check clean
+.PHONY: bench test gpu-check fuzz sanitize lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a GPU, everything for real within ten minutes, then a verdict; a second call goes on where the first
+# one stopped: make gpu-check GPU_CHECK_ARGS="--seconds 1200 --fresh"
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks gpu-check $(GPU_CHECK_ARGS)
 
 # Random valid and hostile calls: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
 fuzz: $(VENV)/installed

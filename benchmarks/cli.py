@@ -16,6 +16,7 @@ from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, plot, report, terminal
+from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_layers import (
     Device,
     Dtypes,
@@ -62,6 +63,7 @@ app.command()(layers)
 app.command()(sweep)
 app.command()(train)
 app.command()(profile)
+app.command("gpu-check")(gpu_check)
 app.command("report")(report_command)
 app.command()(compare)
 

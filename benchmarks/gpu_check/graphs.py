@@ -1,0 +1,52 @@
+"""Step: forward and backward pass captured in a CUDA graph give, replayed on new data, what they give without one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check import layers
+from benchmarks.gpu_check.case import Case, Cases, Setting
+from benchmarks.gpu_check.layers import Step
+from tsbn_kernels import use_backend
+
+WARM_UPS, REPLAYS = 3, 3
+
+
+def cases(setting: Setting) -> Cases:
+    """A training step of each layer."""
+    names = layers.chosen(setting.quick)
+    return Cases([Case(name, partial(replay, name, setting)) for name in names], about="replayed on new data, bitwise")
+
+
+def replay(name: str, setting: Setting) -> None:
+    """Outputs, gradients and running statistics of replays, against a twin that is not captured.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    with use_backend(setting.backend):
+        step = Step.of(name, setting.device)
+        graph, results = captured(step)
+        for seed in range(1, 1 + REPLAYS):
+            step.load(Step.of(name, setting.device, seed))
+            twin = step.twin()
+            wanted = twin()
+            graph.replay()
+            step.assert_equals(results, twin, wanted)
+
+
+def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of the step, and where its replays leave their results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results

@@ -1,0 +1,132 @@
+"""The kinds of work that a backend's rules tell apart on a device, and the smallest call of each. Launches nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from epilogues import Call, make_call
+
+from tsbn_kernels.layout import Family
+from tsbn_kernels.plan import Device, Work
+from tsbn_kernels.plan import cuda as cuda_rules
+from tsbn_kernels.plan import triton as triton_rules
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+TASKS, SAMPLES, CHANNELS = (1, 4, 40), (2, 16), (3, 64, 512)
+POSITIONS: dict[int, tuple[int, ...]] = {
+    1: (), 49: (7, 7), 64: (8, 8), 1023: (31, 33), 4096: (64, 64), 65536: (256, 256),
+}  # fmt: skip
+MOST_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A call by its options; ``residual`` goes with the activation ``"silu"``, which has no kinks."""
+
+    tasks: int
+    samples: int
+    channels: int
+    positions: int
+    dtype: torch.dtype
+    columns: bool
+    fan_out: bool
+    activation: str
+    residual: bool
+    training: bool
+    sums: bool = True  # gradients of weight and bias are asked for
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        options = {"fan-out": self.fan_out, self.activation: self.activation != "none", "residual": self.residual}
+        words = [word for word, said in options.items() if said]
+        words.append("training" if self.training else "evaluation")
+        if not self.sums:
+            words.append("dx alone")
+        order = "channels_last" if self.columns else "contiguous"
+        size = f"{self.tasks} tasks {self.samples}x{self.channels}x{self.positions}"
+        return ", ".join([size, str(self.dtype).removeprefix("torch."), order, *words])
+
+    @property
+    def elements(self) -> int:
+        """Of y."""
+        return self.tasks * self.samples * self.channels * self.positions
+
+    def call(self) -> Call:
+        """With random values, on the CPU."""
+        return make_call(
+            self.tasks, self.samples, self.channels, POSITIONS[self.positions],
+            dtype=self.dtype, memory_format="channels_last" if self.columns else "contiguous",
+            activation=self.activation, residual=self.residual, shared=self.fan_out, training=self.training,
+        )  # fmt: skip
+
+    def works(self) -> tuple[Work, Work]:
+        """Of its forward and its backward pass."""
+        family: Family = "columns" if self.columns or self.positions == 1 else "rows"
+        forward = Work(
+            self.tasks, self.samples, self.channels, self.positions, self.dtype.itemsize, family, "forward",
+            self.training, bias=True, parameter_size=8 if self.dtype == torch.float64 else 4,
+            activation=self.activation, residual=self.residual, fan_out=self.fan_out,
+        )  # fmt: skip
+        backward = replace(
+            forward, direction="backward", bias=self.sums, needs_dweight=self.sums, needs_dresidual=self.residual
+        )
+        return forward, backward
+
+
+def specs() -> Iterator[Spec]:
+    """All that are tried, the small ones first."""
+    sizes = [
+        size
+        for size in itertools.product(TASKS, SAMPLES, CHANNELS, POSITIONS)
+        if math.prod(size) <= MOST_ELEMENTS
+    ]  # fmt: skip
+    flags = (False, True)
+    ends = (("none", False), ("silu", False), ("silu", True))
+    modes = ((True, True), (False, True), (False, False))  # training, sums
+    for size in sorted(sizes, key=math.prod):
+        for dtype, columns, fan_out, end, mode in itertools.product(DTYPES, flags, flags, ends, modes):
+            if not (columns and size[3] == 1):
+                yield Spec(*size, dtype, columns, fan_out, *end, *mode)
+
+
+def triton_kind(work: Work, variant: str) -> str:
+    """Such as ``"rows forward split"``, the terms by which the Triton passes choose their kernels."""
+    return f"{work.family} {work.direction} {variant}" + ", fan-out" * work.fan_out
+
+
+def cuda_kind(problem: cuda_rules.Problem, launch: cuda_rules.Launch) -> str:
+    """Such as ``"columns backward_epilogue cluster"``: access, pass and variant of a CUDA C++ kernel."""
+    return f"{launch.kernel} {problem.kernels} {launch.variant}"
+
+
+def triton_kinds(spec: Spec, device: Device) -> set[str]:
+    """Those of both passes of a call."""
+    return {triton_kind(work, triton_rules.plan(work, device).variant) for work in spec.works()}
+
+
+def cuda_kinds(spec: Spec, device: Device) -> set[str]:
+    """Those of both passes of a call."""
+    problems = [cuda_rules.dense(work) for work in spec.works()]
+    return {cuda_kind(problem, cuda_rules.choose(problem, device)) for problem in problems}
+
+
+def layout_kinds(spec: Spec) -> set[str]:
+    """Of backends without plans: families and passes."""
+    more = ", fan-out" * spec.fan_out + f", {spec.activation}" * (spec.activation != "none")
+    return {f"{work.family} {work.direction}{more}" for work in spec.works()}
+
+
+def smallest(kinds: Callable[[Spec], set[str]]) -> dict[Spec, set[str]]:
+    """The calls that are the first of some kind, and the kinds that they are the first of."""
+    seen: set[str] = set()
+    found = {}
+    for spec in specs():
+        if new := kinds(spec) - seen:
+            found[spec] = new
+            seen |= new
+    return found

@@ -1,0 +1,91 @@
+"""Step: activations of more than 2**31 elements, whose offsets do not fit into 32 bits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from epilogues import Call
+from support import BACKWARD, FORWARD, STATISTICS, Problem, Tolerance, assert_within, unstack
+from torch import Tensor
+
+from benchmarks import environment
+from benchmarks.gpu_check.calls import run
+from benchmarks.gpu_check.case import Case, Cases, Setting, SkippedError
+from tsbn_kernels import reference
+
+SIZE = (5, 103, 64, 257, 254)  # T, N, C, H, W: 2**31 + 0.2 % elements
+DTYPE = torch.bfloat16
+SPARE = 3 * 2**30  # bytes beside the activations: float64 copies of some slabs
+
+
+def cases(setting: Setting) -> Cases:
+    """Rows and columns, and one input fanned out to so many elements.
+
+    Raises:
+        SkippedError: --quick.
+    """
+    if setting.quick:
+        raise SkippedError("left out by --quick: it takes more than 17 GiB of memory")
+    return Cases([
+        Case(f"{order}{', fan-out' * shared}", partial(compare, order, shared, setting, SIZE))
+        for order in ("contiguous", "channels_last")
+        for shared in (False, True)
+    ], about="beyond 2**31 elements")  # fmt: skip
+
+
+def compare(memory_format: str, shared: bool, setting: Setting, size: tuple[int, int, int, int, int]) -> None:
+    """Forward and backward pass; the first and the last channel of the first and the last task are compared.
+
+    Raises:
+        AssertionError: they differ from the definition in float64.
+        SkippedError: there is not enough memory.
+    """
+    T, N, C, H, W = size
+    one = N * C * H * W * DTYPE.itemsize
+    needed = (2 * T + 2 * (1 if shared else T)) * one + min(SPARE, 64 * one)
+    free = environment.available_bytes(torch.device(setting.device))
+    if free < needed:
+        raise SkippedError(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
+    order = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    torch.manual_seed(0)
+
+    def normal(samples: int) -> Tensor:
+        empty = torch.empty((samples, C, H, W), dtype=DTYPE, device=setting.device, memory_format=order)
+        return empty.normal_()
+
+    x, dy = normal(N if shared else T * N), normal(T * N)
+    weight, bias = (torch.randn((T, C), device=setting.device) for _ in range(2))
+    problem = Problem(x, dy, weight, bias, T, "sigmoid", "task_major")
+    got = run(Call(problem, None, "none", shared, None), setting.backend)
+
+    for channels in (slice(0, 1), slice(C - 1, C)):
+        # A task's dx is that of all where x is shared: then all tasks are compared.
+        for tasks in [slice(0, T)] if shared else [slice(0, 1), slice(T - 1, T)]:
+            part = _part(problem, tasks, channels, shared)
+            count = part.num_tasks
+            y, mean, var = reference.forward_training(part.x, part.weight, part.bias, *part.options, shared=shared)
+            dx, dweight, dbias, _ = reference.backward(
+                part.dy, part.x, part.weight, mean, var, *part.options, True, True, True, True, part.bias, shared=shared
+            )
+            where = tasks, slice(None), channels
+            assert_within(unstack(got.y, T, "task_major")[where], unstack(y, count, "task_major"), FORWARD[DTYPE], 2.0)
+            own_dx = got.dx[:, channels] if shared else unstack(got.dx, T, "task_major")[where]
+            assert_within(own_dx.reshape(dx.shape), dx, BACKWARD[DTYPE], 2.0 * (T**0.5 if shared else 1.0))
+            sums = Tolerance(STATISTICS[DTYPE], 1)
+            for result, exact, scale in (
+                (got.mean, mean, 1.0), (got.var, var, 1.0), (got.dweight, dweight, 4.0 * (N * H * W) ** 0.5),
+                (got.dbias, dbias, 4.0 * (N * H * W) ** 0.5),
+            ):  # fmt: skip
+                assert_within(result[tasks, channels], exact, sums, scale)
+
+
+def _part(problem: Problem, tasks: slice, channels: slice, shared: bool) -> Problem:
+    """The same of some tasks and channels alone, in float64."""
+    p = problem
+    streams = [p.x if shared else unstack(p.x, p.num_tasks, p.stacking)[tasks].flatten(0, 1)]
+    streams.append(unstack(p.dy, p.num_tasks, p.stacking)[tasks].flatten(0, 1))
+    x, dy = (stream[:, channels].double() for stream in streams)
+    weight = p.weight[tasks, channels].double()
+    assert p.bias is not None
+    return p._replace(x=x, dy=dy, weight=weight, bias=p.bias[tasks, channels].double(), num_tasks=len(weight))
