@@ -28,7 +28,7 @@ from benchmarks.workloads import Case, Inputs
 from tsbn_kernels import memory
 
 COPY = "copy"
-FULL_PLAN, QUICK_PLAN = Plan(), Plan(max_rounds=3)
+FULL_PLAN, QUICK_PLAN = Plan(), Plan(max_rounds=3, visits=3)
 
 Notify = Callable[[str, float], None]  # says what is being done, and which share (0 to 1) is done
 Tell = Callable[[str], object]  # says what is left out

@@ -123,7 +123,7 @@ class Plan:
     max_rounds: int = 8
     budget_s: float = 3.0
     min_time_s: float = 2e-3
-    visits: int = 3
+    visits: int = 4
 
 
 @contextmanager

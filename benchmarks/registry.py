@@ -19,9 +19,12 @@ def defaults(device: torch.device) -> list[str]:
     """What is measured unless told otherwise.
 
     On a CPU without the autotuned ones: there max-autotune tries kernels of matrix products and convolutions alone, and
-    makes the same code of a normalisation. And without the compiled loop, which takes minutes to compile for 40 tasks.
+    makes the same code of a normalisation. Without the compiled loop, which takes minutes to compile for 40 tasks. And
+    without vmap, which took two to three times as long as the folded form, compiled too.
     """
-    slow = [name for name in PEERS if name.startswith("autotuned") or name == "compiled_loop"]
+    slow = [
+        name for name in PEERS if name.startswith("autotuned") or name in ("compiled_loop", "vmap", "compiled_vmap")
+    ]
     return [name for name in PEERS if device.type != "cpu" or name not in slow]
 
 

@@ -255,7 +255,15 @@ def test_a_peer_with_a_part_in_one_case_is_kept():
 
 def test_what_is_slow_to_compile_is_no_default_on_a_cpu():
     assert set(defaults(CUDA)) == set(PEERS)
-    left = {"compiled_loop", "autotuned_loop", "autotuned_reference", "autotuned_folded", "autotuned_vmap"}
+    left = {
+        "vmap",
+        "compiled_vmap",
+        "compiled_loop",
+        "autotuned_loop",
+        "autotuned_reference",
+        "autotuned_folded",
+        "autotuned_vmap",
+    }
     assert set(defaults(CUDA)) - set(defaults(CPU)) == left
 
 
