@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -38,6 +39,18 @@ def always_crashes(setting: Setting) -> Cases:
 
 def hangs(setting: Setting) -> Cases:
     return Cases([Case("before", lambda: None), Case("hang", partial(time.sleep, 600)), Case("after", lambda: None)])
+
+
+def lingers(setting: Setting) -> Cases:
+    """Starts a program and waits; their numbers are in files."""
+
+    def linger() -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        for name, number in (("worker", os.getpid()), ("child", child.pid)):
+            (Path(setting.folder) / name).write_text(str(number))
+        child.wait()
+
+    return Cases([Case("linger", linger)])
 
 
 def differs(setting: Setting) -> Cases:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 from typer.testing import CliRunner
 
 from benchmarks import cli, cli_gpu_check
@@ -97,6 +102,44 @@ def test_a_process_that_fails_outside_of_a_case(tmp_path, name, problem):
     result = run_one(tmp_path, name)
     assert result.status == "failed"
     assert result.problem.startswith(f"the step's process {problem}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_stays_behind_where_the_check_is_killed(tmp_path):
+    program = f"""
+from pathlib import Path
+from test_gpu_check import run_one
+run_one(Path({str(tmp_path)!r}), "lingers")
+"""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    check = subprocess.Popen([sys.executable, "-c", program], env=variables)
+    try:
+        numbers = [int(_content(tmp_path / name)) for name in ("worker", "child")]
+    finally:
+        check.kill()
+        check.wait()
+    for _ in range(100):
+        if not any(_lives(number) for number in numbers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"of {numbers} some live")
+
+
+def _content(path: Path) -> str:
+    """Of a file that is about to be written."""
+    for _ in range(600):
+        if path.exists() and (text := path.read_text()):
+            return text
+        time.sleep(0.1)
+    raise AssertionError(f"no {path}")
+
+
+def _lives(number: int) -> bool:
+    """Whether there is such a process, and not only what init has not yet taken note of."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_step_that_has_no_meaning_here(tmp_path):

@@ -63,9 +63,10 @@ class Worker:
                 start_new_session=True,  # so that what it starts can be ended with it
             )
         assert self._process.stdin is not None
+        self._order = self._process.stdin  # open until the end: the worker ends with it
         with contextlib.suppress(BrokenPipeError):  # it has died: the end of its events says so
-            json.dump({"cases": cases, "setting": asdict(setting), "done": done}, self._process.stdin)
-            self._process.stdin.close()
+            self._order.write(json.dumps({"cases": cases, "setting": asdict(setting), "done": done}) + "\n")
+            self._order.flush()
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -98,6 +99,8 @@ class Worker:
             self._wait(3)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(BrokenPipeError):
+            self._order.close()
         self._wait(10)  # one that waits for a driver cannot be ended; the next has a process of its own
 
     def _wait(self, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu_check.worker``: runs the cases of one step and says so, a line of JSON for each event.
 
-The order comes on stdin. The events go to what was stdout; whatever the cases or the libraries below them print goes to
-stderr, which the caller keeps as the log.
+The order comes as a line on stdin, whose end is that of the caller. The events go to what was stdout; what the cases
+and the libraries below them print goes to stderr, which the caller keeps as the log.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import faulthandler
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -29,7 +31,8 @@ def main() -> None:
         def say(**event: Any) -> None:
             channel.write(json.dumps(event, default=str) + "\n")
 
-        order = json.load(sys.stdin)
+        order = json.loads(sys.stdin.readline())
+        threading.Thread(target=_end_with_the_caller, daemon=True).start()
         setting = Setting(**order["setting"])
         _choose_device(setting.device)
         module, _, function = order["cases"].partition(":")
@@ -70,6 +73,12 @@ def attempt(case: Case, device: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "details": details or {},
     }
+
+
+def _end_with_the_caller() -> None:
+    """Leaves nothing behind on the device, nor what a case has started, where the caller is killed."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _choose_device(device: str) -> None:
