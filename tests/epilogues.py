@@ -125,23 +125,23 @@ def run(call: Call, by: Any = ops) -> Outcome:
     return Outcome(y, mean, var, *backward(call, mean, var, by=by))
 
 
-def assert_correct(call: Call, got: Outcome) -> None:
-    """Against the definition in float64 on the same rounded input."""
+def assert_correct(call: Call, got: Outcome, slack: float = 1.0) -> None:
+    """Against the definition in float64 on the same rounded input; ``slack`` widens all but the last units."""
     dtype, wanted = call.p.x.dtype, run(call.in_double(), reference)
 
     def scale(tensor: Tensor) -> float:
-        return max(1.0, float(tensor.abs().max()) / 4) if tensor.numel() else 1.0
+        return slack * max(1.0, float(tensor.abs().max()) / 4) if tensor.numel() else 1.0
 
     assert_within(got.y, wanted.y, FORWARD[dtype], scale(wanted.y))
-    assert_relative(got.var, wanted.var, STATISTICS[dtype])
-    deviation = torch.maximum(wanted.mean.abs(), wanted.var.sqrt())
+    assert_relative(got.var, wanted.var, slack * STATISTICS[dtype])
+    deviation = slack * torch.maximum(wanted.mean.abs(), wanted.var.sqrt())
     assert_within(got.mean, wanted.mean, Tolerance(STATISTICS[dtype], 1), deviation)
     tasks = call.p.num_tasks if call.shared else 1
     assert_within(got.dx, wanted.dx, BACKWARD[dtype], scale(wanted.dx) * tasks**0.5)
     assert_within(got.dresidual, wanted.dresidual, BACKWARD[dtype], scale(wanted.dresidual))
     positions = call.p.dy.numel() // call.p.weight.numel()
     for sums, exact in ((got.dweight, wanted.dweight), (got.dbias, wanted.dbias)):
-        assert_within(sums, exact, Tolerance(STATISTICS[dtype], 1), max(1.0, positions**0.5) * 4)
+        assert_within(sums, exact, Tolerance(STATISTICS[dtype], 1), slack * max(1.0, positions**0.5) * 4)
     shaped = run_meta(call)
     for actual, fake in zip(got, shaped, strict=True):
         assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
