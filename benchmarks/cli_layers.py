@@ -235,6 +235,8 @@ def _sweep(
         fitting = tuple(size for size in sizes if batch_that_fits([size], SLAB_TASKS, dtypes, available)[0] >= batch)
         if missing := [size.name for size in sizes if size not in fitting]:
             tell(console, f"{', '.join(missing)} left out: too large for {available / 2**30:.1f} GiB of memory")
+        if not fitting:
+            raise ValueError(f"no size fits in memory with batch {batch}; choose a smaller --batch")
         sizes = fitting
     tasks = f"{counts[0]} to {counts[-1]} tasks" if len(counts) > 1 else f"{counts[0]} tasks"
     console.print(f"{tasks}, batch {batch} ({reason}), {', '.join(size.name for size in sizes)}", highlight=False)

@@ -14,7 +14,9 @@ from benchmarks.load import RecordsError, check_distinct, read_network, read_rec
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="What `celeba40 --json` wrote; files beside them are found.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="What --json of celeba40, layers or sweep wrote; files beside them are found.")
+    ],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("results/report.html"),
     markdown: Annotated[Path | None, typer.Option(help="Write the Markdown table there and do not print it.")] = None,
 ) -> None:
@@ -26,7 +28,7 @@ def report(
         terminal.fail(str(error))
     table = page.markdown(sources)
     if markdown is None:
-        typer.echo(table)
+        typer.echo(table, nl=bool(table))
     else:
         _write(markdown, table)
     _write(out, page.render(sources))

@@ -1,4 +1,4 @@
-"""Reads back what ``python -m benchmarks celeba40 --json`` wrote, and says what is wrong with it."""
+"""Reads back what ``--json`` of the measuring commands wrote, and says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -87,13 +87,15 @@ def read_records(path: Path) -> list[Record]:
     rows = _json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         hint = f"; give the records that lie beside it, {path.name.replace('.network', '')}" * _is_beside(path)
-        raise RecordsError(f"{path} holds no list of records, which `celeba40 --json FILE` writes{hint}")
+        raise RecordsError(f"{path} holds no list of records, which `--json FILE` of a measuring command writes{hint}")
     if not rows:
         raise RecordsError(f"{path} holds no record: the list is empty; measure again")
     for index, row in enumerate(rows):
         where = f"{path}, record {index}"
         if missing := [name for name in _REQUIRED if name not in row]:
-            raise RecordsError(f"{where} has no {', '.join(missing)}: not what `celeba40 --json FILE` writes")
+            raise RecordsError(
+                f"{where} has no {', '.join(missing)}: not what `--json FILE` of a measuring command writes"
+            )
         if unknown := [name for name in row if name not in CHECKS]:
             raise RecordsError(
                 f"{where} has {', '.join(unknown)}, unknown to these benchmarks: use the version that wrote it"
@@ -191,7 +193,9 @@ def _json(path: Path) -> Any:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise RecordsError(f"{path} cannot be read: {reason}") from None
     except json.JSONDecodeError as error:
-        raise RecordsError(f"{path} is no JSON ({error}); give what `celeba40 --json FILE` wrote") from None
+        raise RecordsError(
+            f"{path} is no JSON ({error}); give what `--json FILE` of a measuring command wrote"
+        ) from None
 
 
 def _is_beside(path: Path) -> bool:

@@ -16,7 +16,7 @@ from benchmarks.celeba40 import NetworkRun
 from benchmarks.chosen import backend_of, plans, plans_table
 from benchmarks.records import PASSES, Record, means
 from benchmarks.report import layers_table, means_table, network_table
-from benchmarks.settings import Setting, machine, series_of_tasks, settings
+from benchmarks.settings import Setting, machine, series_of_slabs, series_of_tasks, settings
 from benchmarks.tables import as_html, as_markdown
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -26,6 +26,7 @@ SECTIONS = {
     "bandwidth": "Bandwidth against the copy",
     "sizes": "Scaling with size",
     "tasks": "Scaling with the number of tasks",
+    "slabs": "Scaling with the size of a slab",
     "network": "Training step of the network",
     "plan": "What ran",
     "machines": "Machines and versions",
@@ -76,9 +77,10 @@ class _Page:
         drawn = svg.inline(figure, f"figure{self.figures}", caption)
         return f"<figure>\n{drawn}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
 
-    def each_setting(self, content: Callable[[Setting], str]) -> str:
+    def each_setting(self, content: Callable[[Setting], str], *, sweeps: bool = False) -> str:
         """The content for each setting that has some, under its name; of many all but the first are folded."""
-        parts = [(escape(one.name), found) for one in self.settings if (found := content(one))]
+        chosen = [one for one in self.settings if sweeps or not one.sweep]
+        parts = [(escape(one.name), found) for one in chosen if (found := content(one))]
         folded = len(parts) - 1 if len(parts) > OPEN_SETTINGS else 0
         text = [f"<h3>{name}</h3>\n{found}" for name, found in parts[: len(parts) - folded]]
         text += [
@@ -139,9 +141,20 @@ class _Page:
             for pass_ in PASSES
         )
         return drawn or _none(
-            "The records do not differ in the number of tasks alone; measure with several --tasks and the same "
-            "--batch, and give all files"
+            "The records do not differ in the number of tasks alone; measure `sweep tasks`, or several --tasks with "
+            "the same --batch, and give all files"
         )
+
+    def slabs(self) -> str:
+        series = series_of_slabs(self.records)
+        drawn = "".join(
+            self.figure(
+                plot_report.by_slab(series, pass_),
+                f"{pass_}: useful bytes a second over the copy's, by how many values each mean is taken of.",
+            )
+            for pass_ in PASSES
+        )
+        return drawn or _none("The records do not differ in the size of the activation alone; measure `sweep slab`")
 
     def network(self) -> str:
         parts = []
@@ -167,7 +180,7 @@ class _Page:
             table.add_column(name)
         for row in dict.fromkeys((record.workload, machine(record), *backend_of(record)) for record in self.records):
             table.add_row(*row)
-        return as_html(table) + self.each_setting(_plan)
+        return as_html(table) + self.each_setting(_plan, sweeps=True)
 
     def machines(self) -> str:
         table = Table(title="Of the files' records")
@@ -185,7 +198,7 @@ class _Page:
         return SEVERAL * (len(found) > 1) + as_html(table)
 
     def measurements(self) -> str:
-        content = self.each_setting(lambda one: as_html(layers_table(one.records)))
+        content = self.each_setting(lambda one: as_html(layers_table(one.records)), sweeps=True)
         if not content:
             return _none("No layer was measured")
         count = sum(len(one.records) for one in self.settings)
@@ -227,5 +240,9 @@ def render(sources: Sequence[Source]) -> str:
 def markdown(sources: Sequence[Source]) -> str:
     """The geometric means of every setting, for a README."""
     found = settings([record for source in sources for record in source.records])
-    parts = [f"{one.name}. {as_markdown(means_table(rows))}" for one in found if (rows := means(one.records))]
+    parts = [
+        f"{one.name}. {as_markdown(means_table(rows))}"
+        for one in found
+        if not one.sweep and (rows := means(one.records))
+    ]
     return "\n".join(parts)

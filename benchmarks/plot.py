@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +20,25 @@ COLORS = {
     "separate": "#7fb69f",
     "loop": "#9aa0a6",
     "folded": "#e0a030",
+    "vmap": "#8e6bbf",
+    "cudnn": "#2a9db0",
+    "compiled_loop": "#63686d",
     "compiled_reference": "#c75146",
     "compiled_folded": "#5b7db1",
+    "compiled_vmap": "#b79fd8",
+    "autotuned_loop": "#3d4146",
+    "autotuned_reference": "#8f2f27",
+    "autotuned_folded": "#2f4f80",
+    "autotuned_vmap": "#5b3a8c",
+    "apex_groupbn": "#d97fb0",
+    "apex_syncbn": "#a04a7a",
+    "inplace_abn": "#8a6d3b",
 }
+
+
+def tick(name: str) -> str:
+    """A layer's name, or that of a group of bars, on several short lines."""
+    return re.sub("[,@ ]", "\n", name)
 
 
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -44,7 +61,7 @@ def _panel(axes: Axes, records: Sequence[Record], impls: Sequence[str], pass_: s
     axes.set_yscale("log")
     axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
-    axes.set_xticks(range(len(layers)), [layer.replace(",", "\n") for layer in layers])
+    axes.set_xticks(range(len(layers)), [tick(layer) for layer in layers])
     axes.grid(axis="y", which="major", color="#dddddd", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -12,13 +12,14 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.network import VARIANTS
 from benchmarks.peers import OURS
-from benchmarks.plot import COLORS
+from benchmarks.plot import COLORS, tick
 from benchmarks.records import PASSES, USEFUL_TENSORS, Means, Record
-from benchmarks.settings import kind_name
+from benchmarks.settings import kind_name, positions
 from benchmarks.svg import INK
 from benchmarks.workloads import NO_FORMAT
 
@@ -108,7 +109,7 @@ def _bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Mapping[str, t
                 )  # fmt: skip
     axes.axhline(1, color=INK, linewidth=1)
     axes.margins(y=0.12)
-    axes.set_xticks(range(len(groups)), [group.replace(",", "\n") for group in groups])
+    axes.set_xticks(range(len(groups)), [tick(group) for group in groups])
 
 
 def _by_layer(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
@@ -214,7 +215,7 @@ def copy_fractions(records: Sequence[Record]) -> Figure | None:
             axes.plot(places, best, linestyle="none", markersize=4.5, markerfacecolor="none", alpha=0.9, **mark)
         axes.plot([], [], linestyle="none", marker="o", color=INK, markerfacecolor="none", label="its best peer")
         axes.axhline(1, color=INK, linewidth=1.2, linestyle="--", label="a copy")
-        axes.set_xticks(range(len(layers)), [layer.replace(",", "\n") for layer in layers])
+        axes.set_xticks(range(len(layers)), [tick(layer) for layer in layers])
         axes.set_xlim(-0.6, len(layers) - 0.4)
         axes.set_title(pass_)
     for axes in grid[0]:
@@ -263,6 +264,52 @@ def by_size(records: Sequence[Record], pass_: str) -> Figure | None:
 
 def by_tasks(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | None:
     """Time per task by the number of tasks, a panel for each of the series; flat is proportional to T."""
+
+    def point(record: Record) -> tuple[float, float]:
+        return record.tasks or 0, record.median_ms / (record.tasks or 1)
+
+    drawn = _scaling(series, pass_, point, ("tasks (log)", "ms a task (log)"))
+    if drawn is None:
+        return None
+    figure, panels = drawn
+    for axes, records in panels:
+        counts = sorted({record.tasks or 0 for record in records})
+        axes.set_xticks(counts, [str(count) for count in counts])
+    return figure
+
+
+def by_slab(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | None:
+    """Share of the copy's bandwidth by positions of each task and channel, a panel for each of the series."""
+
+    def point(record: Record) -> tuple[float, float]:
+        return positions(record), record.fraction_of_copy_bandwidth or math.nan
+
+    drawn = _scaling(series, pass_, point, ("positions of a task and channel (log)", "of the copy's bandwidth (log)"))
+    if drawn is None:
+        return None
+    figure, panels = drawn
+    for axes, records in panels:
+        axes.axhline(1, color=INK, linewidth=1.2, linestyle="--")
+        sizes = sorted({positions(record) for record in records})
+        axes.set_xticks(sizes, [_binary(size) for size in sizes])
+    return figure
+
+
+def _binary(count: int) -> str:
+    """``16 Ki``."""
+    for power, unit in ((20, "Mi"), (10, "Ki")):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g}{unit}"
+    return str(count)
+
+
+def _scaling(
+    series: Mapping[str, Sequence[Record]],
+    pass_: str,
+    point: Callable[[Record], tuple[float, float]],
+    labels: tuple[str, str],
+) -> tuple[Figure, list[tuple[Axes, list[Record]]]] | None:
+    """A panel for each of the series that has this pass, with its records, and a line for each implementation."""
     found = {name: [record for record in records if record.pass_ == pass_] for name, records in series.items()}
     found = {name: records for name, records in found.items() if records}
     if not found:
@@ -274,27 +321,26 @@ def by_tasks(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | Non
     )
     for axes in grid.flat[len(found) :]:
         axes.set_visible(False)
-    for axes, (name, records) in zip(grid.flat, found.items(), strict=False):
+    panels = list(zip(grid.flat, found.values(), strict=False))
+    for (axes, records), name in zip(panels, found, strict=True):
         for impl in _distinct(record.impl for record in records):
-            of = sorted((r for r in records if r.impl == impl), key=lambda r: r.tasks or 0)
-            tasks = [record.tasks or 0 for record in of]
-            times = [record.median_ms / (record.tasks or 1) for record in of]
-            errors = [record.iqr_ms / 2 / (record.tasks or 1) for record in of]
+            of = sorted((record for record in records if record.impl == impl), key=point)
+            places, heights = zip(*map(point, of), strict=True)
+            errors = [height * _half_width(record) for height, record in zip(heights, of, strict=True)]
             axes.errorbar(
-                tasks, times, errors, fmt="o-", label=impl, color=COLORS.get(impl), markersize=3.5,
+                places, heights, errors, fmt="o-", label=impl, color=COLORS.get(impl), markersize=3.5,
                 linewidth=2.2 if impl == FUSED else 1.1, elinewidth=0.8,
             )  # fmt: skip
-        counts = sorted({record.tasks or 0 for record in records})
         axes.set_xscale("log")
-        axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_title(name, fontsize=8.5)
         _log_scale(axes)
+        axes.xaxis.set_minor_locator(NullLocator())
     for axes in grid[:, 0]:
-        axes.set_ylabel("ms a task (log)")
+        axes.set_ylabel(labels[1])
     for axes in grid[-1]:
-        axes.set_xlabel("tasks (log)")
-    _legend(figure, grid.flat[: len(found)])
-    return figure
+        axes.set_xlabel(labels[0])
+    _legend(figure, [axes for axes, _ in panels])
+    return figure, panels
 
 
 def network_step(run: NetworkRun) -> Figure:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.records import PASSES, TRAINING_STEP, Record
@@ -77,17 +78,52 @@ def _name(record: Record) -> str:
     return ", ".join((record.workload, *size, machine(record)))
 
 
+def positions(record: Record) -> int:
+    """Of the slab of one task and channel; the record must name its tasks."""
+    assert record.tasks is not None
+    samples, _, *size = record.shape
+    return samples // record.tasks * math.prod(size)
+
+
 def series_of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records that differ in the number of tasks alone, by what they have in common; two numbers at least."""
+    return _series(
+        records,
+        lambda record: (record.layer, *record.shape[1:]),
+        lambda record: record.tasks or 0,
+        2,
+        lambda record: f"{record.layer}, batch {record.shape[0] // (record.tasks or 1)}",
+    )
+
+
+def series_of_slabs(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records that differ in the size of the activation alone, by what they have in common; three sizes at least."""
+    return _series(
+        records,
+        lambda record: (record.tasks, record.shape[1]),
+        positions,
+        3,
+        lambda record: f"{record.shape[1]} channels, {batch(record)}",
+    )
+
+
+def _series(
+    records: Sequence[Record],
+    common: Callable[[Record], tuple[object, ...]],
+    place: Callable[[Record], int],
+    least: int,
+    name: Callable[[Record], str],
+) -> dict[str, list[Record]]:
+    """Records of which this, the samples, and everything but the sizes is common, if they have this many places."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.pass_ in PASSES and record.tasks is not None:
             samples, versions = record.shape[0] // record.tasks, tuple(sorted(record.versions.items()))
-            kind = record.workload, record.layer, record.dtype, record.memory_format
-            found.setdefault((*kind, samples, record.shape[1:], record.device, versions), []).append(record)
-    several = {key: group for key, group in found.items() if len({record.tasks for record in group}) > 1}
-    names = [f"{key[1]}, batch {key[4]}\n{kind_name(str(key[2]), str(key[3]))}" for key in several]
+            kind = record.workload, record.dtype, record.memory_format, record.device, versions
+            found.setdefault((*kind, samples, *common(record)), []).append(record)
+    several = [group for group in found.values() if len({place(record) for record in group}) >= least]
+    names = [f"{name(group[0])}\n{kind_name(group[0].dtype, group[0].memory_format)}" for group in several]
     return {
-        name if names.count(name) == 1 else f"{name}\n{key[0]}, {machine(group[0])}": group
-        for name, (key, group) in zip(names, several.items(), strict=True)
+        text if names.count(text) == 1 else f"{text}\n{group[0].workload}, {machine(group[0])}": group
+        for text, group in zip(names, several, strict=True)
     }

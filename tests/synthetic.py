@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.load import network_file
@@ -15,7 +17,9 @@ from benchmarks.measure import Summary
 from benchmarks.network import VARIANTS
 from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, write_json
 from benchmarks.training import Comparison, Differences
+from benchmarks.workloads import SLAB_LAYERS, SWEEP_SLAB, SWEEP_TASKS, TASK_COUNTS, TASKS_LAYER, Case
 
+KIND = "float32", "contiguous", torch.device("cpu")
 VERSIONS = {"torch": "2.14", "tsbn_kernels": "0.1", "cpu": "A", "threads": 2, "backend": "cpu: native C++, avx512"}
 VISITS = 3
 SIZES = {"bn1": (64, 64, 64), "bn2,bn3": (128, 32, 32), "bn6,bn7": (512, 8, 8), "bn8,bn9": (512,)}
@@ -76,6 +80,26 @@ def simulated_run(
                                 took.visits,
                             )
                         )
+    return records
+
+
+def simulated_sweep(series: str) -> list[Record]:
+    """A series as `sweep` writes it: ours at the bandwidth of the copy, two peers that take twice as long."""
+    cases = {
+        "tasks": [Case(TASKS_LAYER, tasks, 4, *KIND, workload=SWEEP_TASKS) for tasks in TASK_COUNTS],
+        "slab": [Case(layer, 8, 8, *KIND, workload=SWEEP_SLAB) for layer in SLAB_LAYERS],
+    }[series]
+    records = []
+    for case, pass_, (impl, copies) in product(cases, PASSES, {"fused": 1, "vmap": 2, "compiled_vmap": 2.2}.items()):
+        useful = USEFUL_TENSORS[pass_] * case.tensor_bytes
+        copy = 2 * case.tensor_bytes / 1e7
+        records.append(
+            Record(
+                case.record_name, case.layer.name, case.shape, case.dtype, case.memory_format, pass_, impl,
+                useful / 1e7 * copies, 0.1 * copy, copy, useful, 1 / copies, None, True, "cpu", VERSIONS, 15,
+                case.tasks,
+            )
+        )  # fmt: skip
     return records
 
 

@@ -93,6 +93,7 @@ def test_every_section_is_there_and_says_something(reader):
         "bandwidth": ["of the copy's bandwidth (log)", "fused, float32, channels_last", "its best peer", "a copy"],
         "sizes": ["useful GB/s (log)", "copy, the roof"],
         "tasks": ["ms a task (log)", "bn8,bn9, batch 2", "time a task; flat"],
+        "slabs": ["measure `sweep slab`"],
         "network": ["and late fan-out", "peak memory of a step", "1,024 MiB", "4 tasks, batch 8"],
         "plan": ["native C++, avx512", "Plans of the triton backend for H100", "resident"],
         "machines": ["threads", "torch", "2.14", "several machines or versions"],
