@@ -124,8 +124,8 @@ def test_what_is_as_fast_as_its_baseline_passes(run, capsys):
 @pytest.mark.parametrize(
     ("counts", "times", "said"),
     [
-        ((1300.0, 1000.0), (0.5, 0.5), ["forward: instructions 1300, which is 1.30 of the baseline's 1000", "1.1"]),
-        ((1000.0, 1000.0), (0.5, 0.65), ["backward: time / PyTorch's 0.65, which is 1.30 of the baseline's 0.5"]),
+        ((1300.0, 1000.0), (0.5, 0.5), ["forward: instructions 1,300, 1.30 times the baseline's 1,000", "at most 1.1"]),
+        ((1000.0, 1000.0), (0.5, 0.65), ["backward: time / PyTorch's 0.650, 1.30 times the baseline's 0.500"]),
     ],
 )
 def test_what_is_slower_fails_and_says_what_to_do(run, capsys, counts, times, said):
@@ -138,6 +138,8 @@ def test_what_is_slower_fails_and_says_what_to_do(run, capsys, counts, times, sa
     for text in (*said, "make speed-baselines"):
         assert text in message
     assert sum(name + ":" in message for name in names) == 1
+    run(dict(zip(names, counts, strict=True)), dict(zip(names, times, strict=True)), accept=True)
+    run(dict(zip(names, counts, strict=True)), dict(zip(names, times, strict=True)))
 
 
 def test_what_has_no_baseline_is_reported_and_passes(run, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -19,33 +20,42 @@ FILE = Path(__file__).with_name("baselines.json")
 
 
 class Measure(NamedTuple):
-    """A name, and the growth that is too much: well above the spread of repeats, and well below 30 %."""
+    """A name, the growth that is too much (above the spread of repeats, below 30 %), and the digits worth showing."""
 
     name: str
     limit: float
+    digits: int
+
+    def shown(self, value: float) -> str:
+        """For people."""
+        return f"{value:,.{self.digits}f}"
 
 
-INSTRUCTIONS = Measure("instructions", 1.1)
-TIME = Measure("time / PyTorch's", 1.2)
+INSTRUCTIONS = Measure("instructions", 1.1, 0)
+TIME = Measure("time / PyTorch's", 1.2, 3)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A path now, and in the baseline; None where that has no such path."""
+    """A path now, and in the baseline: NaN where that has no such path."""
 
     path: str
     measure: Measure
     now: float
-    before: float | None
+    before: float
 
     @property
-    def change(self) -> float | None:
-        """1 is no change."""
-        return None if self.before is None else self.now / self.before
+    def known(self) -> bool:
+        return not math.isnan(self.before)
+
+    @property
+    def change(self) -> float:
+        """1 is none, more is slower; NaN where the baseline is."""
+        return self.now / self.before
 
     @property
     def too_slow(self) -> bool:
-        return self.change is not None and self.change > self.measure.limit
+        return self.change > self.measure.limit
 
 
 class Baselines:
@@ -61,7 +71,7 @@ class Baselines:
 
     def compare(self, measure: Measure, machine: str, now: Mapping[str, float]) -> list[Comparison]:
         before = self.of(measure, machine)
-        return [Comparison(path, measure, value, before.get(path)) for path, value in now.items()]
+        return [Comparison(path, measure, value, before.get(path, math.nan)) for path, value in now.items()]
 
     def accept(self, measure: Measure, machine: str, now: Mapping[str, float]) -> None:
         """Puts the values of a machine in place of those in the file."""

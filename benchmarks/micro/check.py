@@ -38,23 +38,27 @@ def times(machine: str, stored: Baselines, accept: bool) -> dict[str, float]:
 
 
 def table(comparisons: list[Comparison]) -> Table:
-    """What was measured."""
-    result = Table("path", "measure", title="hot paths against their baselines")
-    for title in ("baseline", "now", "change"):
-        result.add_column(title, justify="right")
+    """A row for each path."""
+    result = Table("path", title="hot paths, and what has changed since their baselines")
+    rows: dict[str, list[str]] = {}
+    for measure in dict.fromkeys(entry.measure for entry in comparisons):
+        result.add_column(measure.name, justify="right")
+        result.add_column("", justify="right")
     for entry in comparisons:
-        before = "-" if entry.before is None else f"{entry.before:.4g}"
-        change = "-" if entry.change is None else f"{entry.change - 1:+.1%}"
-        style = "red" if entry.too_slow else None
-        result.add_row(entry.path, entry.measure.name, before, f"{entry.now:.4g}", change, style=style)
+        change = f"{entry.change - 1:+.1%}" if entry.known else "-"
+        rows.setdefault(entry.path, []).extend(
+            [entry.measure.shown(entry.now), f"[red]{change}" if entry.too_slow else change]
+        )
+    for path, cells in rows.items():
+        result.add_row(path, *cells)
     return result
 
 
 def complaint(slow: list[Comparison]) -> str:
     """What is too slow, by how much, against what, and what to do."""
     lines = [
-        f"  {entry.path}: {entry.measure.name} {entry.now:.4g}, which is {entry.change:.2f} of the baseline's "
-        f"{entry.before:.4g}; the limit is {entry.measure.limit}"
+        f"  {entry.path}: {entry.measure.name} {entry.measure.shown(entry.now)}, {entry.change:.2f} times the "
+        f"baseline's {entry.measure.shown(entry.before)}; at most {entry.measure.limit} is accepted"
         for entry in slow
     ]
     return "\n".join(
@@ -82,13 +86,14 @@ def check(
 
     comparisons: list[Comparison] = []
     for measure, machine, values in measured:
+        found = stored.compare(measure, machine, values)
+        comparisons += found
+        unknown = sum(not entry.known for entry in found)
         if accept:
             stored.accept(measure, machine, values)
-        comparisons += stored.compare(measure, machine, values)
-        unknown = sum(entry.before is None for entry in comparisons if entry.measure is measure)
-        if unknown:
+        elif unknown:
             typer.echo(f"{measure.name}: {unknown} paths without a baseline for '{machine}' are not checked ({ACCEPT})")
     console().print(table(comparisons))
     slow = [entry for entry in comparisons if entry.too_slow]
-    if slow:
+    if slow and not accept:
         fail(complaint(slow))

@@ -45,7 +45,8 @@ def count() -> tuple[str, dict[str, float]]:
                 sys.executable, "-m", "benchmarks.micro.counted", library,
             ]
         )  # fmt: skip
-        counts = dict(map(read, Path(folder).glob("counts.*")))
+        files = sorted(Path(folder).glob("counts.*"), key=lambda file: int(file.suffix[1:]))
+        counts = dict(map(read, files))
     nothing = counts.pop(NOTHING)
     return instruction_set, {name: (total - nothing) / CALLS for name, total in counts.items()}
 
