@@ -7,7 +7,7 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test gpu-check fuzz sanitize lint wheel wheel-check clean
+.PHONY: bench test gpu-check microbench speed speed-baselines fuzz sanitize lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -19,6 +19,17 @@ test: $(VENV)/installed
 # one stopped: make gpu-check GPU_CHECK_ARGS="--seconds 1200 --fresh"
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m benchmarks gpu-check $(GPU_CHECK_ARGS)
+
+# The hot paths one by one, saved in .benchmarks and compared with the last time: make microbench MICROBENCH_ARGS="-k host"
+microbench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks/micro/bench_paths.py --benchmark-autosave --benchmark-compare $(MICROBENCH_ARGS)
+
+# Fails where a hot path is slower than its baseline; and makes what is measured now the baseline of machines like this one.
+speed: $(VENV)/installed
+	$(BIN)/python -m benchmarks.micro
+
+speed-baselines: $(VENV)/installed
+	$(BIN)/python -m benchmarks.micro --accept
 
 # Random valid and hostile calls: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
 fuzz: $(VENV)/installed

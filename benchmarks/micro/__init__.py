@@ -1,0 +1,1 @@
+"""Micro-benchmarks of the hot paths, and the check that none of them has become slower."""
