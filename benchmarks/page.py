@@ -80,6 +80,8 @@ class _Page:
     def each_setting(self, content: Callable[[Setting], str], *, sweeps: bool = False) -> str:
         """The content for each setting that has some, under its name; of many all but the first are folded."""
         chosen = [one for one in self.settings if sweeps or not one.sweep]
+        if self.settings and not chosen:
+            return _none("The records are of series alone, whose scaling is shown below")
         parts = [(escape(one.name), found) for one in chosen if (found := content(one))]
         folded = len(parts) - 1 if len(parts) > OPEN_SETTINGS else 0
         text = [f"<h3>{name}</h3>\n{found}" for name, found in parts[: len(parts) - folded]]

@@ -38,7 +38,7 @@ COLORS = {
 
 def tick(name: str) -> str:
     """A layer's name, or that of a group of bars, on several short lines."""
-    return re.sub("[,@ ]", "\n", name)
+    return re.sub(r"[,@ ]|(?<=\d{3})(?=x\d{3})", "\n", name)
 
 
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

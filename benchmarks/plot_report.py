@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.network import VARIANTS
 from benchmarks.peers import OURS
 from benchmarks.plot import COLORS, tick
-from benchmarks.records import PASSES, USEFUL_TENSORS, Means, Record
+from benchmarks.records import PASSES, USEFUL_TENSORS, Means, Record, geometric_mean
 from benchmarks.settings import kind_name, positions
 from benchmarks.svg import INK
 from benchmarks.workloads import NO_FORMAT
@@ -78,21 +78,23 @@ def _panels(
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Of all panels, in one line if that fits."""
+    """Of all panels, in one line if that fits, or else in as many columns as do."""
     entries: dict[str, Artist] = {}
     for one in axes:
         handles, labels = one.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    narrow = sum(len(name) + 8 for name in entries) < 130
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries) if narrow else 3
-    )
+    widths = [len(name) + 8 for name in entries]
+    room = int(14 * figure.get_figwidth())
+    columns = len(entries) if sum(widths) < room else max(1, room // max(widths))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 
 
 def _bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
     """Bars from 1 upwards (faster) or downwards: value and relative half-width of a whisker, by series and group."""
     width = 0.85 / max(1, len(series))
     for index, (name, values) in enumerate(series.items()):
+        if not values:  # it has a place here, and a colour in other panels
+            continue
         places = [groups.index(group) + (index - (len(series) - 1) / 2) * width for group in values]
         heights = [value for value, _ in values.values()]
         axes.bar(places, [height - 1 for height in heights], width * 0.92, bottom=1, label=name, color=COLORS.get(name))
@@ -229,6 +231,14 @@ def _activation_bytes(record: Record) -> float:
     return (record.useful_bytes or 0) / USEFUL_TENSORS[record.pass_]
 
 
+def _line(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """From left to right, through the geometric means of points that lie above each other."""
+    found: dict[float, list[float]] = {}
+    for place, height in sorted(points):
+        found.setdefault(place, []).append(height)
+    return list(found), [geometric_mean([(height, 1) for height in heights]) for heights in found.values()]
+
+
 def by_size(records: Sequence[Record], pass_: str) -> Figure | None:
     """Useful GB/s by the size of the activation, under the copy's; None where all are of one size."""
     chosen = [record for record in records if record.pass_ == pass_]
@@ -237,20 +247,19 @@ def by_size(records: Sequence[Record], pass_: str) -> Figure | None:
 
     def draw(axes: Axes, panel: Sequence[Record]) -> None:
         for impl in _distinct(record.impl for record in panel):
-            points = sorted(
+            points = [
                 (_activation_bytes(r) / 2**20, (r.useful_bytes or 0) / r.median_ms / 1e6)
                 for r in panel
                 if r.impl == impl
-            )
-            width = 2.2 if impl == FUSED else 1.1
-            axes.plot(
-                *zip(*points, strict=True), "o-", label=impl, color=COLORS.get(impl), linewidth=width, markersize=3.5
-            )
-        roof = sorted(
-            {(_activation_bytes(r) / 2**20, 2 * _activation_bytes(r) / (r.copy_ms or math.nan) / 1e6) for r in panel}
-        )
-        axes.plot(*zip(*roof, strict=True), color=INK, linewidth=1.4, linestyle="--", label="copy, the roof")
+            ]
+            width, color = 2.2 if impl == FUSED else 1.1, COLORS.get(impl)
+            axes.plot(*_line(points), label=impl, color=color, linewidth=width)
+            axes.plot(*zip(*points, strict=True), "o", color=color, markersize=3.5)
+        roof = {(_activation_bytes(r) / 2**20, 2 * _activation_bytes(r) / (r.copy_ms or math.nan) / 1e6) for r in panel}
+        axes.plot(*_line(roof), color=INK, linewidth=1.4, linestyle="--", label="copy, the roof")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     figure, grid = _panels(chosen, draw)
@@ -291,6 +300,7 @@ def by_slab(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | None
     for axes, records in panels:
         axes.axhline(1, color=INK, linewidth=1.2, linestyle="--")
         sizes = sorted({positions(record) for record in records})
+        sizes = sizes[:: 1 + len(sizes) // 6]  # as many labels as there is room for
         axes.set_xticks(sizes, [_binary(size) for size in sizes])
     return figure
 
