@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from benchmarks.measure import Clock
 from benchmarks.micro.paths import HotPath, Pair, Step
+
+Clock = Callable[[], float]  # seconds, monotonic
 
 SAMPLE_S = 2e-4  # well below a slice of the scheduler: on a busy machine too most samples are not interrupted
 ROUNDS, ATTEMPTS = 150, 5
