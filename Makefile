@@ -7,13 +7,21 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test gpu-check microbench speed speed-baselines fuzz sanitize lint wheel wheel-check clean
+.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Everything that can be measured of layers, and one page of it, results/report.html: make report BENCH_ARGS=--quick
+REPORT := results/report
+report: $(VENV)/installed
+	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS) --json $(REPORT)/celeba40.json --plot $(REPORT)/celeba40.png
+	$(BIN)/python -m benchmarks sweep tasks $(BENCH_ARGS) --json $(REPORT)/tasks.json
+	$(BIN)/python -m benchmarks sweep slab $(BENCH_ARGS) --json $(REPORT)/slab.json
+	$(BIN)/python -m benchmarks report $(REPORT)/celeba40.json $(REPORT)/tasks.json $(REPORT)/slab.json --markdown $(REPORT)/tables.md
 
 # On a machine with a GPU, everything for real within ten minutes, then a verdict; a second call goes on where the first
 # one stopped: make gpu-check GPU_CHECK_ARGS="--seconds 1200 --fresh"
