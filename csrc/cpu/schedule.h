@@ -5,6 +5,9 @@
 #include <atomic>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -52,6 +55,13 @@ inline void arrive(int) {}
 inline void pass(int) {}
 #endif
 
+// Streaming stores are weakly ordered: other threads read an output after this. It waits for them, so it comes but once.
+inline void stream_fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
 // Calls body(i) for i in [0, count). Threads take the next few indices as they finish: a thread that the machine holds
 // up does not hold up the rest. `make_body()` gives each thread a body with buffers of its own.
 template <class MakeBody>
@@ -64,6 +74,7 @@ void parallel_each(int64_t count, int64_t threads, MakeBody make_body) {
     for (int64_t i = next.fetch_add(stride); i < count; i = next.fetch_add(stride)) {
       for (int64_t j = i; j < std::min(count, i + stride); ++j) body(j);
     }
+    stream_fence();
     arrive(1);
   };
   arrive(0);
