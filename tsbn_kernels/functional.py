@@ -149,7 +149,9 @@ def _call(
         if residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    x, residual = layout.readable(x, stacking, fan_out, residual)
+        x, residual = layout.readable(x, stacking, fan_out, residual)
+    else:
+        x = layout.supported(x, order)
 
     recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
     given = (None, None) if training else (running_mean, running_var)
@@ -187,11 +189,15 @@ def _track(
 
 def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, rounded once where ``running`` is the narrower."""
+    compiling = torch.compiler.is_compiling()
+    if running.dtype == batch.dtype and not compiling and not isinstance(momentum, Tensor):  # the usual case
+        running.lerp_(batch, momentum)
+        return
     dtype = torch.promote_types(running.dtype, batch.dtype)
     before, batch = running.to(dtype), batch.to(dtype)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(dtype)
-    if torch.compiler.is_compiling():
+    if compiling:
         running.copy_(before + (batch - before) * momentum)  # lerp would cost a graph for every momentum
     elif before is running:
         running.lerp_(batch, momentum)

@@ -108,5 +108,4 @@ template <class Act, class Kernel>
 TSBN_INLINE void with_streaming(bool streams, Kernel kernel) {
   if constexpr (Act::kPlain) streams ? kernel(Constant<true>{}) : kernel(Constant<false>{});
   else kernel(streams);
-  if (streams) stream_fence();
 }

@@ -22,7 +22,7 @@ void with_accumulate_type(const Work& w, F f) {
   w.dtype == DType::f64 ? f(double{}) : f(float{});
 }
 
-// gate (and slope, where there is room for one) from the raw weight.
+// What gate (and slope, where there is room for one) are made of.
 template <class A>
 void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::string& gate) {
   STD_TORCH_CHECK(gate == "sigmoid" || gate == "identity", "tsbn: unknown gate '", gate, "'");
@@ -30,22 +30,21 @@ void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::st
   if (gate == "sigmoid") {
     w.vectors.weight = values;
     w.vectors.gate = space.vector();
-    kernels(w.family, w.dtype).vectors.gates(w);
   } else {
     w.vectors.gate = const_cast<A*>(values);
     if (w.vectors.slope != nullptr) std::fill_n(static_cast<A*>(w.vectors.slope), w.T * w.C, A(1));
   }
 }
 
-// The factors of z, from which a backward computes act'(z).
+// The factors of z, by which a forward in evaluation computes y and a backward act'(z).
 template <class A>
 void set_preactivation(Work& w, Workspace<A>& space, const std::optional<Tensor>& bias) {
-  Work z = w;
-  z.vectors.bias = space.values_or_zeros(bias, "bias");
-  z.vectors.scale = w.vectors.z_scale = space.vector();
-  z.vectors.shift = w.vectors.z_shift = space.vector();
-  kernels(w.family, w.dtype).vectors.eval(z);
+  w.vectors.bias = space.values_or_none(bias, "bias");
+  w.vectors.z_scale = space.vector();
+  w.vectors.z_shift = space.vector();
 }
+
+void prepare_all(const Work& w) { kernels(w.family, w.dtype).vectors.prepare(w, 0, w.T * w.C); }
 
 // y, and the work of writing it.
 Tensor prepare_forward(Work& w, const Tensor& x, std::optional<Tensor>& residual, const Stacking& stacking) {
@@ -85,14 +84,15 @@ void run_separate(Work& w, bool sums) {
   }
   const auto apply = [&](int64_t group, int64_t chunk) { write(last, group, chunk); };
   const bool writes = dx.data != nullptr || other.data != nullptr;
-  const Reduction products{epilogue.products, merge_sums, kernel.vectors.backward, 2 * w.channels()};
+  const Reduction products{kernel.vectors.prepare, epilogue.products, merge_sums, kernel.vectors.backward,
+                           2 * w.channels()};
   if (sums) reduce_then_apply(w, products, writes, apply);
   else if (writes) apply_all(w, apply);
 }
 
 // The backward of tasks that share one x: a first pass sums h over the tasks, the second makes dx of it. h lies in dx's
 // own memory where that holds the accumulate type; else in a workspace, so that nothing is rounded twice.
-void run_shared(Work& w, Finish finish) {
+void run_shared(Work& w, Prepare prepare, Finish finish) {
   const Kernels& kernel = kernels(w.family, w.dtype);
   const bool needs_dx = w.out.data != nullptr, half = w.dtype == DType::f16 || w.dtype == DType::bf16;
   PooledMemory workspace(needs_dx && half ? size_t(w.N * w.C * w.S) * sizeof(float) : 0);
@@ -100,7 +100,7 @@ void run_shared(Work& w, Finish finish) {
   w.stream = should_stream(w, w.dresidual, w.T);
   Work last = w;
   last.stream = half && should_stream(w, w.out, 1);
-  const Reduction products{kernel.epilogue(w.activation).shared_products, merge_sums, finish,
+  const Reduction products{prepare, kernel.epilogue(w.activation).shared_products, merge_sums, finish,
                            2 * w.channels() * w.T};
   reduce_then_apply(w, products, needs_dx && (half || w.training),
                     [&](int64_t group, int64_t chunk) { kernel.slabs.finish_shared(last, group, chunk); });
@@ -139,12 +139,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
   with_accumulate_type(w, [&](auto zero) {
     Workspace<decltype(zero)> space(w.T, w.C);
     set_gates(w, space, weight, gate);
-    w.vectors.bias = space.values_or_zeros(bias, "bias");
+    w.vectors.bias = space.values_or_none(bias, "bias");
     w.vectors.center = mean.mutable_data_ptr();
     w.vectors.var = var.mutable_data_ptr();
     w.vectors.scale = space.vector();
     w.vectors.shift = space.vector();
-    const Reduction moments{kernel.slabs.moments, merge_all_moments, kernel.vectors.forward, 2 * w.channels()};
+    const Reduction moments{kernel.vectors.prepare, kernel.slabs.moments, merge_all_moments, kernel.vectors.forward,
+                            2 * w.channels()};
     reduce_then_apply(w, moments, true, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return {y, mean, var};
@@ -163,12 +164,12 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
     using A = decltype(zero);
     Workspace<A> space(w.T, w.C);
     set_gates(w, space, weight, gate);
-    w.vectors.bias = space.values_or_zeros(bias, "bias");
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
-    w.vectors.scale = space.vector();
-    w.vectors.shift = space.vector();
-    kernels(w.family, w.dtype).vectors.eval(w);
+    set_preactivation(w, space, bias);
+    w.vectors.scale = w.vectors.z_scale;
+    w.vectors.shift = w.vectors.z_shift;
+    prepare_all(w);
     apply_all(w, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return y;
@@ -210,14 +211,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     set_gates(w, space, weight, gate);
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
-    for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale, &w.vectors.dweight, &w.vectors.dbias}) {
-      *v = space.vector();
-    }
+    for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale}) *v = space.vector();
+    w.vectors.dweight = space.place(dweight);
+    w.vectors.dbias = space.place(dbias);
     if (!(plain || inverse) || shared || !training) {
       set_preactivation(w, space, plain || inverse ? std::nullopt : bias);
     }
-    if (shared) run_shared(w, kernel.vectors.backward);
-    else run_separate(w, need_dweight || need_dbias || (training && need_dx));
+    const bool sums = need_dweight || need_dbias || (training && need_dx);
+    if (!sums && !shared) prepare_all(w);
+    if (shared) run_shared(w, kernel.vectors.prepare, kernel.vectors.backward);
+    else run_separate(w, sums);
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
     if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
@@ -235,7 +238,7 @@ std::tuple<Tensor, Tensor> moments(Tensor x, int64_t num_tasks, std::string stac
   w.vectors.center = mean.mutable_data_ptr();
   w.vectors.var = var.mutable_data_ptr();
   const Kernels& kernel = kernels(w.family, w.dtype);
-  const Reduction moments{kernel.slabs.moments, merge_all_moments, store_moments, 2 * w.channels()};
+  const Reduction moments{nullptr, kernel.slabs.moments, merge_all_moments, store_moments, 2 * w.channels()};
   reduce_then_apply(w, moments, false, [](int64_t, int64_t) {});
   return {mean, var};
 }
@@ -267,11 +270,10 @@ std::tuple<Tensor, Tensor> input_gradient(Tensor dy, Tensor x, Tensor weight, Te
     w.vectors.dz_mean = space.values(dz_mean, "dz_mean");
     w.vectors.dz_xhat_mean = space.values(dz_xhat_mean, "dz_xhat_mean");
     for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale}) *v = space.vector();
+    if (!plain || shared) set_preactivation(w, space, plain ? std::nullopt : bias);
+    prepare_all(w);
     kernel.vectors.given(w);
-    if (!plain || shared) {
-      set_preactivation(w, space, plain ? std::nullopt : bias);
-    }
-    if (shared) run_shared(w, [](const Work&, int64_t, const double*) {});
+    if (shared) run_shared(w, nullptr, [](const Work&, int64_t, const double*) {});
     else run_separate(w, false);
   });
   return {dx, dresidual};

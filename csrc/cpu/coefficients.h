@@ -15,17 +15,31 @@ struct Coefficients {
 
   template <class Pointer> static A* vector(Pointer p) { return static_cast<A*>(const_cast<void*>(p)); }
 
+  static void prepare(const Work& w, int64_t first, int64_t count) {
+    if (w.vectors.weight != nullptr) gates(w, first, first + count);
+    if (w.vectors.z_scale != nullptr) preactivation(w, first, first + count);
+  }
+
   // gate = sigmoid(weight) and slope = gate * (1 - gate), both from e^-|weight|: neither cancels.
-  static void gates(const Work& w) {
+  static void gates(const Work& w, int64_t first, int64_t last) {
     const A* weight = vector(w.vectors.weight);
     A *gate = vector(w.vectors.gate), *slope = vector(w.vectors.slope);
-    const int64_t size = w.T * w.C;
-    for (int64_t i = 0; i < size; i += L) {
-      const int lanes = size - i < L ? int(size - i) : L;
+    for (int64_t i = first; i < last; i += L) {
+      const int lanes = last - i < L ? int(last - i) : L;
       const V g = load_up_to(weight + i, lanes, V{});
       const V e = exp_of(g < 0 ? g : -g), inverse = 1 / (1 + e);
       store_up_to(gate + i, lanes, g < 0 ? e * inverse : inverse);
       if (slope != nullptr) store_up_to(slope + i, lanes, e * inverse * inverse);
+    }
+  }
+
+  static void preactivation(const Work& w, int64_t first, int64_t last) {
+    const A *gate = vector(w.vectors.gate), *bias = vector(w.vectors.bias), *var = vector(w.vectors.var);
+    A *scale = vector(w.vectors.z_scale), *shift = vector(w.vectors.z_shift);
+    const A eps = A(w.eps);
+    TSBN_NO_OVERLAP for (int64_t i = first; i < last; ++i) {
+      scale[i] = gate[i] / root(var[i] + eps);
+      shift[i] = bias == nullptr ? A(0) : bias[i];
     }
   }
 
@@ -37,7 +51,7 @@ struct Coefficients {
 
   static void forward_of(const Work& w, int64_t first, const double* total) {
     const int64_t channels = w.channels();
-    const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias) + first;
+    const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias);
     A *mean = vector(w.vectors.center) + first, *var = vector(w.vectors.var) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
     const double inverse = 1 / w.positions, kept = w.activation == Activation::none ? 1 : 0;
@@ -49,17 +63,7 @@ struct Coefficients {
     const A eps = A(w.eps);
     TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
       scale[c] = gate[c] / root(var[c] + eps);
-      shift[c] = bias[c] - scale[c] * shift[c];
-    }
-  }
-
-  // From given statistics, for all of [T*C].
-  static void eval(const Work& w) {
-    const A *gate = vector(w.vectors.gate), *bias = vector(w.vectors.bias), *var = vector(w.vectors.var);
-    A *scale = vector(w.vectors.scale), *shift = vector(w.vectors.shift);
-    TSBN_NO_OVERLAP for (int64_t i = 0; i < w.T * w.C; ++i) {
-      scale[i] = gate[i] / root(var[i] + A(w.eps));
-      shift[i] = bias[i];
+      shift[c] = (bias == nullptr ? A(0) : bias[first + c]) - scale[c] * shift[c];
     }
   }
 
@@ -114,5 +118,5 @@ struct Coefficients {
     if (w.shared) add_tasks(w, 0, w.C);
   }
 
-  static constexpr VectorKernels kernels{gates, eval, given, forward, backward};
+  static constexpr VectorKernels kernels{prepare, given, forward, backward};
 };

@@ -192,7 +192,6 @@ struct Columns {
         }
       }
     }
-    if (kShared && w.stream) stream_fence();
   }
 
   // Calls f(block, task) for the blocks of a chunk, and for each task that shares them. Blocks are walked backwards: the
@@ -283,7 +282,6 @@ struct Columns {
         });
       });
     }
-    if (w.stream) stream_fence();
   }
 
   template <template <class> class Activation>

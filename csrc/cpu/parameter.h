@@ -53,12 +53,6 @@ class Workspace {
     return result;
   }
 
-  A* filled(A value) {
-    A* result = vector();
-    std::fill_n(result, T_ * C_, value);
-    return result;
-  }
-
   // The values of `tensor`: its own memory where that fits, else converted.
   const A* values(const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == T_ && tensor.size(1) == C_, "tsbn: ", name,
@@ -82,15 +76,22 @@ class Workspace {
     return result;
   }
 
-  const A* values_or_zeros(const std::optional<Tensor>& tensor, const char* name) {
-    return tensor ? values(*tensor, name) : filled(0);
+  const A* values_or_none(const std::optional<Tensor>& tensor, const char* name) {
+    return tensor ? values(*tensor, name) : nullptr;
   }
 
-  // Rounds `values` to the dtype of the contiguous `tensor`.
+  // Where the values of the contiguous `tensor` are made: its own memory where that holds A (it may be empty).
+  A* place(Tensor& tensor) {
+    const bool fits = tensor.numel() == T_ * C_ && dtype_of(tensor) == (sizeof(A) == 8 ? DType::f64 : DType::f32);
+    return fits ? static_cast<A*>(tensor.mutable_data_ptr()) : vector();
+  }
+
+  // Rounds `values` to the dtype of the contiguous `tensor`, whose place() they are.
   void write(Tensor& tensor, const A* values) const {
     with_element_type(tensor, [&](auto zero) {
       using E = decltype(zero);
       E* data = static_cast<E*>(tensor.mutable_data_ptr());
+      if (static_cast<const void*>(data) == values) return;
       for (int64_t i = 0; i < T_ * C_; ++i) data[i] = static_cast<E>(values[i]);
     });
   }

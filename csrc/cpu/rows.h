@@ -166,7 +166,6 @@ struct Rows {
       }
       for (; k < fan; ++k) add_products<Act, kShared, 1>(w, act, b, group, k, partial);
     }
-    if (kShared && w.stream) stream_fence();
   }
 
   // For the pass that writes, which finds its slab in the cache: the heads of rows to come. Where rows are short, those of
@@ -284,7 +283,6 @@ struct Rows {
         });
       }
     }
-    if (w.stream) stream_fence();
   }
 
   template <template <class> class Activation>

@@ -5,6 +5,9 @@
 #include <atomic>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -27,8 +30,9 @@ inline void merge_sums(double* total, double, const double* partial, double, int
   for (int64_t i = 0; i < width; ++i) total[i] += partial[i];
 }
 
-// What a pass reduces each group to, `width` doubles, and what becomes of that.
+// What a pass reduces each group to, `width` doubles, and what becomes of that. `prepare` may be nullptr.
 struct Reduction {
+  Prepare prepare;
   Reduce reduce;
   Merge merge;
   Finish finish;
@@ -52,18 +56,33 @@ inline void arrive(int) {}
 inline void pass(int) {}
 #endif
 
-// Calls body(i) for i in [0, count). Threads take the next few indices as they finish: a thread that the machine holds
-// up does not hold up the rest. `make_body()` gives each thread a body with buffers of its own.
+// Streaming stores are weakly ordered: other threads read an output after this. It waits for them, so it comes but once.
+inline void stream_fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
+
+// Calls body(i) for i in [0, count). A thread takes its own share first, the same at every pass, so that it finds in its
+// cache what it left there; then the next few indices of those that are not done yet, so that a thread that the machine
+// holds up does not hold up the rest. `make_body()` gives each thread a body with buffers of its own.
 template <class MakeBody>
 void parallel_each(int64_t count, int64_t threads, MakeBody make_body) {
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Share { std::atomic<int64_t> next{0}; };
+  std::vector<Share> shares(threads);
+  const auto begin_of = [&](int64_t share) { return count * share / threads; };
   const int64_t stride = std::max<int64_t>(1, count / (threads * 64));
-  const auto run = [&](int64_t, int64_t) {
+  const auto run = [&](int64_t thread, int64_t) {
     pass(0);
     auto body = make_body();
-    for (int64_t i = next.fetch_add(stride); i < count; i = next.fetch_add(stride)) {
-      for (int64_t j = i; j < std::min(count, i + stride); ++j) body(j);
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t share = (thread + k) % threads, begin = begin_of(share), end = begin_of(share + 1);
+      std::atomic<int64_t>& next = shares[share].next;
+      for (int64_t i = begin + next.fetch_add(stride); i < end; i = begin + next.fetch_add(stride)) {
+        for (int64_t j = i; j < std::min(end, i + stride); ++j) body(j);
+      }
     }
+    stream_fence();
     arrive(1);
   };
   arrive(0);
@@ -87,6 +106,10 @@ template <class Apply>
 void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, Apply apply) {
   const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = reduction.width;
   const size_t scratch_size = size_t(5 * (w.channels() + 64));
+  const bool many = groups >= 4 * threads || chunks == 1 || threads == 1;
+  // With a task's sums, in its thread; single channels at once, in whole registers.
+  const bool prepares_each = reduction.prepare != nullptr && many && w.family == Family::columns && !w.shared;
+  if (reduction.prepare != nullptr && !prepares_each) reduction.prepare(w, 0, w.T * w.C);
   // The first chunk's sums are where the total is made.
   const auto add_chunk = [&](double* total, double& count, const double* partial, int64_t chunk) {
     const double positions = double(w.partition.positions(chunk));
@@ -94,11 +117,12 @@ void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, A
     count += positions;
   };
 
-  if (groups >= 4 * threads || chunks == 1 || threads == 1) {
+  if (many) {
     parallel_each(groups, threads, [&] {
       return [&, total = std::vector<double>(width), partial = std::vector<double>(width),
               scratch = std::vector<double>(scratch_size)](int64_t group) mutable {
         double count = 0;
+        if (prepares_each) reduction.prepare(w, group * w.C, w.C);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           reduction.reduce(w, group, chunk, chunk == 0 ? total.data() : partial.data(), scratch.data());
           add_chunk(total.data(), count, partial.data(), chunk);

@@ -154,12 +154,6 @@ TSBN_INLINE void stream(f32* p, F v) { stream_bits(p, v); }
 TSBN_INLINE void stream(f64* p, D v) { stream_bits(p, v); }
 template <class T> TSBN_INLINE void stream(T* p, F v) { stream_bits(p, narrow(v, (T*)nullptr)); }
 
-TSBN_INLINE void stream_fence() {
-#if TSBN_VECTOR_BYTES >= 32
-  _mm_sfence();  // streaming stores are weakly ordered: other threads read the output after this
-#endif
-}
-
 // The first `count` < lanes elements; the other lanes get `fill`.
 #if TSBN_VECTOR_BYTES == 64
 TSBN_INLINE F load_first(const f32* p, int count, F fill) {

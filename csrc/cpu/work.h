@@ -61,10 +61,10 @@ struct Partition {
 
 // Vectors over [T*C] in the accumulate type: float, or double for f64.
 struct Vectors {
-  const void *weight = nullptr, *bias = nullptr;
+  const void *weight = nullptr, *bias = nullptr;  // of the identity gate `gate` is the weight; no bias: zeros
   void *gate = nullptr, *slope = nullptr, *center = nullptr, *var = nullptr;
   void *scale = nullptr, *shift = nullptr, *dy_scale = nullptr;
-  void *z_scale = nullptr, *z_shift = nullptr;  // z = (x - center) * z_scale + z_shift + residual, in the backward
+  void *z_scale = nullptr, *z_shift = nullptr;  // z = (x - center) * z_scale + z_shift + residual
   void *dweight = nullptr, *dbias = nullptr;
   const void *dz_mean = nullptr, *dz_xhat_mean = nullptr;  // given: of dz = dy * act'(z), and of dz * xhat
 };
@@ -95,6 +95,8 @@ struct Work {
 using Reduce = void (*)(const Work&, int64_t group, int64_t chunk, double* partial, void* scratch);
 // Writes one chunk of one group.
 using Apply = void (*)(const Work&, int64_t group, int64_t chunk);
+// `count` adjacent elements of the vectors, from `first` on: what they hold before any sums.
+using Prepare = void (*)(const Work&, int64_t first, int64_t count);
 // From one group's sums to its vectors.
 using Finish = void (*)(const Work&, int64_t group, const double* total);
 
@@ -114,8 +116,7 @@ struct SlabKernels {
 };
 
 struct VectorKernels {
-  void (*gates)(const Work&);  // weight -> gate, slope (where wanted)
-  void (*eval)(const Work&);   // gate, bias, var -> scale, shift of the forward
+  Prepare prepare;             // weight -> gate, slope; gate, bias, var -> z_scale, z_shift; each where it is wanted
   void (*given)(const Work&);  // gate, var, dz_mean, dz_xhat_mean -> scale, shift, dy_scale of the backward
   Finish forward;              // moments -> center, var, scale, shift
   Finish backward;             // products -> dweight, dbias, scale, shift, dy_scale
