@@ -11,11 +11,26 @@ import pytest
 import torch
 from support import assert_same_bits
 from torch import Tensor
+from typer.testing import CliRunner
 
-from benchmarks.gpu_check import concurrency, correctness, families, graphs, kinds, large, repeats, sanitizer
+from benchmarks import cli
+from benchmarks.gpu_check import (
+    concurrency,
+    correctness,
+    families,
+    graphs,
+    kinds,
+    large,
+    measure,
+    repeats,
+    results,
+    sanitizer,
+)
 from benchmarks.gpu_check.calls import PLACES, placed, run
 from benchmarks.gpu_check.case import Setting, SkippedError
 from benchmarks.gpu_check.layers import LAYERS, Step
+from benchmarks.gpu_check.results import CaseResult, StepResult
+from benchmarks.gpu_check.steps import BENCHMARK
 from tsbn_kernels import ops
 from tsbn_kernels.backends import cuda, triton
 from tsbn_kernels.plan import DEVICES
@@ -249,6 +264,28 @@ def test_steps_at_once_are_compared_with_steps_in_turn(way):
 
     with pytest.raises(AssertionError, match="dx differs in 1 of"):
         concurrency.compare(pair, disturbed, 3, CPU)
+
+
+# ---- benchmark ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [*(measure.OVERVIEW | measure.FULL).values(), measure.QUICK])
+def test_the_benchmark_takes_the_options(options):
+    result = CliRunner().invoke(cli.app, ["celeba40", *options, "--tasks", "2", "--predict", "H100"])
+    assert result.exit_code == 0, result.output
+
+
+def test_all_that_was_measured_is_reported(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(measure, "_benchmarks", lambda *arguments: commands.append(arguments))
+    step = StepResult(BENCHMARK, planned=["a", "b", "c"], enough=3)
+    step.cases = {
+        "a": CaseResult("passed", details={"file": "a.json"}), "b": CaseResult("failed"),
+        "c": CaseResult("passed", details={"file": "c.json"}),
+    }  # fmt: skip
+    results.save(tmp_path, step)
+    measure.report(Setting("cpu", False, str(tmp_path))).cases[0].run()
+    assert commands[0][:3] == ("report", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
 
 
 # ---- large, sanitizer ------------------------------------------------------------------------------------------------
