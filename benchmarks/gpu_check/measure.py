@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,22 +14,26 @@ from benchmarks.gpu_check import results
 from benchmarks.gpu_check.case import Case, Cases, Setting, SkippedError
 from benchmarks.gpu_check.steps import BENCHMARK
 
+DTYPES, FORMATS, FULL_LAYERS = ("float32", "bfloat16"), ("contiguous", "channels_last"), ("bn4", "bn1", "bn2")
 QUICK = ["--quick", "--tasks", "2", "--batch", "8", "--layers", "bn8", "--no-network", "--impl=fused", "--impl=loop"]
 # One process for each: what is measured stays, whatever becomes of the next.
-RUNS = {
-    "overview": ["--quick"],
-    "bn4": ["--layers", "bn4", "--no-network"],
-    "bn1": ["--layers", "bn1", "--no-network"],
-    "bn2": ["--layers", "bn2", "--no-network"],
-    "bn8-and-network": ["--layers", "bn8"],
+OVERVIEW = {
+    f"{dtype}-{order}": ["--quick", "--no-network", "--dtype", dtype, "--memory-format", order]
+    for dtype, order in itertools.product(DTYPES, FORMATS)
 }
+FULL = {
+    f"{layer}-{dtype}": ["--no-network", "--layers", layer, "--dtype", dtype]
+    for layer, dtype in itertools.product(FULL_LAYERS, DTYPES)
+} | {"bn8-and-network": ["--layers", "bn8"]}
 PAGE, TABLE = "report.html", "report.md"
 
 
 def benchmark(setting: Setting) -> Cases:
-    """An overview with all peers is enough; then layers at full size, as time allows."""
-    runs = {"overview": QUICK} if setting.quick else RUNS
-    return Cases([Case(name, partial(measure, name, options, setting)) for name, options in runs.items()], 1)
+    """An overview with all peers is enough; then layers at full size and the network, as time allows."""
+    overview = {"overview": QUICK} if setting.quick else OVERVIEW
+    runs = overview if setting.quick else overview | FULL
+    cases = [Case(name, partial(measure, name, options, setting)) for name, options in runs.items()]
+    return Cases(cases, len(overview))
 
 
 def measure(name: str, options: list[str], setting: Setting) -> dict[str, Any]:
