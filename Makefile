@@ -30,7 +30,8 @@ gpu-check: $(VENV)/installed
 
 # The hot paths one by one, saved in .benchmarks and compared with the last time: make microbench MICROBENCH_ARGS="-k host"
 microbench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks/micro/bench_paths.py --benchmark-autosave --benchmark-compare $(MICROBENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks/micro/bench_paths.py --benchmark-autosave --benchmark-compare \
+		--benchmark-columns=min,median,iqr,rounds $(MICROBENCH_ARGS)
 
 # Fails where a hot path is slower than its baseline; and makes what is measured now the baseline of machines like this one.
 speed: $(VENV)/installed
