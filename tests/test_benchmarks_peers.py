@@ -249,7 +249,7 @@ def test_a_peer_with_a_part_in_one_case_is_kept():
     assert found == ["fused"]
     assert reasons["vmap"].startswith("on a CPU F.batch_norm under vmap takes no half precision")
     assert reasons["cudnn"] == "cuDNN runs on NVIDIA's GPUs alone"
-    records = run_cases([half], ["fused", "vmap"], Plan(1, 1, 0.0, 0.0), lambda *_: None, print)
+    records = run_cases([half], ["fused", "vmap"], Plan(1, 1, 0.0, 0.0, visits=1), lambda *_: None, print)
     assert {record.impl for record in records} == {"fused"}
 
 
@@ -277,7 +277,9 @@ def test_a_peer_that_fails_is_left_out_but_ours(impl, monkeypatch):
     told = []
 
     def run():
-        return run_cases([small()], ["fused", "loop", "folded"], Plan(1, 1, 0.0, 0.0), lambda *_: None, told.append)
+        return run_cases(
+            [small()], ["fused", "loop", "folded"], Plan(1, 1, 0.0, 0.0, visits=1), lambda *_: None, told.append
+        )
 
     if impl == "fused":
         with pytest.raises(RuntimeError, match="no kernel image"):
