@@ -22,6 +22,7 @@ Candidate = Callable[[Mark], None]  # runs once; marks its start, and the end of
 Rounds = list[list[float]]  # seconds of each pass, of each round; a pass is timed from the start of the run
 
 STEADY = 0.9  # a round that takes less of the best one before it belongs to the warm-up
+MAX_BUFFERS = 64
 MAX_WARM_UP = 5  # rounds; what still becomes faster then is noise
 
 
@@ -247,5 +248,8 @@ def copy_candidate(source: Tensor, buffers: int = 1) -> Candidate:
 
 
 def rotating_buffers(bytes_of_a_step: int, cache_bytes: int) -> int:
-    """How many sets of buffers must take turns so that none is still in a cache when its turn comes again."""
-    return max(1, math.ceil(cache_bytes / bytes_of_a_step))
+    """How many sets of buffers must take turns so that none is still in a cache when its turn comes again.
+
+    At most :data:`MAX_BUFFERS`: what is as small as that stays in a cache in training too.
+    """
+    return min(MAX_BUFFERS, math.ceil(cache_bytes / bytes_of_a_step))

@@ -185,6 +185,7 @@ def test_copy_copies():
 def test_buffers_exceed_the_cache():
     assert rotating_buffers(10, 100) == 10
     assert rotating_buffers(11, 100) == 10
+    assert rotating_buffers(1, 1000) == core.MAX_BUFFERS
     assert rotating_buffers(100, 100) == rotating_buffers(1000, 100) == 1
 
 
