@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.intervals import Interval
 from benchmarks.records import FASTEST, Means, Record, means
@@ -30,22 +31,28 @@ class Agreement:
 
 
 def agreements(first: Sequence[Record], second: Sequence[Record]) -> list[Agreement]:
-    """Of all means that both runs have, with intervals."""
+    """Of all means that both runs have of the same layers, with intervals."""
     before, after = _by_key(first), _by_key(second)
     return [
-        Agreement(*key, (before[key][0], after[key][0]), (before[key][1], after[key][1]))
+        Agreement(*key.named, (before[key][0], after[key][0]), (before[key][1], after[key][1]))
         for key in before
         if key in after
     ]
 
 
-def _by_key(records: Sequence[Record]) -> dict[tuple[str, str, str, str, str], tuple[float, Interval]]:
+class _Key(NamedTuple):
+    named: tuple[str, str, str, str, str]
+    layers: frozenset[str]
+
+
+def _by_key(records: Sequence[Record]) -> dict[_Key, tuple[float, Interval]]:
     found = {}
     for setting in settings(records):
+        layers = frozenset(record.layer for record in setting.records)
         for row in means(setting.records):
             for name, interval in row.intervals.items():
-                key = setting.name, row.pass_, row.dtype, row.memory_format, name
-                found[key] = _value(row, name), interval
+                named = setting.name, row.pass_, row.dtype, row.memory_format, name
+                found[_Key(named, layers)] = _value(row, name), interval
     return found
 
 
