@@ -49,7 +49,7 @@ from tsbn_kernels.plan import DEVICES, devices
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
 
 NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3)
-QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn7"), 16
+QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn8"), 16
 NETWORK_BATCH = 8
 QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
 
@@ -86,7 +86,7 @@ def celeba40(
     network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Within two minutes: layers bn6 and bn7, few rounds, a small network.")
+        bool, typer.Option("--quick", help="Within two minutes: layers bn6 to bn9, few rounds, a small network.")
     ] = False,
     predict: Annotated[
         str | None,
