@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.intervals import Interval
-from benchmarks.records import FASTEST, Means, Record, means
+from benchmarks.records import FASTEST, Means, Record
 from benchmarks.settings import settings
 
 
@@ -49,7 +49,7 @@ def _by_key(records: Sequence[Record]) -> dict[_Key, tuple[float, Interval]]:
     found = {}
     for setting in settings(records):
         layers = frozenset(record.layer for record in setting.records)
-        for row in means(setting.records):
+        for row in setting.means:
             for name, interval in row.intervals.items():
                 named = setting.name, row.pass_, row.dtype, row.memory_format, name
                 found[_Key(named, layers)] = _value(row, name), interval

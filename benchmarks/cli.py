@@ -27,6 +27,7 @@ from benchmarks.cli_layers import (
     layers,
     parse_device,
     parse_impls,
+    parse_layers,
     sweep,
     tell,
 )
@@ -37,13 +38,14 @@ from benchmarks.cli_train import train
 from benchmarks.data import DataError
 from benchmarks.fan_out import TOLERANCE, outcome
 from benchmarks.layers import FULL_PLAN, QUICK_PLAN, part_of, run_cases, work
+from benchmarks.load import network_file
 from benchmarks.measure import Plan
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
 from benchmarks.records import write_json
 from benchmarks.self_test import self_test
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import CELEBA, DTYPES, MEMORY_FORMATS, NO_ACTIVATION, cases, choose_batch, select_layers
+from benchmarks.workloads import CELEBA, DTYPES, MEMORY_FORMATS, NO_ACTIVATION, cases, choose_batch
 from tsbn_kernels.plan import DEVICES, devices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")
@@ -102,11 +104,7 @@ def celeba40(
     console = terminal.console()
     dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
     formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
-    chosen_names = [name for part in names or () for name in part.split(",")] or list(QUICK_LAYERS if quick else ())
-    try:
-        chosen_layers = select_layers(chosen_names, CELEBA.layers)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--layers") from None
+    chosen_layers = parse_layers(names or (QUICK_LAYERS if quick else None), CELEBA.layers)
     if predict is not None:
         try:
             paper = devices.named(predict)
@@ -172,7 +170,7 @@ def celeba40(
         write_json(json_path, records)
         console.print(f"records: {json_path}", highlight=False, soft_wrap=True)
         if network_run is not None:
-            beside = json_path.with_suffix(".network.json")
+            beside = network_file(json_path)
             beside.write_text(json.dumps(asdict(network_run), indent=1) + "\n")
             console.print(f"network, with its memory and differences: {beside}", highlight=False, soft_wrap=True)
 

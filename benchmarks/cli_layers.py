@@ -30,6 +30,7 @@ from benchmarks.workloads import (
     TASKS_LAYER,
     WORKLOADS,
     Case,
+    Layer,
     batch_that_fits,
     cases,
     choose_batch,
@@ -61,6 +62,14 @@ def parse_device(name: str | None) -> torch.device:
 def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
     """The implementations of an option, or the defaults."""
     return terminal.choices(given or defaults(device), list(PEERS), "--impl")
+
+
+def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Those of an option that may be repeated or have commas, or all; ends the command where one is unknown."""
+    try:
+        return select_layers([name for part in names or () for name in part.split(",")], layers)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layers") from None
 
 
 def announce(console: Console, impls: Sequence[str], todo: Sequence[Case]) -> list[str]:
@@ -133,10 +142,7 @@ def layers(
         terminal.choices([workload], list(WORKLOADS), "WORKLOAD")
         network = WORKLOADS[workload]
         tasks = tasks or network.tasks
-        try:
-            chosen = select_layers([name for part in names or () for name in part.split(",")], network.layers)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--layers") from None
+        chosen = parse_layers(names, network.layers)
         if quick:
             chosen = tuple(sorted(chosen, key=lambda layer: layer.elements)[:QUICK_LAYERS])
         reason = "given"

@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks import plot_report, svg
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.chosen import backend_of, plans, plans_table
-from benchmarks.records import PASSES, Record, means
+from benchmarks.records import PASSES, Record
 from benchmarks.report import layers_table, means_table, network_table
 from benchmarks.settings import Setting, machine, series_of_slabs, series_of_tasks, settings
 from benchmarks.tables import as_html, as_markdown
@@ -92,7 +92,7 @@ class _Page:
 
     def summary(self) -> str:
         def content(one: Setting) -> str:
-            rows = means(one.records)
+            rows = one.means
             drawn = self.figure(
                 plot_report.mean_speedups(rows),
                 "Time of each peer over that of the fused layer, geometric means over the layers, and their intervals.",
@@ -242,9 +242,5 @@ def render(sources: Sequence[Source]) -> str:
 def markdown(sources: Sequence[Source]) -> str:
     """The geometric means of every setting, for a README."""
     found = settings([record for source in sources for record in source.records])
-    parts = [
-        f"{one.name}. {as_markdown(means_table(rows))}"
-        for one in found
-        if not one.sweep and (rows := means(one.records))
-    ]
+    parts = [f"{one.name}. {as_markdown(means_table(rows))}" for one in found if (rows := one.means)]
     return "\n".join(parts)

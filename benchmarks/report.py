@@ -11,7 +11,7 @@ from benchmarks.celeba40 import NetworkRun
 from benchmarks.fan_out import WAYS, Outcome
 from benchmarks.intervals import CONFIDENCE, Interval
 from benchmarks.network import VARIANTS
-from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record, means
+from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record
 from benchmarks.settings import settings
 
 
@@ -168,7 +168,7 @@ def show(console: Console, records: Sequence[Record], network: NetworkRun | None
     if layers:
         console.print(layers_table(layers))
     for one in settings(layers):
-        if not one.sweep and (rows := means(one.records)):
-            console.print(means_table(rows))
+        if one.means:
+            console.print(means_table(one.means))
     if network is not None:
         console.print(network_table(network))

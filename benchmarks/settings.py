@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.records import PASSES, TRAINING_STEP, Record
+from benchmarks.records import PASSES, TRAINING_STEP, Means, Record, means
 from benchmarks.workloads import NO_FORMAT, SWEEPS
 
 
@@ -21,6 +21,11 @@ class Setting:
     def sweep(self) -> bool:
         """Whether the records are a series: each is of another size, and no means are made of them."""
         return in_sweep(self.records[0])
+
+    @property
+    def means(self) -> list[Means]:
+        """Of the fused layer; none of a sweep."""
+        return [] if self.sweep else means(self.records)
 
 
 def in_sweep(record: Record) -> bool:

@@ -128,6 +128,8 @@ def test_two_runs_agree_where_their_intervals_meet(tmp_path):
     assert all(row.values[0] / row.values[1] == pytest.approx(1.5, rel=0.05) for row in apart)
     assert not agreements(one, [replace(record, visits_ms=None) for record in other])
     assert not agreements(one, [record for record in other if record.layer != "bn1"])
+    sweeps = [[replace(record, workload="sweep_slab") for record in run] for run in (one, other)]
+    assert not agreements(*sweeps)  # no means are made of a series
     a, b = (write_run(tmp_path / f"{n}.json", run) for n, run in (("a", one), ("b", changed)))
     assert "0 of 24 mean speed-ups agree within their intervals" in invoke(a, b)[1]
     assert "24 of 24 mean speed-ups agree" in invoke(a, a)[1]
