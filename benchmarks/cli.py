@@ -15,12 +15,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import celeba40 as runs
-from benchmarks import environment, plot, report, terminal
+from benchmarks import environment, host_memory, plot, report, terminal
 from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_layers import (
     Device,
     Dtypes,
     Formats,
+    FreshMemory,
     Impls,
     Json,
     announce,
@@ -90,6 +91,7 @@ def celeba40(
     quick: Annotated[
         bool, typer.Option("--quick", help="Within two minutes: layers bn6 to bn9, few rounds, a small network.")
     ] = False,
+    fresh_memory: FreshMemory = False,
     predict: Annotated[
         str | None,
         typer.Option(help=f"Measure nothing: bytes and time predicted for the CUDA kernels on {', '.join(DEVICES)}."),
@@ -146,7 +148,7 @@ def celeba40(
     begin, end = (part / (work(todo) + network_work) for part in (network_work / 2, work(todo) + network_work / 2))
     network_run = None
     try:
-        with terminal.progress(console) as notify:
+        with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
             steps = {}
             if faces is not None:
                 notify("network: loss, gradients and memory of a step", 0.0)
@@ -181,6 +183,7 @@ def fan_out(
     batch: Annotated[int, typer.Option(min=2, help="Samples.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
+    fresh_memory: FreshMemory = False,
 ) -> None:
     """The first layer of the CelebA network and its ReLU: one input fanned out, against expanding it first."""
     where = parse_device(device)
@@ -190,7 +193,7 @@ def fan_out(
     try:
         for dtype in TOLERANCE:
             for memory_format in MEMORY_FORMATS:
-                with console.status(f"{dtype} {memory_format}"):
+                with host_memory.keep_freed(not fresh_memory), console.status(f"{dtype} {memory_format}"):
                     outcomes.append(outcome(tasks, batch, dtype, memory_format, where, plan))
     except MismatchError as error:
         terminal.fail(str(error))

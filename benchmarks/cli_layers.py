@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import environment, plot, report, terminal
+from benchmarks import environment, host_memory, plot, report, terminal
 from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
@@ -48,6 +48,13 @@ Impls = Annotated[
     typer.Option("--impl", help=f"Repeatable: {', '.join(PEERS)}. Default: all, on a CPU those quickly compiled."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
+FreshMemory = Annotated[
+    bool,
+    typer.Option(
+        "--fresh-memory",
+        help="Let the C library return freed memory, as by default: each step pays for page faults. Else it is kept.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")]
 
 
@@ -116,6 +123,7 @@ def layers(
     impl: Impls = None,
     device: Device = None,
     quick: Annotated[bool, typer.Option("--quick", help="The two smallest layers, few rounds.")] = False,
+    fresh_memory: FreshMemory = False,
     json_path: Json = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", help="The picture of a workload. Default: results/WORKLOAD.png.")
@@ -157,7 +165,7 @@ def layers(
             chosen, tasks=tasks, batch=batch, dtypes=dtypes, memory_formats=formats, device=where,
             activation=activation or network.activation, workload=workload,
         )  # fmt: skip
-    records = _measure(console, todo, impls, quick)
+    records = _measure(console, todo, impls, quick, fresh_memory)
     report.show(console, records, None)
     if workload is not None:
         path = plot_path or Path(f"results/{workload}.png")
@@ -176,6 +184,7 @@ def sweep(
     impl: Impls = None,
     device: Device = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three points, few rounds.")] = False,
+    fresh_memory: FreshMemory = False,
     json_path: Json = None,
 ) -> None:
     """One layer for more and more tasks, or larger and larger, fused and by every peer; the report draws them.
@@ -193,7 +202,7 @@ def sweep(
         todo = _sweep(console, series, points, batch, dtypes, formats, where)
     except ValueError as error:
         terminal.fail(str(error))
-    records = _measure(console, todo, impls, quick)
+    records = _measure(console, todo, impls, quick, fresh_memory)
     report.show(console, records, None)
     _keep(console, json_path, records)
     if json_path is not None:
@@ -256,10 +265,12 @@ def _sweep(
     ]  # fmt: skip
 
 
-def _measure(console: Console, todo: Sequence[Case], impls: Sequence[str], quick: bool) -> list[Record]:
+def _measure(
+    console: Console, todo: Sequence[Case], impls: Sequence[str], quick: bool, fresh_memory: bool
+) -> list[Record]:
     impls = announce(console, impls, todo)
     try:
-        with terminal.progress(console) as notify:
+        with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
             return run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify, partial(tell, console))
     except MismatchError as error:
         terminal.fail(str(error))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import tsbn_kernels
+from benchmarks import host_memory
 from tsbn_kernels import backends
 
 DEFAULT_CACHE = 32 << 20  # where the system does not say
@@ -48,6 +49,7 @@ def versions(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "backend": f"{backend.name}: {backend.detail}",
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
+        **({"freed_memory": host_memory.policy()} if device.type == "cpu" else {}),
     }
 
 

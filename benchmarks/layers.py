@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, host_memory
 from benchmarks.measure import (
     Candidate,
     Plan,
@@ -67,6 +67,7 @@ def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: N
                 del inputs, peers
                 gc.collect()
                 memory.empty_cache()
+                host_memory.release()
                 done += work([case])
     return [record for case, of in visits.items() for record in _records(case, summarize(*of))]
 

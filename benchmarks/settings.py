@@ -34,10 +34,11 @@ def in_sweep(record: Record) -> bool:
 
 
 def machine(record: Record) -> str:
-    """Processor and threads, or the accelerator."""
+    """Processor, threads and whether memory was fresh; or the accelerator."""
     if record.device != "cpu":
         return record.device
-    return f"{record.versions.get('cpu', 'cpu')}, {record.versions.get('threads', '?')} threads"
+    fresh = ", fresh memory" * (record.versions.get("freed_memory") == "returned")
+    return f"{record.versions.get('cpu', 'cpu')}, {record.versions.get('threads', '?')} threads{fresh}"
 
 
 def batch(record: Record) -> str:

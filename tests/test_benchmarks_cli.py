@@ -47,7 +47,7 @@ def test_a_run_writes_records_and_a_picture(invoke, monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "out" / "run.json").read_text())
     assert all(list(row) == FIELDS for row in rows)
     assert all(row["verified"] and row["workload"] == "celeba40" for row in rows)
-    versions = {"torch", "tsbn_kernels", "python", "cpu", "threads", "backend", "huge_pages"}
+    versions = {"torch", "tsbn_kernels", "python", "cpu", "threads", "backend", "huge_pages", "freed_memory"}
     assert all(set(row["versions"]) == versions and row["device"] == "cpu" for row in rows)
     assert {(row["tasks"], row["rounds"]) for row in rows} == {(2, 2)}
     layers = [row for row in rows if row["layer"] != "network"]
