@@ -25,6 +25,11 @@ class Interval(NamedTuple):
         return isinstance(value, (int, float)) and self.low <= value <= self.high
 
     @property
+    def middle(self) -> float:
+        """Geometric: what the interval is an interval of."""
+        return math.sqrt(self.low * self.high)
+
+    @property
     def half_width(self) -> float:
         """Relative, of the geometric middle."""
         return math.sqrt(self.high / self.low) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,8 +86,9 @@ FASTEST = "fastest peer of each layer"
 class Means:
     """Speed-ups of one implementation, geometric means over all layers of one pass, dtype and memory format.
 
-    A record of two layers counts twice; 1-d layers, which have no memory format, count in both. The intervals are of
-    ``over`` by the implementation, and of ``over_fastest`` under :data:`FASTEST`; records of one visit have none.
+    A record of two layers counts twice; 1-d layers, which have no memory format, count in both. Each visit gives a mean
+    over the layers; a speed-up is the geometric mean of these. The intervals are of ``over`` by the implementation, and
+    of ``over_fastest`` under :data:`FASTEST`; records of one visit have none, and their medians stand for it.
     """
 
     pass_: str
@@ -126,10 +128,11 @@ def _mean(layers: Sequence[Mapping[str, Record]], value: Value, time: Time) -> f
     return geometric_mean([(value(layer, time), next(iter(layer.values())).layers) for layer in layers])
 
 
-def _interval(layers: Sequence[Mapping[str, Record]], value: Value) -> Interval | None:
-    """Of the mean over the layers: each visit, of all layers, gives one."""
+def _of_visits(layers: Sequence[Mapping[str, Record]], value: Value) -> list[float]:
+    """The mean over the layers by each visit, or by the medians where there was but one."""
     visits = min(len(record.visits_ms or ()) for layer in layers for record in layer.values())
-    return interval([_mean(layers, value, _visit(number)) for number in range(visits)])
+    times = [_visit(number) for number in range(visits)] if visits > 1 else [_median]
+    return [_mean(layers, value, time) for time in times]
 
 
 def means(records: Iterable[Record], impl: str = "fused") -> list[Means]:
@@ -150,20 +153,22 @@ def _means(key: tuple[str, str, str], layers: Sequence[Mapping[str, Record]], im
         return lambda layer, time: time(layer[peer]) / time(layer[impl])
 
     def over_fastest(layer: Mapping[str, Record], time: Time) -> float:
-        return min(time(record) for name, record in layer.items() if name not in OURS) / time(layer[impl])
+        return time(min((layer[name] for name in layer if name not in OURS), key=_median)) / time(layer[impl])
 
     values = {name: over(name) for name in layers[0] if name != impl and all(name in layer for layer in layers)}
-    ratios = {name: _mean(layers, value, _median) for name, value in values.items()}
+    if any(name not in OURS for name in values):
+        values[FASTEST] = over_fastest
+    of_visits = {name: _of_visits(layers, value) for name, value in values.items()}
+    ratios = {name: statistics.geometric_mean(found) for name, found in of_visits.items()}
+    fastest = ratios.pop(FASTEST, None)
     speedups = {name: ratio for name, ratio in ratios.items() if name not in OURS}
     single = min(speedups, key=speedups.__getitem__, default=None)
-    if single is not None:
-        values[FASTEST] = over_fastest
-    intervals = {name: _interval(layers, value) for name, value in values.items()}
+    intervals = {name: interval(found) for name, found in of_visits.items()}
     return Means(
         *key,
         layers=sum(layer[impl].layers for layer in layers),
         over=ratios,
-        over_fastest=None if single is None else _mean(layers, over_fastest, _median),
+        over_fastest=fastest,
         single_fastest=single,
         over_single_fastest=None if single is None else speedups[single],
         bandwidth=_mean(layers, lambda layer, _: layer[impl].fraction_of_copy_bandwidth or math.nan, _median),

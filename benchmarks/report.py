@@ -125,13 +125,14 @@ def network_table(run: NetworkRun) -> Table:
         table.add_column(name, justify="right")
     for variant, summary in result.times.items():
         loop = VARIANTS[variant].reference
+        speedup = result.times[loop].ratio(summary)
         peak, of = result.peak_bytes[variant], result.differences[variant]
         table.add_row(
             variant,
             _took(summary.median * 1e3, summary.iqr * 1e3, summary.outliers),
             "1"
             if variant == loop
-            else _within(result.times[loop].median / summary.median, result.times[loop].ratio(summary)),
+            else _within(speedup.middle if speedup else result.times[loop].median / summary.median, speedup),
             f"{peak / 2**20:.0f} MiB",
             f"{peak / result.peak_bytes[loop]:.2f}",
             *(("-", "-") if variant == loop else (f"{of.loss:.1e}", f"{of.gradient_relative:.1e}")),

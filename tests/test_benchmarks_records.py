@@ -6,8 +6,9 @@ import json
 import math
 
 import pytest
+from synthetic import simulated_run
 
-from benchmarks.records import Record, fraction_of_copy_bandwidth, geometric_mean, means, write_json
+from benchmarks.records import FASTEST, Record, fraction_of_copy_bandwidth, geometric_mean, means, write_json
 
 FIELDS = [
     "workload",
@@ -117,3 +118,11 @@ def test_no_mean_without_the_fused_layer_and_no_ratio_without_peers():
     assert means([record("bn1", "loop", 1.0)]) == []
     (mean,) = means([record("bn1", "fused", 1.0)])
     assert mean.over_loop is mean.over_fastest is mean.single_fastest is mean.over_single_fastest is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mean_lies_within_its_interval(seed):
+    """Also where the visits differ much: a median of all rounds need not lie among those of the visits."""
+    for row in means(simulated_run(seed, noise=0.5)):
+        for name, interval in row.intervals.items():
+            assert (row.over_fastest if name == FASTEST else row.over[name]) in interval
