@@ -137,7 +137,7 @@ def celeba40(
         chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where,
         activation="relu" if relu else NO_ACTIVATION, workload=CELEBA.name,
     )  # fmt: skip
-    impls = announce(console, impls, todo)
+    impls = announce(console, impls, todo, fresh_memory)
     console.print(f"{tasks} tasks, batch {samples} ({reason})", highlight=False)
     if faces is not None:
         console.print(f"network: {network_tasks} tasks, batch {network_batch}, {faces.source}", highlight=False)

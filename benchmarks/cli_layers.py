@@ -79,7 +79,7 @@ def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[
         raise typer.BadParameter(str(error), param_hint="--layers") from None
 
 
-def announce(console: Console, impls: Sequence[str], todo: Sequence[Case]) -> list[str]:
+def announce(console: Console, impls: Sequence[str], todo: Sequence[Case], fresh_memory: bool) -> list[str]:
     """Prints the machine and what cannot run; gives what can, and ends the command where nothing does."""
     device = todo[0].device
     found, skipped = runnable(impls, todo)
@@ -93,6 +93,9 @@ def announce(console: Console, impls: Sequence[str], todo: Sequence[Case]) -> li
         f"PyTorch {versions['torch']}, backend {versions['backend']}",
         highlight=False,
     )
+    if device.type == "cpu":
+        kept = host_memory.can_keep() and not fresh_memory
+        console.print(f"freed memory {'is kept for the next step' if kept else 'goes back to the system'}")
     return found
 
 
@@ -268,7 +271,7 @@ def _sweep(
 def _measure(
     console: Console, todo: Sequence[Case], impls: Sequence[str], quick: bool, fresh_memory: bool
 ) -> list[Record]:
-    impls = announce(console, impls, todo)
+    impls = announce(console, impls, todo, fresh_memory)
     try:
         with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
             return run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify, partial(tell, console))

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record
+from benchmarks.settings import machine
 from benchmarks.workloads import NO_FORMAT
 
 COLORS = {
@@ -100,8 +101,7 @@ def draw(path: Path, records: Sequence[Record]) -> None:
         row[0].set_ylim(min(0.5, 0.8 * min(copies)), 1.5 * max(copies))
     figure.suptitle(
         f"{first.workload}: time of a layer in copies of its activation, lower is better\n"
-        f"{first.versions['cpu'] if first.device == 'cpu' else first.device}, {first.versions['threads']} threads, "
-        f"PyTorch {first.versions['torch']}"
+        f"{machine(first)}, PyTorch {first.versions['torch']}"
     )
     handles, labels = grid[0, 0].get_legend_handles_labels()
     handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]  # the line after the bars
