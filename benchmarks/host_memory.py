@@ -30,8 +30,8 @@ def keep_freed(keep: bool = True) -> Iterator[None]:
     """Within, blocks that this process frees are kept for its next ones, where the C library can; else as it likes.
 
     By itself glibc maps each tensor of more than 32 MiB anew and unmaps it, so that every step pays for page faults.
-    What one costs depends on what the kernel did before, on a virtual machine also on its host: between 0.2 and 1.3 us
-    on one machine within minutes, which changed the time of a step by a factor of three. Kept blocks are found again
+    What one costs depends on what the kernel did before, on a virtual machine also on its host: between next to nothing
+    and 1.7 us on one machine, which changed the time of a step by a factor of three. Kept blocks are found again
     after some steps, once the small pieces between them are full: up to half more memory is taken.
     """
     global _kept
