@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 M_PERTURB = -6
-COMPILES_FOR_MINUTES = ("test_triton_gate.py",)
+COMPILES_FOR_MINUTES = ("test_triton_gate.py", "test_wheel.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _repeats_avx512(kernels: str = "", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
     return kernels == "avx512_bf16" and dtype != torch.bfloat16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled_objects() -> None:
+    """Garbage is not looked for in what earlier files left: a benchmark asks for it dozens of times, a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
