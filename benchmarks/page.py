@@ -42,7 +42,8 @@ round outside of the quartiles by more than 1.5 ranges is marked by a star. The 
 95 % (Student's t), by how the visits differ. A <em>copy</em> is <code>Tensor.copy_</code> of the layer's activation,
 timed in the same rounds; useful bytes are those that must be read or written at least: twice the activation in a
 forward pass, five times in forward and backward. A layer that moves no others, at the bandwidth of the copy, has a
-fraction of 1. Means over layers are geometric; a shape that two layers of the network have counts twice.</p>
+fraction of 1. Means over layers are geometric; a shape that two layers of the network have counts twice. On a CPU what
+a step frees is kept for the next one, and page faults are in no figure, but in a setting of fresh memory.</p>
 """
 SEVERAL = """<p class="warning">The records are of several machines or versions: a difference between two of them need
 not be one of the code.</p>
