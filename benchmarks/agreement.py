@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.intervals import Interval
-from benchmarks.records import FASTEST, Means, Record
+from benchmarks.records import Record
 from benchmarks.settings import settings
 
 
@@ -20,7 +20,6 @@ class Agreement:
     dtype: str
     memory_format: str
     over: str  # the implementation
-    values: tuple[float, float]
     intervals: tuple[Interval, Interval]
 
     @property
@@ -33,11 +32,7 @@ class Agreement:
 def agreements(first: Sequence[Record], second: Sequence[Record]) -> list[Agreement]:
     """Of all means that both runs have of the same layers, with intervals."""
     before, after = _by_key(first), _by_key(second)
-    return [
-        Agreement(*key.named, (before[key][0], after[key][0]), (before[key][1], after[key][1]))
-        for key in before
-        if key in after
-    ]
+    return [Agreement(*key.named, (before[key], after[key])) for key in before if key in after]
 
 
 class _Key(NamedTuple):
@@ -45,18 +40,12 @@ class _Key(NamedTuple):
     layers: frozenset[str]
 
 
-def _by_key(records: Sequence[Record]) -> dict[_Key, tuple[float, Interval]]:
+def _by_key(records: Sequence[Record]) -> dict[_Key, Interval]:
     found = {}
     for setting in settings(records):
         layers = frozenset(record.layer for record in setting.records)
         for row in setting.means:
             for name, interval in row.intervals.items():
                 named = setting.name, row.pass_, row.dtype, row.memory_format, name
-                found[_Key(named, layers)] = _value(row, name), interval
+                found[_Key(named, layers)] = interval
     return found
-
-
-def _value(row: Means, name: str) -> float:
-    value = row.over_fastest if name == FASTEST else row.over[name]
-    assert value is not None
-    return value

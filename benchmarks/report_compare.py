@@ -74,7 +74,7 @@ def agreements_table(rows: Sequence[Agreement]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
-        cells = [f"{value:.3g} ({interval})" for value, interval in zip(row.values, row.intervals, strict=True)]
+        cells = [f"{interval.middle:.3g} ({interval})" for interval in row.intervals]
         named = row.setting, row.pass_, row.dtype, row.memory_format, row.over
         table.add_row(*named, *cells, "" if row.holds else "APART", style=None if row.holds else "yellow")
     return table

@@ -125,7 +125,7 @@ def test_two_runs_agree_where_their_intervals_meet(tmp_path):
     assert len(found) == 24 and sum(row.holds for row in found) >= 22
     apart = agreements(one, changed)
     assert not any(row.holds for row in apart)
-    assert all(row.values[0] / row.values[1] == pytest.approx(1.5, rel=0.05) for row in apart)
+    assert all(row.intervals[0].middle / row.intervals[1].middle == pytest.approx(1.5, rel=0.05) for row in apart)
     assert not agreements(one, [replace(record, visits_ms=None) for record in other])
     assert not agreements(one, [record for record in other if record.layer != "bn1"])
     sweeps = [[replace(record, workload="sweep_slab") for record in run] for run in (one, other)]
