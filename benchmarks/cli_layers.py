@@ -94,7 +94,7 @@ def announce(console: Console, impls: Sequence[str], todo: Sequence[Case], fresh
         highlight=False,
     )
     if device.type == "cpu":
-        kept = host_memory.can_keep() and not fresh_memory
+        kept = host_memory.will_keep(not fresh_memory)
         console.print(f"freed memory {'is kept for the next step' if kept else 'goes back to the system'}")
     return found
 

@@ -20,6 +20,11 @@ def can_keep() -> bool:
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
+def will_keep(asked: bool) -> bool:
+    """Whether :func:`keep_freed` keeps what is freed."""
+    return asked and can_keep()
+
+
 def policy() -> str:
     """``kept`` or ``returned``, what happens to freed memory now."""
     return "kept" if _kept else "returned"
@@ -35,7 +40,7 @@ def keep_freed(keep: bool = True) -> Iterator[None]:
     after some steps, once the small pieces between them are full: up to half more memory is taken.
     """
     global _kept
-    _kept = keep and can_keep()
+    _kept = will_keep(keep)
     if _kept:
         _set(KEEPING)
     try:
