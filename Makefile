@@ -7,7 +7,7 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize lint wheel wheel-check clean
+.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize gate lint wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -48,6 +48,11 @@ fuzz: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py address
 	$(BIN)/python tests/sanitize.py thread
+
+# Compiles every kernel of the compile gate anew, for every kind of GPU; fails where the table in the repository differs.
+gate: $(VENV)/installed
+	$(BIN)/python -m benchmarks compiled-kernels --all
+	git diff --exit-code --stat benchmarks/compiled_kernels.csv
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
 """Every Triton kernel that the layers of the known networks ask for, compiled for every kind of GPU, as a table.
 
-``python -m benchmarks compiled-kernels`` writes the table; a test keeps it true and holds the plans to it.
+``python -m benchmarks compiled-kernels`` writes the table; a test keeps it true and holds the plans to it. Each row has
+the fingerprint of what was compiled, so that only what has changed since is compiled again.
 """
 
 from __future__ import annotations
 
 import csv
 import multiprocessing
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from benchmarks.offline import Call, compile_call, recorded, resources, specialize
+from benchmarks.offline import COMPILER, Call, Resources, compile_call, fingerprint, recorded, resources, specialize
 from benchmarks.workloads import CELEBA, DTYPES, RESNET50, SEGNET, Workload
 from benchmarks.workloads import Layer as NetworkLayer
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
@@ -28,7 +28,6 @@ from tsbn_kernels.plan import DEVICES, Device, Plan
 from tsbn_kernels.plan import triton as rules
 
 TABLE = Path(__file__).with_name("compiled_kernels.csv")
-COMPILER = f"Triton {triton.__version__}"
 
 # The GPU whose plans a target's kernels are compiled for.
 TARGETS = {
@@ -219,6 +218,13 @@ class Row:
     load_bytes: str  # widths of the loads and stores that move activations
     store_bytes: str
     compiler: str
+    fingerprint: str
+
+    @property
+    def used(self) -> Resources:
+        """What the compiler gave it."""
+        loads, stores = (tuple(map(int, widths.split())) for widths in (self.load_bytes, self.store_bytes))
+        return Resources(self.registers, self.shared, self.spills, loads, stores)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -235,12 +241,16 @@ class Row:
         )  # fmt: skip
 
 
-def row(target: str, index: int) -> Row:
+def compiled(target: str, index: int) -> Resources:
     """Compiles one of the kernels that are asked for."""
+    kernel, _ = compile_call(asked(target)[index].call, target)
+    return resources(kernel)
+
+
+def row(target: str, index: int, used: Resources) -> Row:
+    """Says what one of the kernels that are asked for takes, beside what its plan allows it."""
     one = asked(target)[index]
     plan, layer = one.plan, one.layer
-    compiled, _ = compile_call(one.call, target)
-    used = resources(compiled)
     return Row(
         target, one.call.launch.kernel, one.pass_,
         _by(layer.shape), layer.dtype, layer.memory_format, layer.stacking, str(layer.fused),
@@ -248,6 +258,7 @@ def row(target: str, index: int) -> Row:
         used.registers, plan.registers, used.shared, plan.shared,
         replace(plan, registers=used.registers, shared=used.shared).resident_programs, plan.resident_programs,
         used.spills, " ".join(map(str, used.loads)), " ".join(map(str, used.stores)), COMPILER,
+        fingerprint(one.call, target),
     )  # fmt: skip
 
 
@@ -255,15 +266,31 @@ def _by(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
 
 
-def rows(chosen: Sequence[tuple[str, int]], workers: int = 2, notify: Callable[[Row], None] | None = None) -> list[Row]:
-    """Compiles several, in processes of their own."""
-    made = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for one in pool.map(row, *zip(*chosen, strict=True), chunksize=4):
-            made.append(one)
-            if notify:
-                notify(one)
-    return made
+def rows(
+    chosen: Sequence[tuple[str, int]],
+    known: Mapping[str, Resources],
+    workers: int = 2,
+    notify: Callable[[int], None] = lambda _: None,
+) -> list[Row]:
+    """Makes rows of the table.
+
+    Args:
+        chosen: target and index of each kernel.
+        known: what kernels take, by their fingerprint. All others are compiled, in processes of their own.
+        workers: how many processes.
+        notify: is told how many kernels there are still to compile.
+    """
+    prints = [fingerprint(asked(target)[index].call, target) for target, index in chosen]
+    missing = {one: where for one, where in zip(prints, chosen, strict=True) if one not in known}
+    found = dict(known)
+    if missing:
+        notify(len(missing))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            made = pool.map(compiled, *zip(*missing.values(), strict=True), chunksize=4)
+            for left, (one, used) in zip(reversed(range(len(missing))), zip(missing, made, strict=True), strict=True):
+                found[one] = used
+                notify(left)
+    return [row(*where, found[one]) for one, where in zip(prints, chosen, strict=True)]
 
 
 def everything() -> list[tuple[str, int]]:
@@ -277,6 +304,11 @@ def write(path: Path, table: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, [field.name.rstrip("_") for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name.rstrip("_"): value for name, value in asdict(one).items()} for one in table)
+
+
+def by_fingerprint(table: Sequence[Row]) -> dict[str, Resources]:
+    """Gives what kernels take, by their fingerprint."""
+    return {one.fingerprint: one.used for one in table}
 
 
 def read(path: Path = TABLE) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 import subprocess
@@ -23,6 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 from tsbn_kernels.backends.triton import tiles
 from tsbn_kernels.backends.triton.launch import Launch
 
+COMPILER = f"Triton {triton.__version__}"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -77,6 +79,14 @@ def specialize(call: Call, target: str) -> Specialization:
     key = call.launch.kernel, str(_options(call, target)), str(kinds), target
     parsed, signature, constants, attributes = function._pack_args(backend, options, bound, kinds, options)
     return Specialization(bound, signature, constants, attributes, parsed, key)
+
+
+def fingerprint(call: Call, target: str) -> str:
+    """Tells what a call is compiled to: by source, with all that it calls, specialisation, options and compiler."""
+    made = specialize(call, target)
+    source = ASTSource(call.launch.function, made.signature, made.constants, made.attributes)
+    options = {name: value for name, value in made.options.__dict__.items() if name != "extern_libs"}  # paths
+    return hashlib.sha256(f"{COMPILER} {target} {source.hash()} {sorted(options.items())}".encode()).hexdigest()[:16]
 
 
 def _options(call: Call, target: str) -> dict[str, int]:

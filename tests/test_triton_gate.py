@@ -1,6 +1,7 @@
 """The compile gate: the kernels of known networks' layers for every kind of GPU, held to what the plans promise.
 
-The figures are those of benchmarks/compiled_kernels.csv: ``python -m benchmarks compiled-kernels`` writes it.
+The figures are those of benchmarks/compiled_kernels.csv: ``python -m benchmarks compiled-kernels`` writes it. Compiled
+here is what has changed since, by its fingerprint, and one kernel of each name and GPU; ``make gate`` compiles all.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from itertools import product
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import cli, compiled_kernels
-from benchmarks.compiled_kernels import COMPILER, PLAIN, RELU, TABLE, TARGETS, Layer, Row
-from benchmarks.offline import specialize
+from benchmarks import cli, compiled_kernels, offline
+from benchmarks.compiled_kernels import PLAIN, RELU, TABLE, TARGETS, Layer, Row, asked
+from benchmarks.offline import COMPILER, fingerprint, specialize
 from tsbn_kernels.plan import DEVICES
 
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -29,7 +30,11 @@ def values(row: Row) -> int:
 
 @pytest.fixture(scope="module")
 def measured() -> list[Row]:
-    return compiled_kernels.rows(compiled_kernels.everything())
+    chosen, table = compiled_kernels.everything(), compiled_kernels.read()
+    names = {(target, asked(target)[index].call.launch.kernel): (target, index) for target, index in chosen}
+    anew = {fingerprint(asked(target)[index].call, target) for target, index in names.values()}
+    known = {one: used for one, used in compiled_kernels.by_fingerprint(table).items() if one not in anew}
+    return compiled_kernels.rows(chosen, known)
 
 
 def test_the_table_is_true(measured):
@@ -85,10 +90,25 @@ def test_what_no_epilogue_ends_is_compiled_once():
         layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "channels_last", "task_major", fused)
         calls = layer.calls(layer.plan("forward", DEVICES["H100"]))
         assert [call.launch.kernel for call in calls] == ["forward_partial", "forward_apply"]
-        keys.append([specialize(call, "sm_90").key for call in calls])
+        keys.append([(specialize(call, "sm_90").key, fingerprint(call, "sm_90")) for call in calls])
     (plain, other), (same, relu) = keys
     assert plain == same
-    assert other != relu
+    assert other[0] != relu[0]
+    assert other[1] != relu[1]
+
+
+def test_what_changed_is_compiled_again(monkeypatch):
+    """A row whose fingerprint is of another source, target or compiler does not speak for the kernel."""
+    layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", PLAIN)
+    (call, *_) = layer.calls(layer.plan("backward", DEVICES["H100"]))
+    prints = [fingerprint(call, target) for target in ("sm_90", "sm_90", "sm_100")]
+    monkeypatch.setattr(offline, "COMPILER", "another")
+    prints.append(fingerprint(call, "sm_90"))
+    monkeypatch.undo()
+    monkeypatch.setattr(call.launch.function, "hash", "of another source")
+    prints.append(fingerprint(call, "sm_90"))
+    assert prints[0] == prints[1]
+    assert len(set(prints[1:])) == 4
 
 
 def test_the_command_writes_the_table(monkeypatch, tmp_path):
