@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from descendants import end_with_this_process
 from hypothesis import settings
 from support import BACKENDS, instruction_sets, on_backend
 
@@ -21,6 +22,11 @@ settings.load_profile("tests")
 
 M_PERTURB = -6
 COMPILES_FOR_MINUTES = ("test_triton_gate.py", "test_wheel.py")
+
+
+def pytest_configure() -> None:
+    """Lets no rank, worker or command that a test has started outlive the tests."""
+    end_with_this_process()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
