@@ -35,10 +35,13 @@ void* current_stream(int32_t) { return nullptr; }
 #else
 using Guard = torch::stable::accelerator::DeviceGuard;
 
-// Looked up when a launch needs it: this library also loads beside a PyTorch without CUDA.
+// Looked up when a launch needs it: this library also loads beside a PyTorch without CUDA. Python loads libtorch_cuda.so
+// for torch alone, so no search among what everybody sees finds its symbols.
 void* current_stream(int32_t device) {
   using Get = AOTITorchError (*)(int32_t, void**);
-  static const auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  static const auto get =
+      library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   STD_TORCH_CHECK(get != nullptr, "tsbn: this PyTorch has no CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
