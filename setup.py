@@ -1,11 +1,13 @@
 """Builds ``tsbn_kernels/_native.so`` and ``tsbn_kernels/_cuda.so`` from csrc/ through PyTorch's stable ABI.
 
 The libraries have no Python symbols and use only the stable ABI of PyTorch 2.10: one binary serves every Python and
-every later PyTorch. What cannot be built (no compiler, no PyTorch, no nvcc) is left out, and a line says so.
+every later PyTorch. A library whose tools are missing (no PyTorch, no compiler, no nvcc) is left out, and a line says
+so. One whose tools are there and that does not compile is an error, on Linux: as pip shows no warnings, nobody would
+know why the slow reference runs. ``TSBN_BUILD_CPU=0`` and ``TSBN_BUILD_CUDA=0`` leave a library out.
 
 The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU.
-``TORCH_CUDA_ARCH_LIST`` chooses its architectures, ``TSBN_BUILD_CUDA=0`` leaves it out. ``TSBN_SANITIZE``
-(``address`` or ``thread``) instruments the CPU library, for tests/sanitize.py.
+``TORCH_CUDA_ARCH_LIST`` chooses its architectures. ``TSBN_SANITIZE`` (``address`` or ``thread``) instruments the CPU
+library, for tests/sanitize.py.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ SANITIZERS: dict[str | None, list[str]] = {
     ],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }  # fmt: skip
-ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"  # the last also as PTX, for what comes later
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
 def files(*patterns: str) -> list[str]:
@@ -51,15 +53,31 @@ def extensions() -> list[Extension]:
         print(f"tsbn-kernels: built without native kernels, the reference is used instead: {error}", file=sys.stderr)
         return []
     torch_root = Path(torch.__file__).parent
-    found = [library("_native", torch_root, files("*.cpp", "cpu/*.cpp"), files("cpu/*.h"))]
-    nvcc, reason = find_nvcc(torch.version.cuda)
-    if nvcc is None:
+    found = []
+    nvcc, no_nvcc = find_nvcc(torch.version.cuda)
+    if reason := left_out("CPU") or no_compiler():
+        print(f"tsbn-kernels: built without native kernels: {reason}", file=sys.stderr)
+    else:
+        found.append(library("_native", torch_root, files("*.cpp", "cpu/*.cpp"), files("*.h", "cpu/*.h")))
+    if reason := left_out("CUDA") or no_compiler() or no_nvcc:
         print(f"tsbn-kernels: built without CUDA C++ kernels: {reason}", file=sys.stderr)
     else:
-        cuda = library("_cuda", torch_root, files("cuda/*.cpp"), files("cuda/*"))
+        cuda = library("_cuda", torch_root, files("cuda/*.cpp"), files("*.h", "cuda/*"))
         cuda.nvcc = nvcc
         found.append(cuda)
     return found
+
+
+def left_out(name: str) -> str:
+    """Why a library is not wanted, or nothing."""
+    variable = f"TSBN_BUILD_{name}"
+    return f"{variable} is 0" if os.environ.get(variable) == "0" else ""
+
+
+def no_compiler() -> str:
+    """Why there is no C++ compiler, or nothing."""
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    return "" if shutil.which(command.split()[0]) else f"no C++ compiler ({command})"
 
 
 def library(name: str, torch_root: Path, sources: list[str], headers: list[str]) -> Extension:
@@ -82,14 +100,12 @@ def library(name: str, torch_root: Path, sources: list[str], headers: list[str])
         extra_link_args=["-s"] if sanitizer is None else instrumented,
         language="c++",
     )  # fmt: skip
-    extension.optional = True  # a failed build is a warning
+    extension.optional = sys.platform != "linux"  # elsewhere nobody has built it: a failure is a warning
     return extension
 
 
 def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     """nvcc, or why there is none for this PyTorch."""
-    if os.environ.get("TSBN_BUILD_CUDA") == "0":
-        return None, "TSBN_BUILD_CUDA is 0"
     if torch_cuda is None:
         return None, "this PyTorch has no CUDA"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -103,6 +119,12 @@ def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     if version is None or version[1] != torch_cuda.split(".")[0]:
         return None, f"{nvcc} is of CUDA {version[1] if version else '?'}, PyTorch of {torch_cuda}"
     return nvcc, ""
+
+
+def default_architectures(nvcc: str) -> str:
+    """Those of ours that this nvcc knows, the last also as PTX, for what comes later."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(number for number in ARCHITECTURES if f"compute_{number.replace('.', '')}" in known) + "+PTX"
 
 
 def gencode(architectures: str) -> list[str]:
@@ -138,6 +160,10 @@ class BuildNative(build_ext):
             if hasattr(ext, "nvcc"):
                 self.compile_kernels(ext)
             super().build_extension(ext)
+        except Exception:
+            variable = "TSBN_BUILD_CUDA" if hasattr(ext, "nvcc") else "TSBN_BUILD_CPU"
+            print(f"tsbn-kernels: {ext.name} does not build, see above; {variable}=0 leaves it out", file=sys.stderr)
+            raise
         finally:
             self.compiler.compile = compile_one
 
@@ -147,7 +173,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [
             ext.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(cpu_count()),
-            *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES),
+            *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(ext.nvcc)),
             "-c", "csrc/cuda/kernels.cu", "-o", str(target),
         ]  # fmt: skip
         try:

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "checked.h"
 #include "pool.h"
 
 namespace tsbn::cpu {
@@ -40,11 +41,11 @@ Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& s
           from_blob()(data, ndim, sizes.data(), strides.data(), 0, code, cpu, -1, &handle,
                       aoti_torch_layout_strided(), nullptr, 0, release, reinterpret_cast<void*>(bytes));
       if (error != AOTI_TORCH_SUCCESS) pool.release(data, bytes);
-      STABLE_TORCH_ERROR_CODE_CHECK(error);
+      TSBN_CHECKED(error);
       return Tensor(handle);
     }
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), code, cpu, -1, &handle));
+  TSBN_CHECKED(aoti_torch_empty_strided(ndim, sizes.data(), strides.data(), code, cpu, -1, &handle));
   return Tensor(handle);
 }
 

@@ -10,6 +10,8 @@
 #include <optional>
 #include <vector>
 
+#include "checked.h"
+
 namespace tsbn::cuda {
 namespace {
 
@@ -44,7 +46,7 @@ void* current_stream(int32_t device) {
       library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   STD_TORCH_CHECK(get != nullptr, "tsbn: this PyTorch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TSBN_CHECKED(get(device, &stream));
   return stream;
 }
 #endif
