@@ -205,12 +205,6 @@ def test_averaged_models(use_buffers: bool) -> None:
     assert averaged.module[0].num_batches_tracked.tolist() == [1] * T
 
 
-def test_a_sync_conversion_refuses_loudly() -> None:
-    """PyTorch's own conversion would put one plain layer in the place of T."""
-    with pytest.raises(AttributeError, match="affine"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(FusedTSigmaBN2d(T, C)))
-
-
 def test_a_converted_model_is_not_converted_again() -> None:
     network = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C))
     converted = convert_model(network, T)

@@ -10,6 +10,9 @@ from tsbn_kernels.multitask import MultiTaskModel
 from tsbn_kernels.optim import parameter_groups
 from tsbn_kernels.recompute import recompute_outputs
 from tsbn_kernels.sharding import shard_tasks
+from tsbn_kernels.tools import extend_sync_conversion
+
+extend_sync_conversion()
 
 __version__ = "0.1.0"
 

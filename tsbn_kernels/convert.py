@@ -39,16 +39,14 @@ class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
         """As :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
-        y: Tensor = super().forward(x, residual, **options)
+        y: Tensor = super().forward(input, residual, **options)
         return y if self.activation is not None else self.act(self.drop(y))
 
-    def streams(self, x: Tensor, residual: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    def streams(self, input: Tensor, residual: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
         """As :meth:`FusedTSigmaBN.streams`, followed by ``drop`` and ``act``."""
-        streams = super().streams(x, residual, **options)
+        streams = super().streams(input, residual, **options)
         return streams if self.activation is not None else tuple(self.act(self.drop(y)) for y in streams)
 
     def task(self, index: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -149,6 +150,22 @@ class FusedTSigmaBN(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     @property
+    def affine(self) -> bool:  # type: ignore[override]
+        """True: the layer has a weight, as ``nn.BatchNorm`` says it.
+
+        Raises:
+            TypeError: a ``convert_sync_batchnorm`` asks, which would put one plain layer in the place of T. PyTorch's
+                own knows better (:mod:`tsbn_kernels.tools`); timm has one of its own.
+        """
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise TypeError(
+                f"{type(self).__name__} has the statistics of {self.num_tasks} tasks, and cannot become one plain "
+                f"SyncBatchNorm; call torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) or, for task-specific "
+                f"layers alone, tsbn_kernels.convert_sync_batchnorm(model)"
+            )
+        return True
+
+    @property
     def process_group(self) -> synchronized.GroupLike:
         """What the statistics are synchronised over: a process group, ``"world"`` or None."""
         group = self._process_group
@@ -214,7 +231,7 @@ class FusedTSigmaBN(_BatchNorm):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         tasks: Sequence[int] | Tensor | None = None,
@@ -223,18 +240,18 @@ class FusedTSigmaBN(_BatchNorm):
         """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
 
         Args:
-            x: the streams of the tasks; with ``fan_out`` one input ``[N, C, *]`` for all of them.
+            input: the streams of the tasks; with ``fan_out`` one input ``[N, C, *]`` for all of them.
             residual: added before the activation, in the shape of the result.
             tasks: indices (a sequence, or int64 ``[K]``; each once) of the tasks whose K streams there are; the
                 statistics and gates of the others are left alone. None stands for all T in their order.
             fan_out: overrides the module's own for this call.
         """
-        y: Tensor = self._call(task_batch_norm, x, residual, tasks, fan_out)
+        y: Tensor = self._call(task_batch_norm, input, residual, tasks, fan_out)
         return y
 
     def streams(
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         tasks: Sequence[int] | Tensor | None = None,
@@ -244,7 +261,7 @@ class FusedTSigmaBN(_BatchNorm):
 
         A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
         """
-        streams: tuple[Tensor, ...] = self._call(task_streams, x, residual, tasks, fan_out)
+        streams: tuple[Tensor, ...] = self._call(task_streams, input, residual, tasks, fan_out)
         return streams
 
     def _call(
@@ -256,7 +273,7 @@ class FusedTSigmaBN(_BatchNorm):
         fan_out: bool | None,
     ) -> Any:
         fan_out = self.fan_out if fan_out is None else fan_out
-        checks.check_tensor("x", x)
+        checks.check_tensor("input", x)
         checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)
         if isinstance(tasks, Tensor):
