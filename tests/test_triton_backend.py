@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -130,52 +128,6 @@ def test_too_many_programs() -> None:
     huge = plan(Work(1 << 20, 1, 1 << 12, 1, 4, "rows"), DEVICES["H100"])
     with pytest.raises(ValueError, match=r"4294967296 programs are too many for one launch; the most are 2\^31 - 1"):
         Forward(huge, torch.empty(1, 1, 1), 1, "task_major", 1e-5, "sigmoid")
-
-
-# ---- the fallback ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., Any]]:
-    """Lets the Triton operators do something else, and forgets what became of them."""
-    monkeypatch.setattr(backend, "_proved", False)
-    monkeypatch.setattr(backend, "_broken", "")
-
-    def install(function: Callable[..., Any]) -> Callable[..., Any]:
-        monkeypatch.setattr(backend, "operator", lambda name: function)
-        return backend.operator_or("forward_eval", lambda *arguments: ("reference", *arguments))
-
-    return install
-
-
-def failing(error: Exception) -> Callable[..., Any]:
-    def function(*arguments: Any) -> Any:
-        raise error
-
-    return function
-
-
-def test_the_first_failure_warns_once_and_the_reference_serves(operator: Callable[..., Callable[..., Any]]) -> None:
-    call = operator(failing(RuntimeError("no compiler\nwas found")))
-    with pytest.warns(UserWarning, match="runs without Triton, more slowly: RuntimeError: no compiler$"):
-        assert call(1, 2) == ("reference", 1, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert call(3) == ("reference", 3)
-    assert backend.detail() == "Triton failed: RuntimeError: no compiler"
-
-
-def test_a_later_failure_is_an_error(operator: Callable[..., Callable[..., Any]]) -> None:
-    assert operator(lambda *arguments: "triton")() == "triton"
-    with pytest.raises(RuntimeError, match="illegal address"):
-        operator(failing(RuntimeError("illegal address")))()
-    assert "failed" not in backend.detail()
-
-
-def test_no_memory_is_no_reason_to_do_without_triton(operator: Callable[..., Callable[..., Any]]) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        operator(failing(torch.OutOfMemoryError("80 GiB")))()
-    assert operator(lambda *arguments: "triton")() == "triton"
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------

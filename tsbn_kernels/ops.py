@@ -10,7 +10,7 @@ statistics are float64 for float64 input, else float32; moments are float64. ``a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tsbn_kernels import backends, layout, reference
 from tsbn_kernels.backends import cpu, cuda, triton
+from tsbn_kernels.backends.fallback import guarded
 from tsbn_kernels.reference import accumulate_dtype
 
 library = torch.library.Library("tsbn", "DEF")
@@ -55,17 +56,19 @@ library.define(
 )
 
 # The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
-# first, CUDA C++ where Triton is missing or broken.
+# first, then CUDA C++, then the reference: see fallback.py.
 _NAMES = ("forward_training", "forward_eval", "backward", "moments", "input_gradient")
 cuda.load()
 for _name in _NAMES:
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     for _key in triton.DISPATCH_KEYS:
-        _otherwise = cuda if cuda.available and _key == cuda.DISPATCH_KEY else reference
+        _chain = _last = getattr(reference, _name)
+        if cuda.available and _key == cuda.DISPATCH_KEY:
+            _chain = guarded(cuda.health, _name, partial(getattr, cuda), _chain)
         if triton.available:
-            library.impl(_name, triton.operator_or(_name, getattr(_otherwise, _name)), _key)
-        elif _otherwise is cuda:
-            library.impl(_name, getattr(cuda, _name), _key)
+            _chain = guarded(triton.health, _name, triton.operator, _chain)
+        if _chain is not _last:
+            library.impl(_name, _chain, _key)
 cpu.load()
 backends.force_from_environment()
 

@@ -20,6 +20,7 @@ from tsbn_kernels.backends import cuda
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="no nvcc or no g++")
 
 STUB = r"""
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 #include "launch.h"
@@ -28,7 +29,11 @@ struct Note { tsbn::cuda::Launch launch; tsbn::cuda::Params params; };
 std::vector<Note> notes;
 }
 namespace tsbn::cuda {
-const char* launch(const Launch& l, const Params& p, void*) { notes.push_back({l, p}); return nullptr; }
+const char* launch(const Launch& l, const Params& p, void*) {
+  if (const char* error = std::getenv("STUB_ERROR")) return error;
+  notes.push_back({l, p});
+  return nullptr;
+}
 bool fits(const Launch& l) { return l.cluster <= 8; }
 }
 extern "C" __attribute__((visibility("default"))) int take_note(void* to) {
@@ -216,18 +221,17 @@ print(b.select("cuda"), torch._C._dispatch_has_kernel_for_dispatch_key("tsbn::fo
     assert python_output(program).split() == ["cuda", "True"]
 
 
-@needs_nvcc
-def test_takes_over_where_triton_breaks(package: Path) -> None:
-    """Triton cannot launch here, so its first call fails: CUDA C++ makes the launch, and one warning says so."""
-    program = """
+CHAIN = """
 import ctypes, warnings, torch
-from tsbn_kernels.backends import cuda, triton
+from tsbn_kernels import reference
+from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.fallback import Health, guarded
 from tsbn_kernels.plan import DEVICES
 cuda._device = lambda _: DEVICES["H100"]
-call = triton.operator_or("forward_training", cuda.forward_training)
 def broken(name):
     raise OSError("no compiler")
-triton.operator = broken
+call = guarded(cuda.health, "forward_training", lambda name: getattr(cuda, name), reference.forward_training)
+call = guarded(Health("Triton"), "forward_training", broken, call)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
@@ -235,9 +239,29 @@ with warnings.catch_warnings(record=True) as caught:
 notes, raw, count = ctypes.CDLL(str(cuda._LIBRARY)), ctypes.create_string_buffer(1 << 12), 0
 while notes.take_note(raw):
     count += 1
-print(count, len(caught), "no compiler" in str(caught[0].message))
+print(count, *(str(warning.message) for warning in caught), cuda.health.broken, cuda.health.failures, sep="\\n")
 """
-    assert python_output(program, path=package).split() == ["2", "1", "True"]
+
+
+@needs_nvcc
+def test_takes_over_where_triton_breaks(package: Path) -> None:
+    """Triton's first call fails: CUDA C++ makes the launch, and one warning says so."""
+    count, *heard, broken, failures = python_output(CHAIN, path=package).split("\n")[:-1]
+    assert (count, broken, failures) == ("2", "", "{}")
+    assert heard == ["tsbn-kernels runs without Triton, more slowly: OSError: no compiler"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("error", ["too many resources requested for launch", "no kernel image is available"])
+def test_the_reference_takes_over_where_both_break(package: Path, error: str) -> None:
+    """A kernel that is not launched is given up alone; a library that was not built for this GPU as a whole."""
+    count, first, second, broken, failures = python_output(CHAIN, path=package, STUB_ERROR=error).split("\n")[:-1]
+    assert count == "0"
+    missing = "CUDA C++" if "image" in error else "the kernel forward of CUDA C++"
+    assert first.startswith(f"tsbn-kernels runs without {missing}, more slowly: RuntimeError: ")
+    assert first.endswith(f"tsbn: the CUDA kernel was not launched: {error}")
+    assert second.startswith("tsbn-kernels runs without Triton")
+    assert (bool(broken), failures == "{}") == (("image" in error),) * 2
 
 
 def test_without_the_library(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class Backend:
 def backends() -> tuple[Backend, ...]:
     """All backends, the preferred ones first."""
     return (
-        Backend("triton", triton.device_types, triton.available, triton.detail()),
-        Backend("cuda", ("cuda",), cuda.available, cuda.detail()),
+        Backend("triton", triton.device_types, triton.available and not triton.health.broken, triton.detail()),
+        Backend("cuda", ("cuda",), cuda.available and not cuda.health.broken, cuda.detail()),
         Backend("cpu", ("cpu",), cpu.available, cpu.detail()),
         Backend("reference", (), True, "eager PyTorch, any device"),
     )
@@ -52,6 +52,11 @@ def force_from_environment() -> None:
     """Obeys ``TSBN_BACKEND``; to be called once the backends are loaded, for only then is it known which are usable."""
     global _override
     _override = _available(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
+
+
+def is_forced() -> bool:
+    """Whether ``TSBN_BACKEND`` or :func:`use_backend` chose a backend."""
+    return _override is not None
 
 
 def override(device_type: str) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, reference
+from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan import devices
 from tsbn_kernels.reference import accumulate_dtype
@@ -21,6 +22,7 @@ DISPATCH_KEY = "CUDA"
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 
 available = False
+health = Health("CUDA C++")
 _problem = ""
 
 
@@ -43,6 +45,8 @@ def detail() -> str:
     """One line: what it is, or what is missing."""
     if not available:
         return _problem
+    if health.broken:
+        return f"CUDA C++ failed: {health.broken}"
     return "CUDA C++" if torch.cuda.is_available() else "CUDA C++, no GPU here"
 
 
@@ -195,7 +199,14 @@ def _run(call: _Call, tensors: _Tensors) -> None:
     prepared = _prepare(call, x.dtype, tuple(_place(tensor) for tensor in tensors[:5]), vectors, x.device)
     buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in prepared.buffers]
     for kernel, numbers in prepared.launches:
-        torch.ops.tsbn._cuda_launch(kernel, numbers, call.eps, call.slope, *tensors, *buffers)
+        try:
+            torch.ops.tsbn._cuda_launch(kernel, numbers, call.eps, call.slope, *tensors, *buffers)
+        except RuntimeError as error:
+            if is_fatal(error):
+                raise
+            own = "was not launched" in str(error) and "no kernel image" not in str(error)
+            raise KernelError(rules.PASSES[kernel[2]], summary(error), own) from error
+    health.proved = True
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------

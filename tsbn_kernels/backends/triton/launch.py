@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from triton.errors import TritonError
+
+from tsbn_kernels.backends import triton as backend
+from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
 from tsbn_kernels.backends.triton import backward, fan_out, forward
 
 
@@ -15,11 +19,12 @@ class Launch:
     shape, dtype, device and alignment, so it keeps the compiled kernel and only hands it the arguments.
     """
 
-    __slots__ = ("_run", "constants", "kernel", "options", "programs")
+    __slots__ = ("_failure", "_run", "constants", "kernel", "options", "programs")
 
     def __init__(self, kernel: str, programs: int, options: dict[str, int], *constants: Any) -> None:
         self.kernel, self.programs, self.options, self.constants = kernel, programs, options, constants
         self._run: Callable[..., Any] | None = None
+        self._failure: tuple[str, str, bool] | None = None
 
     @property
     def function(self) -> Any:
@@ -28,11 +33,29 @@ class Launch:
         return getattr(modules[self.kernel.partition("_")[0]], self.kernel)
 
     def __call__(self, *arguments: Any) -> None:
-        """Launches on the current device and stream."""
+        """Launches on the current device and stream.
+
+        Raises:
+            KernelError: the kernel does not compile or launch; it is not tried again.
+        """
         if self._run is not None:
             self._run(*arguments, *self.constants)
             return
+        if self._failure is not None:
+            raise KernelError(*self._failure)
         grid = (self.programs, 1, 1)
-        compiled = self.function[grid](*arguments, *self.constants, **self.options)
+        try:
+            compiled = self.function[grid](*arguments, *self.constants, **self.options)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self._failure = self.kernel, summary(error), _is_of_kernel(error)
+            raise KernelError(*self._failure) from error
+        backend.health.proved = True
         if compiled is not None:  # the interpreter compiles nothing
             self._run = compiled[grid]
+
+
+def _is_of_kernel(error: Exception) -> bool:
+    """Whether an error is the kernel's, and not that of a missing compiler or driver."""
+    return isinstance(error, TritonError) or str(error).startswith(("Triton Error [", "PassManager::run"))
