@@ -179,18 +179,24 @@ class BuildNative(build_ext):
         try:
             self.spawn(command)
             ext.extra_objects = [str(target), *self.static_runtime(ext.nvcc)]
+            for folder in self.toolkit(ext.nvcc, "-I", "include"):
+                ext.extra_compile_args += ["-isystem", folder]
         except Exception as error:
             raise CompileError(str(error)) from error
 
     def static_runtime(self, nvcc: str) -> list[str]:
         """libcudart_static.a of the toolkit that nvcc belongs to, and what it needs."""
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
-        folders = [*re.findall(r'-L"?([^"\s]+)', dry.stderr), str(Path(nvcc).resolve().parents[1] / "lib")]
+        folders = self.toolkit(nvcc, "-L", "lib")
         for folder in folders:
             runtime = Path(folder) / "libcudart_static.a"
             if runtime.exists():
                 return [str(runtime), "-ldl", "-lrt", "-lpthread"]
         raise CompileError(f"no libcudart_static.a in {', '.join(folders)}")
+
+    def toolkit(self, nvcc: str, flag: str, otherwise: str) -> list[str]:
+        """The folders that nvcc gives to the host's compiler with a flag; the last is where one would look."""
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+        return [*re.findall(flag + r'"?([^"\s]+)', dry.stderr), str(Path(nvcc).resolve().parents[1] / otherwise)]
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -169,7 +169,7 @@ def without_launches(monkeypatch) -> None:
     h100 = DEVICES["H100"]
     native = ops.operators("cpu")
     monkeypatch.setattr(cuda, "_device", lambda _: h100)
-    for name, does in (("_cuda_launch", lambda *_: None), ("_cuda_cluster_fits", lambda *_: True)):
+    for name, does in (("_cuda_launch", lambda *_: None), ("_cuda_active_clusters", lambda *_: 8)):
         monkeypatch.setattr(torch.ops.tsbn, name, does, raising=False)
 
     def planned(by: Any) -> ops.Operators:

@@ -37,7 +37,8 @@ def planned(setting: Setting) -> dict[Spec, set[str]]:
 
         return kinds.smallest(partial(kinds.triton_kinds, device=ops._device(_index(setting.device))))
     if setting.backend == "cuda":
-        return kinds.smallest(partial(kinds.cuda_kinds, device=cuda._device(_index(setting.device))))
+        index = _index(setting.device)
+        return kinds.smallest(partial(kinds.cuda_kinds, device=cuda._device(index), clusters=cuda._clusters(index)))
     return kinds.smallest(kinds.layout_kinds)
 
 

@@ -109,10 +109,12 @@ def triton_kinds(spec: Spec, device: Device) -> set[str]:
     return {triton_kind(work, triton_rules.plan(work, device).variant) for work in spec.works()}
 
 
-def cuda_kinds(spec: Spec, device: Device) -> set[str]:
-    """Those of both passes of a call."""
+def cuda_kinds(
+    spec: Spec, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper
+) -> set[str]:  # fmt: skip
+    """Those of both passes of a call, where so many clusters run at a time."""
     problems = [cuda_rules.dense(work) for work in spec.works()]
-    return {cuda_kind(problem, cuda_rules.choose(problem, device)) for problem in problems}
+    return {cuda_kind(problem, cuda_rules.choose(problem, device, clusters)) for problem in problems}
 
 
 def layout_kinds(spec: Spec) -> set[str]:

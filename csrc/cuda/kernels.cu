@@ -30,8 +30,6 @@ TSBN_KERNELS(bf16, __nv_bfloat16)
 
 // The host's side is left out where only PTX is wanted.
 #ifndef TSBN_DEVICE_ONLY
-#include <atomic>
-
 #include "launch.h"
 
 namespace tsbn::cuda {
@@ -44,72 +42,12 @@ namespace {
 
 using Kernel = void (*)(const Params);
 // [DType][rows, columns, scalar][Pass]
-constexpr Kernel kernels[4][3][kPasses] = {TSBN_ACCESSES(f32), TSBN_ACCESSES(f64), TSBN_ACCESSES(f16),
-                                           TSBN_ACCESSES(bf16)};
-
-// Once for each kernel and device: as much shared memory as there is, and clusters of 16. The same for every launch, so
-// that threads that launch at once do not undo each other's setting.
-cudaError_t prepare(const void* kernel, std::atomic<uint64_t>& prepared) {
-  int device = 0, shared = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const uint64_t bit = uint64_t(1) << (device % 64);
-  if (error != cudaSuccess || (device < 64 && (prepared.load() & bit))) return error;
-  error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) {
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
-  if (error == cudaSuccess && major >= 9) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) prepared.fetch_or(bit);
-  return error;
-}
-
-struct Configuration : cudaLaunchConfig_t {
-  const void* kernel;
-  cudaLaunchAttribute attribute{};
-  cudaError_t error;
-
-  Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{} {
-    static std::atomic<uint64_t> prepared[4][3][kPasses];
-    kernel = reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.pass]);
-    gridDim = dim3(unsigned(l.blocks));
-    blockDim = dim3(unsigned(l.threads));
-    dynamicSmemBytes = size_t(l.shared);
-    stream = static_cast<cudaStream_t>(stream_handle);
-    error = prepare(kernel, prepared[l.dtype][l.access][l.pass]);
-    if (l.cluster == 1) return;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
-    attrs = &attribute;
-    numAttrs = 1;
-  }
-};
+constexpr Kernel kernels[kDTypes][kAccesses][kPasses] = {TSBN_ACCESSES(f32), TSBN_ACCESSES(f64), TSBN_ACCESSES(f16),
+                                                         TSBN_ACCESSES(bf16)};
 
 }  // namespace
 
-const char* launch(const Launch& l, const Params& params, void* stream) {
-  Configuration configuration(l, stream);
-  void* arguments[] = {const_cast<Params*>(&params)};
-  if (configuration.error == cudaSuccess) {
-    configuration.error = cudaLaunchKernelExC(&configuration, configuration.kernel, arguments);
-  }
-  if (configuration.error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // ours to report, not the next caller's to find
-  return cudaGetErrorString(configuration.error);
-}
-
-bool fits(const Launch& l) {
-  Configuration configuration(l, nullptr);
-  int clusters = 0;
-  const bool known = configuration.error == cudaSuccess &&
-                     cudaOccupancyMaxActiveClusters(&clusters, configuration.kernel, &configuration) == cudaSuccess;
-  cudaGetLastError();
-  return known && clusters > 0;
-}
+const void* kernel_of(const Launch& l) { return reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.pass]); }
 
 }  // namespace tsbn::cuda
 #endif

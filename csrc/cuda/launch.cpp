@@ -65,9 +65,9 @@ void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> num
   STD_TORCH_CHECK(error == nullptr, "tsbn: the CUDA kernel was not launched: ", error);
 }
 
-bool cluster_fits(std::vector<int64_t> launch_numbers, int64_t device) {
+int64_t clusters_at_a_time(std::vector<int64_t> launch_numbers, int64_t device) {
   const Guard guard{int32_t(device)};
-  return fits(filled<Launch>(launch_numbers));
+  return active_clusters(filled<Launch>(launch_numbers));
 }
 
 }  // namespace
@@ -78,10 +78,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
       "_cuda_launch(int[] launch, int[] numbers, float eps, float slope, Tensor x, Tensor? dy, Tensor? residual,"
       " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var,"
       " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged) -> ()");
-  m.def("_cuda_cluster_fits(int[] launch, int device) -> bool");
+  m.def("_cuda_active_clusters(int[] launch, int device) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CompositeExplicitAutograd, m) {
   m.impl("_cuda_launch", TORCH_BOX(&tsbn::cuda::launch_kernel));
-  m.impl("_cuda_cluster_fits", TORCH_BOX(&tsbn::cuda::cluster_fits));
+  m.impl("_cuda_active_clusters", TORCH_BOX(&tsbn::cuda::clusters_at_a_time));
 }

@@ -1,10 +1,11 @@
-// Between the operators (launch.cpp, the host's compiler) and the kernels (kernels.cu, nvcc).
+// Between the operators (launch.cpp), the CUDA runtime (runtime.cpp) and the kernels (kernels.cu, which nvcc compiles).
 #pragma once
 #include "params.h"
 
 namespace tsbn::cuda {
 
 enum Pass : int64_t { kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut, kPasses };
+enum : int64_t { kAccesses = 3, kDTypes = 4 };
 
 // In the order in which the plan gives them.
 struct Launch {
@@ -14,7 +15,9 @@ struct Launch {
 
 // The CUDA runtime's message, or nullptr.
 const char* launch(const Launch& launch, const Params& params, void* stream);
-// Whether the current device runs a cluster of this size.
-bool fits(const Launch& launch);
+// Clusters that the current device runs at a time; 0 where it runs none, or does not say.
+int active_clusters(const Launch& launch);
+// Of kernels.cu, in the runtime's terms.
+const void* kernel_of(const Launch& launch);
 
 }  // namespace tsbn::cuda

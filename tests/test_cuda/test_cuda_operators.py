@@ -34,7 +34,7 @@ const char* launch(const Launch& l, const Params& p, void*) {
   notes.push_back({l, p});
   return nullptr;
 }
-bool fits(const Launch& l) { return l.cluster <= 8; }
+int active_clusters(const Launch& l) { return l.cluster <= 8 ? 132 / l.cluster : 0; }
 }
 extern "C" __attribute__((visibility("default"))) int take_note(void* to) {
   if (notes.empty()) return 0;

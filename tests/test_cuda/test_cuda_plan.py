@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 
 import pytest
@@ -80,6 +81,26 @@ def test_few_channels_are_split_where_there_are_no_clusters() -> None:
     work = Work(1, 256, 8, 4096, 2)
     assert rules.choose(rules.dense(work), A100).launches == 2
     assert rules.choose(rules.dense(work), H100).cluster > 1
+
+
+def test_clusters_that_the_driver_tells() -> None:
+    """None are chosen that do not run, and as many are counted on as run at a time."""
+    problem = rules.dense(Work(40, 256, 64, 4096, 2))
+    asked: list[rules.Launch] = []
+
+    def driver(problem: rules.Problem, launch: rules.Launch, device: Device) -> int:
+        asked.append(launch)
+        return rules.clusters_on_paper(problem, launch, device) if launch.cluster <= most else 0
+
+    for most in (16, 8, 4, 2, 1):
+        assert rules.choose.__wrapped__(problem, H100, driver).cluster <= most
+    assert {launch.cluster for launch in asked} == {1, 2, 4, 8, 16}
+    one = max((launch for launch in asked if launch.cluster == 16), key=lambda launch: launch.shared)
+    assert rules.seconds(problem, one, H100, lambda *_: 8) == rules.seconds(problem, one, H100)  # 128 multiprocessors
+    assert rules.seconds(problem, one, H100, lambda *_: 2) > 2 * rules.seconds(problem, one, H100)
+    assert rules.seconds(problem, one, H100, lambda *_: 0) == float("inf")
+    slice_ = dataclasses.replace(H100, multiprocessors=8)
+    assert rules.seconds(problem, one, slice_) == float("inf")
 
 
 def test_no_such_kernel() -> None:

@@ -179,13 +179,20 @@ def _kernel(problem: rules.Problem, launch: rules.Launch) -> list[int]:
     ]
 
 
+@lru_cache(maxsize=64)
+def _clusters(device: torch.device) -> rules.Clusters:
+    """How many clusters of a launch run at a time: a driver knows which multiprocessors they would strand."""
+
+    def clusters(problem: rules.Problem, launch: rules.Launch, described: devices.Device) -> int:
+        if launch.cluster == 1:
+            return rules.clusters_on_paper(problem, launch, described)
+        return int(torch.ops.tsbn._cuda_active_clusters(_kernel(problem, launch), device.index or 0))
+
+    return clusters
+
+
 def _choose(problem: rules.Problem, device: torch.device) -> rules.Launch:
-    """The plan's choice, with smaller clusters where this GPU does not run them (partitioned GPUs may not)."""
-    for most in (*reversed(rules.CLUSTERS), 1):
-        launch = rules.choose(problem, _device(device), most)
-        if launch.cluster == 1 or torch.ops.tsbn._cuda_cluster_fits(_kernel(problem, launch), device.index or 0):
-            return launch
-    raise AssertionError("a launch without clusters always fits")
+    return rules.choose(problem, _device(device), _clusters(device))
 
 
 def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:

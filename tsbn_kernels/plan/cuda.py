@@ -7,7 +7,7 @@ one element where 16-byte accesses would be misaligned; csrc/cuda/params.h says 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -334,15 +334,27 @@ def resident_blocks(problem: Problem, launch: Launch, device: Device) -> int:
     return max(1, min(by_registers, by_shared, device.threads // launch.threads, 32))
 
 
-def seconds(problem: Problem, launch: Launch, device: Device) -> float:
+def clusters_on_paper(problem: Problem, launch: Launch, device: Device) -> int:
+    """Clusters (blocks, where there are none) that a device runs at a time, if it strands no multiprocessor.
+
+    Those of a cluster share a part of the GPU, of which a driver knows how many there are and how large.
+    """
+    return device.multiprocessors * resident_blocks(problem, launch, device) // launch.cluster
+
+
+Clusters = Callable[[Problem, Launch, Device], int]
+
+
+def seconds(problem: Problem, launch: Launch, device: Device, clusters: Clusters = clusters_on_paper) -> float:
     """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it."""
     held = resident_blocks(problem, launch, device)
-    room = device.multiprocessors * held // launch.cluster * launch.cluster
+    room = clusters(problem, launch, device) * launch.cluster
+    if room == 0:
+        return math.inf
     waves = launch.blocks / room
     filled = waves / math.ceil(waves) if waves > 1 else 1.0
     total = launch.bytes_read + launch.bytes_written
-    at_work = min(held, launch.blocks / device.multiprocessors)
-    in_flight = device.multiprocessors * at_work * launch.threads * 64  # four slots of a thread
+    in_flight = min(room, launch.blocks) * launch.threads * 64  # four slots of a thread
     flowing = min(1.0, in_flight / (device.bandwidth * LATENCY_SECONDS))
     # While one block of a multiprocessor merges its sums, others load and store.
     own = total / launch.blocks * device.multiprocessors / device.bandwidth
@@ -350,13 +362,13 @@ def seconds(problem: Problem, launch: Launch, device: Device) -> float:
     return total / (device.bandwidth * filled * flowing * busy) + launch.launches * LAUNCH_SECONDS
 
 
-def clusters_of(device: Device, most: int = 16) -> tuple[int, ...]:
+def clusters_of(device: Device) -> tuple[int, ...]:
     """Sizes that a device takes: 16 only where data centres have it."""
-    most = min(most, 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8)
+    most = 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8
     return tuple(size for size in CLUSTERS if size <= most) if device.clusters else ()
 
 
-def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> Iterator[Launch]:
+def candidates(problem: Problem, device: Device) -> Iterator[Launch]:
     """The launches worth comparing."""
     slots = cut(problem).slots
     if not problem.two_passes and not problem.sums:
@@ -374,7 +386,7 @@ def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> It
             resident = lay_out(problem, "resident", shared_limit=limit)
             if resident.resident > 0:
                 yield resident
-        for size in clusters_of(device, most_clustered) if problem.kernels != "backward_fan_out" else ():
+        for size in clusters_of(device) if problem.kernels != "backward_fan_out" else ():
             if slots >= size * 32 and slots // size < MOST_SLOTS:
                 yield lay_out(problem, "cluster", size, shared_limit=limit)
     for parts in SPLITS:
@@ -383,17 +395,21 @@ def candidates(problem: Problem, device: Device, most_clustered: int = 16) -> It
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device, most_clustered: int = 16) -> Launch:
-    """The launch with the least predicted time; of equal ones the simplest."""
-    fitting = [
-        launch for launch in candidates(problem, device, most_clustered) if launch.shared <= device.block_shared_memory
-    ]
+def choose(problem: Problem, device: Device, clusters: Clusters = clusters_on_paper) -> Launch:
+    """The launch with the least predicted time; of equal ones the simplest.
+
+    Args:
+        problem: what is to be computed.
+        device: where.
+        clusters: how many of a launch run at a time; none where it returns 0.
+
+    Raises:
+        ValueError: the device has no room for any.
+    """
+    fitting = [launch for launch in candidates(problem, device) if launch.shared <= device.block_shared_memory]
     if not fitting:
         raise ValueError(f"{device.name} has no room for {problem.T} tasks of {problem.C} channels in this layout")
-    return min(
-        fitting,
-        key=lambda launch: (seconds(problem, launch, device), launch.launches, launch.parts),
-    )
+    return min(fitting, key=lambda launch: (seconds(problem, launch, device, clusters), launch.launches, launch.parts))
 
 
 def dense(work: Work) -> Problem:
