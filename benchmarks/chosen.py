@@ -9,9 +9,10 @@ from rich.table import Table
 from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.records import FORWARD, Record
 from benchmarks.workloads import DTYPES, activation_named
-from tsbn_kernels.plan import DEVICES, Device, Plan
+from tsbn_kernels.plan import Plan
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
+from tsbn_kernels.plan.devices import by_driver
 
 RULES = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
 
@@ -22,18 +23,11 @@ def backend_of(record: Record) -> tuple[str, str]:
     return name, detail
 
 
-def paper_device(record: Record) -> Device | None:
-    """The GPU that the record was measured on, as known on paper; the longest name that fits."""
-    name = record.device.replace(" ", "").lower()
-    found = [device for device in DEVICES.values() if device.name.lower() in name]
-    return max(found, key=lambda device: len(device.name), default=None)
-
-
 def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
     """The plan of each pass of the fused layer, for records of a GPU known on paper that name their tasks."""
     found = []
     for record in records:
-        rules, device = RULES.get(backend_of(record)[0]), paper_device(record)
+        rules, device = RULES.get(backend_of(record)[0]), by_driver(record.device)
         known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in DTYPES
         if rules and device and known and record.tasks:
             for direction in DIRECTIONS:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -175,17 +177,116 @@ def test_devices_by_name() -> None:
         devices.named("V100")
 
 
-def test_device_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the driver tells is believed; what it does not is an H100's."""
-    told = types.SimpleNamespace(name="NVIDIA X", major=8, minor=6, multi_processor_count=28, L2_cache_size=3 << 20,
-                                 memory_clock_rate=7_501_000, memory_bus_width=192)  # fmt: skip
-    module = types.SimpleNamespace(get_device_properties=lambda device: told)
-    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
-    device = devices.of(torch.device("cuda", 0))
+# Multiprocessors, GB, memory clock in kHz and bus in bits as drivers tell them, and the data sheets' TB/s.
+CARDS = {
+    "NVIDIA A100-SXM4-80GB": ((8, 0), 108, 85.1, 1_593_000, 5120, 2.039),
+    "NVIDIA A100-SXM4-40GB": ((8, 0), 108, 42.4, 1_215_000, 5120, 1.555),
+    "NVIDIA A100-PCIE-40GB": ((8, 0), 108, 42.4, 1_215_000, 5120, 1.555),
+    "NVIDIA A100 80GB PCIe": ((8, 0), 108, 85.1, 1_512_000, 5120, 1.935),
+    "NVIDIA H100 80GB HBM3": ((9, 0), 132, 84.9, 2_619_000, 5120, 3.35),
+    "NVIDIA H100 PCIe": ((9, 0), 114, 84.9, 1_593_000, 5120, 2.04),
+    "NVIDIA H100 NVL": ((9, 0), 132, 99.9, 2_619_000, 6016, 3.94),
+    "NVIDIA H200": ((9, 0), 132, 150.1, 3_201_000, 6144, 4.8),
+    "NVIDIA GH200 480GB": ((9, 0), 132, 101.0, 2_619_000, 6144, 4.0),
+    "NVIDIA H20": ((9, 0), 78, 101.0, 2_619_000, 6144, 4.0),
+    "NVIDIA B200": ((10, 0), 148, 191.5, 3_996_000, 8192, 8.0),
+    "NVIDIA GeForce RTX 3090": ((8, 6), 82, 25.4, 9_751_000, 384, 0.936),
+    "NVIDIA GeForce RTX 3090 Ti": ((8, 6), 84, 25.4, 10_501_000, 384, 1.008),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": ((8, 9), 76, 17.1, 9_001_000, 256, 0.576),
+}
+UNTOLD = {  # the same by a driver that does not tell of the memory; None: not known on paper
+    **dict.fromkeys(CARDS),
+    "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A100 80GB PCIe": "A100", "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "NVIDIA A100-PCIE-40GB": "A100 40GB", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 NVL": "H100 NVL", "NVIDIA H200": "H200", "NVIDIA B200": "B200",
+    "NVIDIA GeForce RTX 3090": "RTX3090",
+}  # fmt: skip
+# A part of a GPU: multiprocessors, GB, and the eighths of the whole's bandwidth.
+PARTS = {
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (16, 10.2, "H100", 1),
+    "NVIDIA H100 80GB HBM3 MIG 1g.20gb": (26, 20.7, "H100", 2),
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb": (60, 42.0, "H100", 4),
+    "NVIDIA H100 80GB HBM3 MIG 7g.80gb": (132, 84.5, "H100", 8),
+    "NVIDIA H100 PCIe MIG 2g.20gb": (32, 20.7, "H100 PCIe", 2),
+    "NVIDIA H200 MIG 1g.18gb": (16, 17.3, "H200", 1),
+    "NVIDIA A100-SXM4-40GB MIG 2g.10gb": (28, 10.2, "A100 40GB", 2),
+}
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
+    """The device that a driver tells of."""
+
+    def describe(kind: str = "cuda", **told: Any) -> Device:
+        module = types.SimpleNamespace(get_device_properties=lambda device: types.SimpleNamespace(**told))
+        monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+        return devices.of(torch.device(kind, 0))
+
+    return describe
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_of_nearly_the_same_name(driver: Callable[..., Device], name: str) -> None:
+    (major, minor), multiprocessors, memory, clock, width, bandwidth = CARDS[name]
+    told = {"name": name, "major": major, "minor": minor, "multi_processor_count": multiprocessors}
+    told |= {"total_memory": int(memory * 1e9)}
+    device = driver(**told, memory_clock_rate=clock, memory_bus_width=width)
+    assert device.bandwidth == pytest.approx(bandwidth * 1e12, rel=0.03)
+    assert (device.name, device.target) == (name, f"sm_{major}{minor}")
+    assert device.multiprocessors == multiprocessors
+    paper = devices.by_driver(name)
+    assert (None if paper is None else paper.name) == UNTOLD[name]
+    if paper is not None:
+        assert driver(**told).bandwidth == paper.bandwidth == pytest.approx(bandwidth * 1e12, rel=0.06)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_gpu(driver: Callable[..., Device], name: str) -> None:
+    """Whatever a driver tells there of clock and bus is the whole's."""
+    multiprocessors, memory, whole, eighths = PARTS[name]
+    told = {"name": name, "major": 9, "multi_processor_count": multiprocessors, "total_memory": int(memory * 1e9)}
+    for more in ({}, {"memory_clock_rate": 2_619_000, "memory_bus_width": 5120}):
+        device = driver(**told, **more, L2_cache_size=6 << 20)
+        assert device.bandwidth == pytest.approx(DEVICES[whole].bandwidth * eighths / 8)
+        assert (device.multiprocessors, device.l2) == (multiprocessors, 6 << 20)
+    assert devices.by_driver(name) is None
+
+
+def test_a_device_of_no_known_name(driver: Callable[..., Device]) -> None:
+    """What the driver tells is believed; what it does not is that of the same architecture, or the one before."""
+    device = driver(name="NVIDIA X", major=8, minor=6, multi_processor_count=28, L2_cache_size=3 << 20,
+                    memory_clock_rate=7_501_000, memory_bus_width=192, total_memory=12 << 30)  # fmt: skip
     assert (device.target, device.multiprocessors, device.l2, device.warp) == ("sm_86", 28, 3 << 20, 32)
+    assert (device.shared_memory, device.threads) == (100 << 10, 1536)  # not those of an H100
     assert device.bandwidth == pytest.approx(360e9, rel=0.001)
-    told.name = "NVIDIA A100-SXM4-80GB"
-    assert devices.of(torch.device("cuda", 0)).bandwidth == DEVICES["A100"].bandwidth
+    assert driver(name="NVIDIA X", major=12, minor=1, multi_processor_count=17).bandwidth == pytest.approx(0.1792e12)
+    assert driver(name="NVIDIA X", major=10, minor=3).shared_memory == DEVICES["B200"].shared_memory
+    assert driver(name="NVIDIA X", major=7, minor=5).warp == 32
+
+
+def test_devices_of_other_makers(driver: Callable[..., Device]) -> None:
+    told = {"major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-", "warp_size": 64}
+    memory = {"memory_clock_rate": 1_300_000, "memory_bus_width": 8192}
+    whole = driver(name="AMD Instinct MI300X", multi_processor_count=304, **told, **memory)
+    assert (whole.target, whole.bandwidth, whole.warp) == ("gfx942", 5.3e12, 64)
+    assert driver(name="AMD Instinct MI300X", multi_processor_count=38, **told).bandwidth == pytest.approx(5.3e12 / 8)
+    assert driver(name="AMD X", multi_processor_count=304, **told, **memory).bandwidth == pytest.approx(
+        2.66e12, rel=0.01
+    )
+    intel = driver("xpu", name="Intel(R) Arc(TM) B580 Graphics", gpu_subslice_count=20, max_work_group_size=1024,
+                   local_mem_size=128 << 10, last_level_cache_size=18 << 20, memory_clock_rate=9500,
+                   memory_bus_width=192)  # fmt: skip
+    assert (intel.target, intel.multiprocessors, intel.l2) == ("xpu", 20, 18 << 20)
+    assert intel.shared_memory == intel.block_shared_memory == 128 << 10
+    assert intel.bandwidth == pytest.approx(456e9)
+
+
+def test_every_paper_device_goes_by_its_own_name() -> None:
+    for device in DEVICES.values():
+        assert devices.by_driver(f"NVIDIA {device.name}") is device
+        assert devices.named(device.name.lower().replace(" ", "-")) is device
+        assert devices.akin(device.target).target == device.target
+    assert devices.by_driver("NVIDIA GH100") is devices.by_driver("Tesla V100") is None
 
 
 # ---- python -m tsbn_kernels plan ---------------------------------------------------------------------------------
