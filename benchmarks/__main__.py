@@ -1,22 +1,27 @@
-"""``python -m benchmarks``: checks that everything needed is installed, then runs the command line."""
+"""``python -m benchmarks``: the command line needs two packages; a command that needs others imports them itself."""
 
 import sys
 from importlib.util import find_spec
 
-NEEDED = {
+NEEDED = {"rich": "rich", "typer": "typer"}
+OF_SOME = {
     "matplotlib": "matplotlib",
     "mlxtend": "mlxtend",
     "PIL": "pillow",
-    "rich": "rich",
-    "skimage": "scikit-image",
     "scipy": "scipy",
-    "typer": "typer",
+    "skimage": "scikit-image",
 }
+INSTALL = "python -m pip install 'tsbn-kernels[bench]'"
 
 if __name__ == "__main__":
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        sys.exit(f"the benchmarks need {', '.join(missing)}: python -m pip install 'tsbn-kernels[bench]'")
+        sys.exit(f"the benchmarks need {', '.join(missing)}: {INSTALL}")
     from benchmarks.cli import main
 
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        if error.name not in OF_SOME:
+            raise
+        sys.exit(f"this command needs {OF_SOME[error.name]}: {INSTALL}")

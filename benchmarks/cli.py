@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import celeba40 as runs
-from benchmarks import environment, host_memory, plot, report, terminal
+from benchmarks import environment, host_memory, report, terminal
 from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_layers import (
     Device,
@@ -118,6 +118,8 @@ def celeba40(
         console.print(f"{tasks} tasks, batch {batch or CELEBA.batch}", highlight=False)
         console.print(prediction_table(rows, paper))
         return
+    from benchmarks import plot
+
     where = parse_device(device)
     impls = parse_impls(impl, where)
     network_tasks = min(tasks, QUICK_NETWORK_TASKS) if quick else tasks

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import environment, host_memory, plot, report, terminal
+from benchmarks import environment, host_memory, report, terminal
 from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
@@ -150,6 +150,8 @@ def layers(
             raise typer.BadParameter("--layers, --tasks and --batch go with a workload", param_hint="--shape")
         todo = _of_shapes(shape or [], dtypes, formats, where, activation or NO_ACTIVATION)
     else:
+        from benchmarks import plot
+
         terminal.choices([workload], list(WORKLOADS), "WORKLOAD")
         network = WORKLOADS[workload]
         tasks = tasks or network.tasks

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import page, report_compare, terminal
+from benchmarks import report_compare, terminal
 from benchmarks.agreement import agreements
 from benchmarks.compare import compare as compare_records
 from benchmarks.load import RecordsError, check_distinct, read_network, read_records
@@ -21,6 +21,8 @@ def report(
     markdown: Annotated[Path | None, typer.Option(help="Write the Markdown table there and do not print it.")] = None,
 ) -> None:
     """One HTML page of all records: speed-ups, bandwidth, scaling, memory, plans, machine; and a Markdown table."""
+    from benchmarks import page
+
     try:
         sources = [page.Source(path.name, read_records(path), read_network(path)) for path in files]
         check_distinct([record for source in sources for record in source.records], "these files together")

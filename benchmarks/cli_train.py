@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TimeRemainingColumn
 
-from benchmarks import environment, plot_training, report_training, study, terminal
+from benchmarks import environment, report_training, study, terminal
 from benchmarks.cost import costs
 from benchmarks.data import DataError
 from benchmarks.fit import Notify, ResumeError
@@ -49,6 +49,8 @@ def train(
     ] = None,
 ) -> None:
     """Forty tasks, trained with every method: F1, delta_m%, parameters, time and memory of a step."""
+    from benchmarks import plot_training
+
     console = terminal.console()
     (chosen,) = terminal.choices([dataset], list(study.DATASETS), "--dataset")
     methods = terminal.choices(method or list(METHODS), list(METHODS), "--method")

@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.special import stdtrit
-
 CONFIDENCE = 0.95
 
 
@@ -43,6 +41,8 @@ def interval(ratios: Sequence[float]) -> Interval | None:
     """Student's t interval of the geometric mean of positive values; None of fewer than two, which show no spread."""
     if len(ratios) < 2:
         return None
+    from scipy.special import stdtrit
+
     logs = [math.log(ratio) for ratio in ratios]
     error = statistics.stdev(logs) / math.sqrt(len(logs))
     half = float(stdtrit(len(logs) - 1, (1 + CONFIDENCE) / 2)) * error

@@ -177,15 +177,72 @@ def test_missing_celeba_files_are_named_before_anything_is_measured(invoke, monk
     assert "img_align_celeba is missing" in result.output
 
 
-def test_missing_packages_are_said_in_one_line():
-    hide = "import importlib.util as u, runpy; f = u.find_spec; "
-    hide += "u.find_spec = lambda name, *a: None if name in ('rich', 'skimage') else f(name, *a); "
-    hide += "runpy.run_module('benchmarks', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True, check=False)
+def run_without(modules: tuple[str, ...], *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command line where these modules are not installed."""
+    hide = f"""
+import importlib.util, runpy, sys
+class Hidden:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {modules}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {modules} else find(name, *rest)
+sys.meta_path.insert(0, Hidden())
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv[1:] = {list(arguments)}
+runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)
+"""
+    command = [sys.executable, "-c", hide]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_missing_packages_are_said_in_one_line(tmp_path: Path) -> None:
+    result = run_without(("rich", "skimage"), folder=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.strip() == (
-        "the benchmarks need rich, scikit-image: python -m pip install 'tsbn-kernels[bench]'"
-    )
+    assert result.stderr.strip() == "the benchmarks need rich: python -m pip install 'tsbn-kernels[bench]'"
+
+
+OF_SOME = ("matplotlib", "mlxtend", "PIL", "scipy", "skimage")
+SMALL = "--device cpu --tasks 2 --batch 4 --quick --impl fused"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "celeba40 --predict H100"])
+def test_commands_start_without_what_they_do_not_use(arguments: str, tmp_path: Path) -> None:
+    result = run_without(OF_SOME, *arguments.split(), folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "arguments"),
+    [
+        (("mlxtend", "skimage"), f"celeba40 {SMALL} --layers bn8 --no-network"),
+        (("matplotlib", "mlxtend", "PIL", "skimage"), "layers --shape 2x4,3,5,5 --device cpu --quick --impl fused"),
+        (OF_SOME, "host --quick --tasks 2"),
+    ],
+)
+def test_commands_run_without_what_they_do_not_use(hidden: tuple[str, ...], arguments: str, tmp_path: Path) -> None:
+    if arguments.startswith("host"):
+        pytest.importorskip("triton")
+    result = run_without(hidden, *arguments.split(), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "arguments"),
+    [
+        ("mlxtend", "mlxtend", "train --quick --device cpu"),
+        ("skimage", "scikit-image", f"celeba40 {SMALL}"),
+        ("scipy", "scipy", f"celeba40 {SMALL} --no-network"),
+        ("matplotlib", "matplotlib", "report nothing.json"),
+        ("matplotlib", "matplotlib", f"layers segnet {SMALL}"),
+        ("matplotlib", "matplotlib", "train --quick --device cpu"),
+    ],
+)
+def test_what_a_command_lacks_is_said_in_one_line(module: str, package: str, arguments: str, tmp_path: Path) -> None:
+    result = run_without((module,), *arguments.split(), folder=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"this command needs {package}: python -m pip install 'tsbn-kernels[bench]'"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_itself_needs_none_of_the_extras():
