@@ -60,7 +60,7 @@ def _panel(axes: Axes, records: Sequence[Record], impls: Sequence[str], pass_: s
     bound = USEFUL_TENSORS[pass_] / 2
     axes.axhline(bound, color="black", linewidth=1, linestyle="--", zorder=3, label="at the bandwidth of a copy")
     axes.set_yscale("log")
-    axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axes.set_yticks(_TICKS, [f"{value:g}" for value in _TICKS])
     axes.minorticks_off()
     axes.set_xticks(range(len(layers)), [tick(layer) for layer in layers])
     axes.grid(axis="y", which="major", color="#dddddd", zorder=0)

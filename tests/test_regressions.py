@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import mmap
 import shutil
@@ -519,3 +520,59 @@ def test_fuzz_stacking_and_limits_are_checked() -> None:
         memory.set_cache_limit(2**70)
     with pytest.raises(ValueError, match=r"unknown backend \{\}"):
         use_backend({}).__enter__()  # type: ignore[arg-type]
+
+
+def test_no_comprehension_hides_a_global_of_another() -> None:
+    """Up to Python 3.12.3 a name that one comprehension of a function binds is unbound in another one of it.
+
+    CPython 118513: of `[tick for tick in a]` and `[tick(b) for b in c]` the second raises UnboundLocalError.
+    """
+    found = [
+        f"{path.relative_to(ROOT)}: {hidden}"
+        for folder in ("tsbn_kernels", "benchmarks", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if (hidden := hidden_globals(path.read_text()))
+    ]
+    assert not found
+    source = "def tick(b): ...\ndef f(a, c):\n return [tick for tick in a], [{} for b in c]"
+    assert hidden_globals(source.format("tick(b)")) == ["f: tick"]
+    assert not hidden_globals(source.format("[tick for tick in b]"))
+
+
+def hidden_globals(source: str) -> list[str]:
+    """Functions with the names that one of their comprehensions binds, where another takes the module's."""
+    tree = ast.parse(source)
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    of_module = {node.name for node in tree.body if isinstance(node, kinds)}
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    of_module |= {alias.asname or alias.name for node in imports for alias in node.names}
+    of_module |= {name for node in tree.body for name in stored(node) if isinstance(node, ast.Assign | ast.AnnAssign)}
+    found = []
+    for function in ast.walk(tree):
+        if isinstance(function, kinds):
+            bound: set[str] = set()
+            read: set[str] = set()
+            for part in function.body:
+                note_names(part, None, bound, read)
+            if names := sorted(bound & read & of_module):
+                found.append(f"{function.name}: {', '.join(names)}")
+    return found
+
+
+def note_names(node: ast.AST, inside: set[str] | None, bound: set[str], read: set[str]) -> None:
+    """Notes what comprehensions bind, and what they read and do not bind; ``inside``: what those around here bind."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda | ast.GeneratorExp):
+        return  # a scope of its own
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp):
+        targets = {name for each in node.generators for name in stored(each.target)}
+        bound |= targets
+        inside = (inside or set()) | targets
+    elif isinstance(node, ast.Name) and inside is not None and node.id not in inside:
+        read.add(node.id)
+    for child in ast.iter_child_nodes(node):
+        note_names(child, inside, bound, read)
+
+
+def stored(node: ast.AST) -> set[str]:
+    """Names that are assigned to."""
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
