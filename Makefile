@@ -7,7 +7,8 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize gate lint build-matrix wheel wheel-check clean
+.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize gate lint docs build-matrix wheel \
+	wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -58,6 +59,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, build/site/index.html. It needs Python 3.11.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Do the sources compile against the headers of these versions of PyTorch? Fetches 80 MB a version, once.
 TORCHES ?= 2.10.0 2.11.0 2.12.0 2.13.0 installed
