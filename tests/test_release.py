@@ -1,4 +1,4 @@
-"""What must be said once: the pins of the tools."""
+"""What must be said once: the version, and the pins of the tools."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import re
 
 import pytest
 from support import ROOT
+
+import tsbn_kernels
+
+VERSIONED = ("pyproject.toml", "setup.py", "mkdocs.yml", "CITATION.cff", "README.md", "tools/site.py")
+
+
+def test_the_version_stands_in_one_place() -> None:
+    sources = [*map(ROOT.joinpath, VERSIONED), *(ROOT / "tsbn_kernels").rglob("*.py")]
+    version = re.compile(rf"(?<![\d.]){re.escape(tsbn_kernels.__version__)}(?![\d.])")
+    found = [str(path.relative_to(ROOT)) for path in sources for _ in version.findall(path.read_text())]
+    assert found == ["tsbn_kernels/__init__.py"]
 
 
 @pytest.mark.parametrize("tool", ["ruff", "mypy"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tsbn_kernels
 from tsbn_kernels.backends import cpu
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_tag_names_no_python(wheel: Path) -> None:
-    _, _, python, abi, platform = wheel.stem.split("-")
+def test_tag_names_the_version_and_no_python(wheel: Path) -> None:
+    _, version, python, abi, platform = wheel.stem.split("-")
+    assert version == tsbn_kernels.__version__
     assert (python, abi) == ("py3", "none")
     assert platform != "any"
 
