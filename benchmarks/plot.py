@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record
 from benchmarks.settings import machine
@@ -67,6 +69,17 @@ def _panel(axes: Axes, records: Sequence[Record], impls: Sequence[str], pass_: s
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def legend(figure: Figure, entries: Mapping[str, Artist]) -> None:
+    """Puts a legend below all panels, in as many columns as the figure has room for."""
+    for columns in range(len(entries), 0, -1):
+        drawn = figure.legend(
+            list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False
+        )
+        if columns == 1 or drawn.get_window_extent().width < figure.bbox.width:
+            return
+        drawn.remove()
+
+
 def draw(path: Path, records: Sequence[Record]) -> None:
     """Writes a PNG with a panel for each pass (rows), dtype and memory format (columns); creates the folder."""
     records = [record for record in records if record.pass_ in PASSES]
@@ -103,9 +116,8 @@ def draw(path: Path, records: Sequence[Record]) -> None:
         f"{first.workload}: time of a layer in copies of its activation, lower is better\n"
         f"{machine(first)}, PyTorch {first.versions['torch']}"
     )
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]  # the line after the bars
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    (line, *bars), (bound, *names) = grid[0, 0].get_legend_handles_labels()
+    legend(figure, dict(zip((*names, bound), (*bars, line), strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.network import VARIANTS
 from benchmarks.peers import OURS
-from benchmarks.plot import COLORS, tick
+from benchmarks.plot import COLORS, legend, tick
 from benchmarks.records import PASSES, USEFUL_TENSORS, Means, Record, geometric_mean
 from benchmarks.settings import kind_name, positions
 from benchmarks.svg import INK
@@ -78,15 +78,12 @@ def _panels(
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Of all panels, in one line if that fits, or else in as many columns as do."""
+    """Puts a legend of what is in any of the panels below them."""
     entries: dict[str, Artist] = {}
     for one in axes:
         handles, labels = one.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    widths = [len(name) + 8 for name in entries]
-    room = int(14 * figure.get_figwidth())
-    columns = len(entries) if sum(widths) < room else max(1, room // max(widths))
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
+    legend(figure, entries)
 
 
 def _bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
