@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
@@ -132,3 +133,22 @@ def test_every_page_with_blocks_is_run() -> None:
     pages = {str(path.relative_to(ROOT)) for path in documents}
     run_here = set(re.findall(r'"((?:docs/)?\w+\.md)"', Path(__file__).read_text()))
     assert {page for page in pages if blocks(page)} == run_here & pages - {"CONTRIBUTING.md"}
+
+
+def docstrings() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted((ROOT / "tsbn_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                continue
+            kernel = any("triton.jit" in ast.unparse(d) for d in getattr(node, "decorator_list", ()))
+            if not kernel and (text := ast.get_docstring(node)):  # a kernel's text is part of what is compiled
+                found.append((f"{path.name}:{getattr(node, 'name', '')}", text))
+    return found
+
+
+def test_docstrings_make_sense_on_their_own() -> None:
+    """An editor shows them alone, where "Of x" and "The same in float64" mean nothing."""
+    found = docstrings()
+    assert len(found) > 300
+    assert not [(name, text[:40]) for name, text in found if re.match(r"(As|Of|The same|Those)\b", text)]

@@ -21,7 +21,7 @@ def backward_operator(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def gradients(ctx: Any, dy: Tensor | None, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Those of x, weight, bias and residual that are ``needed``, by what :meth:`TaskBatchNorm.setup_context` saved."""
+    """Gradients of what is ``needed`` of x, weight, bias and residual, from what ``setup_context`` saved."""
     if dy is None or not any(needed):
         return (None,) * 4
     activation = ctx.epilogue[0]
@@ -169,7 +169,7 @@ class TaskBatchNorm(torch.autograd.Function):
 
 
 class EagerTaskBatchNorm(TaskBatchNorm):
-    """The same for eager code: one call, and arguments that are not bound to a signature, at half the cost on the host.
+    """The layer for eager code: one call without a signature that arguments are bound to, at half the cost on the host.
 
     ``torch.func`` takes no function whose forward is given the context.
     """

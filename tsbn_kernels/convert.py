@@ -40,12 +40,12 @@ class FusedTSigmaBNAct2d(FusedTSigmaBN2d):
     act: nn.Module
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
-        """As :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
+        """Computes :meth:`FusedTSigmaBN.forward`, followed by ``drop`` and ``act``."""
         y: Tensor = super().forward(input, residual, **options)
         return y if self.activation is not None else self.act(self.drop(y))
 
     def streams(self, input: Tensor, residual: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
-        """As :meth:`FusedTSigmaBN.streams`, followed by ``drop`` and ``act``."""
+        """Computes :meth:`FusedTSigmaBN.streams`, followed by ``drop`` and ``act``."""
         streams = super().streams(input, residual, **options)
         return streams if self.activation is not None else tuple(self.act(self.drop(y)) for y in streams)
 

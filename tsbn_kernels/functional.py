@@ -86,7 +86,7 @@ def task_batch_norm(
 
 
 def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
-    """As :func:`task_batch_norm`, with the T streams ``[N, C, *]`` of the tasks as tensors of their own.
+    """Computes :func:`task_batch_norm`, and returns the T streams ``[N, C, *]`` of the tasks as tensors of their own.
 
     A backward pass that comes from some of them computes those tasks alone: with ``fan_out`` T backward passes over a
     retained graph, as multi-task weighting methods make them, cost one task each. Where all come at once their

@@ -87,7 +87,7 @@ class LateFanOut(nn.Module):
     def from_layer(
         cls, layer: FusedTSigmaBN, pool: nn.Module | None = None, conv: nn.Module | None = None
     ) -> LateFanOut:
-        """The same as a layer that fans out, with its gates and statistics, followed by ``pool`` and ``conv``.
+        """Builds what equals a layer that fans out, with its gates and statistics, followed by ``pool`` and ``conv``.
 
         Raises:
             ValueError: the layer has a bias or gates that may be negative, which do not commute with what follows, or

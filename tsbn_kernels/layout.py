@@ -124,7 +124,7 @@ def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
 
 
 def _family_strides(shape: Sequence[int], family: Family | None, channel: int) -> tuple[int, ...]:
-    """Those of a dense tensor."""
+    """The strides of a dense tensor of one family."""
     order = list(range(len(shape)))  # outermost first
     if family == "columns":
         order.append(order.pop(channel))

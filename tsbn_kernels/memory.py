@@ -19,12 +19,12 @@ def empty_cache() -> int:
 
 
 def cached_bytes() -> int:
-    """Bytes of idle blocks that wait for the next output."""
+    """Tells how many bytes of idle blocks wait for the next output."""
     return int(torch.ops.tsbn._pool_idle_bytes()) if cpu.available else 0
 
 
 def cache_limit() -> int:
-    """The most bytes that may lie idle."""
+    """Tells how many bytes may lie idle at most."""
     return int(torch.ops.tsbn._pool_limit()) if cpu.available else 0
 
 

@@ -136,14 +136,14 @@ class FusedTSigmaBN(_BatchNorm):
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, running variance 1, no batches seen."""
+        """Sets the running mean to 0 and the running variance to 1, as if no batch had been seen."""
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Gates of one half (sigmoid of 0), or of one (identity); biases 0."""
+        """Sets the gates to one half (sigmoid of 0) or to one (identity), and the biases to 0."""
         self.reset_running_stats()
         nn.init.constant_(self.weight, 0.0 if self.gate == "sigmoid" else 1.0)
         if self.bias is not None:
@@ -257,7 +257,7 @@ class FusedTSigmaBN(_BatchNorm):
         tasks: Sequence[int] | Tensor | None = None,
         fan_out: bool | None = None,
     ) -> tuple[Tensor, ...]:
-        """As :meth:`forward`, with the streams ``[N, C, *]`` of the tasks as tensors of their own.
+        """Computes :meth:`forward`, and returns the streams ``[N, C, *]`` of the tasks as tensors of their own.
 
         A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
         """
@@ -368,7 +368,7 @@ class FusedTSigmaBN(_BatchNorm):
 
 
 def _own_rows(vectors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of this process."""
+    """The rows of distributed vectors that this process has."""
     return tuple(None if vector is None else vector.to_local() for vector in vectors)
 
 

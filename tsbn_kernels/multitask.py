@@ -65,7 +65,7 @@ class MultiTaskModel(nn.Module):
             layer.register_forward_pre_hook(self._router.route, with_kwargs=True)
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor], tasks: Sequence[str] | None = None) -> dict[str, Any]:
-        """What the heads return, by task name.
+        """Runs the tasks, and gives what their heads return, by task name.
 
         Args:
             inputs: one batch ``[N, *]`` that all tasks share, or a batch of each task's own by its name. Batches of one

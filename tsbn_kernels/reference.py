@@ -62,7 +62,7 @@ def statistics(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -
 
 
 def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
-    """The same as :func:`statistics` in float64: a part's, which are to be joined with those of other parts."""
+    """Mean and variance as :func:`statistics`, in float64: a part's, to be joined with those of other parts."""
     return statistics(x.double(), num_tasks, stacking, shared)
 
 

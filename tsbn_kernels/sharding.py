@@ -99,7 +99,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """As ``torch.nn.utils.clip_grad_norm_``, by the norm of the gradient of all tasks, wherever they are.
+    """Clips the gradient by the norm over all tasks, wherever they are, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     To be called on all ranks.
 
@@ -125,7 +125,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the whole model, as one process has it; to be called on all ranks, and returned by all.
+    """Gives every rank the state of the whole model, as one process has it; all ranks must call it.
 
     Args:
         model: from :func:`shard_tasks`.
@@ -241,7 +241,7 @@ def _average_gradients(parameters: Sequence[Tensor], group: ProcessGroup, others
 
 
 def _broadcast(tensors: Sequence[Tensor], mesh: DeviceMesh) -> None:
-    """Those of the first rank of the mesh, in place."""
+    """Gives all ranks the tensors of the first rank of the mesh, in place."""
     for dimension in range(mesh.ndim):
         _in_one([tensor.detach() for tensor in tensors], mesh.get_group(dimension), average=False)
 

@@ -37,7 +37,7 @@ class TaskStreams(TaskBatchNorm):
         index = torch.tensor(tasks, device=x.device)
 
         def rows(stack: Tensor | None) -> Tensor | None:
-            """Those of the tasks that a gradient came for; one task's, and all, are a view."""
+            """The rows of the tasks that a gradient came for; one task's, and all, are a view."""
             if stack is None or len(tasks) == num_tasks:
                 return stack
             return stack[tasks[0]].unsqueeze(0) if len(tasks) == 1 else stack.index_select(0, index)

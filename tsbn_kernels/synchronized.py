@@ -179,7 +179,7 @@ class SynchronizedTaskBatchNorm(torch.autograd.Function):
 
 
 class WithoutForwardMode(SynchronizedTaskBatchNorm):
-    """The same with a clear error, which ``torch.compile`` does not take in an ``autograd.Function``."""
+    """The layer over processes, whose ``jvp`` is a clear error: ``torch.compile`` takes no ``jvp``."""
 
     @staticmethod
     def jvp(*_: Any) -> Any:
@@ -189,7 +189,7 @@ class WithoutForwardMode(SynchronizedTaskBatchNorm):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, weight, bias and residual, where they are needed."""
+    """Gradients of x, weight, bias and residual, where they are needed."""
     needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
     x, weight, bias, residual, mean, var, count = ctx.saved_tensors
     num_tasks, eps, gate, stacking, activation, slope, shared = ctx.options

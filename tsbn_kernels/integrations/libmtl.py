@@ -49,7 +49,7 @@ class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
         self.encoder = MultiTaskModel(backbone, representations)
 
     def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Any]:
-        """Predictions by task name: of all tasks, or of ``task_name`` alone, whose inputs these are."""
+        """Gives predictions by task name: of all tasks, or of ``task_name`` alone, whose inputs these are."""
         representations = self.encoder(inputs, None if task_name is None else [task_name])
         return {
             task: self.decoders[task](self._prepare_rep(representation, task, same_rep=False))
@@ -57,7 +57,7 @@ class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
         }
 
     def get_share_params(self) -> list[nn.Parameter]:
-        """The encoder's trainable parameters without those of the task-specific layers."""
+        """Gives the encoder's trainable parameters without those of the task-specific layers."""
         specific = {
             parameter
             for module in self.encoder.modules()

@@ -115,7 +115,7 @@ class Plan:
         return self.activation_bytes_read + self.parts * (vectors + self.parts * self._partials * statistic)
 
     def _fan_out_vectors(self, vectors: int, statistic: int) -> int:
-        """The same of vectors and partial sums alone, where every tile of x meets all tasks."""
+        """Bytes of vectors and partial sums alone, where every tile of x meets all tasks."""
         work = self.work
         one, split = statistic // work.tasks, self.variant == "split"
         ahead = self.tiles * vectors

@@ -38,7 +38,7 @@ LATENCY_SECONDS = 0.8e-6  # of a load under load: assumed
 
 
 class Strides(NamedTuple):
-    """Of a ``[T, N, C, S]`` view, in elements; ``residue`` is the address in elements modulo 16 bytes."""
+    """The strides of a ``[T, N, C, S]`` view, in elements; ``residue`` is the address in elements modulo 16 bytes."""
 
     t: int
     n: int
@@ -75,7 +75,7 @@ class Problem:
 
     @property
     def kernels(self) -> str:
-        """Of :data:`PASSES`."""
+        """The name of the kernels, one of :data:`PASSES`."""
         if not self.backward:
             plain = self.activation == "none" and self.residual is None and not self.fan_out
             return "forward" if plain else "forward_epilogue"

@@ -34,7 +34,7 @@ def plan(work: Work, device: Device) -> Plan:
 
 
 def _fan_out(work: Work, device: Device) -> Plan:
-    """The same where a program goes through all tasks with a tile of x.
+    """The plan of a pass in which a program goes through all tasks with a tile of x.
 
     A slab stays on chip where there are enough of them, or where it is one tile of any plan. In a backward a program
     has one tile, whose sums it writes once for each task.
@@ -227,7 +227,7 @@ def _tile(work: Work, device: Device) -> Tile:
 
 
 def _most_threads(work: Work, device: Device) -> int:
-    """Of a program: where it holds a sum over tasks beside x and dy, a thread needs twice the 64 registers."""
+    """The most threads of a program. One that holds a sum over tasks needs twice the 64 registers a thread."""
     return device.block_threads // 2 if work.gathers else device.block_threads
 
 
@@ -259,7 +259,7 @@ def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int =
 
 
 def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
-    """The same with ``splits`` programs a slab, or as many as have at least one tile."""
+    """The plan with ``splits`` programs a slab, or as many as have at least one tile."""
     share = _ceil(plan.tiles, splits)
     splits = _ceil(plan.tiles, share)
     if splits == 1 and variant == "split":
