@@ -142,7 +142,7 @@ def test_a_path_around_the_first_layer_takes_the_input_of_every_task() -> None:
 
     plain, x = PreActivation(), images()
     model = MultiTaskModel(convert_model(plain, T), dict.fromkeys(TASKS, nn.Identity()))
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*in the backbone \(PreActivation\).*dict.fromkeys"):
         model(x)
     y = model(dict.fromkeys(TASKS, x))
     for task in TASKS:
@@ -242,38 +242,26 @@ def test_wrong_tasks_and_inputs_are_errors() -> None:
         model({"beard": images()})
 
 
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[::2]
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
+        (lambda: [Halved(), nn.BatchNorm2d(3)], "expected 4 shared samples or 12 of 3 streams"),
         (
-            [nn.Conv2d(3, 2, 1), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 1)), nn.BatchNorm2d(1)],
-            "expected 4 shared samples or 12 of 3 streams",
+            lambda: [nn.BatchNorm2d(3), Halved(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)],
+            "got input .*in module .3. ",
         ),
-        ([nn.BatchNorm2d(3), nn.Flatten(0, 1)], "must return 4 samples for each of 3 tasks, got a tensor of shape"),
+        (lambda: [nn.BatchNorm2d(3), Halved()], "must return 4 samples for each of 3 tasks, got a tensor of shape"),
     ],
 )
-def test_backbones_that_change_the_number_of_samples_are_errors(layers: list[nn.Module], message: str) -> None:
-    backbone = convert_model(nn.Sequential(*layers), T)
-    with pytest.raises(ValueError, match=message):
+def test_backbones_that_change_the_number_of_samples_are_errors(layers: Any, message: str) -> None:
+    backbone = convert_model(nn.Sequential(*layers()), T)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         MultiTaskModel(backbone, {task: nn.Identity() for task in TASKS})(images())
-
-
-def test_backbones_that_return_no_tensors_are_errors() -> None:
-    class Count(nn.BatchNorm2d):
-        pass
-
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = Count(3)
-
-        def forward(self, x: Tensor) -> int:
-            return len(self.norm(x))
-
-    with pytest.raises(TypeError, match="must return a tensor, or a dict, list or tuple of tensors, got int"):
-        MultiTaskModel(convert_model(Wrapped(), T, fuse_activation=False), {task: nn.Identity() for task in TASKS})(
-            images()
-        )
 
 
 def test_outputs_of_the_backbone_are_recomputed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, checks, layout, recompute, streams, synchronized
+from tsbn_kernels import autograd, backends, checks, layout, recompute, runs, streams, synchronized
 
 
 def task_batch_norm(
@@ -158,10 +158,10 @@ def _call(
     slope = negative_slope if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
     backend = backends.override(x.device.type)
-    tracked = training and not recompute.is_repetition()
+    tracked = training and not runs.is_repetition()
     if group is not None:
         y, mean, var, values = synchronized.apply(x, weight, bias, residual, *options, group, backend)
-        outputs = [y] if differentiable is autograd.apply else [*layout.streams(y, num_tasks, stacking).unbind()]
+        outputs = [y] if differentiable is autograd.apply else [*streams.of_a_stack(y, num_tasks, stacking)]
         if tracked:
             momentum = momentum * (values > 0).to(values.dtype)  # an empty batch leaves the running statistics alone
             _track(running_mean, running_var, mean, var * (values / (values - 1).clamp_min(1)), momentum)

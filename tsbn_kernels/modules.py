@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels import checks, recompute, synchronized
+from tsbn_kernels import checks, runs, synchronized
 from tsbn_kernels.activations import as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
@@ -285,7 +285,7 @@ class FusedTSigmaBN(_BatchNorm):
             vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
         rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
         weight, bias, running_mean, running_var, num_batches_tracked = rows
-        tracking = self.training and self.track_running_stats and not recompute.is_repetition()
+        tracking = self.training and self.track_running_stats and not runs.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
             num_batches_tracked.add_(1)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import checks
+from tsbn_kernels import checks, runs
+from tsbn_kernels.features import has_function, of_each_task
 from tsbn_kernels.modules import FusedTSigmaBN
-from tsbn_kernels.recompute import is_repetition, recompute_outputs
+from tsbn_kernels.recompute import recompute_outputs
+
+_WORDS = "size", "shape", "dimension"  # of errors that may come from a path around the first task-specific layer
+_OTHER_FORM = "give every task the input, and it runs stacked from the start: model(dict.fromkeys(model.heads, x))"
 
 
 class MultiTaskModel(nn.Module):
@@ -93,97 +96,117 @@ class MultiTaskModel(nn.Module):
         if elsewhere := [task for task in tasks if task not in self.heads]:
             raise ValueError(f"{', '.join(elsewhere)} runs on other ranks; this one has {', '.join(self.heads)}")
         if isinstance(inputs, Tensor):
-            streams = dict(zip(tasks, self._streams(inputs, tasks, shared=True), strict=True))
+            rows, every = self._streams(inputs, tasks, shared=True)
+            streams = dict(zip(tasks, rows, strict=True))
         else:
             if missing := [task for task in tasks if task not in inputs]:
                 raise ValueError(f"inputs has no batch for {', '.join(missing)}; it has {', '.join(inputs)}")
-            streams = {}
+            streams, every = {}, []
             for shape in dict.fromkeys(inputs[task].shape for task in tasks):
                 group = [task for task in tasks if inputs[task].shape == shape]
-                stacked = torch.cat([inputs[task] for task in group])
-                streams.update(zip(group, self._streams(stacked, group, shared=False), strict=True))
-        return {task: self.heads[task](streams[task]) for task in tasks}
+                rows, common = self._streams(torch.cat([inputs[task] for task in group]), group, shared=False)
+                streams.update(zip(group, rows, strict=True))
+                every += common
+        if len(tasks) == 1 or not every or torch.compiler.is_compiling():
+            return {task: self.heads[task](streams[task]) for task in tasks}
+        with _unchanged(every):
+            return {task: self.heads[task](streams[task]) for task in tasks}
 
-    def _streams(self, x: Tensor, tasks: Sequence[str], *, shared: bool) -> list[Any]:
-        """The backbone's output for each task; ``x`` is one batch for all of them, or theirs stacked."""
+    def _streams(self, x: Tensor, tasks: Sequence[str], *, shared: bool) -> tuple[list[Any], list[Tensor]]:
+        """The features of each task, and those that all have; ``x`` is one batch for all of them, or theirs stacked."""
         indices = None
         if list(tasks) != list(self.heads):
             indices = torch.tensor([self.tasks.index(task) for task in tasks], device=x.device)
-        batch = x.shape[0] if shared else x.shape[0] // len(tasks)
-        self._router.run = run = _Run(indices, len(tasks), batch)
+        count = len(tasks)
+        run = runs.Run(self._router, indices, count, x.shape[0] if shared else x.shape[0] // count, shared)
+        runs.enter(run)
         try:
             with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
-            self._router.remember(run, features)
-            return _unstack(features, run)
+        except (RuntimeError, ValueError) as error:
+            if shared and run.fanned_out and not torch.compiler.is_compiling():
+                raise _explained(error, self.backbone) from error
+            raise
         finally:
-            self._router.run = None
+            runs.leave(run)
+        return of_each_task(features, run, self.backbone)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is running: ``count`` tasks (their ``indices``, None for all) with ``batch`` samples each."""
+def _explained(error: Exception, backbone: nn.Module) -> Exception:
+    """An error behind the first task-specific layer with the module that it came from; as it is if not of sizes."""
+    text = str(error)
+    if type(error) not in (RuntimeError, ValueError) or not any(word in text for word in _WORDS):
+        return error
+    names = {module: name for name, module in backbone.named_modules()}
+    where, traceback = backbone, error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module in names:
+            where = module
+        traceback = traceback.tb_next
+    place = f"module {names[where]!r}" if names[where] else "the backbone"
+    return type(error)(
+        f"{text}\nin {place} ({type(where).__name__}), behind a task-specific layer that has fanned the input out into "
+        f"streams. Where a path leads around that layer, or the number of samples was read before it, "
+        f"{_OTHER_FORM}"
+    )
 
-    indices: Tensor | None
-    count: int
-    batch: int
+
+@contextmanager
+def _unchanged(every: Sequence[Tensor]) -> Iterator[None]:
+    """What several heads get, none of them may change."""
+    versions = [None if tensor.is_inference() else tensor._version for tensor in every]
+    yield
+    for tensor, version in zip(every, versions, strict=True):
+        if version is not None and tensor._version != version:
+            raise RuntimeError(
+                f"a head has changed a tensor of shape {list(tensor.shape)} in place that the heads of other tasks get "
+                f"too, for no task-specific layer has seen it; let the head change a clone() of it"
+            )
 
 
 class _Router:
-    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs.
-
-    Activation checkpointing runs parts of the backbone again in the backward pass: they get what they got in the run
-    that the gradient has come from.
-    """
-
-    run: _Run | None = None
-    repeated: _Run | None = None  # inside a backward pass
-
-    def remember(self, run: _Run, features: Any) -> None:
-        """Has the backward pass through ``features`` say which run it goes through."""
-        if isinstance(features, Mapping):
-            features = list(features.values())
-        if isinstance(features, (list, tuple)):
-            for feature in features:
-                self.remember(run, feature)
-        elif isinstance(features, Tensor) and features.requires_grad and not torch.compiler.is_compiling():
-            features.register_hook(lambda _: self._enter(run))
-
-    def _enter(self, run: _Run) -> None:
-        self.repeated = run
-        torch.autograd.Variable._execution_engine.queue_callback(self._leave)
-
-    def _leave(self) -> None:
-        self.repeated = None
+    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs."""
 
     def route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        run, x = self.repeated if is_repetition() else self.run, args[0]
-        if run is None:
+        run, repeated = runs.current(self)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if run is None or not isinstance(x, Tensor) or x.dim() == 0:
             return None
-        stacked = run.count * run.batch
-        if x.shape[0] not in (run.batch, stacked):
+        return args, {**kwargs, "tasks": run.indices, "fan_out": _fans_out(layer, x, run, repeated)}
+
+
+def _fans_out(layer: nn.Module, x: Tensor, run: runs.Run, repeated: bool) -> bool:
+    """Whether a layer gets what all tasks share, and not their streams; rows may be tokens or windows of a sample.
+
+    Raises:
+        ValueError: the rows are those of neither, or may be those of both.
+    """
+    rows, stacked = x.shape[0], run.count * run.batch
+    if run.count == 1:
+        return False
+    first = run.shared and not run.fanned_out
+    known = rows in run.flattened
+    if not first and not known and (rows == stacked or (not run.shared and stacked and rows % stacked == 0)):
+        return False
+    if run.shared and rows == run.batch:
+        run.fanned_out = True
+        return True
+    if repeated and known:
+        return True
+    if run.shared and stacked:
+        if not first and rows % stacked == 0:
+            if not known and (torch.compiler.is_compiling() or x.grad_fn is None or has_function(x.grad_fn)):
+                return False
             raise ValueError(
-                f"{type(layer).__name__} expected {run.batch} shared samples or {stacked} of {run.count} streams, got "
-                f"input of shape {list(x.shape)}; the backbone must not change the number of samples on the way"
+                f"{type(layer).__name__} got {rows} rows, which may be those of {run.count} streams, or "
+                f"{rows // run.batch} of each of {run.batch} samples that all tasks share; {_OTHER_FORM}"
             )
-        return args, {"tasks": run.indices, "fan_out": x.shape[0] != stacked}
-
-
-def _unstack(features: Any, run: _Run) -> list[Any]:
-    if isinstance(features, Tensor):
-        if features.shape[0] == run.count * run.batch:
-            return list(features.unflatten(0, (run.count, run.batch)).unbind())
-        if features.shape[0] == run.batch:  # no task-specific layer has seen it
-            return [features] * run.count
-        raise ValueError(
-            f"the backbone must return {run.batch} samples for each of {run.count} tasks, got a tensor of shape "
-            f"{list(features.shape)}"
-        )
-    if isinstance(features, Mapping):
-        columns = [_unstack(feature, run) for feature in features.values()]
-        return [dict(zip(features, row, strict=True)) for row in zip(*columns, strict=True)]
-    if isinstance(features, (list, tuple)):
-        return list(zip(*(_unstack(feature, run) for feature in features), strict=True))
-    raise TypeError(
-        f"the backbone must return a tensor, or a dict, list or tuple of tensors, got {type(features).__name__}"
+        if rows % run.batch == 0:
+            run.fanned_out = True
+            run.flattened = (*run.flattened, rows)
+            return True
+    raise ValueError(
+        f"{type(layer).__name__} expected {run.batch} shared samples or {stacked} of {run.count} streams, or a "
+        f"multiple, got input of shape {list(x.shape)}; the backbone must not change the number of samples on the way"
     )

@@ -66,7 +66,7 @@ def recompute_outputs() -> Iterator[None]:
     def pack(tensor: Tensor) -> Tensor | _Promise:
         output = outputs.get(tensor.untyped_storage().data_ptr())
         original = None if output is None else output.tensor()
-        if output is None or original is None or original._version != output.version:
+        if output is None or original is None or not original._version == output.version == tensor._version:
             return tensor
         return _Promise(output.again, tensor.size(), tensor.stride(), tensor.storage_offset())
 
@@ -79,11 +79,6 @@ def recompute_outputs() -> Iterator[None]:
             yield
     finally:
         _outputs.reset(token)
-
-
-def is_repetition() -> bool:
-    """Whether the forward pass runs inside a backward pass: activation checkpointing runs it for a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def wanted() -> bool:

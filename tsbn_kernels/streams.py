@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels import autograd, layout
 from tsbn_kernels.autograd import INPUTS, TaskBatchNorm, backward_operator
+from tsbn_kernels.separate import aliases, separate
 
 
 class TaskStreams(TaskBatchNorm):
@@ -19,7 +21,7 @@ class TaskStreams(TaskBatchNorm):
         """Returns the T streams and the statistics."""
         y, mean, var = TaskBatchNorm.forward(*inputs)
         num_tasks, _, _, stacking = inputs[6:10]
-        return *layout.streams(y, num_tasks, stacking).unbind(), mean, var
+        return *aliases(layout.streams(y, num_tasks, stacking)), mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -72,11 +74,16 @@ class TaskStreams(TaskBatchNorm):
         raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
 
 
+def of_a_stack(y: Tensor, num_tasks: int, stacking: str) -> Sequence[Tensor]:
+    """The streams of an output that is there already, as tensors of their own."""
+    return separate([layout.streams(y, num_tasks, stacking).flatten(0, 1)], num_tasks)[0]
+
+
 def apply(*inputs: Any) -> tuple[Tensor, ...]:
     """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
     if torch.compiler.is_compiling():  # a graph has one backward pass, of all tasks
         y, mean, var = autograd.apply(*inputs)
         num_tasks, _, _, stacking = inputs[6:10]
-        return *layout.streams(y, num_tasks, stacking).unbind(), mean, var
+        return *of_a_stack(y, num_tasks, stacking), mean, var
     outputs: tuple[Tensor, ...] = TaskStreams.apply(*inputs)
     return outputs

@@ -1,0 +1,117 @@
+"""What a backbone returns, for each task: the streams of what is stacked, and all that is no batch of streams as it is.
+
+How many rows a tensor has does not always tell: T values that a parameter holds look like one sample of T tasks. So the
+shape decides only where nothing better is known: whether a tensor is the only one, belongs to the backbone, or was
+computed from the backbone's parameters alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from tsbn_kernels import structure
+from tsbn_kernels.runs import Run
+from tsbn_kernels.separate import separate
+
+
+def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """The features of each task, in the structure and classes of ``features``, and those tensors that all tasks share.
+
+    Raises:
+        ValueError: a tensor is neither a batch of each task, nor known to be none.
+        TypeError: there is no tensor, or something that may hold some.
+    """
+    found = [features] if isinstance(features, Tensor) else structure.tensors(features)
+    if not found:
+        raise TypeError(
+            f"the backbone must return a tensor, or a dict, list, tuple or dataclass with one, got "
+            f"{type(features).__name__}"
+        )
+    stacks: list[Tensor] = []
+    every: list[Tensor] = []
+    for tensor in found:
+        if not any(tensor is known for known in (*stacks, *every)):
+            alone = len(found) == 1
+            (stacks if _is_stacked(tensor, run, None if alone else backbone) else every).append(tensor)
+    streams = separate(stacks, run.count, run)
+    if torch.compiler.is_compiling():
+        shared = [[tensor, *(tensor.clone() for _ in range(run.count - 1))] for tensor in every]
+    else:
+        shared = [[tensor] * run.count for tensor in every]
+    if isinstance(features, Tensor):
+        return list((*streams, *shared)[0]), every
+
+    def of(task: int) -> Any:
+        def put(tensor: Tensor) -> Tensor:
+            for known, row in zip((*stacks, *every), (*streams, *shared), strict=True):
+                if known is tensor:
+                    return row[task]
+            raise AssertionError
+
+        return structure.replaced(features, put)
+
+    return [of(task) for task in range(run.count)], every
+
+
+def _is_stacked(tensor: Tensor, run: Run, backbone: nn.Module | None) -> bool:
+    """Whether a tensor holds a batch of each task; without a ``backbone``, as the only one it does."""
+    if tensor.dim() == 0 or (backbone is not None and _belongs_to(backbone, tensor)):
+        return False
+    rows, stacked = tensor.shape[0], run.count * run.batch
+    known = run.shared and _node(tensor) is not None
+    if backbone is not None and known and not has_function(tensor.grad_fn):
+        return False  # a stack has passed a task-specific layer: this has not
+    if rows == stacked and backbone is not None and not known and tensor.dim() == 1 == run.batch < run.count:
+        raise ValueError(
+            f"the backbone returned {rows} values for one sample of each of {run.count} tasks, which may be one of "
+            f"each task, or {rows} that all tasks share; return them as [{rows}, 1] or as [1, {rows}]"
+        )
+    if rows == stacked or (stacked and rows % stacked == 0 and (known or backbone is None)):
+        return True
+    if rows != run.batch and (backbone is None or _node(tensor) is not None or rows % run.count == 0):
+        raise _unknown(tensor, run)
+    return False
+
+
+def _unknown(tensor: Tensor, run: Run) -> ValueError:
+    return ValueError(
+        f"the backbone must return {run.batch} samples for each of {run.count} tasks, got a tensor of shape "
+        f"{list(tensor.shape)}; what is no batch may be a parameter or buffer of the backbone, a value without "
+        f"dimensions, or have a first dimension of {run.batch}"
+    )
+
+
+def _belongs_to(backbone: nn.Module, tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter or buffer, or a part of one."""
+    if _node(tensor) is not None and not tensor._is_view():
+        return False
+    state = (*backbone.parameters(), *backbone.buffers())
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+        return any(tensor is known for known in state)
+    address = tensor.untyped_storage().data_ptr()
+    return address != 0 and any(
+        type(known) in (Tensor, nn.Parameter) and known.untyped_storage().data_ptr() == address for known in state
+    )
+
+
+def _node(tensor: Tensor) -> Any:
+    """The graph's node of a tensor; None in a graph of ``torch.compile``, which has none."""
+    return None if torch.compiler.is_compiling() else tensor.grad_fn
+
+
+def has_function(node: Any) -> bool:
+    """Whether a graph passes an ``autograd.Function``: a task-specific layer, or what may hold one."""
+    waiting, seen = [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+    return False

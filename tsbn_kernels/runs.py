@@ -1,0 +1,154 @@
+"""Which forward pass a layer of a backbone is part of: the one that its thread runs, or the one that is repeated.
+
+Nothing of a call lives on a module. What runs forward is kept for each thread. What a backward pass repeats (activation
+checkpointing runs parts of a backbone again, in any thread, after any number of other forward passes) is found by the
+node of the graph that is being differentiated: the run that made it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+_CHECKPOINT = "torch.utils.checkpoint"
+_ENGINE: CodeType = torch.autograd.graph._engine_run_backward.__code__
+_APPLY: CodeType = BackwardCFunction.apply.__code__
+
+
+class Run:
+    """One pass of a backbone: ``count`` tasks (their ``indices``, None for all) with ``batch`` samples each.
+
+    Attributes:
+        owner: whose pass it is.
+        shared: one input for all tasks, which the layers that it reaches fan out; else the streams stacked.
+        fanned_out: a layer has done so.
+        flattened: numbers of rows, other than ``batch``, that such layers got: tokens or windows of the shared input.
+        every: tensors that all tasks were given, and the version of each.
+        first, last: sequence numbers of the nodes of its graph.
+    """
+
+    def __init__(self, owner: Any, indices: Tensor | None, count: int, batch: int, shared: bool) -> None:
+        self.owner, self.indices, self.count, self.batch, self.shared = owner, indices, count, batch, shared
+        self.fanned_out = False
+        self.flattened: tuple[int, ...] = ()
+        self.outer: Run | None = None
+        self.backward = self.first = self.last = -1
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.run: Run | None = None
+
+
+_running = _Running()
+_graphs: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the last node of each run, as long as anybody has it
+
+
+def enter(run: Run) -> None:
+    """Makes ``run`` what this thread runs, until it leaves it."""
+    run.outer = _running.run
+    if not torch.compiler.is_compiling():
+        run.backward, run.first = torch._C._current_graph_task_id(), torch.autograd._get_sequence_nr()
+    _running.run = run
+
+
+def leave(run: Run) -> None:
+    """What ran before runs again."""
+    _running.run = run.outer
+    if not torch.compiler.is_compiling():
+        run.last = torch.autograd._get_sequence_nr()
+
+
+def remember(run: Run, node: Any) -> None:
+    """Lets the run be found by what the graph below ``node`` repeats, as long as that graph lives."""
+    node.run = run
+    _graphs[id(node)] = node
+
+
+def current(owner: Any) -> tuple[Run | None, bool]:
+    """The run of ``owner`` that a layer called now is part of, and whether that is repeated.
+
+    Raises:
+        RuntimeError: something is repeated, and nothing says of which run.
+    """
+    run = _running.run
+    while run is not None and run.owner is not owner:
+        run = run.outer
+    if torch.compiler.is_compiling():
+        return run, False
+    backward = torch._C._current_graph_task_id()
+    if backward == -1 or (run is not None and run.backward == backward):
+        return run, False
+    return _repeated(owner), True
+
+
+def _repeated(owner: Any) -> Run | None:
+    doubtful = False
+    for node in _executing():
+        number = node._sequence_nr()
+        for reference in _graphs.valuerefs():
+            last = reference()
+            if last is not None and last.run.owner is owner and last.run.first <= number < last.run.last:
+                if _leads_to(last, node):
+                    return last.run  # type: ignore[no-any-return]
+                doubtful = True
+    if doubtful and is_repetition():
+        raise RuntimeError(
+            "a part of the backbone is computed again in a backward pass that comes from none of its outputs, so that "
+            "nothing says which tasks it ran with; let the backbone return what the gradient comes from, or do not "
+            "checkpoint that part"
+        )
+    return None
+
+
+def _executing() -> Iterator[Any]:
+    """The nodes that a backward pass is executing: the innermost one, and those that started what encloses it."""
+    node: Any = torch._C._current_autograd_node()
+    if node is not None:
+        yield node
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY and frame.f_locals["self"] is not node:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _leads_to(node: Any, wanted: Any) -> bool:
+    """Whether a graph holds a node; what a node gets its gradient from was made after it."""
+    number, waiting, seen = wanted._sequence_nr(), [node], {node}
+    while waiting:
+        node = waiting.pop()
+        if node is wanted:
+            return True
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen and below._sequence_nr() >= number:
+                seen.add(below)
+                waiting.append(below)
+    return False
+
+
+def is_repetition() -> bool:
+    """Whether activation checkpointing runs the forward pass again, in a backward pass.
+
+    That of ``torch.utils.checkpoint`` is known, and any ``autograd.Function`` with "Checkpoint" in its name is taken
+    for one. Any other forward pass inside a backward pass, a user's hook for example, counts as a new one.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE:
+        if frame.f_code is _APPLY:
+            if "Checkpoint" in type(frame.f_locals["self"]).__name__:
+                return True
+        elif frame.f_code.co_name == "unpack_hook" and frame.f_globals.get("__name__") == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
