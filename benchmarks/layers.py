@@ -69,7 +69,7 @@ def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: N
                 memory.empty_cache()
                 host_memory.release()
                 done += work([case])
-    return [record for case, of in visits.items() for record in _records(case, summarize(*of))]
+    return [record for case, of in visits.items() for record in records_of(case, summarize(*of))]
 
 
 def work(cases: Sequence[Case]) -> float:
@@ -116,7 +116,8 @@ def _visit(
     return measure(candidates, plan, timer_for(case.device), lambda count: on_stage(f"round {count}"))
 
 
-def _records(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
+def records_of(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
+    """Two records for each implementation; the summaries of a copy's time are among them."""
     (copy,) = summaries.pop(COPY)
     loop = summaries.get("loop")
     device, versions = environment.device_name(case.device), environment.versions(case.device)

@@ -44,16 +44,23 @@ class Launch:
         return (self.values[READ] + self.values[WRITTEN]) / self.values[SECONDS]
 
 
-def command(kernels: Sequence[str], csv_path: Path, program: Sequence[str]) -> str:
-    """The command line that measures every launch of ``kernels`` while ``program`` runs, into ``csv_path``."""
-    names = "regex:^(" + "|".join(re.escape(name) for name in kernels) + ")$"
+def command(kernels: Sequence[str] | None, csv_path: Path, program: Sequence[str]) -> str:
+    """The command line that measures every launch of ``kernels`` while ``program`` runs, into ``csv_path``.
+
+    Without ``kernels`` all that the program launches between the profiler's start and its stop. The clocks are left
+    alone, so that the times are those of a run without ncu.
+    """
     options = {
         "--page": "raw",
         "--log-file": str(csv_path),
+        "--clock-control": "none",
         "--kernel-name-base": "mangled",
-        "--kernel-name": names,
         "--metrics": ",".join(METRICS),
     }
+    if kernels is None:
+        options["--profile-from-start"] = "off"
+    else:
+        options["--kernel-name"] = "regex:^(" + "|".join(re.escape(name) for name in kernels) + ")$"
     return shlex.join(["ncu", "--csv", *(part for option in options.items() for part in option), *program])
 
 

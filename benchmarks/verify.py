@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,8 @@ PEER_TOLERANCES = {
 KINKED = ("relu", "leaky_relu")
 KINK = 1e-4  # nearer to zero than this rounding may decide what of a gradient passes a kink
 STEPS = 2  # of a peer before its outcome is compared
-BLOCK = 2**19  # elements that the reference computes at a time: they and its temporaries stay in a cache
+# Elements that the reference computes at a time: they and its temporaries stay in a CPU's cache, or fill a GPU.
+BLOCK, GPU_BLOCK = 2**19, 2**24
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Expected:
         y, dx = (torch.empty_like(inputs.x, dtype=stored) for _ in range(2))
         dgamma, running_mean, running_var = (torch.empty_like(inputs.gamma, dtype=stored) for _ in range(3))
         positions = inputs.x.numel() // inputs.gamma.numel()
-        block = max(1, BLOCK // positions)
+        block = max(1, (BLOCK if inputs.x.device.type == "cpu" else GPU_BLOCK) // positions)
         initial = (1 - MOMENTUM) ** STEPS  # what is left of the running statistics' first values
         tensors = [_by_task(tensor, case.tasks) for tensor in (inputs.x, inputs.dy, y, dx)]
         for task in range(case.tasks):
@@ -158,4 +160,32 @@ def check(name: str, case: Case, outcome: Outcome, expected: Expected) -> dict[s
                 f"reference by {error:.2e} (relative), more than the {tolerance:.0e} that its rounding explains"
             )
         errors[field.name] = error
+    return errors
+
+
+def check_by_tasks(
+    name: str, case: Case, inputs: Inputs, outcome: Outcome, tasks: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Compares some tasks, by default all, one at a time: no second activation need fit beside the candidate's.
+
+    Returns:
+        The largest error of each result.
+
+    Raises:
+        MismatchError: an error exceeds the tolerance, or is NaN.
+    """
+    part = replace(case, tasks=1)
+    errors: dict[str, float] = {}
+
+    for task in range(case.tasks) if tasks is None else tasks:
+        own = slice(task, task + 1)
+        x, dy = (_by_task(tensor, case.tasks)[task] for tensor in (inputs.x, inputs.dy))
+        expected = Expected.of(part, Inputs(x, dy, inputs.gamma[own], inputs.memory_format))
+        y, dx = (
+            (_by_task(tensor, case.tasks) if tensor.dim() == x.dim() else tensor)[task]
+            for tensor in (outcome.y, outcome.dx)
+        )
+        vectors = (vector[own] for vector in (outcome.dgamma, outcome.running_mean, outcome.running_var))
+        for result, error in check(name, part, Outcome(y, dx, *vectors), expected).items():
+            errors[result] = max(error, errors.get(result, 0.0))
     return errors

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from benchmarks.gpu_check import layers
 from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_check.layers import Step
+from benchmarks.replay import captured
 from tsbn_kernels import use_backend
 
-WARM_UPS, REPLAYS = 3, 3
+REPLAYS = 3
 
 
 def cases(setting: Setting) -> Cases:
@@ -36,17 +34,3 @@ def replay(name: str, setting: Setting) -> None:
             wanted = twin()
             graph.replay()
             step.assert_equals(results, twin, wanted)
-
-
-def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the step, and where its replays leave their results."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results

@@ -1,0 +1,79 @@
+"""The command for a rented GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import terminal
+from benchmarks.gpu_check.case import Setting
+from benchmarks.gpu_check.results import StepResult
+from benchmarks.gpu_day import archive, day, table
+from benchmarks.gpu_day.clocks import Clocks
+from benchmarks.gpu_day.steps import STEPS
+from tsbn_kernels.plan import DEVICES
+
+
+def gpu_day(
+    out: Annotated[Path, typer.Option(help="Folder of the archive and of all that it is made of.")] = Path(
+        "results/gpu-day"
+    ),
+    seconds: Annotated[float, typer.Option(min=1, help="For all of it.")] = 480.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu: every step, small.")] = "cuda",
+    compile_only: Annotated[
+        str | None,
+        typer.Option(help="Only compile Triton's kernels, for sm_90 and the like, without a GPU."),
+    ] = None,
+) -> None:
+    """What decides about the kernels on a GPU, most valuable first, in one archive that is whole at any time.
+
+    Needs no network and builds what is missing. A later call into the same folder goes on. Triton's cache is
+    $TRITON_CACHE_DIR, or lies in the folder.
+    """
+    out = out.resolve()
+    os.environ.setdefault("TRITON_CACHE_DIR", str(out / "triton"))
+    if compile_only is not None:
+        _compile(compile_only)
+        return
+    if device not in day.BACKENDS:
+        raise typer.BadParameter(f"expected one of {', '.join(day.BACKENDS)}, got {device!r}", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no GPU here; `--device cpu` goes through all", param_hint="--device")
+    if device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of small tensors wait for each other most of the time
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    steps: list[StepResult] = []
+    started = time.monotonic()
+
+    def finished(result: StepResult) -> None:
+        steps.append(result)
+        print(
+            f"{time.monotonic() - started:4.0f} s  {result.status:10} {result.name}: {result.summary}"[:200], flush=True
+        )
+
+    try:
+        with Clocks(out):
+            day.run(Setting(device, device == "cpu", str(out)), seconds, STEPS, lambda *_: None, finished)
+    finally:
+        print(table.write(out, steps), end="", flush=True)
+        print(f"{out / archive.NAME}: {(out / archive.NAME).stat().st_size / 2**20:.2f} MiB", flush=True)
+
+
+def _compile(target: str) -> None:
+    from benchmarks.gpu_day import kernels
+
+    on_paper = next((device for device in DEVICES.values() if device.target == target), None)
+    if on_paper is None:
+        known = dict.fromkeys(device.target for device in DEVICES.values())
+        raise typer.BadParameter(f"expected one of {', '.join(known)}, got {target!r}", param_hint="--compile-only")
+    made = kernels.compile_all(on_paper)
+    print(f"{made.count} kernels for {target} in {made.seconds:.0f} s: {os.environ['TRITON_CACHE_DIR']}")
+    if made.errors:
+        terminal.fail("\n".join(made.errors))

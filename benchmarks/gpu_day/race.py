@@ -1,0 +1,178 @@
+"""One layer, run by each entrant in turn: verified, timed by calls and by the replay of a CUDA graph, and freed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import environment, replay
+from benchmarks.gpu_check.case import Setting, SkippedError
+from benchmarks.gpu_day import journal
+from benchmarks.gpu_day.risky import risky
+from benchmarks.layers import COPY, records_of
+from benchmarks.measure import (
+    Plan,
+    Summary,
+    copy_candidate,
+    measure,
+    rotating_buffers,
+    step_candidate,
+    summarize,
+    timer_for,
+    training_candidate,
+)
+from benchmarks.peers import Peer
+from benchmarks.registry import PEERS
+from benchmarks.verify import check_by_tasks, outcome_of
+from benchmarks.workloads import Case, Inputs
+from tsbn_kernels import backends, use_backend
+
+PLAN, QUICK_PLAN = Plan(3, 6, 0.2, 1e-3), Plan(2, 2, 0.0, 0.0)
+REPLAY_SECONDS = 1e-3  # so long that the start of a graph does not count
+SOME_TASKS = 4  # of a peer are verified
+KERNELS = ("triton", "cuda", "cpu")
+
+
+class Entrant(NamedTuple):
+    """A way to run a layer: ours by a backend, or a peer."""
+
+    impl: str
+    backend: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.backend or self.impl
+
+
+def ours(device: torch.device) -> list[Entrant]:
+    """The fused layer by each of our backends with kernels for the device."""
+    usable = (b for b in backends.backends() if b.available and b.name in KERNELS and b.runs_on(device.type))
+    return [Entrant("fused", backend.name) for backend in usable]
+
+
+def peers(device: torch.device, names: Sequence[str] = ("loop", "cudnn", "folded")) -> list[Entrant]:
+    """Those of the peers that run on the device; the folded ones last, for they copy the input."""
+    return [Entrant(name) for name in names if PEERS[name].unavailable(device) is None]
+
+
+def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) -> None:
+    """Lines of :data:`journal.FILE` for each entrant: two passes by each way of running, or why it was left out.
+
+    Raises:
+        MismatchError: one of ours is wrong.
+        RuntimeError: one of ours failed; or the device is lost.
+    """
+    plan = QUICK_PLAN if setting.quick else PLAN
+    inputs = case.inputs()
+    buffers = 1 if setting.quick else rotating_buffers(2 * case.tensor_bytes, environment.cache_bytes(case.device))
+    copy = _copy_time(inputs, buffers, plan, case.device)
+    failures: list[Exception] = []
+    for entrant in entrants:
+        if PEERS[entrant.impl].unsupported(case) is not None:
+            continue
+        where = {"layer": case.layer.name, "dtype": case.dtype, "memory_format": case.memory_format}
+        where |= {"workload": case.workload, "entrant": entrant.name}
+        try:
+            with risky(entrant.name, setting.folder, case.device):
+                try:
+                    _enter(case, inputs, entrant, setting, kind, plan, buffers, copy)
+                except torch.OutOfMemoryError:
+                    journal.note(setting.folder, "left out", **where, why="out of memory")
+                except Exception as error:
+                    traceback.print_exc()
+                    journal.note(setting.folder, "left out", **where, why=f"{type(error).__name__}: {error}"[:500])
+                    if entrant.backend:
+                        failures.append(error.with_traceback(None))  # whose frames would hold the tensors
+        except SkippedError as error:
+            journal.note(setting.folder, "left out", **where, why=str(error))
+        free(case.device)
+    if failures:
+        raise failures[0]
+
+
+def _enter(
+    case: Case, inputs: Inputs, entrant: Entrant, setting: Setting, kind: str, plan: Plan, buffers: int, copy: Summary
+) -> None:
+    with use_backend(entrant.backend) if entrant.backend else nullcontext():
+        started = time.perf_counter()
+        peer = PEERS[entrant.impl](case, inputs)
+        some = None if entrant.backend else range(0, case.tasks, -(-case.tasks // SOME_TASKS))
+        errors = check_by_tasks(entrant.impl, case, inputs, outcome_of(peer), some)
+        verified = time.perf_counter()
+        free(case.device)
+        peer.rotate_over(buffers)
+        for by, passes in _ways(peer, plan, buffers, case.device):
+            for record in records_of(case, {COPY: [copy], entrant.impl: passes}):
+                values = record.as_json() | {"entrant": entrant.name, "by": by, "buffers": buffers}
+                times = {"verified_s": verified - started, "timed_s": time.perf_counter() - verified}
+                journal.note(setting.folder, kind, **values, errors=errors, **times)
+
+
+def _ways(peer: Peer, plan: Plan, buffers: int, device: torch.device) -> Iterator[tuple[str, list[Summary]]]:
+    """Times forward, and forward and backward: called by the host, and without it as far as that can be captured."""
+    timer = timer_for(device)
+    step = training_candidate(peer.forward, peer.backward, peer.next_buffers)
+    eager = summarize(measure({"": step}, plan, timer))[""]
+    yield "eager", eager
+    if device.type != "cuda":
+        return
+
+    def forward() -> None:
+        peer.next_buffers()
+        peer.forward()
+
+    def both() -> None:
+        peer.next_buffers()
+        peer.backward(peer.forward())
+
+    try:
+        graph = [replayed(one, plan, buffers, late.median) for one, late in zip((forward, both), eager, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"its step is not captured in a CUDA graph: {error}") from error
+    yield "graph", graph
+
+
+def replayed(step: Callable[[], None], plan: Plan, buffers: int, seconds: float) -> Summary:
+    """Of one step in a graph of many: all buffers in turn, as often as fills the time. ``seconds``: about one step."""
+    times = buffers * math.ceil(REPLAY_SECONDS / (buffers * seconds))
+
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    graph, _ = replay.captured(steps)
+    device = torch.device("cuda")
+    visit = measure({"": step_candidate(graph.replay)}, plan, timer_for(device))
+    ((rounds,),) = visit.values()
+    return Summary.of([[taken / times for taken in rounds]])
+
+
+def _copy_time(inputs: Inputs, buffers: int, plan: Plan, device: torch.device) -> Summary:
+    candidate = copy_candidate(inputs.x, buffers)
+    found = summarize(measure({COPY: candidate}, plan, timer_for(device)))[COPY][0]
+    if device.type == "cuda":
+        found = replayed(partial(candidate, _nowhere), plan, buffers, found.median)
+    del candidate
+    free(device)
+    return found
+
+
+def _nowhere() -> None:
+    """Notes no time."""
+
+
+def free(device: torch.device) -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

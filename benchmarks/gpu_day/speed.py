@@ -1,0 +1,74 @@
+"""Steps: normalisation layers of known networks, by both backends and by peers; most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from benchmarks import workloads
+from benchmarks.gpu_check.case import Case, Cases, Setting
+from benchmarks.gpu_day import race
+from benchmarks.gpu_day.race import Entrant
+from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
+
+ORDER = ("bn4,bn5", "bn2,bn3", "bn6,bn7", "bn1", "bn8,bn9")
+DTYPES, FORMATS = ("bfloat16", "float32"), ("contiguous", "channels_last")
+COMPILED = ("compiled_folded", "compiled_reference")
+
+
+def celeba(setting: Setting) -> Cases:
+    """Every layer of the CelebA network at full size."""
+    layers = sorted(CELEBA.layers, key=lambda layer: ORDER.index(layer.name))
+    if setting.quick:
+        layers = [layers[0], layers[-1]]  # small ones are all alike
+    device = torch.device(setting.device)
+    todo = [
+        case
+        for dtype in DTYPES
+        for memory_format in FORMATS
+        for case in cases(CELEBA, layers, dtype, memory_format, setting)
+    ]
+    unique = dict.fromkeys(todo)  # 1-d layers have no memory format
+    return _races(unique, [*race.ours(device), *race.peers(device)], setting, "speed")
+
+
+def compiled(setting: Setting) -> Cases:
+    """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
+    device = torch.device(setting.device)
+    layers = [layer for layer in CELEBA.layers if layer.name in ORDER[: 1 if setting.quick else 3]]
+    todo = cases(CELEBA, layers, "bfloat16", "contiguous", setting)
+    return _races(todo, race.peers(device, COMPILED), setting, "speed")
+
+
+def others(setting: Setting) -> Cases:
+    """Layers of ResNet-50 and SegNet, where the host may take more time than the kernels."""
+    device = torch.device(setting.device)
+    entrants = [*race.ours(device), *race.peers(device)]
+    todo = []
+    for workload in (RESNET50[0], SEGNET):
+        layers = sorted(workload.layers, key=lambda layer: -layer.elements * layer.times)
+        todo += cases(workload, layers[: 1 if setting.quick else None], "bfloat16", "contiguous", setting)
+    return _races(todo, entrants, setting, "layers")
+
+
+def cases(
+    workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting
+) -> list[workloads.Case]:
+    """At full size; or with ``quick`` the same layers, small."""
+    tasks, batch = workload.tasks, workload.batch
+    if setting.quick:
+        tasks, batch = 3, 8
+        layers = [replace(one, channels=16, size=one.size and (8, 6)) for one in layers]
+    return workloads.cases(
+        list(layers), tasks=tasks, batch=batch, dtypes=[dtype], memory_formats=[memory_format],
+        device=torch.device(setting.device), workload=workload.name,
+    )  # fmt: skip
+
+
+def _races(todo: Iterable[workloads.Case], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
+    return Cases([
+        Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo
+    ])  # fmt: skip

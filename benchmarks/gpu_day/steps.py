@@ -1,0 +1,59 @@
+"""The steps of a GPU day, in the order of their value, and the seconds that each may take at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.gpu_check.case import Setting
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, run in a process of its own.
+
+    Attributes:
+        name: also that of its files.
+        cases: ``module:function`` that gives its cases for a setting.
+        seconds: after which its process is ended, with all that it has started.
+        case_seconds: after which a case is taken to hang.
+        per_backend: there is one for each backend of ours.
+        gpu: it has a meaning on a GPU alone.
+        backend: where there is one for each.
+    """
+
+    name: str
+    cases: str
+    seconds: float
+    case_seconds: float = 40.0
+    per_backend: bool = False
+    gpu: bool = False
+    backend: str = ""
+
+    def why_not(self, setting: Setting) -> str:
+        """Why the step is left out; empty where it is not."""
+        return f"{self.name} has a meaning on a GPU alone" if self.gpu and setting.device == "cpu" else ""
+
+
+_HERE = "benchmarks.gpu_day"
+STEPS = (
+    Step("ready", f"{_HERE}.ready:cases", 200.0, case_seconds=170.0),
+    Step("ceilings", f"{_HERE}.ceilings:cases", 80.0),
+    Step("speed", f"{_HERE}.speed:celeba", 150.0),
+    Step("network", f"{_HERE}.network:cases", 75.0),
+    Step("compiled", f"{_HERE}.speed:compiled", 60.0, case_seconds=60.0),
+    Step("layers", f"{_HERE}.speed:others", 40.0),
+    Step("sweep", f"{_HERE}.sweeping:cases", 100.0),
+    Step("checks", f"{_HERE}.checks:cases", 50.0, per_backend=True),
+    Step("counters", f"{_HERE}.counters:cases", 75.0, gpu=True),
+    Step("memcheck", f"{_HERE}.checks:memcheck", 80.0, case_seconds=80.0, per_backend=True, gpu=True),
+)
+
+
+def for_backends(steps: Sequence[Step], backends: Sequence[str]) -> list[Step]:
+    """The steps, those of each backend named ``checks-triton`` and so on."""
+    return [
+        replace(step, name=f"{step.name}-{backend}", backend=backend) if step.per_backend else step
+        for step in steps
+        for backend in (backends if step.per_backend else ("",))
+    ]

@@ -1,0 +1,98 @@
+"""The decisive figures in short lines, for a terminal of which only the end may be kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check.results import StepResult
+from benchmarks.gpu_day import archive, journal
+from benchmarks.records import FORWARD, FORWARD_BACKWARD
+
+FILE = "table.txt"
+MOST_FAILURES, MOST_OF_A_LINE = 12, 180
+
+Line = dict[str, Any]
+
+
+def text(folder: Path, steps: Sequence[StepResult]) -> str:
+    """Ceilings, layers, network, counters, what was left out, steps, failures."""
+    parts = _ceilings(folder), _layers(folder), _network(folder), _left_out(folder), _steps(steps)
+    return "".join(f"{line[:MOST_OF_A_LINE]}\n" for part in parts for line in part)
+
+
+def _ceilings(folder: Path) -> Iterator[str]:
+    found: Line = {}
+    for line in journal.read(folder, "ceiling"):
+        found |= line
+    if "copy" in found:
+        yield "TB/s: " + ", ".join(f"{way} {found[way] / 1e12:.3g}" for way in ("copy", "read", "write"))
+    kernels = [f"{key.replace('_', ' ')} {1e6 * value:.2f}" for key, value in found.items() if key.startswith("kernel")]
+    if kernels:
+        yield "us: " + ", ".join(kernels)
+    for line in {line["entrant"]: line for line in journal.read(folder, "host")}.values():
+        forward, both = (1e6 * line[pass_] for pass_ in (FORWARD, FORWARD_BACKWARD))
+        yield f"host us, {line['entrant']}: forward {forward:.0f}, both {both:.0f}"
+    try:
+        ready = json.loads((folder / "ready.json").read_text())
+        yield f"clusters: {ready['cases']['clusters']['details']['clusters']}"
+    except (OSError, ValueError, KeyError):
+        pass
+
+
+def _layers(folder: Path) -> Iterator[str]:
+    """Of each layer: the copy's ms; each entrant's share of its rate forward and backward, and ms of both."""
+    cases: dict[tuple[str, ...], dict[str, dict[str, Line]]] = {}
+    for line in journal.read(folder, "speed", "layers"):
+        entrants = cases.setdefault(tuple(line[key] for key in ("workload", "layer", "dtype", "memory_format")), {})
+        ways = entrants.setdefault(line["entrant"], {})
+        ways[f"{line['by']} {line['pass']}"] = line
+    if cases:
+        yield "layer: copy ms; each: share of its rate forward/backward, ms of both (e: called by the host)"
+    for names, entrants in cases.items():
+        parts = []
+        for entrant, ways in entrants.items():
+            for by in ("graph", "eager"):
+                forward, both = (ways.get(f"{by} {pass_}") for pass_ in (FORWARD, FORWARD_BACKWARD))
+                if forward and both:
+                    copy, ahead, all_ = forward["copy_ms"], forward["median_ms"], both["median_ms"]
+                    back = max(all_ - ahead, 1e-9)
+                    mark = "" if by == "graph" else " e"
+                    parts.append(f"{entrant} {copy / ahead:.2f}/{1.5 * copy / back:.2f} {all_:.3g}{mark}")
+                    break
+        yield f"{' '.join(names[1:])}: {copy:.3g}; " + "; ".join(parts)
+
+
+def _network(folder: Path) -> Iterator[str]:
+    lines = {(n["variant"], n["entrant"], n["memory_format"], n["batch"]): n for n in journal.read(folder, "network")}
+    if lines:
+        yield "network: images, ms a step, peak GiB, images/s"
+    for (variant, entrant, memory_format, batch), line in lines.items():
+        yield (
+            f"{variant}, {entrant}, {memory_format}: {batch}, {line['ms']:.1f}, {line['peak_bytes'] / 2**30:.2f}, "
+            f"{1e3 * batch / line['ms']:.0f}"
+        )
+
+
+def _left_out(folder: Path) -> Iterator[str]:
+    for line in journal.read(folder, "left out"):
+        case = " ".join(line[key] for key in ("layer", "dtype", "memory_format"))
+        yield f"left out: {line['entrant']} of {case}: {line['why']}"
+
+
+def _steps(steps: Sequence[StepResult]) -> Iterator[str]:
+    for step in steps:
+        yield f"{step.name}: {step.status}, {step.seconds:.0f} s, {step.summary}"
+        for name, case in list(step.failures.items())[:MOST_FAILURES]:
+            yield f"  {name}: {case.message}"
+    yield f"archive: {archive.NAME}"
+
+
+def write(folder: Path, steps: Sequence[StepResult]) -> str:
+    """The text, also as a file of the archive."""
+    found = text(folder, steps)
+    (folder / FILE).write_text(found)
+    archive.write(folder)
+    return found
