@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +23,7 @@ from tsbn_kernels.plan import DEVICES
 
 
 def gpu_day(
-    out: Annotated[Path, typer.Option(help="Folder of the archive and of all that it is made of.")] = Path(
-        "results/gpu-day"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of the archive, which is its only file.")] = Path("results/gpu-day"),
     seconds: Annotated[float, typer.Option(min=1, help="For all of it.")] = 480.0,
     device: Annotated[str, typer.Option(help="cuda, or cpu: every step, small.")] = "cuda",
     compile_only: Annotated[
@@ -34,11 +33,9 @@ def gpu_day(
 ) -> None:
     """What decides about the kernels on a GPU, most valuable first, in one archive that is whole at any time.
 
-    Needs no network and builds what is missing. A later call into the same folder goes on. Triton's cache is
-    $TRITON_CACHE_DIR, or lies in the folder.
+    Needs no network and builds what is missing. A later call goes on where the archive ends. Exits with 1 if something
+    failed.
     """
-    out = out.resolve()
-    os.environ.setdefault("TRITON_CACHE_DIR", str(out / "triton"))
     if compile_only is not None:
         _compile(compile_only)
         return
@@ -54,19 +51,27 @@ def gpu_day(
 
     def finished(result: StepResult) -> None:
         steps.append(result)
-        print(
-            f"{time.monotonic() - started:4.0f} s  {result.status:10} {result.name}: {result.summary}"[:200], flush=True
-        )
+        line = f"{time.monotonic() - started:4.0f} s  {result.status:10} {result.name}: {result.summary}"
+        print(line[:200], flush=True)
 
-    try:
-        with Clocks(out):
-            day.run(Setting(device, device == "cpu", str(out)), seconds, STEPS, lambda *_: None, finished)
-    finally:
-        print(table.write(out, steps), end="", flush=True)
-        print(f"{out / archive.NAME}: {(out / archive.NAME).stat().st_size / 2**20:.2f} MiB", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    home = out.resolve() / archive.NAME
+    with tempfile.TemporaryDirectory(prefix="gpu-day-") as name, Clocks(Path(name)):
+        folder = Path(name)
+        try:
+            day.run(Setting(device, device == "cpu", name), home, seconds, STEPS, finished)
+        finally:
+            found = table.text(folder, steps)
+            (folder / table.FILE).write_text(found)
+            archive.write(folder, home)
+            print(f"{found}{home}: {home.stat().st_size / 2**20:.2f} MiB", flush=True)
+    if any(step.status == "failed" for step in steps):
+        raise typer.Exit(1)
 
 
 def _compile(target: str) -> None:
+    import triton
+
     from benchmarks.gpu_day import kernels
 
     on_paper = next((device for device in DEVICES.values() if device.target == target), None)
@@ -74,6 +79,6 @@ def _compile(target: str) -> None:
         known = dict.fromkeys(device.target for device in DEVICES.values())
         raise typer.BadParameter(f"expected one of {', '.join(known)}, got {target!r}", param_hint="--compile-only")
     made = kernels.compile_all(on_paper)
-    print(f"{made.count} kernels for {target} in {made.seconds:.0f} s: {os.environ['TRITON_CACHE_DIR']}")
+    print(f"{made.count} kernels for {target} in {made.seconds:.0f} s: {triton.knobs.cache.dir}")
     if made.errors:
         terminal.fail("\n".join(made.errors))

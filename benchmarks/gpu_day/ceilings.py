@@ -68,8 +68,8 @@ def empty_kernel(setting: Setting) -> dict[str, Any]:
         one.add_(1)
 
     found = {"kernel_called": seconds_called(add, device, setting.quick)}
-    if device.type == "cuda":
-        found["kernel_in_graph"] = race.replayed(add, race.PLAN, 1, 2e-6).median
+    if race.can_capture(device):
+        found["kernel_in_graph"] = race.replayed(add, race.PLAN, 1, 2e-6, device).median
     journal.note(setting.folder, "ceiling", **found)
     return found
 
@@ -97,10 +97,10 @@ def seconds_called(run: Callable[[], object], device: torch.device, quick: bool)
     for _ in range(3):
         run()
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        torch.accelerator.synchronize()
     started = time.perf_counter()
     for _ in range(count):
         run()
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        torch.accelerator.synchronize()
     return (time.perf_counter() - started) / count

@@ -39,5 +39,7 @@ class Clocks:
                 said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
             except (OSError, subprocess.SubprocessError) as error:
                 said = f"{error}\n"
+            if self._over.is_set():
+                return  # the folder may be gone
             with self._path.open("a") as file:
                 file.write(said)

@@ -9,17 +9,22 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from unittest import mock
 
 import torch
+from torch import nn
 from triton.runtime import driver
 
 from benchmarks.gpu_check.results import ROOT
+from benchmarks.gpu_day import network, speed
+from benchmarks.network import task_specific_network
 from benchmarks.offline import Call, compile_call, recorded, specialize
-from benchmarks.workloads import CELEBA, DTYPES, MEMORY_FORMATS, RESNET50, SEGNET
+from benchmarks.peers import Fused
+from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, Inputs
+from tsbn_kernels import backends
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.plan import Device
 
@@ -35,9 +40,10 @@ class Compiled:
 
 @contextmanager
 def on_paper(device: Device) -> Iterator[list[Call]]:
-    """Collects what the Triton backend launches for tensors on the meta device, taken for the GPU's. Nothing runs."""
+    """Collects what layers launch for tensors on the meta device, taken for the GPU's, by Triton. Nothing runs."""
     with (
         recorded() as calls,
+        mock.patch.object(backends, "override", return_value="triton"),
         mock.patch.object(ops, "_device", return_value=device),
         mock.patch.object(ops, "_on", return_value=nullcontext()),
     ):
@@ -45,60 +51,50 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
 
 
 def planned(device: Device) -> list[Call]:
-    """One call for each kernel."""
+    """One call for each kernel that the steps launch."""
+    sys.path += [str(ROOT / "tests")] * (str(ROOT / "tests") not in sys.path)  # whose calls the checks make
+    from benchmarks.gpu_check import calls, kinds, layers
+
+    with on_paper(device) as made:
+        for case in speed.planned():
+            _layer(case)
+        for memory_format, variant in product(MEMORY_FORMATS.values(), network.OURS):
+            _network(variant, memory_format)
+        for spec in kinds.smallest(lambda spec: kinds.triton_kinds(spec, device)):
+            calls.run(calls.moved(spec.call(), lambda tensor: tensor.to("meta")), "triton", spec.sums)
+        for name in layers.LAYERS:
+            layers.Step.of(name, "meta")()
     found: dict[Hashable, Call] = {}
-    with on_paper(device) as calls:
-        _ask(device)
-    for call in calls:
+    for call in made:
         found.setdefault(specialize(call, device.target).key, call)
     return list(found.values())
 
 
-def _ask(device: Device) -> None:
-    """Makes every call of the Triton backend that the steps make."""
-    formats = tuple(MEMORY_FORMATS.values())
-    for layer, dtype, memory_format in product(CELEBA.layers, ("bfloat16", "float32"), formats):
-        _layer(layer.shape(CELEBA.tasks, CELEBA.batch), CELEBA.tasks, DTYPES[dtype], memory_format)
-    for workload in (RESNET50[0], SEGNET):
-        for layer in workload.layers:
-            _layer(layer.shape(workload.tasks, workload.batch), workload.tasks, torch.bfloat16, formats[0])
-    first, *others = CELEBA.layers
-    for memory_format, stacking in product(formats, ("task_major", "sample_major")):  # the network's
-        for layer in others:
-            _layer(layer.shape(40, 128), 40, torch.bfloat16, memory_format, stacking, "relu", evaluate=True)
-        for tasks, fan_out, gate in ((40, False, "sigmoid"), (40, True, "sigmoid"), (1, False, "identity")):
-            shape = first.shape(1 if fan_out else tasks, 128)
-            _layer(shape, tasks, torch.bfloat16, memory_format, stacking, "relu", fan_out, gate, evaluate=True)
-    sys.path.append(str(ROOT / "tests"))  # whose calls the checks make
-    from benchmarks.gpu_check import calls, kinds, layers
-
-    for spec in kinds.smallest(lambda spec: kinds.triton_kinds(spec, device)):
-        there = calls.moved(spec.call(), lambda tensor: tensor.to("meta"))
-        calls.run(there, "triton", spec.sums)
-    for shape, kind, memory_format, options in layers.LAYERS.values():
-        activation, fan_out = options.get("activation", "none"), options.get("fan_out", False)
-        _layer(
-            shape, layers.TASKS, kind, memory_format, activation=activation, fan_out=fan_out, bias="bias" in options
-        )  # fmt: skip
-
-
-def _layer(
-    shape: tuple[int, ...], tasks: int, dtype: torch.dtype, memory_format: torch.memory_format,
-    stacking: str = "task_major", activation: str = "none", fan_out: bool = False, gate: str = "sigmoid",
-    bias: bool = False, evaluate: bool = False,
-) -> None:  # fmt: skip
-    """A training step of a layer; ``evaluate``: its output is computed again."""
-    x = torch.empty(shape, dtype=dtype, device="meta")
+def _layer(case: Case) -> None:
+    """Makes a training step of a layer."""
+    x = torch.empty(case.shape, dtype=DTYPES[case.dtype], device="meta")
     if x.dim() == 4:
-        x = x.contiguous(memory_format=memory_format)
-    weight = torch.empty((tasks, shape[1]), device="meta")
-    given, options = (weight if bias else None), (tasks, 1e-5, gate, stacking)
-    epilogue = None, activation, 0.0, fan_out
-    y, mean, var = ops.forward_training(x, weight, given, *options, *epilogue)
-    if evaluate:
-        ops.forward_eval(x, weight, given, mean, var, *options, *epilogue)
-    needs = True, True, gate == "sigmoid", bias
-    ops.backward(y, x, weight, mean, var, *options, *needs, given, *epilogue)
+        x = x.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
+    gamma = torch.empty((case.tasks, case.layer.channels), device="meta")
+    peer = Fused(case, Inputs(x, x, gamma, case.memory_format))
+    peer.backward(peer.forward())
+
+
+def _network(variant: str, memory_format: torch.memory_format) -> None:
+    """Makes training steps of the network, and the passes in evaluation that compute its outputs again."""
+    made = task_specific_network(variant, network.TASKS).to("meta").to(memory_format=memory_format)
+    made.variant = replace(made.variant, recompute=False)  # which tells tensors apart by where they lie
+    for module in made.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bfloat16()  # as autocast has it, which the meta device does not know
+    for head in (made.head_weight, made.head_bias):
+        head.data = head.data.bfloat16()
+    for batch in (*network.PROBE, *network.BATCHES):
+        size = batch, made.convolutions[0].in_channels, network.PIXELS, network.PIXELS
+        images = torch.empty(size, dtype=torch.bfloat16, device="meta").to(memory_format=memory_format)
+        logits = made.train()(images)
+        torch.autograd.grad(logits, list(made.parameters()), logits.detach())
+        made.eval()(images)
 
 
 @cache

@@ -23,6 +23,7 @@ from tsbn_kernels import use_backend
 LOOP = "loop"
 OURS = ("fused, ReLU inside", BEST, "fused", "and recompute")
 TASKS, PIXELS, PROBE = 40, 64, (16, 32)
+BATCHES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # few, for each has kernels of its own
 QUICK_TASKS, QUICK_PIXELS, QUICK_BATCH = 2, 8, 8
 SHARE = 0.92  # of the free memory, for what a step was seen to take: the allocator's blocks have gaps
 LOSS = 0.02  # of the loop's: bfloat16 rounds in every layer
@@ -85,15 +86,14 @@ def largest(variant: str, backend: str, memory_format: str, setting: Setting) ->
     few, more = (_peak_at(batch, variant, backend, memory_format, setting) for batch in PROBE)
     race.free(device)
     of_one = (more - few) / (PROBE[1] - PROBE[0])
-    batch = int(PROBE[0] + (SHARE * environment.available_bytes(device) - few) / of_one) // 16 * 16
-    while batch >= PROBE[0]:
+    fits = PROBE[0] + (SHARE * environment.available_bytes(device) - few) / of_one
+    for batch in [batch for batch in reversed(BATCHES) if batch <= fits]:
         try:
             _measured(variant, backend, memory_format, batch, setting)
             return
         except torch.OutOfMemoryError:
             print(f"{variant}: no room for {batch} images", flush=True)
-        batch = int(0.9 * batch) // 16 * 16
-    raise MemoryError(f"{variant} has no room for {PROBE[0]} images")
+    raise MemoryError(f"{variant} has no room for {BATCHES[0]} images")
 
 
 def _measured(variant: str, backend: str, memory_format: str, batch: int, setting: Setting) -> dict[str, Any]:

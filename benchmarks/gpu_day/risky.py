@@ -29,7 +29,7 @@ def risky(name: str, folder: str | Path, device: torch.device) -> Iterator[None]
         yield
     finally:
         if device.type != "cpu":
-            torch.accelerator.synchronize(device)  # raises where the device is lost, and the note stays
+            torch.accelerator.synchronize()  # raises where the device is lost, and the note stays
         path.write_text("x" * lost)
 
 

@@ -21,40 +21,51 @@ COMPILED = ("compiled_folded", "compiled_reference")
 
 def celeba(setting: Setting) -> Cases:
     """Every layer of the CelebA network at full size."""
-    layers = sorted(CELEBA.layers, key=lambda layer: ORDER.index(layer.name))
-    if setting.quick:
-        layers = [layers[0], layers[-1]]  # small ones are all alike
     device = torch.device(setting.device)
-    todo = [
-        case
-        for dtype in DTYPES
-        for memory_format in FORMATS
-        for case in cases(CELEBA, layers, dtype, memory_format, setting)
-    ]
-    unique = dict.fromkeys(todo)  # 1-d layers have no memory format
-    return _races(unique, [*race.ours(device), *race.peers(device)], setting, "speed")
+    return _races(_celeba(setting), [*race.ours(device), *race.peers(device)], setting, "speed")
 
 
 def compiled(setting: Setting) -> Cases:
     """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
     device = torch.device(setting.device)
-    layers = [layer for layer in CELEBA.layers if layer.name in ORDER[: 1 if setting.quick else 3]]
-    todo = cases(CELEBA, layers, "bfloat16", "contiguous", setting)
+    todo = _celeba(setting)[: 1 if setting.quick else 3]
     return _races(todo, race.peers(device, COMPILED), setting, "speed")
 
 
 def others(setting: Setting) -> Cases:
     """Layers of ResNet-50 and SegNet, where the host may take more time than the kernels."""
     device = torch.device(setting.device)
-    entrants = [*race.ours(device), *race.peers(device)]
-    todo = []
+    return _races(_others(setting), [*race.ours(device), *race.peers(device)], setting, "layers")
+
+
+def planned() -> list[workloads.Case]:
+    """All layers at full size, on no device."""
+    setting = Setting("meta", False, "")
+    return _celeba(setting) + _others(setting)
+
+
+def _celeba(setting: Setting) -> list[workloads.Case]:
+    layers = sorted(CELEBA.layers, key=lambda layer: ORDER.index(layer.name))
+    if setting.quick:
+        layers = [layers[0], layers[-1]]  # small ones are all alike
+    found = [
+        case
+        for dtype in DTYPES
+        for memory_format in FORMATS
+        for case in _cases(CELEBA, layers, dtype, memory_format, setting)
+    ]
+    return list(dict.fromkeys(found))  # 1-d layers have no memory format
+
+
+def _others(setting: Setting) -> list[workloads.Case]:
+    found = []
     for workload in (RESNET50[0], SEGNET):
         layers = sorted(workload.layers, key=lambda layer: -layer.elements * layer.times)
-        todo += cases(workload, layers[: 1 if setting.quick else None], "bfloat16", "contiguous", setting)
-    return _races(todo, entrants, setting, "layers")
+        found += _cases(workload, layers[: 1 if setting.quick else None], "bfloat16", "contiguous", setting)
+    return found
 
 
-def cases(
+def _cases(
     workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting
 ) -> list[workloads.Case]:
     """At full size; or with ``quick`` the same layers, small."""

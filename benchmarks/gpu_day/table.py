@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.results import StepResult
-from benchmarks.gpu_day import archive, journal
+from benchmarks.gpu_day import journal
 from benchmarks.records import FORWARD, FORWARD_BACKWARD
 
 FILE = "table.txt"
@@ -59,7 +59,7 @@ def _layers(folder: Path) -> Iterator[str]:
                 if forward and both:
                     copy, ahead, all_ = forward["copy_ms"], forward["median_ms"], both["median_ms"]
                     back = max(all_ - ahead, 1e-9)
-                    mark = "" if by == "graph" else " e"
+                    mark = " e" * (by == "eager") + " WRONG" * (not both["verified"])
                     parts.append(f"{entrant} {copy / ahead:.2f}/{1.5 * copy / back:.2f} {all_:.3g}{mark}")
                     break
         yield f"{' '.join(names[1:])}: {copy:.3g}; " + "; ".join(parts)
@@ -87,12 +87,3 @@ def _steps(steps: Sequence[StepResult]) -> Iterator[str]:
         yield f"{step.name}: {step.status}, {step.seconds:.0f} s, {step.summary}"
         for name, case in list(step.failures.items())[:MOST_FAILURES]:
             yield f"  {name}: {case.message}"
-    yield f"archive: {archive.NAME}"
-
-
-def write(folder: Path, steps: Sequence[StepResult]) -> str:
-    """The text, also as a file of the archive."""
-    found = text(folder, steps)
-    (folder / FILE).write_text(found)
-    archive.write(folder)
-    return found

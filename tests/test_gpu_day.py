@@ -1,0 +1,330 @@
+"""The command for a rented GPU: what lies in the archive whenever it is ended, and what each part of it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT
+from torch import Tensor
+from typer.testing import CliRunner
+
+from benchmarks import cli, ncu
+from benchmarks.gpu_check.case import Setting, SkippedError
+from benchmarks.gpu_check.results import StepResult
+from benchmarks.gpu_day import archive, day, journal, network, race, ready, table
+from benchmarks.gpu_day.race import Entrant
+from benchmarks.gpu_day.risky import forget, risky
+from benchmarks.gpu_day.steps import STEPS, Step, for_backends
+from benchmarks.peers import Fused, Loop
+from benchmarks.registry import PEERS
+from benchmarks.verify import MismatchError
+from benchmarks.workloads import Case, Layer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+LAYER = Case(Layer.of(8, (6, 5)), 3, 4, "float32", "contiguous", CPU, workload="celeba40")
+
+
+def setting(folder: Path) -> Setting:
+    return Setting("cpu", True, str(folder))
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    """The files of an archive, read to their ends."""
+    with tarfile.open(folder / archive.NAME) as found:
+        return {Path(one.name).name: found.extractfile(one).read() for one in found.getmembers()}
+
+
+# ---- the day ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_it_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    result = CliRunner().invoke(cli.app, ["gpu-day", "--device", "cpu", "--seconds", "500", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    found = members(tmp_path)
+    steps = {name: json.loads(found[f"{name}.json"])["status"] for name in ("ready", "ceilings", "speed", "network")}
+    assert set(steps.values()) == {"passed"}
+    lines = [json.loads(line) for line in found["records.jsonl"].splitlines()]
+    assert {line["kind"] for line in lines} >= {"ceiling", "host", "speed", "layers", "network"}
+    assert {line["entrant"] for line in lines if line["kind"] == "speed"} >= {"cpu", "loop", "folded"}
+    assert result.output.rstrip().endswith("MiB")
+    assert "bn4,bn5 bfloat16 contiguous: " in found["table.txt"].decode()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from benchmarks import cli_gpu_day
+from benchmarks.gpu_day.steps import Step
+cli_gpu_day.STEPS = [Step(name, f"gpu_check_steps:{name}", 60.0) for name in ("good", "hangs")]
+cli_gpu_day.gpu_day(Path(sys.argv[1]), float(sys.argv[2]), "cpu", None)
+"""
+
+
+def started(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(seconds)]
+    variables = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_whenever_it_is_ended_the_archive_is_whole_and_a_later_call_goes_on(tmp_path, how):
+    process = started(tmp_path, 300)
+    while not any("--- hang" in log.read_text() for log in tmp_path.glob("*/hangs.log")):
+        time.sleep(0.05)
+    os.killpg(process.pid, how)
+    said, _ = process.communicate(timeout=60)
+    found = members(tmp_path)
+    assert json.loads(found["good.json"])["status"] == "passed"
+    assert (f"{archive.NAME}: 0.00 MiB" in said) == ("table.txt" in found) == (how == signal.SIGTERM)
+    said, _ = started(tmp_path, day.LEAST + 2).communicate(timeout=60)
+    assert "passed     good: 2 cases, as they should be, 2 of them by an earlier call" in said
+    assert json.loads(members(tmp_path)["hangs.json"])["summary"] == "1 of 3 cases done: its time was over"
+
+
+def run(folder: Path, steps: list[Step]) -> list[StepResult]:
+    return day.run(setting(folder), folder / archive.NAME, 100.0, steps, lambda _: None)
+
+
+def test_a_step_is_ended_with_all_that_it_has_started(tmp_path):
+    steps = [Step("hangs", "gpu_check_steps:hangs", 0.5), Step("good", "gpu_check_steps:good", 60.0)]
+    found = run(tmp_path, steps)
+    assert [step.status for step in found] == ["incomplete", "passed"]
+    assert sum(step.seconds for step in STEPS[:5]) < 600
+
+
+def test_what_has_a_meaning_on_a_gpu_alone_is_named(tmp_path):
+    steps = [step for step in STEPS if step.gpu]
+    for step in run(tmp_path, steps):
+        assert (step.status, step.summary) == ("skipped", f"{step.name} has a meaning on a GPU alone")
+    assert [step.name for step in for_backends(steps, ["a", "b"])] == ["counters", "memcheck-a", "memcheck-b"]
+
+
+def test_the_archive_stays_small(tmp_path):
+    noise = torch.randint(0, 256, (20 << 20,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "step.log").write_bytes(noise[: 2 << 20])
+    for name in ("other", "third", "fourth"):
+        (tmp_path / f"{name}.json").write_bytes(noise)
+    journal.note(tmp_path, "ceiling", copy=1.0)
+    home = tmp_path / archive.NAME
+    archive.write(tmp_path, home)
+    assert home.stat().st_size < 16 << 20
+    found = members(tmp_path)
+    assert found["records.jsonl"] == (tmp_path / "records.jsonl").read_bytes()
+    assert found["other.json"] == noise[-archive.MOST_OF_A_FILE :]
+    (tmp_path / "fourth.json").unlink()
+    archive.write(tmp_path, home)
+    assert members(tmp_path)["step.log"] == noise[: 2 << 20][-archive.MOST_OF_A_LOG :]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    journal.note(tmp_path, "a", value=1)
+    journal.note(tmp_path, "b", value=2)
+    with (tmp_path / journal.FILE).open("a") as file:
+        file.write('{"kind": "a", "va')
+    assert journal.read(tmp_path, "a") == [{"kind": "a", "value": 1}]
+
+
+def test_what_ends_processes_is_left_alone_after_the_second(tmp_path):
+    for _ in range(3):
+        with risky("good", tmp_path, CPU):
+            pass
+    with pytest.raises(ValueError, match="bad"), risky("good", tmp_path, CPU):
+        raise ValueError("bad")
+    within = [risky("cuda", tmp_path, CPU) for _ in range(2)]
+    for each in within:
+        each.__enter__()  # and never left, as where the process ends
+    with pytest.raises(SkippedError, match="has ended 2 processes"):
+        risky("cuda", tmp_path, CPU).__enter__()
+    forget(tmp_path)
+    with risky("cuda", tmp_path, CPU):
+        pass
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+class Wrong(Loop):
+    name = "wrong"
+
+    def forward(self) -> Tensor:
+        return super().forward() * 1.01
+
+
+class Huge(Loop):
+    name = "huge"
+
+    def forward(self) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class WrongOurs(Fused):
+    name = "fused"
+
+    def forward(self) -> Tensor:
+        y = super().forward()
+        return torch.cat([y[:-1], 1.1 * y[-1:]])
+
+
+def lines(folder: Path, kind: str = "speed") -> list[dict[str, Any]]:
+    return journal.read(folder, kind)
+
+
+def test_a_peer_that_is_wrong_or_too_large_is_left_out_and_the_rest_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEERS, "wrong", Wrong)
+    monkeypatch.setitem(PEERS, "huge", Huge)
+    entrants = [Entrant("wrong"), Entrant("huge"), Entrant("fused", "cpu"), Entrant("loop")]
+    race.run(LAYER, entrants, setting(tmp_path), "speed")
+    assert [(line["entrant"], line["pass"]) for line in lines(tmp_path)] == [
+        ("cpu", "forward"), ("cpu", "forward+backward"), ("loop", "forward"), ("loop", "forward+backward"),
+    ]  # fmt: skip
+    assert all(line["verified"] and line["median_ms"] > 0 and line["copy_ms"] > 0 for line in lines(tmp_path))
+    why = {line["entrant"]: line["why"] for line in lines(tmp_path, "left out")}
+    assert why["huge"] == "out of memory"
+    assert why["wrong"].startswith("MismatchError: wrong is wrong: y of")
+
+
+def test_ours_is_timed_and_marked_where_it_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setitem(PEERS, "fused", WrongOurs)
+    with pytest.raises(AssertionError, match="cpu: MismatchError: fused is wrong"):
+        race.run(LAYER, [Entrant("fused", "cpu"), Entrant("loop")], setting(tmp_path), "speed")
+    assert {line["entrant"]: line["verified"] for line in lines(tmp_path)} == {"cpu": False, "loop": True}
+    assert "WRONG" in table.text(tmp_path, [])
+
+
+class Graph:
+    """Runs the step again where a graph would be replayed."""
+
+    def __init__(self, step: Any) -> None:
+        self.replay = step
+
+
+def test_a_step_is_timed_by_the_replay_of_a_graph_over_all_buffers(tmp_path, monkeypatch):
+    taken = []
+
+    class Counted(Loop):
+        def next_buffers(self) -> None:
+            super().next_buffers()
+            taken.append(self.x.data_ptr())
+
+    def captured(step: Any) -> tuple[Graph, None]:
+        del taken[:]
+        step()
+        assert len(taken) in (0, 3 * race.math.ceil(race.REPLAY_SECONDS / (3 * 1e-4)))
+        assert len(set(taken)) in (0, 3)
+        return Graph(step), None
+
+    monkeypatch.setattr(race, "can_capture", lambda _: True)
+    monkeypatch.setattr(race.replay, "captured", captured)
+    monkeypatch.setattr(race, "rotating_buffers", lambda *_: 3)
+    monkeypatch.setitem(PEERS, "loop", Counted)
+    monkeypatch.setattr(race.Summary, "median", property(lambda _: 1e-4, lambda *_: None), raising=False)
+    race.run(LAYER, [Entrant("loop")], replace(setting(tmp_path), quick=False), "speed")
+    assert [line["by"] for line in lines(tmp_path)] == ["eager", "eager", "graph", "graph"]
+    assert {line["buffers"] for line in lines(tmp_path)} == {3}
+
+
+def test_what_cannot_be_captured_keeps_the_times_of_its_calls(tmp_path, monkeypatch):
+    def captured(step: Any) -> tuple[Graph, None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(race, "can_capture", lambda _: True)
+    monkeypatch.setattr(race, "_copy_time", lambda *_: race.Summary(1.0, 0.0, 1, 0, (1.0,)))
+    monkeypatch.setattr(race.replay, "captured", captured)
+    with pytest.raises(AssertionError, match="not captured in a CUDA graph: operation not permitted"):
+        race.run(LAYER, [Entrant("fused", "cpu")], setting(tmp_path), "speed")
+    assert [line["by"] for line in lines(tmp_path)] == ["eager", "eager"]
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_batch_follows_from_two_small_ones_and_shrinks_until_it_fits(tmp_path, monkeypatch):
+    tried = []
+
+    def measured(variant: str, backend: str, memory_format: str, batch: int, _: Setting) -> None:
+        tried.append(batch)
+        if batch > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(network, "_peak_at", lambda batch, *_: 1000 + 10 * batch)
+    monkeypatch.setattr(network.environment, "available_bytes", lambda _: 6000)
+    monkeypatch.setattr(network, "_measured", measured)
+    network.largest("loop", "", "contiguous", replace(setting(tmp_path), quick=False))
+    assert tried == [384, 256]  # room for 452
+
+
+def test_a_network_that_computes_something_else_is_wrong(tmp_path, monkeypatch):
+    at = {"variant": "loop", "memory_format": "contiguous", "batch": 4, "loss": 10.0}
+    with pytest.raises(AssertionError, match="the loop was not measured"):
+        network.at_the_loops("fused", "cpu", "contiguous", setting(tmp_path))
+    journal.note(tmp_path, "network", **at)
+    for loss, wrong in ((10.1, False), (10.3, True), (float("nan"), True)):
+        monkeypatch.setattr(network, "_measured", lambda *_, loss=loss: {"loss": loss})
+        if wrong:
+            with pytest.raises(MismatchError, match="'fused' is wrong: its loss"):
+                network.at_the_loops("fused", "cpu", "contiguous", setting(tmp_path))
+        else:
+            network.at_the_loops("fused", "cpu", "contiguous", setting(tmp_path))
+
+
+# ---- what is built, and the tools ------------------------------------------------------------------------------------
+
+
+def test_a_failed_build_is_loud(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        ran.append((command[1:], options["env"]["TORCH_CUDA_ARCH_LIST"], options["env"]["TSBN_BUILD_CUDA"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    gpu = replace(setting(tmp_path), device="cuda")
+    monkeypatch.setattr(ready.subprocess, "run", run)
+    monkeypatch.setattr(ready, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(ready, "_missing", lambda names: ["_cuda"])
+    with pytest.raises(AssertionError, match="not built: _cuda"):
+        ready.build(gpu)
+    assert ran == [(["setup.py", "build_ext", "--inplace"], "9.0", "1")]
+    monkeypatch.setattr(ready, "_missing", lambda names: [])
+    assert ready.build(gpu) == {"carried": ("_native", "_cuda")}
+
+
+def test_ncu_counts_between_the_marks_and_leaves_the_clocks_alone(tmp_path):
+    words = ncu.command(None, tmp_path / "x.csv", ["python"]).split()
+    assert words[words.index("--profile-from-start") + 1] == "off"
+    assert words[words.index("--clock-control") + 1] == "none"
+    assert "--kernel-name" not in words
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_tells_shares_of_the_copys_rate(tmp_path):
+    case = {"workload": "celeba40", "layer": "bn1", "dtype": "bfloat16", "memory_format": "contiguous", "copy_ms": 3.0}
+    for by, forward, both in (("eager", 9.0, 90.0), ("graph", 4.0, 10.0)):
+        for pass_, ms in (("forward", forward), ("forward+backward", both)):
+            journal.note(
+                tmp_path, "speed", **case, entrant="triton", by=by, median_ms=ms, verified=True, **{"pass": pass_}
+            )
+    journal.note(tmp_path, "ceiling", copy=3.01e12, read=3.1e12, write=3.2e12)
+    journal.note(tmp_path, "left out", **case, entrant="folded", why="out of memory")
+    said = table.text(tmp_path, [StepResult("speed", problem="it failed")]).splitlines()
+    assert said[0] == "TB/s: copy 3.01, read 3.1, write 3.2"
+    assert said[2] == "bn1 bfloat16 contiguous: 3; triton 0.75/0.75 10"
+    assert said[3] == "left out: folded of bn1 bfloat16 contiguous: out of memory"
+    assert said[4] == "speed: failed, 0 s, it failed"
