@@ -78,7 +78,8 @@ def _compile(target: str) -> None:
     if on_paper is None:
         known = dict.fromkeys(device.target for device in DEVICES.values())
         raise typer.BadParameter(f"expected one of {', '.join(known)}, got {target!r}", param_hint="--compile-only")
-    made = kernels.compile_all(on_paper)
-    print(f"{made.count} kernels for {target} in {made.seconds:.0f} s: {triton.knobs.cache.dir}")
-    if made.errors:
-        terminal.fail("\n".join(made.errors))
+    for of in (kernels.planned, kernels.swept):
+        made = kernels.compile_all(of, on_paper)
+        print(f"{made.count} kernels ({of.__name__}) for {target} in {made.seconds:.0f} s: {triton.knobs.cache.dir}")
+        if made.errors:
+            terminal.fail("\n".join(made.errors))

@@ -112,7 +112,12 @@ def test_what_has_a_meaning_on_a_gpu_alone_is_named(tmp_path):
     steps = [step for step in STEPS if step.gpu]
     for step in run(tmp_path, steps):
         assert (step.status, step.summary) == ("skipped", f"{step.name} has a meaning on a GPU alone")
-    assert [step.name for step in for_backends(steps, ["a", "b"])] == ["counters", "memcheck-a", "memcheck-b"]
+    assert [step.name for step in for_backends(steps, ["a", "b"])] == [
+        "sweep-kernels",
+        "counters",
+        "memcheck-a",
+        "memcheck-b",
+    ]
 
 
 def test_the_archive_stays_small(tmp_path):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from unittest import mock
 
@@ -19,7 +18,7 @@ from torch import nn
 from triton.runtime import driver
 
 from benchmarks.gpu_check.results import ROOT
-from benchmarks.gpu_day import network, speed
+from benchmarks.gpu_day import network, speed, sweep
 from benchmarks.network import task_specific_network
 from benchmarks.offline import Call, compile_call, recorded, specialize
 from benchmarks.peers import Fused
@@ -64,8 +63,21 @@ def planned(device: Device) -> list[Call]:
             calls.run(calls.moved(spec.call(), lambda tensor: tensor.to("meta")), "triton", spec.sums)
         for name in layers.LAYERS:
             layers.Step.of(name, "meta")()
+    return _distinct(made, device)
+
+
+def swept(device: Device) -> list[Call]:
+    """One call for each kernel of the sweep."""
+    with on_paper(device) as made:
+        for candidate in sweep.candidates("cuda", device):
+            if candidate.backend == "triton":
+                candidate.on_meta()
+    return _distinct(made, device)
+
+
+def _distinct(calls: Sequence[Call], device: Device) -> list[Call]:
     found: dict[Hashable, Call] = {}
-    for call in made:
+    for call in calls:
         found.setdefault(specialize(call, device.target).key, call)
     return list(found.values())
 
@@ -98,13 +110,13 @@ def _network(variant: str, memory_format: torch.memory_format) -> None:
 
 
 @cache
-def _planned(device: Device) -> list[Call]:
-    return planned(device)
+def _calls(of: Callable[[Device], list[Call]], device: Device) -> list[Call]:
+    return of(device)
 
 
-def _compile(device: Device, index: int, launchers: bool) -> str:
+def _compile(of: Callable[[Device], list[Call]], device: Device, index: int, *, launchers: bool) -> str:
     """Compiles one in a process of the pool; gives what went wrong."""
-    call = _planned(device)[index]
+    call = _calls(of, device)[index]
     try:
         compiled, _ = compile_call(call, device.target)
         if launchers:  # up to Triton 3.7 one for each signature, in C
@@ -115,16 +127,19 @@ def _compile(device: Device, index: int, launchers: bool) -> str:
 
 
 def compile_all(
-    device: Device, workers: int | None = None, launchers: bool = False, notify: Callable[[int], None] = lambda _: None
+    of: Callable[[Device], list[Call]], device: Device, launchers: bool = False, workers: int | None = None
 ) -> Compiled:
-    """Fills Triton's cache. ``launchers``: also with the host's code that starts kernels; it needs a driver."""
+    """Fills Triton's cache with :func:`planned` or :func:`swept`.
+
+    Args:
+        of: which kernels.
+        device: the GPU that they are for; it need not be here.
+        launchers: also make the host's code that starts the kernels, for which a driver must be here.
+        workers: processes; by default as many as there are cores.
+    """
     started = time.monotonic()
-    count = len(_planned(device))
-    workers = workers or os.cpu_count() or 1
-    errors = []
+    count = len(_calls(of, device))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(_compile, [device] * count, range(count), [launchers] * count, chunksize=2)
-        for done, error in enumerate(made, 1):
-            errors += [error] * bool(error)
-            notify(done)
+        made = pool.map(partial(_compile, of, device, launchers=launchers), range(count), chunksize=2)
+        errors = [error for error in made if error]
     return Compiled(count, time.monotonic() - started, errors)

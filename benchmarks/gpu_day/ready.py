@@ -53,11 +53,17 @@ def capability(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability(torch.device(device))
 
 
-def compile_kernels(setting: Setting) -> dict[str, Any]:
-    """All of Triton's kernels that the other steps launch, in as many processes as there are cores.
+def sweep(setting: Setting) -> Cases:
+    """The kernels of the sweep's plans, which are many."""
+    return Cases([Case("Triton's kernels", partial(compile_kernels, setting, "swept"))])
+
+
+def compile_kernels(setting: Setting, which: str = "planned") -> dict[str, Any]:
+    """All of Triton's kernels that other steps launch, in as many processes as there are cores.
 
     Raises:
         SkippedError: there is no GPU.
+        AssertionError: some do not compile; the others have.
     """
     if setting.device == "cpu":
         raise SkippedError("Triton compiles for GPUs; `--compile-only sm_90` does so without one")
@@ -66,7 +72,8 @@ def compile_kernels(setting: Setting) -> dict[str, Any]:
     from benchmarks.gpu_day import kernels
     from tsbn_kernels.plan import devices
 
-    made = kernels.compile_all(devices.of(torch.device(setting.device)), launchers=True)
+    made = kernels.compile_all(getattr(kernels, which), devices.of(torch.device(setting.device)), launchers=True)
+    print("\n".join(made.errors), flush=True)
     assert not made.errors, f"{len(made.errors)} of {made.count} failed, such as {made.errors[0]}"
     return {"kernels": made.count, "seconds": made.seconds}
 

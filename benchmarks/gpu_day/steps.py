@@ -43,6 +43,7 @@ STEPS = (
     Step("network", f"{_HERE}.network:cases", 75.0),
     Step("compiled", f"{_HERE}.speed:compiled", 60.0, case_seconds=60.0),
     Step("layers", f"{_HERE}.speed:others", 40.0),
+    Step("sweep-kernels", f"{_HERE}.ready:sweep", 90.0, case_seconds=90.0, gpu=True),
     Step("sweep", f"{_HERE}.sweeping:cases", 100.0),
     Step("checks", f"{_HERE}.checks:cases", 50.0, per_backend=True),
     Step("counters", f"{_HERE}.counters:cases", 75.0, gpu=True),

@@ -1,36 +1,34 @@
-"""Step: the sweep over plans, a case for each of its candidates."""
+"""Step: the sweep over plans, a case for each of its candidates, named by its number."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import environment
 from benchmarks.gpu_check.case import Case, Cases, Setting
-from benchmarks.measure import timer_for
+from benchmarks.gpu_day import sweep
+from benchmarks.measure import Timer, timer_for
 
-FILE = "sweep.jsonl"
 MOST_QUICK = 4
 
 
 def cases(setting: Setting) -> Cases:
     """Most telling first."""
-    from benchmarks.gpu_day import sweep
-
-    found = sweep.candidates(environment.device_name(torch.device(setting.device)))
+    device = torch.device(setting.device)
+    found = sweep.candidates(environment.device_name(device))
+    timer = timer_for(device)
     return Cases([
-        Case(f"{index}: {candidate}", partial(run, candidate, setting))
-        for index, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
+        Case(str(number), partial(run, candidate, timer, setting))
+        for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
     ])  # fmt: skip
 
 
-def run(candidate: Any, setting: Setting) -> None:
+def run(candidate: sweep.Candidate, timer: Timer, setting: Setting) -> None:
     """A line of the sweep's file."""
-    device = torch.device(setting.device)
-    found = candidate.run(timer_for(device))
-    with (Path(setting.folder) / FILE).open("a") as file:
+    found = candidate.run(timer)
+    with (Path(setting.folder) / sweep.FILE).open("a") as file:
         file.write(json.dumps(found) + "\n")
