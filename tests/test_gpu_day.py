@@ -333,3 +333,25 @@ def test_the_table_tells_shares_of_the_copys_rate(tmp_path):
     assert said[2] == "bn1 bfloat16 contiguous: 3; triton 0.75/0.75 10"
     assert said[3] == "left out: folded of bn1 bfloat16 contiguous: out of memory"
     assert said[4] == "speed: failed, 0 s, it failed"
+
+
+def test_the_table_names_plans_that_beat_the_rules(tmp_path):
+    case = {"layer": "bn1", "dtype": "bfloat16", "format": "contiguous", "pass": "forward", "backend": "cuda"}
+    measured = [(True, 1.0), (False, 0.9), (False, 1.1)]
+    found = [case | {"by_rule": rule, "ms": ms, "plan": {"threads": int(100 * ms)}} for rule, ms in measured]
+    found += [
+        case | {"layer": "bn2", "by_rule": rule, "ms": ms, "plan": {}} for rule, ms in [(True, 1.0), (False, 0.99)]
+    ]
+    found.append(case | {"by_rule": False, "failure": "it does not fit"})
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    wanted = "sweep: bn1 bfloat16 contiguous forward cuda: rule 1 ms, 0.9 by threads 90\n"
+    assert table.text(tmp_path, []) == wanted
+
+
+def test_the_table_tells_what_was_counted(tmp_path):
+    values = dict.fromkeys(ncu.METRICS, 4.0) | {ncu.SECONDS: 2e-3, ncu.READ: 3e9, ncu.WRITTEN: 1e9}
+    journal.note(
+        tmp_path, "counters", entrant="cuda", layer="bn4", memory_format="contiguous", kernel="slab" * 20, **values
+    )
+    wanted = f"ncu: cuda bn4 contiguous {'slab' * 10}: 4 GB, 2000 us, dram 4 %, 4 registers\n"
+    assert table.text(tmp_path, []) == wanted

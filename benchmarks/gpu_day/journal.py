@@ -16,14 +16,16 @@ def note(folder: str | Path, kind: str, **values: Any) -> None:
 
 
 def read(folder: str | Path, *kinds: str) -> list[dict[str, Any]]:
-    """All lines of these kinds; one that was cut off is left out."""
-    path = Path(folder) / FILE
+    """All lines of these kinds."""
+    return [line for line in lines(Path(folder) / FILE) if line["kind"] in kinds]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a file, if there is one; a line that was cut off is left out."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            values = json.loads(line)
+            found.append(json.loads(line))
         except ValueError:
             continue
-        if values["kind"] in kinds:
-            found.append(values)
     return found

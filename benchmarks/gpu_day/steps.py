@@ -40,14 +40,14 @@ STEPS = (
     Step("ready", f"{_HERE}.ready:cases", 200.0, case_seconds=170.0),
     Step("ceilings", f"{_HERE}.ceilings:cases", 80.0),
     Step("speed", f"{_HERE}.speed:celeba", 150.0),
-    Step("network", f"{_HERE}.network:cases", 75.0),
-    Step("compiled", f"{_HERE}.speed:compiled", 60.0, case_seconds=60.0),
-    Step("layers", f"{_HERE}.speed:others", 40.0),
-    Step("sweep-kernels", f"{_HERE}.ready:sweep", 90.0, case_seconds=90.0, gpu=True),
-    Step("sweep", f"{_HERE}.sweeping:cases", 100.0),
-    Step("checks", f"{_HERE}.checks:cases", 50.0, per_backend=True),
-    Step("counters", f"{_HERE}.counters:cases", 75.0, gpu=True),
-    Step("memcheck", f"{_HERE}.checks:memcheck", 80.0, case_seconds=80.0, per_backend=True, gpu=True),
+    Step("network", f"{_HERE}.network:cases", 70.0),
+    Step("compiled", f"{_HERE}.speed:compiled", 45.0, case_seconds=45.0),
+    Step("layers", f"{_HERE}.speed:others", 30.0),
+    Step("sweep-kernels", f"{_HERE}.ready:sweep", 60.0, case_seconds=60.0, gpu=True),
+    Step("sweep", f"{_HERE}.sweeping:cases", 90.0),
+    Step("checks", f"{_HERE}.checks:cases", 45.0, per_backend=True),
+    Step("counters", f"{_HERE}.counters:cases", 60.0, gpu=True),
+    Step("memcheck", f"{_HERE}.checks:memcheck", 60.0, case_seconds=60.0, per_backend=True, gpu=True),
 )
 
 

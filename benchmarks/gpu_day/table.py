@@ -7,19 +7,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ncu
 from benchmarks.gpu_check.results import StepResult
-from benchmarks.gpu_day import journal
+from benchmarks.gpu_day import journal, sweep
 from benchmarks.records import FORWARD, FORWARD_BACKWARD
 
 FILE = "table.txt"
 MOST_FAILURES, MOST_OF_A_LINE = 12, 180
+NOISE = 0.97
 
 Line = dict[str, Any]
 
 
 def text(folder: Path, steps: Sequence[StepResult]) -> str:
-    """Ceilings, layers, network, counters, what was left out, steps, failures."""
-    parts = _ceilings(folder), _layers(folder), _network(folder), _left_out(folder), _steps(steps)
+    """Sweep, counters, ceilings, layers, network, what was left out, steps, failures: what decides comes last."""
+    parts = (
+        _sweep(folder), _counters(folder), _ceilings(folder), _layers(folder), _network(folder), _left_out(folder),
+        _steps(steps),
+    )  # fmt: skip
     return "".join(f"{line[:MOST_OF_A_LINE]}\n" for part in parts for line in part)
 
 
@@ -74,6 +79,29 @@ def _network(folder: Path) -> Iterator[str]:
             f"{variant}, {entrant}, {memory_format}: {batch}, {line['ms']:.1f}, {line['peak_bytes'] / 2**30:.2f}, "
             f"{1e3 * batch / line['ms']:.0f}"
         )
+
+
+def _sweep(folder: Path) -> Iterator[str]:
+    """Where a plan is faster than the rule's by more than the noise."""
+    keys = "layer", "dtype", "format", "pass", "backend"
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in journal.lines(folder / sweep.FILE):
+        if "ms" in line:
+            groups.setdefault(tuple(line[key] for key in keys), []).append(line)
+    for names, found in groups.items():
+        by_rule = min((line["ms"] for line in found if line["by_rule"]), default=0.0)
+        best = min(found, key=lambda line: line["ms"])
+        if best["ms"] < NOISE * by_rule:
+            plan = sweep.describe(best["plan"])
+            yield f"sweep: {' '.join(names)}: rule {by_rule:.3g} ms, {best['ms']:.3g} by {plan}"
+
+
+def _counters(folder: Path) -> Iterator[str]:
+    for line in journal.read(folder, "counters"):
+        where = f"{line['entrant']} {line['layer']} {line['memory_format']} {line['kernel'][:40]}"
+        moved, share = (line[ncu.READ] + line[ncu.WRITTEN]) / 1e9, line[ncu.MEMORY_SHARE]
+        seconds, registers = line[ncu.SECONDS], line[ncu.REGISTERS]
+        yield f"ncu: {where}: {moved:.3g} GB, {1e6 * seconds:.0f} us, dram {share:.0f} %, {registers:.0f} registers"
 
 
 def _left_out(folder: Path) -> Iterator[str]:
