@@ -17,19 +17,24 @@ import pytest
 import torch
 from support import ROOT
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from typer.testing import CliRunner
 
 from benchmarks import cli, ncu
 from benchmarks.gpu_check.case import Setting, SkippedError
 from benchmarks.gpu_check.results import StepResult
-from benchmarks.gpu_day import archive, day, journal, network, race, ready, table
+from benchmarks.gpu_day import archive, clocks, day, journal, kernels, network, race, ready, speed, table
 from benchmarks.gpu_day.race import Entrant
 from benchmarks.gpu_day.risky import forget, risky
 from benchmarks.gpu_day.steps import STEPS, Step, for_backends
+from benchmarks.network import task_specific_network
+from benchmarks.offline import compile_call, specialize
 from benchmarks.peers import Fused, Loop
 from benchmarks.registry import PEERS
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import Case, Layer
+from tsbn_kernels.plan import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -366,3 +371,58 @@ def test_the_table_tells_what_was_counted(tmp_path):
     )
     wanted = f"ncu: cuda bn4 contiguous {'slab' * 10}: 4 GB, 2000 us, dram 4 %, 4 registers\n"
     assert table.text(tmp_path, []) == wanted
+
+
+# ---- what runs beside ------------------------------------------------------------------------------------------------
+
+
+def test_the_clocks_are_asked_for_until_the_end(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1980 MHz\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(clocks, "SECONDS", 0.02)
+    with clocks.Clocks(tmp_path):
+        while (tmp_path / clocks.FILE).read_text().count("1980 MHz") < 2:
+            time.sleep(0.02)
+    assert (tmp_path / clocks.FILE).read_text().startswith("timestamp,name,pstate,clocks.sm")
+
+
+class Driver:
+    """Of an H100 that is not there."""
+
+    def get_current_device(self) -> int:
+        return 90  # Triton keeps what it learns of a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_what_is_compiled_beforehand_is_what_a_launch_asks_for(tmp_path, monkeypatch):
+    """Triton finds a kernel in its cache by this hash."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with kernels.on_paper(DEVICES["H100"]) as calls:
+        kernels._layer(replace(LAYER, dtype="bfloat16"))
+    assert [call.launch.kernel for call in calls] == ["forward_slab", "backward_slab"]
+    compiled, _ = compile_call(calls[0], "sm_90")
+    monkeypatch.setattr(driver, "_active", Driver())
+    function, constants = calls[0].launch.function, calls[0].launch.constants
+    asked = function.warmup(*calls[0].arguments, *constants, grid=(1,), **calls[0].launch.options)
+    assert asked.hash == compiled.hash
+
+
+def test_every_kernel_of_the_steps_is_planned():
+    planned = {specialize(call, "sm_90").key for call in kernels.planned(DEVICES["H100"])}
+    with kernels.on_paper(DEVICES["H100"]) as calls:
+        for names, dtype in (("bn1", "bfloat16"), ("bn8,bn9", "float32")):
+            (case,) = [case for case in speed.planned() if (case.layer.name, case.dtype) == (names, dtype)][:1]
+            kernels._layer(case)
+        network_step = task_specific_network("fused, ReLU inside", 40).to("meta").to(memory_format=torch.channels_last)
+        x = torch.empty((40 * 512, 256, 16, 16), dtype=torch.bfloat16, device="meta")
+        network_step.norms[3](x.to(memory_format=torch.channels_last))
+    assert calls
+    assert {specialize(call, "sm_90").key for call in calls} <= planned
+    assert len(planned) > 150

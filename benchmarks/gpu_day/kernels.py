@@ -14,7 +14,7 @@ from itertools import product
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from triton.runtime import driver
 
 from benchmarks.gpu_check.results import ROOT
@@ -23,7 +23,7 @@ from benchmarks.network import task_specific_network
 from benchmarks.offline import Call, compile_call, recorded, specialize
 from benchmarks.peers import Fused
 from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, Inputs
-from tsbn_kernels import backends
+from tsbn_kernels import FusedTSigmaBN, backends
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.plan import Device
 
@@ -88,7 +88,7 @@ def _layer(case: Case) -> None:
     if x.dim() == 4:
         x = x.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
     gamma = torch.empty((case.tasks, case.layer.channels), device="meta")
-    peer = Fused(case, Inputs(x, x, gamma, case.memory_format))
+    peer = Fused(replace(case, device=x.device), Inputs(x, x, gamma, case.memory_format))
     peer.backward(peer.forward())
 
 
@@ -99,6 +99,8 @@ def _network(variant: str, memory_format: torch.memory_format) -> None:
     for module in made.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.bfloat16()  # as autocast has it, which the meta device does not know
+        if isinstance(module, (nn.Conv2d, FusedTSigmaBN)):
+            module.register_forward_hook(partial(_as_on_a_gpu, memory_format))
     for head in (made.head_weight, made.head_bias):
         head.data = head.data.bfloat16()
     for batch in (*network.PROBE, *network.BATCHES):
@@ -107,6 +109,24 @@ def _network(variant: str, memory_format: torch.memory_format) -> None:
         logits = made.train()(images)
         torch.autograd.grad(logits, list(made.parameters()), logits.detach())
         made.eval()(images)
+
+
+def _as_on_a_gpu(
+    memory_format: torch.memory_format, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """The output, and later its gradient, in the network's memory format: convolutions on the meta device lose it."""
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 4:
+            return tensor
+        *outer, channels, height, width = tensor.shape
+        flat = tensor.reshape(-1, channels, height, width).contiguous(memory_format=memory_format)
+        return flat.unflatten(0, outer)
+
+    output = laid_out(output)
+    if output.requires_grad:
+        output.register_hook(laid_out)
+    return output
 
 
 @cache
