@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -167,6 +168,16 @@ def test_what_ends_processes_is_left_alone_after_the_second(tmp_path):
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_is_raced_at_full_size():
+    found = speed.planned()
+    shapes = {(case.layer.name, case.dtype, case.memory_format) for case in found if case.workload == "celeba40"}
+    flat = {("bn8,bn9", dtype, "none") for dtype in ("bfloat16", "float32")}
+    orders = itertools.product(speed.ORDER[:4], ("bfloat16", "float32"), ("contiguous", "channels_last"))
+    assert shapes == flat | set(orders)
+    assert {(case.tasks, case.batch) for case in found} == {(40, 256), (3, 4)}
+    assert [case.layer.name for case in found[:3]] == ["bn4,bn5", "bn2,bn3", "bn6,bn7"]
 
 
 class Wrong(Loop):

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import environment, replay
 from benchmarks.gpu_check.case import Setting, SkippedError
+from benchmarks.gpu_check.facts import KERNELS
 from benchmarks.gpu_day import journal
 from benchmarks.gpu_day.risky import risky
 from benchmarks.layers import COPY, records_of
@@ -40,7 +41,6 @@ REPLAY_SECONDS = 1e-3  # so long that the start of a graph does not count
 HOST = 20  # how many times as long as the kernels a call may take
 SOME_TASKS = 4  # of a peer are verified
 SLACK = 4.0  # times the tolerances: a GPU's exponential and division have more rounding errors
-KERNELS = ("triton", "cuda", "cpu")
 
 
 class Entrant(NamedTuple):

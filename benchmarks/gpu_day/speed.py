@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -80,6 +81,8 @@ def _cases(
 
 
 def _races(todo: Iterable[workloads.Case], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
+    gc.collect()
+    gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
     return Cases([
         Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo
     ])  # fmt: skip
