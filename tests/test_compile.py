@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.func import functional_call
 
-from tsbn_kernels import FusedTSigmaBN2d, use_backend
+from tsbn_kernels import FusedTSigmaBN2d, layout, use_backend
 from tsbn_kernels.backends import triton
 from tsbn_kernels.ops import operators
 
@@ -110,6 +110,21 @@ def test_sizes_that_change(name: str, training: bool) -> None:
     assert len(set(counter.ran)) == 2
     assert torch.float64 not in counter.dtypes  # eps, momentum and counts stay numbers
     assert any(target.startswith("tsbn.backward") for target in counter.targets)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_sizes_are_not_sorted_where_a_compiler_traces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler of PyTorch 2.11 and earlier does not sort tuples of sizes that change; a later one does."""
+    dense_strides = layout.dense_strides
+
+    def of_backends(x: Tensor, stacking: str) -> tuple[int, ...]:
+        assert not torch.compiler.is_dynamo_compiling()
+        return dense_strides(x, stacking)
+
+    monkeypatch.setattr(layout, "dense_strides", of_backends)
+    way = WAYS[name]
+    compiled = torch.compile(way.make(), fullgraph=True, backend="eager", dynamic=True)
+    tensors(compiled(*way.inputs(17)))
 
 
 @pytest.mark.parametrize("stacking", ["task_major", "task_axis"])

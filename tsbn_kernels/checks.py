@@ -240,7 +240,7 @@ def check_indices(tasks: Sequence[int], num_tasks: int) -> None:
 def check_residual(residual: Tensor, x: Tensor, num_tasks: int, stacking: str, fan_out: bool) -> None:
     """Raises ValueError, TypeError or RuntimeError where a residual does not fit the output."""
     check_tensor("residual", residual)
-    expected, _ = layout.output_sizes(x, num_tasks, stacking, fan_out)
+    expected = layout.output_shape(x, num_tasks, stacking, fan_out)
     if residual.shape != torch.Size(expected):
         raise ValueError(f"residual must have the shape of the output, {list(expected)}, got {list(residual.shape)}")
     if residual.dtype not in _FLOATING:

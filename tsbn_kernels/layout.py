@@ -112,7 +112,8 @@ def readable(x: Tensor, stacking: str, shared: bool, *stacked: Tensor | None) ->
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
     """Strides of a fresh tensor like ``x``: its own where ``x`` is dense, else dense ones in its family's order.
 
-    Where ``x`` is of no family they are those of a contiguous tensor.
+    Where ``x`` is of no family they are those of a contiguous tensor. For backends alone: what a compiler traces must
+    not sort, for up to PyTorch 2.11 it does not sort sizes that change.
     """
     shape, stride = x.shape, x.stride()
     expected, dense = 1, x.numel() > 0
@@ -140,12 +141,19 @@ def input_stacking(stacking: str, shared: bool) -> str:
     return "task_major" if shared else stacking
 
 
-def output_sizes(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of y: those of a dense x; of a shared x, T streams stacked in its family's memory format."""
+def output_shape(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[int, ...]:
+    """Shape of y: that of x; of a shared x, T streams stacked."""
     if not shared:
-        return tuple(x.shape), dense_strides(x, stacking)
+        return tuple(x.shape)
     N, *rest = x.shape
-    shape = (num_tasks, N, *rest) if stacking == "task_axis" else (num_tasks * N, *rest)
+    return (num_tasks, N, *rest) if stacking == "task_axis" else (num_tasks * N, *rest)
+
+
+def output_sizes(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of y: those of a dense x; of a shared x, dense ones in its family's memory format."""
+    shape = output_shape(x, num_tasks, stacking, shared)
+    if not shared:
+        return shape, dense_strides(x, stacking)
     return shape, _family_strides(shape, family(x, "task_major"), channel_axis(stacking))
 
 
