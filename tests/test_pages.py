@@ -152,3 +152,14 @@ def test_docstrings_make_sense_on_their_own() -> None:
     found = docstrings()
     assert len(found) > 300
     assert not [(name, text[:40]) for name, text in found if re.match(r"(As|Of|The same|Those)\b", text)]
+
+
+def test_the_tests_that_prove_a_row_exist() -> None:
+    """``tests/test_a.py::test_b``; a name without its file is of the file before it."""
+    named = re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "verification.md").read_text())
+    named = [pair for pair in named if any(pair)]
+    assert len(named) > 40
+    file = ""
+    for given, name in named:
+        file = given or file
+        assert re.search(rf"^def {name}\b", (ROOT / file).read_text(), re.MULTILINE) if name else (ROOT / file).exists()
