@@ -17,7 +17,7 @@ _PLAIN = (Number, str, bytes, Enum, torch.dtype, torch.device, torch.layout, tor
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Those of a structure, in its order.
+    """Finds the tensors of a structure, in its order.
 
     Raises:
         TypeError: it holds something of which it is not known what it holds.
@@ -28,7 +28,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def replaced(value: Any, put: Callable[[Tensor], Any]) -> Any:
-    """The same structure, in the same classes, with ``put(tensor)`` in the place of each tensor."""
+    """Copies a structure, in its classes, with ``put(tensor)`` in the place of each tensor."""
     if isinstance(value, Tensor):
         return put(value)
     if value is None or isinstance(value, _PLAIN):
