@@ -85,6 +85,6 @@ def test_damaged_or_outdated_results_are_replaced(clock: Clock, tmp_path: Path) 
 
 
 def test_nothing_is_timed_while_a_graph_is_recorded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "is_capturing", lambda: True)
     assert autotune.choose(PLAN, clock.prepare) is PLAN
     assert clock.timed == []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, checks, layout, recompute, runs, streams, synchronized
+from tsbn_kernels import autograd, backends, capture, checks, layout, recompute, runs, streams, synchronized
 
 
 def task_batch_norm(
@@ -59,7 +59,8 @@ def task_batch_norm(
         fan_out: x is one input ``[N, C, *]`` for all tasks. It is read, normalised and saved for the backward once; y
             has T streams in ``stacking``.
         recover_input: save y in place of x for the backward pass, see :mod:`tsbn_kernels.recovery`. It spares memory
-            where a convolution follows, which saves y anyway. No effect inside ``torch.compile``.
+            where a convolution follows, which saves y anyway. No effect inside ``torch.compile`` and while a CUDA graph
+            is captured; elsewhere on a GPU each forward pass waits for it.
         process_group: in training, normalise by the statistics of the batches of all ranks of a
             ``torch.distributed.ProcessGroup`` taken together (``"world"``: of all ranks), which may have different
             sizes, or none: see :mod:`tsbn_kernels.synchronized`. All ranks must make the same calls in the same order.
@@ -153,7 +154,8 @@ def _call(
     else:
         x = layout.supported(x, order)
 
-    recover_input = recover_input and not torch.compiler.is_compiling()  # which channels it keeps depends on data
+    if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
+        recover_input = not torch.compiler.is_compiling() and not capture.is_capturing()
     given = (None, None) if training else (running_mean, running_var)
     slope = negative_slope if activation == "leaky_relu" else 0.0
     options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out

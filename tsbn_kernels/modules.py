@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels import checks, runs, synchronized
+from tsbn_kernels import capture, checks, runs, synchronized
 from tsbn_kernels.activations import as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
@@ -324,7 +324,7 @@ class FusedTSigmaBN(_BatchNorm):
         checks.check_indices(indices, self.num_tasks)
         if self._tasks is not None and not set(indices) <= set(self._tasks):
             raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={indices}")
-        return torch.tensor(indices, device=self.weight.device)
+        return capture.task_indices(indices, self.weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from before the layer had all of its options."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import checks, runs
+from tsbn_kernels import capture, checks, runs
 from tsbn_kernels.features import has_function, of_each_task
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.recompute import recompute_outputs
@@ -116,7 +116,7 @@ class MultiTaskModel(nn.Module):
         """The features of each task, and those that all have; ``x`` is one batch for all of them, or theirs stacked."""
         indices = None
         if list(tasks) != list(self.heads):
-            indices = torch.tensor([self.tasks.index(task) for task in tasks], device=x.device)
+            indices = capture.task_indices([self.tasks.index(task) for task in tasks], x)
         count = len(tasks)
         run = runs.Run(self._router, indices, count, x.shape[0] if shared else x.shape[0] // count, shared)
         runs.enter(run)

@@ -31,7 +31,7 @@ def invertible(activation: str, slope: float) -> bool:
 def keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], epilogue: Sequence[Any]
 ) -> tuple[Tensor, Tensor]:
-    """Channels that some task cannot recover, ``[K]``, and their part of x."""
+    """Channels that some task cannot recover, ``[K]``, and their part of x. On a GPU this waits for their number."""
     gates = reference.gate_values(weight.to(reference.accumulate_dtype(x.dtype)), options[2]).abs()
     activation, slope, _ = epilogue
     info = torch.finfo(x.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, layout
+from tsbn_kernels import autograd, capture, layout
 from tsbn_kernels.autograd import INPUTS, TaskBatchNorm, backward_operator
 from tsbn_kernels.separate import aliases, separate
 
@@ -36,11 +36,11 @@ class TaskStreams(TaskBatchNorm):
         tasks = [task for task in range(num_tasks) if gradients[task] is not None]
         if not tasks or not any(needed):
             return (None,) * INPUTS
-        index = torch.tensor(tasks, device=x.device)
+        index = None if len(tasks) == num_tasks else capture.task_indices(tasks, x)
 
         def rows(stack: Tensor | None) -> Tensor | None:
             """The rows of the tasks that a gradient came for; one task's, and all, are a view."""
-            if stack is None or len(tasks) == num_tasks:
+            if stack is None or index is None:
                 return stack
             return stack[tasks[0]].unsqueeze(0) if len(tasks) == 1 else stack.index_select(0, index)
 
@@ -49,7 +49,7 @@ class TaskStreams(TaskBatchNorm):
 
         def spread(part: Tensor) -> Tensor:
             """Zero for the other tasks."""
-            if len(tasks) == num_tasks:
+            if index is None:
                 return part
             return part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
 

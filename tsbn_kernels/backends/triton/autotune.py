@@ -15,8 +15,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tsbn_kernels.capture import is_capturing
 from tsbn_kernels.plan import Plan
 from tsbn_kernels.plan import triton as rules
 
@@ -29,7 +28,7 @@ def choose(plan: Plan, prepare: Prepare) -> Plan:
     ``prepare`` makes of a plan a function that runs it: the kernels write nothing but their outputs, so running them
     many times changes nothing.
     """
-    if os.environ.get("TSBN_AUTOTUNE", "0") in ("", "0") or _capturing():
+    if os.environ.get("TSBN_AUTOTUNE", "0") in ("", "0") or is_capturing():
         return plan
     file, name = _file(), _name(plan)
     known = _read(file)
@@ -45,11 +44,6 @@ def _milliseconds(run: Callable[[], None]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=5, rep=30, return_mode="median"))
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being recorded, where nothing can be timed."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _file() -> Path:
