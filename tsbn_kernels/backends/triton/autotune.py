@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tsbn_kernels.backends.fallback import KernelError
 from tsbn_kernels.capture import is_capturing
 from tsbn_kernels.plan import Plan
 from tsbn_kernels.plan import triton as rules
 
 Prepare = Callable[[Plan], Callable[[], None]]
+Clock = Callable[[Callable[[], None]], float]
 
 
 def choose(plan: Plan, prepare: Prepare) -> Plan:
-    """The plan itself; with ``TSBN_AUTOTUNE=1`` the fastest of its alternatives.
+    """The plan itself; with ``TSBN_AUTOTUNE=1`` the fastest of its alternatives that run here.
 
     ``prepare`` makes of a plan a function that runs it: the kernels write nothing but their outputs, so running them
     many times changes nothing.
@@ -33,11 +39,31 @@ def choose(plan: Plan, prepare: Prepare) -> Plan:
     file, name = _file(), _name(plan)
     known = _read(file)
     alternatives = {_choice(other): other for other in rules.alternatives(plan)}
-    if known.get(name) not in alternatives:
-        times = {choice: _milliseconds(prepare(other)) for choice, other in alternatives.items()}
-        known[name] = min(times, key=lambda choice: times[choice])
+    chosen = alternatives.get(str(known.get(name)))
+    if chosen is not None:  # by another size of the class, perhaps
+        return chosen if chosen == plan or _time(chosen, prepare, _once) < math.inf else plan
+    times = {choice: _time(other, prepare, _milliseconds) for choice, other in alternatives.items()}
+    known[name] = min(times, key=lambda choice: times[choice])
+    if times[known[name]] == math.inf:
+        return plan
+    try:
         _write(file, known)
+    except OSError as error:
+        warnings.warn(f"tsbn-kernels tunes again in the next process: {error}", stacklevel=2)
     return alternatives[known[name]]
+
+
+def _time(plan: Plan, prepare: Prepare, clock: Clock) -> float:
+    """The time of a plan; infinite if it needs more than there is: registers, shared memory, programs or memory."""
+    try:
+        return clock(prepare(plan))
+    except (KernelError, ValueError, torch.OutOfMemoryError):
+        return math.inf
+
+
+def _once(run: Callable[[], None]) -> float:
+    run()
+    return 0.0
 
 
 def _milliseconds(run: Callable[[], None]) -> float:

@@ -77,7 +77,8 @@ def _normalize(
             candidate = make(plan)
             return partial(candidate, x, candidate.stacked_like(x), *vectors)
 
-        run = _forwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+        with _on(x.device):
+            run = _forwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
     y = run.stacked_like(x)
     with _on(x.device):
         run(x, y, *vectors)
@@ -152,7 +153,8 @@ def backward(
             candidate = make(plan)
             return partial(candidate, dy, x, *vectors, *outputs(candidate))
 
-        run = _backwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+        with _on(x.device):
+            run = _backwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
     results = outputs(run)
     with _on(x.device):
         run(dy, x, *vectors, *results)
