@@ -157,10 +157,23 @@ def test_heads_get_the_structure_of_the_backbone(name: str, stacked: bool) -> No
 def test_what_is_no_batch_goes_to_every_task_as_it_is(name: str, samples: int) -> None:
     make = SHARED[name]
     model = build(lambda b, y: {"features": y, "extra": make(b)})
-    wanted = make(model.backbone)
-    for task, features in model(torch.randn(samples, 3, 4, 4)).items():
+    wanted, x = make(model.backbone), torch.randn(samples, 3, 4, 4)
+    if wanted.grad_fn is not None and not wanted._is_view() and len(wanted) % (T * samples) == 0:
+        with pytest.raises(ValueError, match=r"may hold a batch of .* or what all of them share\."):
+            model(x)
+        return
+    for task, features in model(x).items():
         assert torch.equal(features["extra"], wanted), task
         assert features["features"].shape[0] == samples
+
+
+def test_what_a_stop_gradient_hides_is_not_handed_on_whole() -> None:
+    model = build(lambda b, y: (y, b.conv(y[:, :3].detach()))).eval()
+    x = torch.randn(N, 3, 4, 4)
+    with pytest.raises(ValueError, match="give every task the input"):
+        model(x)
+    plain = revert_model(model.backbone, 1)
+    assert_equal(model(dict.fromkeys(TASKS, x))["b"], plain(x))
 
 
 @pytest.mark.parametrize("name", [name for name in SHARED if "of" not in name.split() and "from" not in name])
@@ -180,7 +193,9 @@ def test_what_may_be_either_is_an_error() -> None:
     torch.testing.assert_close(model(x)["b"][1], plain(x)[1])
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match=r"which may be one of each task.* as \[3, 1\] or as \[1, 3\]"),
+        pytest.raises(
+            ValueError, match=r"batch of 1 for each of 3 tasks, .* as \[1, 3\] where they share it, else as \[3, 1\]"
+        ),
     ):
         model(x)
     with torch.no_grad():

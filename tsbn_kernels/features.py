@@ -62,19 +62,29 @@ def _is_stacked(tensor: Tensor, run: Run, backbone: nn.Module | None) -> bool:
     if tensor.dim() == 0 or (backbone is not None and _belongs_to(backbone, tensor)):
         return False
     rows, stacked = tensor.shape[0], run.count * run.batch
-    known = run.shared and _node(tensor) is not None
-    if backbone is not None and known and not has_function(tensor.grad_fn):
-        return False  # a stack has passed a task-specific layer: this has not
-    if rows == stacked and backbone is not None and not known and tensor.dim() == 1 == run.batch < run.count:
-        raise ValueError(
-            f"the backbone returned {rows} values for one sample of each of {run.count} tasks, which may be one of "
-            f"each task, or {rows} that all tasks share; return them as [{rows}, 1] or as [1, {rows}]"
-        )
-    if rows == stacked or (stacked and rows % stacked == 0 and (known or backbone is None)):
+    node = _node(tensor) if run.shared else None
+    if backbone is not None and run.count > 1:
+        if node is not None and not has_function(node):  # a stack has passed a task-specific layer: this has not
+            if stacked and rows % stacked:
+                return False
+            raise _doubtful(tensor, run)
+        if rows == stacked and node is None and tensor.dim() == 1 == run.batch:
+            raise _doubtful(tensor, run)
+    if rows == stacked or (stacked and rows % stacked == 0 and (node is not None or backbone is None)):
         return True
     if rows != run.batch and (backbone is None or _node(tensor) is not None or rows % run.count == 0):
         raise _unknown(tensor, run)
     return False
+
+
+def _doubtful(tensor: Tensor, run: Run) -> ValueError:
+    shape = list(tensor.shape)
+    return ValueError(
+        f"the backbone returned a tensor of shape {shape} without a gradient from any task-specific layer: it may hold "
+        f"a batch of {run.batch} for each of {run.count} tasks, or what all of them share. Return it as {[1, *shape]} "
+        f"where they share it, else as {[*shape, 1]} and, where that does not tell, give every task the input: "
+        f"model(dict.fromkeys(model.heads, x))"
+    )
 
 
 def _unknown(tensor: Tensor, run: Run) -> ValueError:

@@ -196,7 +196,8 @@ def _fans_out(layer: nn.Module, x: Tensor, run: runs.Run, repeated: bool) -> boo
         return True
     if run.shared and stacked:
         if not first and rows % stacked == 0:
-            if not known and (torch.compiler.is_compiling() or x.grad_fn is None or has_function(x.grad_fn)):
+            sure = repeated or torch.compiler.is_compiling() or x.grad_fn is None or has_function(x.grad_fn)
+            if not known and sure:
                 return False
             raise ValueError(
                 f"{type(layer).__name__} got {rows} rows, which may be those of {run.count} streams, or "
