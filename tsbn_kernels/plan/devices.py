@@ -138,7 +138,7 @@ def of(index: torch.device) -> Device:
 
 
 def _bandwidth(properties: Any, kin: Device, multiprocessors: int) -> float:
-    """Bytes a second of the memory, from its clock and width. A part of a GPU gets as many eighths as it has of the memory.
+    """Bytes a second of the memory, from its clock and width. A part of a GPU gets the eighths that it has of it.
 
     AMD's drivers tell of HBM3 half of what it transfers, so data sheets come first there.
     """
