@@ -21,26 +21,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.workloads import DTYPES, NO_ACTIVATION, Case, Inputs
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, reference
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, activations, reference
 
 MOMENTUM = 0.1
 EPS = 1e-5
 SLOPE = 0.01  # of a leaky ReLU
 
 # In place where the derivative does not need the input. A BatchNorm does not need its output.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    NO_ACTIVATION: lambda y: y,
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda y: functional.relu(y, inplace=True),
     "leaky_relu": lambda y: functional.leaky_relu(y, SLOPE, inplace=True),
-    "silu": functional.silu,
-    "gelu": functional.gelu,
 }
-ACTIVATIONS = tuple(_ACTIVATIONS)
+ACTIVATIONS = (NO_ACTIVATION, *activations.ACTIVATIONS)
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
     """The activation behind a BatchNorm, which may overwrite ``y``."""
-    return _ACTIVATIONS[activation](y)
+    in_place = _IN_PLACE.get(activation)
+    return activations.activate(y, activation, SLOPE) if in_place is None else in_place(y)
 
 
 class SigmoidBatchNorm2d(nn.BatchNorm2d):

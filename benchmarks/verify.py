@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.peers import EPS, MOMENTUM, OURS, SLOPE, Outcome, Peer
 from benchmarks.workloads import DTYPES, Case, Inputs
 from tsbn_kernels import reference
+from tsbn_kernels.activations import EPILOGUES
 
 
 class MismatchError(Exception):
@@ -46,8 +47,7 @@ PEER_TOLERANCES = {
     "float16": Tolerance(2**-10, 2**-8, 2**-8),
     "bfloat16": Tolerance(2**-7, 2**-5, 2**-5),
 }
-KINKED = ("relu", "leaky_relu")
-KINK = 1e-4  # nearer to zero than this rounding may decide what of a gradient passes a kink
+KINK = 1e-4  # nearer to a kink than this rounding may decide what of a gradient passes
 STEPS = 2  # of a peer before its outcome is compared
 # Elements that the reference computes at a time: they and its temporaries stay in a CPU's cache, or fill a GPU.
 BLOCK, GPU_BLOCK = 2**19, 2**24
@@ -85,9 +85,10 @@ class Expected:
                 options = 1, EPS, "sigmoid", "task_major"
                 epilogue = None, case.activation, SLOPE
                 result, mean, var = reference.forward_training(x64, gamma64, None, *options, *epilogue)
-                if case.activation in KINKED:
+                if kinks := EPILOGUES[case.activation].kinks:
                     z = reference.normalize(x64, gamma64, None, mean, var, *options)
-                    dy64 = dy64.masked_fill_(z.abs() < KINK, 0.0)
+                    for kink in kinks:
+                        dy64.masked_fill_((z - kink).abs() < KINK, 0.0)
                     dy.copy_(dy64)
                 flags = True, True, True, False  # training; gradients of x and gamma, there is no bias
                 gradient, gate_gradient, *_ = reference.backward(

@@ -22,11 +22,11 @@ from support import (
 from torch import Tensor
 
 from tsbn_kernels import reference
-from tsbn_kernels.activations import ACTIVATIONS
+from tsbn_kernels.activations import ACTIVATIONS, EPILOGUES
 
 ops = torch.ops.tsbn
 SLOPE = 0.125
-KINK = 1e-3  # no z is closer to zero: there the derivative depends on the rounding of z
+KINK = 1e-3  # no z is closer to a kink: there the derivative depends on the rounding of z
 
 
 class Call(NamedTuple):
@@ -81,20 +81,30 @@ def make_call(
         mean = torch.linspace(-0.5, 1, p.weight.numel(), dtype=p.weight.dtype).view_as(p.weight)
         statistics = mean, mean.square() + 0.5
     call = Call(p, added, activation, shared, statistics)
-    return _without_kinks(call) if away_from_kinks and activation in ("relu", "leaky_relu") else call
+    return without_kinks(call) if away_from_kinks else call
 
 
-def _without_kinks(call: Call) -> Call:
-    """Moves x where some z is near zero."""
+def without_kinks(call: Call, given: tuple[Tensor, Tensor] | None = None) -> Call:
+    """Moves x where some z is near a kink; ``given`` are other statistics than the call's."""
+    kinks = EPILOGUES[call.activation].kinks
+    plain = call._replace(activation="none", given=call.given if given is None else given)
     for _ in range(50):
-        z = forward(call._replace(activation="none").in_double(), reference)[0]
-        near = z.abs() < KINK
+        z = forward(plain.in_double(), reference)[0] if kinks else torch.empty(0)
+        near = near_kinks(z, call.activation, KINK)
         if not near.any():
             return call
         if call.shared:
             near = unstack(near, call.p.num_tasks, call.p.stacking).any(0)
         call.p.x[near] += 0.25
-    raise AssertionError("some z stay near zero")
+    raise AssertionError("some z stay near a kink")
+
+
+def near_kinks(z: Tensor, activation: str, distance: float | Tensor) -> Tensor:
+    """Where z is so near a kink that rounding may take it to the other side."""
+    near = torch.zeros_like(z, dtype=torch.bool)
+    for kink in EPILOGUES[activation].kinks:
+        near |= (z - kink).abs() < distance
+    return near
 
 
 def forward(call: Call, by: Any = ops) -> tuple[Tensor, Tensor, Tensor]:

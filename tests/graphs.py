@@ -92,7 +92,7 @@ WAYS = {
     "plain": Way(lambda: FusedTSigmaBN2d(T, C, bias=True), T),
     "cumulative average": Way(lambda: FusedTSigmaBN2d(T, C, momentum=None), T),
     "sample_major": Way(lambda: FusedTSigmaBN2d(T, C, stacking="sample_major"), T),
-    **{name: Way(lambda name=name: FusedTSigmaBN2d(T, C, activation=name), T) for name in ("relu", "silu", "gelu")},
+    "activation": Way(lambda: FusedTSigmaBN2d(T, C, activation="silu"), T),
     "residual": Way(lambda: FusedTSigmaBN2d(T, C, activation="relu"), T, residual=True),
     "fan_out": Way(lambda: FusedTSigmaBN2d(T, C, fan_out=True), 1),
     "tasks": Way(lambda: Calling(lambda layer, x: layer(x, tasks=[2, 0])), 2),

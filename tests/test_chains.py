@@ -12,9 +12,9 @@ import pytest
 import torch
 from networks import NETWORKS, ResNet, pretrained
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tsbn_kernels import FusedTSigmaBN, MultiTaskModel, convert_model, export_task, fold_into_conv, revert_model
+from tsbn_kernels.activations import TABLE
 from tsbn_kernels.chains import FusedActivation, SharedActivation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,11 +124,8 @@ def _added_in_place(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("act", "activation"),
     [
-        (nn.ReLU(), "relu"),
+        *((row.module(0.3), name) for name, row in TABLE.items()),
         (nn.ReLU(inplace=True), "relu"),
-        (nn.LeakyReLU(0.3), "leaky_relu"),
-        (nn.SiLU(), "silu"),
-        (nn.GELU(), "gelu"),
         (nn.GELU("tanh"), None),
         (nn.PReLU(), None),
         (nn.ReLU6(), None),
@@ -273,7 +270,7 @@ def test_a_model_that_cannot_be_traced_is_converted_and_says_so() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [torch.relu, functional.relu, functional.silu, functional.gelu, functional.leaky_relu, lambda y: y.relu_()],
+    [*(function for row in TABLE.values() for function in row.functions), lambda y: y.relu_()],
 )
 def test_functions_are_left_and_named(function: Any) -> None:
     plain = randomise(Chain(lambda m, x: m.act(m.other(function(m.norm(x)))), nn.SiLU()))

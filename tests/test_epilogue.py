@@ -30,10 +30,9 @@ from support import (
     problem,
 )
 from torch import Tensor
-from torch.nn import functional
 
 from tsbn_kernels import reference
-from tsbn_kernels.activations import ACTIVATIONS
+from tsbn_kernels.activations import ACTIVATIONS, TABLE, as_module
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 formats = pytest.mark.parametrize("memory_format", FORMATS)
@@ -61,7 +60,7 @@ def test_every_tail(kernels: str, memory_format: str, dtype: torch.dtype) -> Non
     native = kernels == "native"
     for size in (*range(1, 36), 47, 63, 64, 65, 79, 127, 128, 129) if native else (1, 3, 16, 33):
         channels, positions = (2, size) if memory_format == "contiguous" else (size, 3)
-        activation = ("leaky_relu", "silu", "relu", "gelu")[size % 4]
+        activation = ACTIVATIONS[size % len(ACTIVATIONS)]
         options = {"dtype": dtype, "memory_format": memory_format, "seed": size}
         call = make_call(1, 3, channels, (positions,), activation=activation, residual=True, **options)
         assert_correct(call, run(call))
@@ -124,28 +123,22 @@ def at(z: Tensor, activation: str, dy: Tensor) -> tuple[Tensor, Tensor]:
     return y[0, 0], g[0, 0]
 
 
-KINKED: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "leaky_relu": lambda z: functional.leaky_relu(z, SLOPE),
-}
-
-
-@pytest.mark.parametrize("activation", KINKED)
+@pytest.mark.parametrize("activation", [name for name, row in TABLE.items() if row.kinks])
 @dtypes
 def test_kinks_and_infinities_as_in_pytorch(activation: str, dtype: torch.dtype, kernels: str) -> None:
     infinity = float("inf")
-    values = [0.0, -0.0, 1.5, -1.5, infinity, -infinity, float("nan"), torch.finfo(dtype).tiny] * 5
-    z = torch.tensor(values, dtype=dtype, requires_grad=True)
+    values = [-0.0, 1.5, -1.5, infinity, -infinity, float("nan"), torch.finfo(dtype).tiny]
+    z = torch.tensor([*values, *TABLE[activation].kinks] * 5, dtype=dtype, requires_grad=True)
     dy = torch.linspace(-3, 3, z.numel(), dtype=dtype)
     y, g = at(z.detach(), activation, dy)
-    wanted = KINKED[activation](z)
+    wanted = as_module(activation, SLOPE)(z)
     (gradient,) = torch.autograd.grad(wanted, z, dy)
     torch.testing.assert_close(y, wanted.detach(), rtol=0, atol=0, equal_nan=True)
     number = ~z.isnan()  # PyTorch itself passes NaN on in one of these derivatives and not in the other
     torch.testing.assert_close(g[number], gradient[number], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", [name for name, row in TABLE.items() if not row.kinks])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.float64, 4e-16)])
 def test_smooth_activations_over_the_whole_range(
     activation: str, dtype: torch.dtype, bound: float, kernels: str
@@ -155,7 +148,7 @@ def test_smooth_activations_over_the_whole_range(
     dy = torch.ones_like(z)
     y, g = at(z, activation, dy)
     exact = z.double().requires_grad_()
-    wanted = getattr(functional, activation)(exact)
+    wanted = as_module(activation, SLOPE)(exact)
     (gradient,) = torch.autograd.grad(wanted, exact, dy.double())
     size = z.double().abs().clamp_min(1)
     assert ((y.double() - wanted.detach()).abs() <= bound * size).all()

@@ -90,7 +90,7 @@ def test_every_tail(kernels: str, memory_format: str, dtype: torch.dtype) -> Non
     for size in (*range(1, 36), 47, 63, 64, 65, 79, 127, 128, 129) if native else (1, 3, 16, 33):
         channels, positions = (2, size) if memory_format == "contiguous" else (size, 3)
         options = {"dtype": dtype, "memory_format": memory_format, "seed": size}
-        call = fan_out(2, 3, channels, (positions,), activation=("none", "relu", "gelu")[size % 3], **options)
+        call = fan_out(2, 3, channels, (positions,), activation=ACTIVATIONS[size % len(ACTIVATIONS)], **options)
         assert_correct(call, run(call))
 
 

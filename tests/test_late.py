@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tsbn_kernels import FusedTSigmaBN2d, LateFanOut
+from tsbn_kernels.late import HOMOGENEOUS
 
 T, N, C = 3, 4, 5
 
@@ -50,7 +51,7 @@ def pair(activation: str | None, pool: str, conv: str, stacking: str) -> tuple[L
 @pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
 @pytest.mark.parametrize("conv", CONVS)
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", HOMOGENEOUS)
 def test_equals_fanning_out_first(
     activation: str | None, pool: str, conv: str, stacking: str, memory_format: str
 ) -> None:

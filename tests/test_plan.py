@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import python
 
 from tsbn_kernels import __main__ as command
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
 from tsbn_kernels.plan.triton import alternatives, is_even, plan
 
@@ -32,7 +33,7 @@ WORKS = st.builds(
     bias=st.booleans(),
     needs_dx=st.booleans(),
     needs_dweight=st.just(True),
-    activation=st.sampled_from(["none", "relu", "gelu"]),
+    activation=st.sampled_from(["none", *ACTIVATIONS]),
     residual=st.booleans(),
     needs_dresidual=st.booleans(),
     fan_out=st.booleans(),

@@ -17,14 +17,12 @@ from interpreter import device, interpreted, kernels, passes
 from test_triton_compiled import SIZES, assert_traffic, toy
 
 from tsbn_kernels import reference
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan.triton import is_even, plan
 
-EPILOGUES: tuple[Epilogue, ...] = (
-    ("relu", False), ("relu", True), ("leaky_relu", True), ("silu", False), ("gelu", False), ("gelu", True),
-    ("none", True),
-)  # fmt: skip
+EPILOGUES: tuple[Epilogue, ...] = (*product(ACTIVATIONS, (False, True)), ("none", True))
 
 # ---- every plan in the interpreter -------------------------------------------------------------------------------
 
@@ -135,7 +133,7 @@ def test_compiled(
 # ---- broken on purpose, and plans --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_wrong_derivative_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = fused(2, 3, 2, (11,), epilogue=(name, True))
     with interpreted(device(threads=16)):

@@ -19,17 +19,12 @@ from fused import Epilogue, assert_equals_reference, fused
 from interpreter import Function, device, interpreted, passes
 from test_triton_compiled import SIZES, assert_traffic, toy
 
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.backends.triton import fan_out, launch
 from tsbn_kernels.plan import DEVICES, Plan, Work
 from tsbn_kernels.plan.triton import alternatives, is_even, plan
 
-EPILOGUES: tuple[Epilogue, ...] = (
-    ("none", False),
-    ("relu", True),
-    ("silu", False),
-    ("gelu", True),
-    ("leaky_relu", False),
-)
+EPILOGUES: tuple[Epilogue, ...] = tuple(zip(("none", *ACTIVATIONS), cycle((False, True))))
 
 # ---- every plan in the interpreter -------------------------------------------------------------------------------
 

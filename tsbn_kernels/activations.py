@@ -1,75 +1,151 @@
-"""The activations that a layer can end in, and their derivatives, in plain PyTorch and differentiable to any order."""
+"""The activations that a layer can end in: a table, from which all lists of them follow.
+
+How to add one: docs/adding_an_activation.md. The same names have rows in csrc/activations.h and, for Triton, in
+backends/triton/activations.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Name = Literal["relu", "leaky_relu", "silu", "gelu"]
-ACTIVATIONS: tuple[Name, ...] = ("relu", "leaky_relu", "silu", "gelu")
-HOMOGENEOUS = (None, "relu", "leaky_relu")  # act(k * z) = k * act(z) for k > 0
-
-Activation = Callable[[Tensor, float], Tensor]
+Name = Literal["relu", "leaky_relu", "silu", "gelu"]  # of the rows, for type checkers
+Function = Callable[[Tensor, float], Tensor]
 
 
-def _gelu_slope(z: Tensor, _: float) -> Tensor:
-    slope: Tensor = torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    return slope
+@dataclass(frozen=True)
+class Activation:
+    """What an activation computes, and what else depends on which one it is.
+
+    Attributes:
+        value: ``act(z)``, of z and the slope of negative values. Differentiable to any order; NaN stays NaN.
+        derivative: ``act'(z)``, of the same, with PyTorch's values at kinks.
+        module: makes the module of PyTorch's, of the slope.
+        types: modules of these types compute it, where they have
+        settings: these attributes.
+        functions, methods: PyTorch's functions that compute it, and the names of a tensor's methods that do.
+        kinks: where the derivative jumps.
+        sloped: whether it has a slope of its own for negative values.
+        homogeneous: whether ``act(k * z) = k * act(z)`` for k > 0.
+        invertible: whether ``act(z)`` tells z where the slope is positive: the inverse is that of a leaky ReLU.
+        selects: whether the derivative is 0 or 1: the gradient before it is then as exact as the one behind.
+        exponential: whether it has an exponential, whose terms take registers.
+    """
+
+    value: Function
+    derivative: Function
+    module: Callable[[float], nn.Module]
+    types: tuple[type[nn.Module], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    functions: tuple[Callable[..., Any], ...] = ()
+    methods: tuple[str, ...] = ()
+    kinks: tuple[float, ...] = ()
+    sloped: bool = False
+    homogeneous: bool = False
+    invertible: bool = False
+    selects: bool = False
+    exponential: bool = False
 
 
-def _silu_slope(z: Tensor, _: float) -> Tensor:
+def _silu_derivative(z: Tensor, _: float) -> Tensor:
     gate = torch.sigmoid(z)
-    slope: Tensor = gate * (1 + z * (1 - gate))
-    return slope
+    derivative: Tensor = gate * (1 + z * (1 - gate))
+    return derivative
 
 
-# Each with its derivative. NaN stays NaN, and both kinks have the derivative that PyTorch gives them.
-_FUNCTIONS: dict[str, tuple[Activation, Activation]] = {
-    "none": (lambda z, _: z, lambda z, _: torch.ones_like(z)),
-    "relu": (lambda z, _: torch.relu(z), lambda z, _: (z > 0).to(z.dtype)),
-    "leaky_relu": (functional.leaky_relu, lambda z, slope: torch.where(z > 0, torch.ones_like(z), slope)),
-    "silu": (lambda z, _: functional.silu(z), _silu_slope),
-    "gelu": (lambda z, _: functional.gelu(z), _gelu_slope),
+def _gelu_derivative(z: Tensor, _: float) -> Tensor:
+    derivative: Tensor = torch.special.ndtr(z) + z * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return derivative
+
+
+TABLE: dict[str, Activation] = {
+    "relu": Activation(
+        value=lambda z, _: torch.relu(z),
+        derivative=lambda z, _: (z > 0).to(z.dtype),
+        module=lambda _: nn.ReLU(),
+        types=(nn.ReLU,),
+        functions=(functional.relu, torch.relu, torch.relu_),
+        methods=("relu", "relu_"),
+        kinks=(0.0,),
+        homogeneous=True,
+        selects=True,
+    ),
+    "leaky_relu": Activation(
+        value=functional.leaky_relu,
+        derivative=lambda z, slope: torch.where(z > 0, torch.ones_like(z), slope),
+        module=nn.LeakyReLU,
+        types=(nn.LeakyReLU,),
+        functions=(functional.leaky_relu,),
+        kinks=(0.0,),
+        sloped=True,
+        homogeneous=True,
+        invertible=True,
+    ),
+    "silu": Activation(
+        value=lambda z, _: functional.silu(z),
+        derivative=_silu_derivative,
+        module=lambda _: nn.SiLU(),
+        types=(nn.SiLU,),
+        functions=(functional.silu,),
+        exponential=True,
+    ),
+    "gelu": Activation(
+        value=lambda z, _: functional.gelu(z),
+        derivative=_gelu_derivative,
+        module=lambda _: nn.GELU(),
+        types=(nn.GELU,),
+        settings={"approximate": "none"},
+        functions=(functional.gelu,),
+        exponential=True,
+    ),
+}
+
+ACTIVATIONS = tuple(TABLE)
+NONE, INVERSE = "none", "inverse_leaky_relu"
+# What the operators take. The last is of a backward whose x is what a leaky ReLU made of the layer's input.
+EPILOGUES: dict[str, Activation] = {
+    NONE: Activation(
+        value=lambda z, _: z,
+        derivative=lambda z, _: torch.ones_like(z),
+        module=lambda _: nn.Identity(),
+        homogeneous=True,
+        invertible=True,
+        selects=True,
+    ),
+    **TABLE,
+    INVERSE: TABLE["leaky_relu"],
 }
 
 
 def activate(z: Tensor, activation: str, slope: float) -> Tensor:
-    """``act(z)``; ``slope`` is leaky ReLU's for negative z."""
-    return _FUNCTIONS[activation][0](z, slope)
+    """Computes ``act(z)``; ``slope`` is leaky ReLU's for negative z."""
+    return EPILOGUES[activation].value(z, slope)
 
 
 def activation_slope(z: Tensor, activation: str, slope: float) -> Tensor:
-    """``act'(z)``."""
-    return _FUNCTIONS[activation][1](z, slope)
+    """Computes ``act'(z)``."""
+    return EPILOGUES[activation].derivative(z, slope)
 
 
 def invert_leaky_relu(y: Tensor, slope: float) -> Tensor:
-    """The z of which ``y`` is the leaky ReLU; ``slope`` is positive."""
+    """Computes the z of which ``y`` is the leaky ReLU; ``slope`` is positive."""
     return torch.where(y > 0, y, y / slope)
 
 
 def as_module(activation: str, slope: float) -> nn.Module:
-    """The activation as a module of PyTorch's."""
-    modules: dict[str, nn.Module] = {
-        "relu": nn.ReLU(),
-        "leaky_relu": nn.LeakyReLU(slope),
-        "silu": nn.SiLU(),
-        "gelu": nn.GELU(),
-    }
-    return modules[activation]
+    """Makes the activation as a module of PyTorch's."""
+    return EPILOGUES[activation].module(slope)
 
 
-def of_module(module: nn.Module) -> tuple[Name, float] | None:
-    """The activation that a module of PyTorch's computes, and its slope; None where it is not one of ours."""
-    if type(module) is nn.LeakyReLU:
-        return "leaky_relu", module.negative_slope
-    if type(module) is nn.GELU and module.approximate != "none":
-        return None
-    names: dict[type[nn.Module], Name] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-    name = names.get(type(module))
-    return None if name is None else (name, 0.0)
+def of_module(module: nn.Module) -> tuple[str, float] | None:
+    """Finds the activation that a module of PyTorch's computes, and its slope; None where it is not one of ours."""
+    for name, row in TABLE.items():
+        if type(module) in row.types and all(getattr(module, key) == value for key, value in row.settings.items()):
+            return name, float(module.negative_slope) if row.sloped else 0.0  # type: ignore[arg-type]
+    return None

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels.activations import of_module
+from tsbn_kernels.activations import TABLE, of_module
 from tsbn_kernels.modules import FusedTSigmaBN
 
-_FUNCTIONS = (functional.relu, functional.leaky_relu, functional.silu, functional.gelu, torch.relu, torch.relu_)
-_METHODS = ("relu", "relu_")
+_FUNCTIONS = [function for row in TABLE.values() for function in row.functions]
+_METHODS = [method for row in TABLE.values() for method in row.methods]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, recovery
-from tsbn_kernels.activations import ACTIVATIONS
+from tsbn_kernels.activations import ACTIVATIONS, NONE, TABLE
 
 GATES = ("sigmoid", "identity")
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -111,9 +111,10 @@ def check_recovery(activation: str | None, negative_slope: float, with_more: boo
     """Raises ValueError where the input cannot be had from the output; ``with_more``: a residual or fan-out."""
     if synchronized:
         raise ValueError("recover_input=True does not work with a process_group; use recompute_outputs()")
-    if not recovery.invertible(activation or "none", negative_slope):
+    if not recovery.invertible(activation or NONE, negative_slope):
+        invertible = " or ".join(repr(name) for name, row in TABLE.items() if row.invertible)
         raise ValueError(
-            f"recover_input=True needs an output that can be inverted: activation None, or 'leaky_relu' with a "
+            f"recover_input=True needs an output that can be inverted: activation None, or {invertible} with a "
             f"positive negative_slope; got {activation!r}. For others use recompute_outputs()"
         )
     if with_more:

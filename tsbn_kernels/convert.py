@@ -81,7 +81,7 @@ def convert_model(
     The converted model takes the streams of all tasks stacked into its batch; :class:`~tsbn_kernels.MultiTaskModel`
     does the stacking. Its ``load_state_dict`` also takes checkpoints of the plain model.
 
-    **Activations.** Where an ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU`` or ``nn.GELU`` (the exact one) follows a layer
+    **Activations.** Where the module of an activation that a layer can apply, such as ``nn.ReLU``, follows a layer
     and nothing else sees the layer's output, no hook either, the layer applies it in its own pass. ``torch.fx`` finds
     these chains, in training and in evaluation mode, with the default arguments of the model's ``forward``; what the
     model computes there must not change its way later. The activation's module gives its place, under its name, to an

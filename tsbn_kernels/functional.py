@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import autograd, backends, capture, checks, layout, recompute, runs, streams, synchronized
+from tsbn_kernels.activations import EPILOGUES, NONE
 
 
 def task_batch_norm(
@@ -54,7 +55,7 @@ def task_batch_norm(
         gate: ``"sigmoid"`` or ``"identity"``.
         stacking: ``"task_major"`` (sample n of task t at ``t*N + n``), ``"sample_major"`` (at ``n*T + t``) or
             ``"task_axis"``.
-        activation: None, ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"gelu"`` (the exact one).
+        activation: None, or one of :data:`tsbn_kernels.activations.ACTIVATIONS`, such as ``"relu"``.
         negative_slope: of the leaky ReLU.
         fan_out: x is one input ``[N, C, *]`` for all tasks. It is read, normalised and saved for the backward once; y
             has T streams in ``stacking``.
@@ -157,8 +158,9 @@ def _call(
     if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
         recover_input = not torch.compiler.is_compiling() and not capture.is_capturing()
     given = (None, None) if training else (running_mean, running_var)
-    slope = negative_slope if activation == "leaky_relu" else 0.0
-    options = num_tasks, eps, gate, stacking, activation or "none", slope, fan_out
+    name = activation or NONE
+    slope = negative_slope if EPILOGUES[name].sloped else 0.0
+    options = num_tasks, eps, gate, stacking, name, slope, fan_out
     backend = backends.override(x.device.type)
     tracked = training and not runs.is_repetition()
     if group is not None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels import checks, layout
-from tsbn_kernels.activations import HOMOGENEOUS
+from tsbn_kernels.activations import TABLE, Name
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.modules import FusedTSigmaBN
 
+HOMOGENEOUS = (None, *(name for name, row in TABLE.items() if row.homogeneous))
 # pool(k * x) = k * pool(x) for k > 0
 _POOLINGS = (
     nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
@@ -36,7 +37,8 @@ class LateFanOut(nn.Module):
     Args:
         num_tasks, num_features, eps, momentum, track_running_stats, device, dtype: as in :class:`FusedTSigmaBN2d`; the
             statistics are those of the one stream, ``[1, C]``.
-        activation: None, ``"relu"`` or ``"leaky_relu"`` (with ``negative_slope``).
+        activation: None, or one that lets positive factors pass: ``"relu"``, or ``"leaky_relu"`` with
+            ``negative_slope``.
         pool: a max or average pooling of ``torch.nn``, or None.
         conv: the ``nn.Conv1d``, ``2d`` or ``3d`` (of one group) that follows. Its own bias is added after the gates.
         stacking: of the streams. ``conv`` writes sample-major; ``"task_major"`` costs a copy behind it.
@@ -57,7 +59,7 @@ class LateFanOut(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         *,
-        activation: Literal["relu", "leaky_relu"] | None = "relu",
+        activation: Name | None = "relu",
         negative_slope: float = 0.01,
         pool: nn.Module | None = None,
         conv: nn.Module | None = None,
@@ -154,8 +156,8 @@ class LateFanOut(nn.Module):
 def _check(activation: str | None, pool: nn.Module | None, conv: nn.Module | None, features: int) -> None:
     if activation not in HOMOGENEOUS:
         raise ValueError(
-            f"late fan-out needs an activation that lets positive factors pass, None, 'relu' or 'leaky_relu'; got "
-            f"{activation!r}. Use FusedTSigmaBN2d(..., fan_out=True)"
+            f"late fan-out needs an activation that lets positive factors pass, one of "
+            f"{', '.join(map(str, HOMOGENEOUS))}; got {activation!r}. Use FusedTSigmaBN2d(..., fan_out=True)"
         )
     if pool is not None and (not isinstance(pool, _POOLINGS) or getattr(pool, "return_indices", False)):
         raise ValueError(f"pool must be a max or average pooling of torch.nn that returns no indices, got {pool}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsbn_kernels import capture, checks, runs, synchronized
-from tsbn_kernels.activations import as_module
+from tsbn_kernels.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
@@ -44,8 +44,9 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in
         stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
             ``"sample_major"`` (task t of sample n at ``n*T + t``).
         track_running_stats: keep running statistics; without them evaluation uses the batch's.
-        activation: what follows in the same pass: None, ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"gelu"``. A
-            residual that ``forward`` is given is added before it.
+        activation: what follows in the same pass: None, or one of
+            :data:`tsbn_kernels.activations.ACTIVATIONS`, such as ``"relu"``. A residual that ``forward`` is given is
+            added before it.
         negative_slope: of the leaky ReLU.
         fan_out: the layer takes one input ``[N, C, *]`` for all tasks, and gives T streams in ``stacking``.
         recover_input: save the output in place of the input for the backward pass (:mod:`tsbn_kernels.recovery`).
@@ -82,7 +83,7 @@ class FusedTSigmaBN(_BatchNorm):
         bias: bool | Literal["frozen"] = False,
         stacking: Literal["task_major", "sample_major"] = "task_major",
         track_running_stats: bool = True,
-        activation: Literal["relu", "leaky_relu", "silu", "gelu"] | None = None,
+        activation: Name | None = None,
         negative_slope: float = 0.01,
         fan_out: bool = False,
         recover_input: bool = False,
@@ -360,7 +361,7 @@ class FusedTSigmaBN(_BatchNorm):
             f"{self.num_tasks}, {self.num_features}, eps={self.eps}, momentum={self.momentum}, gate={self.gate!r}, "
             f"bias={bias!r}, stacking={self.stacking!r}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation!r}" if self.activation else "")
-            + (f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else "")
+            + (f", negative_slope={self.negative_slope}" if EPILOGUES[self.activation or NONE].sloped else "")
             + ", fan_out=True" * self.fan_out
             + ", recover_input=True" * self.recover_input
             + (f", process_group={self.process_group!r}" if self.process_group is not None else "")

@@ -19,13 +19,20 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, reference
+from tsbn_kernels.activations import EPILOGUES, INVERSE
 
 MOST_BIAS = 8.0  # in gates: what is lost of xhat where the bias hides it
 
 
 def invertible(activation: str, slope: float) -> bool:
     """Whether the input of an activation can be had from its output."""
-    return activation == "none" or (activation == "leaky_relu" and slope > 0)
+    row = EPILOGUES[activation]
+    return row.invertible and not (row.sloped and slope <= 0)
+
+
+def _slope(activation: str, slope: float) -> float:
+    """That of negative values, as a leaky ReLU has it."""
+    return slope if EPILOGUES[activation].sloped else 1.0
 
 
 def keep(
@@ -36,7 +43,7 @@ def keep(
     activation, slope, _ = epilogue
     info = torch.finfo(x.dtype)
     subnormal = info.smallest_normal * info.eps
-    smallest = subnormal / (info.eps / 2) / (1.0 if activation == "none" else min(slope, 1.0))
+    smallest = subnormal / (info.eps / 2) / min(_slope(activation, slope), 1.0)
     smallest = max(smallest, torch.finfo(gates.dtype).tiny ** 0.5)  # its square is the variance of what is inverted
     lost = ~(gates > smallest)
     if bias is not None:
@@ -92,8 +99,8 @@ def backward(
         *virtual,
         None,
         None,
-        "inverse_leaky_relu",
-        slope if activation == "leaky_relu" else 1.0,
+        INVERSE,
+        _slope(activation, slope),
         False,
         False,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout
-from tsbn_kernels.activations import activate, activation_slope, invert_leaky_relu
+from tsbn_kernels.activations import INVERSE, NONE, activate, activation_slope, invert_leaky_relu
 from tsbn_kernels.layout import task_view
 
 
@@ -169,7 +169,7 @@ def backward(
     With ``activation="inverse_leaky_relu"`` the operand x is the leaky ReLU of what takes its place: an output that was
     kept instead of the input. Its mean and variance are then those given.
     """
-    if training and activation != "inverse_leaky_relu":
+    if training and activation != INVERSE:
         mean, var = statistics(x, num_tasks, stacking, shared)
     epilogue = bias, residual, activation, slope, shared
     dz, xhat, scale = _before_activation(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *epilogue)
@@ -230,10 +230,10 @@ def _before_activation(
     dtype = accumulate_dtype(x.dtype)
     view, dz = _input_view(x, num_tasks, stacking, shared), _wide_view(dy, num_tasks, stacking)
     raw, mean, rstd = weight.to(dtype), mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
-    if activation == "inverse_leaky_relu":
-        dz = dz * activation_slope(view, "leaky_relu", slope)
+    if activation == INVERSE:
+        dz = dz * activation_slope(view, activation, slope)
         view = invert_leaky_relu(view, slope)
-    elif activation != "none":
+    elif activation != NONE:
         added = None if residual is None else _wide_view(residual, num_tasks, stacking)
         z = _affine(view, raw, None if bias is None else bias.to(dtype), added, mean, rstd, gate)
         dz = dz * activation_slope(z, activation, slope)

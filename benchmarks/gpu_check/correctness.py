@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gpu_check.calls import PLACES, check, on_device
 from benchmarks.gpu_check.case import Case, Cases, Setting
 from tsbn_kernels import layout, ops, reference
+from tsbn_kernels.activations import ACTIVATIONS, NONE
 
 SIZES: dict[str, tuple[Any, ...]] = {  # T, N, C, spatial
     "3 tasks 4x5x6x7": (3, 4, 5, (6, 7)),
@@ -32,7 +33,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "size": tuple(SIZES),
     "stacking": layout.STACKINGS,
     "memory_format": ("contiguous", "channels_last"),
-    "activation": ("none", "relu", "leaky_relu", "silu", "gelu"),
+    "activation": (NONE, *ACTIVATIONS),
     "residual": (False, True),
     "shared": (False, True),
     "training": (True, False),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from epilogues import near_kinks
 from support import BACKWARD, FORWARD, STATISTICS, unit_in_last_place
 from torch import Tensor
-from torch.nn import functional
+
+from tsbn_kernels.activations import as_module
 
 LARGEST = {torch.float64: 1e140, torch.float32: 1e15, torch.bfloat16: 1e15, torch.float16: 1e15}
 
@@ -26,12 +28,8 @@ class Expected(NamedTuple):
 
 
 def _activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
-    if activation is None:
-        return z
-    if activation == "leaky_relu":
-        return functional.leaky_relu(z, slope)
-    function: Any = getattr(functional, activation)
-    return function(z)  # type: ignore[no-any-return]
+    y: Tensor = as_module(activation or "none", slope)(z)
+    return y
 
 
 def define(
@@ -89,7 +87,7 @@ def define(
         largest = streams.abs().amax(axes) if streams.numel() else torch.zeros_like(mean)
         condition = (rstd * (mean.abs() + largest + 1) * gates.abs().clamp_min(1)).clamp_min(1)
         loose = ~(condition < (1e9 if dtype == torch.float64 else 1e4)) | ~(largest < LARGEST[dtype])
-        near = (z.abs() < condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4)) & bool(activation)
+        near = near_kinks(z, activation or "none", condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4))
         kinked = near.any(3).any(1) if z.dim() > 3 and z.numel() else near.any(1)
         while kinked.dim() > 2:
             kinked = kinked.any(-1)

@@ -13,10 +13,12 @@ import tsbn_kernels
 from fuzz import definition
 from fuzz.calls import Call
 from fuzz.tensors import CONTENTS, DTYPES, HOSTILE_SCALARS, LAYOUTS, describe, hostile_tensors, laid_out, normal
+from tsbn_kernels.activations import TABLE
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
 SIZES = (1, 2, 3, 4, 5, 8, 16, 17, 33)
-ACTIVATIONS = (None, None, "relu", "leaky_relu", "silu", "gelu")
+ACTIVATIONS = (None, None, *TABLE)
+INVERTIBLE = (None, *(name for name, row in TABLE.items() if row.invertible))
 KINDS = {
     "num_tasks": "int", "training": "bool", "momentum": "float", "eps": "float", "gate": "str", "stacking": "str",
     "activation": "str", "negative_slope": "float", "fan_out": "bool", "recover_input": "bool", "num_features": "int",
@@ -62,7 +64,7 @@ def functional_arguments(rng: random.Random) -> dict[str, Any]:
     fan_out = rng.random() < 0.25
     training = rng.random() < 0.7
     activation = rng.choice(ACTIVATIONS)
-    invertible = activation in (None, "leaky_relu") and not fan_out
+    invertible = activation in INVERTIBLE and not fan_out
     arguments: dict[str, Any] = {
         "x": draw_stack(rng, 1, N, C, spatial, "task_major", dtype)
         if fan_out
@@ -211,7 +213,7 @@ def layer_call(rng: random.Random) -> Call:
         "activation": activation,
         "negative_slope": rng.choice([0.01, 0.3]),
         "fan_out": fan_out,
-        "recover_input": activation in (None, "leaky_relu") and not fan_out and rng.random() < 0.2,
+        "recover_input": activation in INVERTIBLE and not fan_out and rng.random() < 0.2,
     }
     notes: list[str] = []
     if rng.random() < 0.3:

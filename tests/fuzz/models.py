@@ -16,6 +16,8 @@ from fuzz.calls import Call
 from fuzz.definition import in_streams, restacked
 from fuzz.tensors import HOSTILE_SCALARS, describe, hostile_tensors, normal
 from tsbn_kernels import memory
+from tsbn_kernels.activations import TABLE
+from tsbn_kernels.late import HOMOGENEOUS
 
 TASKS: list[Any] = [0, 1, -1, 2, -3, 7, "a", "zz", None, 1.0, [0], True, 2**70, torch.tensor(0)]
 MODULES: list[Callable[[], Any]] = [
@@ -65,7 +67,7 @@ def late_call(rng: random.Random) -> Call:
     """``LateFanOut`` against convolution, pooling and activation behind a layer that fans out."""
     T, N, C = rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 5)
     arguments: dict[str, Any] = {
-        "num_tasks": T, "num_features": C, "activation": rng.choice([None, "relu", "leaky_relu"]),
+        "num_tasks": T, "num_features": C, "activation": rng.choice(HOMOGENEOUS),
         "negative_slope": rng.choice([0.01, 0.3]), "stacking": rng.choice(["task_major", "sample_major"]),
         "pool": rng.choice([None, nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)]),
         "conv": rng.choice([None, nn.Conv2d(C, 3, 3, padding=1), nn.Conv2d(C, 2, 1, bias=False)]),
@@ -103,7 +105,7 @@ def late_call(rng: random.Random) -> Call:
 
 
 def _network(rng: random.Random, conv: bool = True) -> nn.Module:
-    act = rng.choice([nn.ReLU(), nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.Tanh(), nn.Identity()])
+    act = rng.choice([*(row.module(0.2) for row in TABLE.values()), nn.Tanh(), nn.Identity()])
     layers: list[nn.Module] = [nn.Conv2d(3, 4, 3, padding=1, bias=rng.random() < 0.5)] if conv else []
     channels = 4 if conv else 3
     layers += [nn.BatchNorm2d(channels, affine=rng.random() < 0.9, momentum=rng.choice([0.1, None])), act]

@@ -22,16 +22,9 @@ from support import (
 from torch import Tensor
 
 from tsbn_kernels import reference
+from tsbn_kernels.activations import EPILOGUES, as_module
 
 SLOPE = 0.125
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "relu": torch.relu,
-    "leaky_relu": lambda z: torch.nn.functional.leaky_relu(z, SLOPE),
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-}
-CURVED = [name for name in ACTIVATIONS if name != "none"]
 
 
 class Exact(NamedTuple):
@@ -52,13 +45,15 @@ def exact(p: Problem, epilogue: Epilogue, given: tuple[Tensor, Tensor] | None = 
     z = reference.normalize(wide.x, wide.weight, wide.bias, mean.double(), var.double(), *p.options, shared=shared)
     z = z if epilogue.residual is None else z + epilogue.residual.double()
     z.requires_grad_()
-    y = ACTIVATIONS[epilogue.activation](z)
+    y = as_module(epilogue.activation, SLOPE)(z)
     (g,) = torch.autograd.grad(y, z, wide.dy)
     needs = True, True, True
     gradients = reference.backward(
         g, wide.x, wide.weight, mean.double(), var.double(), *p.options, given is None, *needs, shared=shared
     )[:3]
-    return Exact(y.detach(), mean, var, *gradients, g, float(z.detach().abs().min()))
+    kinks = EPILOGUES[epilogue.activation].kinks
+    nearest = min((float((z.detach() - kink).abs().min()) for kink in kinks), default=1.0)
+    return Exact(y.detach(), mean, var, *gradients, g, nearest)
 
 
 def case(activation: str, residual: bool, *size: Any, shared: bool = False, **options: Any) -> tuple[Problem, Epilogue]:

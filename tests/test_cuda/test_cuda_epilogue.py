@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CURVED, SLOPE, Exact, case, check, check_gradients, exact
+from cuda_cases import SLOPE, Exact, case, check, check_gradients, exact
 from cuda_machine import Epilogue, backward, counted, forward
 from ptxvm import find_nvcc
 from support import (
@@ -24,6 +24,7 @@ from support import (
 )
 
 from tsbn_kernels import reference
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.plan import cuda as rules
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
@@ -37,7 +38,7 @@ variants = pytest.mark.parametrize(
 
 @dtypes
 @formats
-@pytest.mark.parametrize("activation", CURVED)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, memory_format: str, dtype: torch.dtype) -> None:
     """Each with and without a residual, of an even size and of one whose runs do not fill slots."""
     for residual, spatial, variant, parts in ((True, (3, 5), "resident", 1), (False, (4, 4), "cluster", 2)):
@@ -140,7 +141,7 @@ def test_inverse_leaky_relu(variant: str, parts: int, memory_format: str, dtype:
 
 
 @formats
-@pytest.mark.parametrize("activation", CURVED)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_from_zero(activation: str, memory_format: str) -> None:
     """Where sigmoids and normal distributions run out of digits: no NaN, and the limits."""
     p, _ = case(activation, False, 1, 2, 16, (4, 4), memory_format=memory_format, gate="identity", bias=False)

@@ -12,6 +12,7 @@ from cuda_machine import Epilogue, backward, counted, forward
 from ptxvm import find_nvcc
 from support import DTYPES, FORMATS, FORWARD, STACKINGS, assert_same_bits, assert_within
 
+from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.plan import DEVICES
 from tsbn_kernels.plan import cuda as rules
 
@@ -38,7 +39,7 @@ def test_sizes(size: Any, memory_format: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @formats
 @variants
-@pytest.mark.parametrize("activation", ["leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, variant: str, parts: int, memory_format: str, dtype: torch.dtype) -> None:
     residual = activation != "gelu"
     p, epilogue = case(activation, residual, 3, 3, 8, (3, 4), shared=True, dtype=dtype, memory_format=memory_format)

@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import python
 
+from tsbn_kernels.activations import ACTIVATIONS, NONE
 from tsbn_kernels.plan import DEVICES, Device, Work
 from tsbn_kernels.plan import cuda as rules
 
@@ -21,7 +22,7 @@ SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 33, 49, 64, 255, 1000, 4096, 70001])
 WORKS = st.builds(
     Work, st.sampled_from([1, 3, 40]), SIZES, SIZES, SIZES, st.sampled_from([2, 4, 8]),
     st.sampled_from(["rows", "columns"]), st.sampled_from(["forward", "backward"]), st.booleans(), st.booleans(),
-    st.booleans(), st.booleans(), st.booleans(), activation=st.sampled_from(rules.ACTIVATIONS[:5]),
+    st.booleans(), st.booleans(), st.booleans(), activation=st.sampled_from([NONE, *ACTIVATIONS]),
     residual=st.booleans(), needs_dresidual=st.booleans(), fan_out=st.booleans(),
 )  # fmt: skip
 CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, reference
+from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan import devices
@@ -134,7 +135,7 @@ def _prepare(
 ) -> _Prepared:
     if call.gate not in ("sigmoid", "identity"):
         raise ValueError(f"unknown gate {call.gate!r}")
-    if call.activation not in rules.ACTIVATIONS:
+    if call.activation not in rules.ACTIVATION_CODES:
         raise ValueError(f"unknown activation {call.activation!r}")
     assert places[0] is not None
     assert vectors[0] is not None
@@ -302,7 +303,7 @@ def backward(
             if vector is not None:
                 vector.zero_()
     elif need_dx or need_dweight or need_dbias or need_dresidual:
-        if activation in ("none", "inverse_leaky_relu"):
+        if activation in (NONE, INVERSE):
             bias = None  # z is not computed again
         if activation == "none":
             residual = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from tsbn_kernels.activations import EPILOGUES
 from tsbn_kernels.plan.core import LAUNCH_SECONDS, Plan
 from tsbn_kernels.plan.core import Variant as PlanVariant
 from tsbn_kernels.plan.devices import Device
@@ -23,9 +24,9 @@ DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 DTYPE_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 DTYPE_NAMES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
-# Passes of csrc/cuda/launch.h, and Activation of params.h.
+# Passes of csrc/cuda/launch.h, and activations by the rows of csrc/activations.h.
 PASSES = ("forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out")
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "inverse_leaky_relu")
+ACTIVATION_CODES = {name: code for code, name in enumerate(EPILOGUES)}
 
 REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
 CLUSTERS = (2, 4, 8, 16)
@@ -478,5 +479,5 @@ def numbers(problem: Problem, launch: Launch, phases: int, sigmoid: bool, vector
     return (
         phases, int(waits), int(sigmoid), int(pieces.masked), p.C, pieces.tiles, pieces.log_lanes, launch.parts,
         pieces.slots, launch.part_slots, launch.resident, pieces.divisor, multiplier, shift, pieces.run, p.N * p.S,
-        ACTIVATIONS.index(p.activation), p.slab_tasks, *strides, *vectors,
+        ACTIVATION_CODES[p.activation], p.slab_tasks, *strides, *vectors,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
+from tsbn_kernels.activations import EPILOGUES
 from tsbn_kernels.layout import Family
 from tsbn_kernels.plan.core import Plan, Tile, Variant
 from tsbn_kernels.plan.devices import Device
@@ -176,7 +177,7 @@ def _counts(work: Work, variant: Variant) -> bool:
 
 def _is_smooth(work: Work) -> bool:
     """Whether the activation has an exponential, whose terms take registers."""
-    return work.activation in ("silu", "gelu")
+    return EPILOGUES[work.activation].exponential
 
 
 def _crowds(work: Work) -> bool:

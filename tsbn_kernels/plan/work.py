@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tsbn_kernels.activations import EPILOGUES, INVERSE, NONE
 from tsbn_kernels.layout import Family
 
 Direction = Literal["forward", "backward"]
-
-INVERSE = "inverse_leaky_relu"  # of a backward whose x is what the activation made of the layer's input
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Work:
         bias: whether the layer has one; in the backward, whether its gradient is asked for.
         needs_dx, needs_dweight: which gradients are asked for.
         parameter_size: bytes of a value of weight and bias.
-        activation: what the pass ends in; "none" or one of :data:`tsbn_kernels.activations.ACTIVATIONS`.
+        activation: what the pass ends in: one of :data:`tsbn_kernels.activations.EPILOGUES`.
         residual: whether a residual is added before the activation.
         needs_dresidual: whether its gradient is asked for.
         fan_out: x is one input for all tasks, read once for all of them.
@@ -57,7 +56,7 @@ class Work:
     @property
     def fuses(self) -> bool:
         """Whether the pass does more than the layer."""
-        return self.activation != "none" or self.residual or self.fan_out
+        return self.activation != NONE or self.residual or self.fan_out
 
     @property
     def streams(self) -> int:
@@ -104,7 +103,7 @@ class Work:
     @property
     def recomputes(self) -> bool:
         """Whether a backward computes anew what went into the activation."""
-        return self.direction == "backward" and self.activation != "none"
+        return self.direction == "backward" and self.activation != NONE
 
     @property
     def reads_residual(self) -> bool:
@@ -127,7 +126,7 @@ class Work:
     @property
     def keeps_gradient(self) -> bool:
         """Whether dresidual is the gradient as it was computed, so that dx may be made of it without residual."""
-        return self.needs_dresidual and (self.item_size == self.statistics_size or self.activation == "relu")
+        return self.needs_dresidual and (self.item_size == self.statistics_size or EPILOGUES[self.activation].selects)
 
     @property
     def bytes_to_sum(self) -> int:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import layout
+from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.triton.autotune import choose
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.joined import InputGradient, Moments
 from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.plan import triton as rules
-from tsbn_kernels.plan.work import INVERSE
 from tsbn_kernels.reference import accumulate_dtype
 
 _forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
@@ -118,7 +118,7 @@ def backward(
         dweight, dbias = (weight.new_zeros(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
         dx = torch.empty_like(x) if need_dx else nothing
         return dx, dweight, dbias, layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else nothing
-    if activation in ("none", INVERSE):  # nothing depends on what went into the activation
+    if activation in (NONE, INVERSE):  # nothing depends on what went into the activation
         bias = residual = None
     dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
     epilogue = None if residual is None else _class(residual), activation, slope, shared
