@@ -32,6 +32,7 @@ from triton.runtime import JITFunction, interpreter
 
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.triton import launch, ops
+from tsbn_kernels.backends.triton import passes as backend_passes
 from tsbn_kernels.backends.triton.passes import Pass
 from tsbn_kernels.plan import Device
 
@@ -162,6 +163,7 @@ class Kernels(NamedTuple):
     """The kernel modules, interpreted."""
 
     tiles: Any
+    activations: Any
     epilogue: Any
     statistics: Any
     forward: Any
@@ -196,6 +198,7 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
         patch.setattr(Builder, "overflow", overflow)
         for name in ("forward", "backward", "fan_out"):
             patch.setattr(launch, name, getattr(loaded, name))
+        patch.setattr(backend_passes, "activations", loaded.activations)
         patch.setattr(ops, "_forwards", {})
         patch.setattr(ops, "_backwards", {})
         patch.setattr(ops, "_device", lambda _: device)

@@ -16,9 +16,10 @@ from fused import Epilogue, assert_equals_reference, fused
 from interpreter import device, interpreted, kernels, passes
 from test_triton_compiled import SIZES, assert_traffic, toy
 
+from tsbn_kernels import activations as reference_activations
 from tsbn_kernels import reference
-from tsbn_kernels.activations import ACTIVATIONS
-from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.activations import ACTIVATIONS, activation_slope
+from tsbn_kernels.backends.triton import activations, ops
 from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan.triton import is_even, plan
 
@@ -81,6 +82,29 @@ def test_an_output_in_the_place_of_the_input(memory_format: str, training: bool)
             assert actual.shape == expected.shape
             if expected.numel():
                 assert_within(actual, expected, BACKWARD[torch.float32], scale=float(expected.abs().max()) + 1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_lies_outside_of_a_tile_adds_nothing(name: str, memory_format: str) -> None:
+    """There z may be infinite."""
+    p = problem(2, 3, 3, (5,), memory_format=memory_format, gate="identity")
+    p = p._replace(x=torch.full_like(p.x, 1e30))
+    mean, var = torch.full_like(p.weight, 1e30), torch.full_like(p.weight, 1e-20)
+    options = p.num_tasks, 0.0, "identity", p.stacking, False, True, True, True, p.bias, None, name, 0.25
+    with interpreted(device(threads=16, multiprocessors=8)):
+        _, dweight, dbias, _ = ops.backward(p.dy, p.x, p.weight, mean, var, *options)
+    z = p.bias.double().repeat_interleave(3, 0)[:, :, None].expand(p.x.shape)
+    gradient = (p.dy * activation_slope(z, name, 0.25)).unflatten(0, (2, 3)).sum((1, 3))
+    assert_within(dbias, gradient, BACKWARD[torch.float32], scale=4.0)
+    assert (dweight == 0).all()
+
+
+def test_an_unknown_activation() -> None:
+    for name in ("swish", ""):
+        with pytest.raises(ValueError, match=f"unknown activation '{name}', expected one of none, relu"):
+            fused(2, 3, 2, (8,), epilogue=(name, True)).run(ops)
+    assert list(activations.TABLE) == list(reference_activations.EPILOGUES)
 
 
 def test_the_dresidual_alone() -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import cli, compiled_kernels, offline
 from benchmarks.compiled_kernels import PLAIN, RELU, TABLE, TARGETS, Layer, Row, asked
 from benchmarks.offline import COMPILER, fingerprint, specialize
+from tsbn_kernels.backends.triton import activations
 from tsbn_kernels.plan import DEVICES
 
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -109,6 +110,20 @@ def test_what_changed_is_compiled_again(monkeypatch):
     prints.append(fingerprint(call, "sm_90"))
     assert prints[0] == prints[1]
     assert len(set(prints[1:])) == 4
+
+
+def test_a_kernel_has_the_source_of_its_own_activation_alone(monkeypatch):
+    def prints(fused):
+        layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", fused)
+        calls = [call for pass_ in ("eval", "backward") for call in layer.calls(layer.plan(pass_, DEVICES["H100"]))]
+        return {fingerprint(call, "sm_90") for call in calls}
+
+    plain, relu = prints(PLAIN), prints(RELU)
+    assert not plain & relu
+    for changed, same in (("silu", True), ("relu", False)):
+        for function in activations.TABLE[changed]:
+            monkeypatch.setattr(function, "hash", "of another source")
+        assert (prints(PLAIN), prints(RELU) & relu) == (plain, relu if same else set())
 
 
 def test_the_command_writes_the_table(monkeypatch, tmp_path):

@@ -64,7 +64,7 @@ def _gelu_derivative(z: Tensor, _: float) -> Tensor:
     return derivative
 
 
-TABLE: dict[str, Activation] = {
+TABLE: dict[Name, Activation] = {
     "relu": Activation(
         value=lambda z, _: torch.relu(z),
         derivative=lambda z, _: (z > 0).to(z.dtype),
@@ -106,21 +106,31 @@ TABLE: dict[str, Activation] = {
     ),
 }
 
+
+class _Rows(dict[str, Activation]):
+    """Rows by name, and an error that says which there are."""
+
+    def __missing__(self, name: str) -> Activation:
+        raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(self)}")
+
+
 ACTIVATIONS = tuple(TABLE)
 NONE, INVERSE = "none", "inverse_leaky_relu"
 # What the operators take. The last is of a backward whose x is what a leaky ReLU made of the layer's input.
-EPILOGUES: dict[str, Activation] = {
-    NONE: Activation(
-        value=lambda z, _: z,
-        derivative=lambda z, _: torch.ones_like(z),
-        module=lambda _: nn.Identity(),
-        homogeneous=True,
-        invertible=True,
-        selects=True,
-    ),
-    **TABLE,
-    INVERSE: TABLE["leaky_relu"],
-}
+EPILOGUES = _Rows(
+    {
+        NONE: Activation(
+            value=lambda z, _: z,
+            derivative=lambda z, _: torch.ones_like(z),
+            module=lambda _: nn.Identity(),
+            homogeneous=True,
+            invertible=True,
+            selects=True,
+        ),
+        **TABLE,
+        INVERSE: TABLE["leaky_relu"],
+    }
+)
 
 
 def activate(z: Tensor, activation: str, slope: float) -> Tensor:
@@ -143,7 +153,7 @@ def as_module(activation: str, slope: float) -> nn.Module:
     return EPILOGUES[activation].module(slope)
 
 
-def of_module(module: nn.Module) -> tuple[str, float] | None:
+def of_module(module: nn.Module) -> tuple[Name, float] | None:
     """Finds the activation that a module of PyTorch's computes, and its slope; None where it is not one of ours."""
     for name, row in TABLE.items():
         if type(module) in row.types and all(getattr(module, key) == value for key, value in row.settings.items()):

@@ -101,7 +101,7 @@ class LateFanOut(nn.Module):
                 f"commute with others; got gate={layer.gate!r} and bias={layer.bias is not None}. Use fan_out=True"
             )
         late = cls(
-            layer.num_tasks, layer.num_features, layer.eps, layer.momentum, activation=layer.activation,  # type: ignore[arg-type]
+            layer.num_tasks, layer.num_features, layer.eps, layer.momentum, activation=layer.activation,
             negative_slope=layer.negative_slope, pool=pool, conv=conv, stacking=layer.stacking,
             track_running_stats=layer.running_mean is not None, device=layer.weight.device, dtype=layer.weight.dtype,
         )  # fmt: skip

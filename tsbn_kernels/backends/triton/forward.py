@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tsbn_kernels.backends.triton.epilogue import activate, before_activation
+from tsbn_kernels.backends.triton.epilogue import before_activation
 from tsbn_kernels.backends.triton.statistics import merge_splits, slab_statistics, tile_statistics
 from tsbn_kernels.backends.triton.tiles import (
     COUNTS,
@@ -31,7 +31,7 @@ def coefficients(weight, bias, rest, variance, slab, tile, EPS: tl.constexpr, SI
 def store_outcome(y, deviation, residual, scale, offset, slab, place, tile):
     """Writes y of a tile, from its deviations from the mean."""
     z = before_activation(deviation, residual, scale, offset, slab, place, tile)
-    store(y, activate(z, tile), slab, place, tile)
+    store(y, tile.VALUE(z, tile), slab, place, tile)
 
 
 @triton.jit

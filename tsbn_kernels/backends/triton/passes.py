@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tsbn_kernels import layout
+from tsbn_kernels.activations import EPILOGUES, NONE
+from tsbn_kernels.backends.triton import activations
 from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.backends.triton.tiles import Tile, View
 from tsbn_kernels.plan import Plan, Work
@@ -65,7 +67,7 @@ class Pass:
         self.sizes = work.tasks, work.samples, work.channels, work.positions
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(x.dtype)
-        self.tile = Tile(*map(tl.constexpr, self._tile()))
+        self.tile = self._tile(work.activation, slope)
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
@@ -77,13 +79,14 @@ class Pass:
         """Fresh memory for y or dresidual."""
         return x.new_empty_strided(*self.stacked_sizes)
 
-    def _tile(self) -> tuple[Any, ...]:
+    def _tile(self, activation: str, slope: float) -> Tile:
         plan, work = self.plan, self.plan.work
         index = tl.int64 if work.values >= 1 << 31 else tl.int32
         accumulate = tl.float64 if self.accumulate == torch.float64 else tl.float32
         even = rules.is_even(work, plan.tile)
         kind = work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
-        return *kind, work.activation, self.slope
+        end = activation, EPILOGUES[activation].exponential, slope
+        return Tile(*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation])
 
     def views(self, num_tasks: int, stacking: str, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
         """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
@@ -111,7 +114,7 @@ class Pass:
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
         tile = self.tile
         if kernel in WITHOUT_EPILOGUE:
-            tile = tile._replace(ACTIVATION=tl.constexpr("none"), SLOPE=tl.constexpr(0.0))
+            tile = self._tile(NONE, 0.0)
         return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, like: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ class Tile(NamedTuple):
     INDEX: tl.constexpr  # of positions: int64 where a slab has 2^31 values and more
     ACC: tl.constexpr  # of the arithmetic
     ACTIVATION: tl.constexpr  # that follows the layer, or "none"
+    EXPONENTIAL: tl.constexpr  # it has one
     SLOPE: tl.constexpr  # of a leaky ReLU
+    VALUE: Any  # the functions of its row in activations.py; inside a constexpr their source would be in no cache's key
+    GRADIENT: Any
 
 
 class Slab(NamedTuple):
