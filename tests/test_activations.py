@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor, nn
 
-from tsbn_kernels.activations import ACTIVATIONS, TABLE, Name, activation_slope, as_module, of_module
+from tsbn_kernels.activations import ACTIVATIONS, EPILOGUES, TABLE, Name, activation_slope, as_module, of_module
 
 SLOPE = 0.125
 names = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -21,6 +23,11 @@ def values() -> Tensor:
 
 def test_the_names_for_type_checkers_are_those_of_the_rows() -> None:
     assert get_args(Name) == ACTIVATIONS
+
+
+def test_rows_of_cpp_are_the_same() -> None:
+    header = (ROOT / "csrc" / "activations.h").read_text()
+    assert re.findall(r"^ *row\((\w+),", header, re.MULTILINE) == list(EPILOGUES)
 
 
 @names

@@ -8,23 +8,27 @@ namespace {
 #include "simd.h"
 #include "prefetch.h"
 #include "elementary.h"
+#include "../formulas.h"
 #include "activation.h"
 #include "rows.h"
 #include "columns.h"
 #include "coefficients.h"
 
 template <class Slabs, template <class> class Act>
-constexpr EpilogueKernels epilogue{Slabs::template forward<Act>, Slabs::template products<Act, false>,
-                                   Slabs::template products<Act, true>, Slabs::template backward<Act>};
+constexpr EpilogueKernels epilogue() {
+  if constexpr (Act<F>::kInverts) {
+    return {nullptr, Slabs::template products<Act, false>, nullptr, Slabs::template backward<Act>};
+  } else {
+    return {Slabs::template forward<Act>, Slabs::template products<Act, false>, Slabs::template products<Act, true>,
+            Slabs::template backward<Act>};
+  }
+}
 
+#define TSBN_EPILOGUE(name, Act) epilogue<Slabs, Act>(),
 template <class Slabs>
-constexpr SlabKernels slabs_of{
-    Slabs::moments,
-    Slabs::template forward<Identity>,
-    Slabs::finish_shared,
-    {epilogue<Slabs, None>, epilogue<Slabs, Relu>, epilogue<Slabs, LeakyRelu>, epilogue<Slabs, Silu>,
-     epilogue<Slabs, Gelu>,
-     {nullptr, Slabs::template products<InverseLeakyRelu, false>, nullptr, Slabs::template backward<InverseLeakyRelu>}}};
+constexpr SlabKernels slabs_of{Slabs::moments, Slabs::template forward<Identity>, Slabs::finish_shared,
+                               {TSBN_ACTIVATIONS(TSBN_EPILOGUE)}};
+#undef TSBN_EPILOGUE
 
 template <template <class> class Slabs, class T>
 constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels};

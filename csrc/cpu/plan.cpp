@@ -84,10 +84,9 @@ std::vector<int64_t> stacked_sizes(const Tensor& x, const Stacking& stacking) {
 }
 
 Activation activation_of(const std::string& name) {
-  static constexpr const char* names[] = {"none", "relu", "leaky_relu", "silu", "gelu", "inverse_leaky_relu"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  STD_TORCH_CHECK(found != std::end(names), "tsbn: unknown activation '", name, "'");
-  return Activation(found - names);
+  const auto found = std::find(std::begin(kActivationNames), std::end(kActivationNames), name);
+  STD_TORCH_CHECK(found != std::end(kActivationNames), "tsbn: unknown activation '", name, "'");
+  return Activation(found - kActivationNames);
 }
 
 // Several samples whose positions follow one another are one long sample.

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace tsbn::cpu {
 
 enum class Family { rows, columns };            // positions contiguous (NCHW) | channels contiguous (NHWC, [N,C])
 enum class DType { f32, f64, f16, bf16 };
-enum class Activation { none, relu, leaky_relu, silu, gelu, inverse_leaky_relu };
-inline constexpr int kFamilies = 2, kDTypes = 4, kActivations = 6;
+inline constexpr int kFamilies = 2, kDTypes = 4;
 
 // A tensor seen as [T,N,C,S]; strides in elements.
 struct Operand {

@@ -4,51 +4,60 @@
 
 namespace tsbn::cuda {
 
-__device__ inline float gauss(float z) { return 0.5f + 0.5f * erff(z * 0.70710678f); }
-__device__ inline double gauss(double z) { return 0.5 + 0.5 * erf(z * 0.70710678118654752440); }
+#define TSBN_INLINE __device__ __forceinline__
+
+TSBN_INLINE float vanishing_exp(float x) { return expf(x); }
+TSBN_INLINE double vanishing_exp(double x) { return exp(x); }
+
+template <class A> struct Normal { A density, probability; };
+TSBN_INLINE Normal<float> normal(float z) {
+  return {0.39894228f * expf(-0.5f * z * z), 0.5f + 0.5f * erff(z * 0.70710678f)};
+}
+TSBN_INLINE Normal<double> normal(double z) {
+  return {0.39894228040143267794 * exp(-0.5 * z * z), 0.5 + 0.5 * erf(z * 0.70710678118654752440)};
+}
+
+#include "../formulas.h"
 
 // The activation is the same for all of a launch: it is chosen for a slot at a time, outside the loop over its elements.
 template <class A> struct Epilogue {
   Activation activation;
   A slope;
 
-  __device__ explicit Epilogue(const Params& p) : activation(Activation(p.n.activation)), slope(A(p.slope)) {}
+  __device__ explicit Epilogue(const Params& p) : activation(p.n.activation), slope(A(p.slope)) {}
 
   template <int V> __device__ void activate(A (&z)[V]) const {
-    switch (activation) {
-      case kRelu: return each<V>([&](int e) { z[e] = z[e] < A(0) ? A(0) : z[e]; });
-      case kLeakyRelu: return each<V>([&](int e) { z[e] = z[e] > A(0) ? z[e] : slope * z[e]; });
-      case kSilu: return each<V>([&](int e) { z[e] *= Gate<A>(z[e], true).value; });
-      case kGelu: return each<V>([&](int e) { z[e] *= gauss(z[e]); });
-      default: return;
-    }
+    choose([&](auto act) {
+      if constexpr (!decltype(act)::kInverts) each<V>([&](int e) { z[e] = act.value(z[e]); });
+    });
   }
 
   // g = dy * act'(z), in the place of dy.
   template <int V> __device__ void differentiate(A (&dy)[V], const A (&z)[V]) const {
-    switch (activation) {
-      case kRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : A(0); });
-      case kLeakyRelu:
-      case kInverseLeakyRelu: return each<V>([&](int e) { dy[e] = z[e] > A(0) ? dy[e] : slope * dy[e]; });
-      case kSilu:
-        return each<V>([&](int e) {
-          const Gate<A> sigmoid(z[e], true);
-          dy[e] *= sigmoid.value + z[e] * sigmoid.slope;
-        });
-      case kGelu:
-        return each<V>([&](int e) {
-          dy[e] *= gauss(z[e]) + z[e] * (A(0.39894228040143267794) * exp(A(-0.5) * z[e] * z[e]));
-        });
-      default: return;
-    }
+    choose([&](auto act) { each<V>([&](int e) { dy[e] = act.gradient(z[e], dy[e]); }); });
   }
 
-  // An operand that holds leaky_relu(v) becomes v.
+  // An operand that holds act(v) becomes v.
   template <int V> __device__ void restore(A (&v)[V]) const {
-    if (activation == kInverseLeakyRelu) each<V>([&](int e) { v[e] = v[e] > A(0) ? v[e] : v[e] / slope; });
+    choose([&](auto act) {
+      if constexpr (decltype(act)::kInverts) each<V>([&](int e) { v[e] = act.operand(v[e]); });
+    });
   }
 
  private:
+  template <class F> __device__ void choose(F f) const {
+    switch (activation) {
+#define TSBN_CASE(name, Act) \
+  case Activation::name: return f(formula<Act<A>>());
+      TSBN_ACTIVATIONS(TSBN_CASE)
+#undef TSBN_CASE
+    }
+  }
+  template <class Act> __device__ Act formula() const {
+    Act act;
+    if constexpr (Act::kHasSlope) act.slope = slope;
+    return act;
+  }
   template <int V, class F> __device__ static void each(F f) {
 #pragma unroll
     for (int e = 0; e < V; ++e) f(e);
@@ -134,7 +143,7 @@ template <class T, int V, int CH> class Upstream {
       const int c = CH == 1 ? 0 : e;
       z[e] = (v[e] - center[c]) * scale[c] + bias[c];
       if (p.residual_data != nullptr) z[e] += r[e];
-      if (epilogue.activation == kInverseLeakyRelu) z[e] = v[e];
+      if (epilogue.activation == Activation::inverse_leaky_relu) z[e] = v[e];
     }
     epilogue.differentiate(g, z);
   }

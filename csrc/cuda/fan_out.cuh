@@ -126,7 +126,7 @@ template <class T, int V, int CH> __device__ void backward_fan_out(const Params&
     const T* dy = walk.template start<T>(p.dy_data, p.n.dy);
     const T* residual = walk.template start<T>(p.residual_data, p.n.residual);
     T* dresidual = walk.start(static_cast<T*>(p.dresidual_data), p.n.dresidual);
-    const bool summed = p.n.phases & kReduce, reads_x = summed || epilogue.activation != kNone;
+    const bool summed = p.n.phases & kReduce, reads_x = summed || epilogue.activation != Activation::none;
     // All lanes of a warp take part in its sums: the number of steps is the block's, a thread may have fewer slots.
     const int64_t left = p.n.slots - walk.part * p.n.part_slots;
     const uint32_t steps = uint32_t(((left < p.n.part_slots ? left : p.n.part_slots) + blockDim.x - 1) / blockDim.x);
@@ -155,7 +155,7 @@ template <class T, int V, int CH> __device__ void backward_fan_out(const Params&
           if (reads_x) slots[u].get(v[0]);
 #pragma unroll
           for (int c = 0; c < CH; ++c) center[c] = of_task[c].center;
-          if (epilogue.activation != kNone) {
+          if (epilogue.activation != Activation::none) {
             const auto at = walk.template place<Walk<T, V, CH>::kMasks>(anew(k + u));
             A z[V], r[V] = {};
             if (p.residual_data != nullptr) walk.read(residual + t * p.n.residual.t, p.n.residual, at).get(r);

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checked.h"
@@ -70,6 +71,13 @@ int64_t clusters_at_a_time(std::vector<int64_t> launch_numbers, int64_t device) 
   return active_clusters(filled<Launch>(launch_numbers));
 }
 
+// Numbers tell the kernels which activation: the plan must have the same rows.
+std::string activations() {
+  std::string names;
+  for (const char* name : kActivationNames) names += std::string(names.empty() ? "" : " ") + name;
+  return names;
+}
+
 }  // namespace
 }  // namespace tsbn::cuda
 
@@ -79,9 +87,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
       " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var,"
       " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged) -> ()");
   m.def("_cuda_active_clusters(int[] launch, int device) -> int");
+  m.def("_cuda_activations() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CompositeExplicitAutograd, m) {
   m.impl("_cuda_launch", TORCH_BOX(&tsbn::cuda::launch_kernel));
   m.impl("_cuda_active_clusters", TORCH_BOX(&tsbn::cuda::clusters_at_a_time));
+  m.impl("_cuda_activations", TORCH_BOX(&tsbn::cuda::activations));
 }

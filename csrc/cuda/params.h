@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace tsbn::cuda {
 
 // The order of CPU's DType, and of the codes in the plan.
@@ -9,9 +11,6 @@ enum DType : int64_t { f32, f64, f16, bf16 };
 
 // What one launch does of: statistics from the slab, statistics to the partial buffer, statistics from it, the output.
 enum Phase : int64_t { kReduce = 1, kSpill = 2, kCombine = 4, kApply = 8 };
-
-// What follows the normalisation. The last is the backward's only: x holds the layer's output, see Epilogue::restore.
-enum Activation : int64_t { kNone, kRelu, kLeakyRelu, kSilu, kGelu, kInverseLeakyRelu };
 
 // Strides, in elements, of a [T, N, C, S] view. Rows: `s` steps over one slot of the run. Columns: over a position.
 struct Operand {
@@ -36,7 +35,7 @@ struct Numbers {
   int64_t divisor, multiplier, shift;
   int64_t run;        // elements of a run, for masks
   int64_t positions;  // N * S
-  int64_t activation;
+  Activation activation;
   int64_t tasks;  // that share a slab of x: T in a fan-out, else 1
   Operand x, dy, out, residual, dresidual;
   Vector weight, bias, mean, var;

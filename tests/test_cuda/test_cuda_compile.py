@@ -38,7 +38,9 @@ def printed(*command: str, folder: Path | None = None) -> str:
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The machine code of the library as it was built; what is missing or older than the source is compiled."""
     folder = tmp_path_factory.mktemp("cubins")
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(file.stat().st_mtime for file in CSRC.iterdir()):
+    if LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(
+        file.stat().st_mtime for file in (*CSRC.iterdir(), *CSRC.parent.glob("*.h"))
+    ):
         printed(tool("cuobjdump"), "-xelf", "all", str(LIBRARY), folder=folder)
     found = {int(re.findall(r"sm_(\d+)", file.name)[0]): file for file in folder.glob("*.cubin")}
     nvcc = find_nvcc()

@@ -80,7 +80,7 @@ MUTANTS: dict[str, tuple[str, str, bool, str, int, tuple[str, ...]]] = {
         SHARED, "split", 3, ("out of bounds; worst",),
     ),
     "the slope on the wrong side": (
-        "dy[e] = z[e] > A(0) ? dy[e]", "dy[e] = z[e] < A(0) ? dy[e]",
+        "return z > 0 ? dy : dy * slope", "return z < 0 ? dy : dy * slope",
         ALONE, "split", 3, ("out of bounds; worst",),
     ),
     "z without the residual in the backward": (

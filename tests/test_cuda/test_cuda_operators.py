@@ -190,6 +190,20 @@ print(ctypes.CDLL(str(cuda._LIBRARY)).take_note(None))
     assert python_output(program, path=package).split() == ["True", "tensor(True)", "0"]
 
 
+@needs_nvcc
+def test_a_library_with_other_activations_is_not_used(package: Path) -> None:
+    """Kernels know an activation by its number alone."""
+    program = """
+from tsbn_kernels.backends import cuda
+print(cuda.available)
+cuda.rules.ACTIVATION_CODES.pop("gelu")
+cuda.load()
+print(cuda.available, cuda.detail())
+"""
+    told = python_output(program, path=package).splitlines()
+    assert told == ["True", "False the CUDA library was built from other sources: build it again"]
+
+
 def test_report_names_it() -> None:
     known = {backend.name: backend for backend in backends.backends()}
     assert [b for b in known if b in ("triton", "cuda")] == ["triton", "cuda"]

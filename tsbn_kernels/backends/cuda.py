@@ -37,8 +37,9 @@ def load() -> None:
     else:
         try:
             torch.ops.load_library(str(_LIBRARY))
-            available = True
-        except (OSError, RuntimeError) as error:
+            available = torch.ops.tsbn._cuda_activations().split() == list(rules.ACTIVATION_CODES)
+            _problem = "the CUDA library was built from other sources: build it again"
+        except (OSError, RuntimeError, AttributeError) as error:
             _problem = f"the CUDA library does not load: {error}"
 
 
