@@ -9,6 +9,10 @@
   row(leaky_relu, LeakyRelu)  \
   row(silu, Silu)             \
   row(gelu, Gelu)             \
+  row(gelu_tanh, GeluTanh)    \
+  row(hardswish, Hardswish)   \
+  row(relu6, Clamp)           \
+  row(hardtanh, Clamp)        \
   row(inverse_leaky_relu, InverseLeakyRelu)
 
 namespace tsbn {

@@ -53,7 +53,8 @@ def test_derivatives_far_from_zero_are_numbers(name: str, dtype: torch.dtype) ->
     z = torch.tensor([-1e30, -1e4, -88.0, 88.0, 1e4, 1e30], dtype=dtype)
     slope = activation_slope(z, name, SLOPE)
     assert slope.isfinite().all()
-    torch.testing.assert_close(slope[-1], torch.autograd.functional.jacobian(as_module(name, SLOPE), z).diagonal()[-1])
+    wanted = torch.autograd.functional.jacobian(as_module(name, SLOPE), z.double()).diagonal()
+    torch.testing.assert_close(slope.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @names
@@ -86,8 +87,16 @@ def test_modules_are_found(name: str) -> None:
 
 
 def test_other_modules_are_not_found() -> None:
-    for module in (nn.Identity(), nn.PReLU(), nn.Tanh(), nn.GELU("tanh")):
+    for module in (nn.Identity(), nn.PReLU(), nn.Tanh(), nn.Hardtanh(-2.0, 2.0), nn.Hardtanh(0.0, 20.0)):
         assert of_module(module) is None
+
+
+def test_bounds_tell_a_module() -> None:
+    """As do other attributes: nn.Hardtanh of 0 to 6 is nn.ReLU6, and one that was changed is not."""
+    assert of_module(nn.Hardtanh(0, 6)) == ("relu6", 0.0)
+    changed = nn.ReLU6()
+    changed.max_val = 5.0
+    assert of_module(changed) is None
 
 
 @names

@@ -126,9 +126,9 @@ def _added_in_place(m: Any, x: Tensor) -> Tensor:
     [
         *((row.module(0.3), name) for name, row in TABLE.items()),
         (nn.ReLU(inplace=True), "relu"),
-        (nn.GELU("tanh"), None),
+        (nn.Hardtanh(0.0, 6.0), "relu6"),
+        (nn.Hardtanh(0.0, 20.0), None),
         (nn.PReLU(), None),
-        (nn.ReLU6(), None),
     ],
     ids=repr,
 )

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Name = Literal["relu", "leaky_relu", "silu", "gelu"]  # of the rows, for type checkers
+Name = Literal[
+    "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "hardtanh"
+]  # of the rows, for type checkers
 Function = Callable[[Tensor, float], Tensor]
 
 
@@ -64,6 +66,19 @@ def _gelu_derivative(z: Tensor, _: float) -> Tensor:
     return derivative
 
 
+def _gelu_tanh_derivative(z: Tensor, _: float) -> Tensor:
+    linear = 2 * math.sqrt(2 / math.pi)
+    factor = linear + 0.044715 * linear * z.square().clamp(max=576)  # beyond that the derivative is 0 or 1
+    both = z * factor  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
+    gate, rest = torch.sigmoid(both), torch.sigmoid(-both)
+    derivative: Tensor = gate + z * (gate * rest) * (3 * factor - 2 * linear)
+    return derivative
+
+
+def _hardswish_derivative(z: Tensor, _: float) -> Tensor:
+    return torch.where(z <= -3, torch.zeros_like(z), torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z)))
+
+
 TABLE: dict[Name, Activation] = {
     "relu": Activation(
         value=lambda z, _: torch.relu(z),
@@ -103,6 +118,42 @@ TABLE: dict[Name, Activation] = {
         settings={"approximate": "none"},
         functions=(functional.gelu,),
         exponential=True,
+    ),
+    "gelu_tanh": Activation(
+        value=lambda z, _: functional.gelu(z, approximate="tanh"),
+        derivative=_gelu_tanh_derivative,
+        module=lambda _: nn.GELU("tanh"),
+        types=(nn.GELU,),
+        settings={"approximate": "tanh"},
+        exponential=True,
+    ),
+    "hardswish": Activation(
+        value=lambda z, _: functional.hardswish(z),
+        derivative=_hardswish_derivative,
+        module=lambda _: nn.Hardswish(),
+        types=(nn.Hardswish,),
+        functions=(functional.hardswish,),
+        kinks=(-3.0, 3.0),
+    ),
+    "relu6": Activation(
+        value=lambda z, _: functional.relu6(z),
+        derivative=lambda z, _: ((z > 0) & (z < 6)).to(z.dtype),
+        module=lambda _: nn.ReLU6(),
+        types=(nn.ReLU6, nn.Hardtanh),
+        settings={"min_val": 0.0, "max_val": 6.0},
+        functions=(functional.relu6,),
+        kinks=(0.0, 6.0),
+        selects=True,
+    ),
+    "hardtanh": Activation(
+        value=lambda z, _: functional.hardtanh(z),
+        derivative=lambda z, _: ((z > -1) & (z < 1)).to(z.dtype),
+        module=lambda _: nn.Hardtanh(),
+        types=(nn.Hardtanh,),
+        settings={"min_val": -1.0, "max_val": 1.0},
+        functions=(functional.hardtanh,),
+        kinks=(-1.0, 1.0),
+        selects=True,
     ),
 }
 

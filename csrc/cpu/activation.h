@@ -10,9 +10,7 @@ struct Identity : Formula<V> {
 
 template <class Act, class T>
 TSBN_INLINE Act activation(const Work& w) {
-  Act act;
-  if constexpr (Act::kHasSlope) act.slope = Vec<T>{} + Acc<T>(w.slope);
-  return act;
+  return formula<Act>(w.activation, Vec<T>{} + Acc<T>(w.slope));
 }
 
 // z of some lanes, from the deviation d = x - center. Forward and backward compute it by this one expression, so that

@@ -1,4 +1,8 @@
-// Exponential and normal distribution, of whole vectors. Included inside an instruction set's namespace, after simd.h.
+// Constants, the exponential and the normal distribution, of whole vectors. Included inside an instruction set's namespace, after simd.h.
+
+template <class V> V constant(double c);
+template <> TSBN_INLINE F constant<F>(double c) { return F{} + float(c); }
+template <> TSBN_INLINE D constant<D>(double c) { return D{} + c; }
 
 // e^x for x <= 0, to 2 units in the last place; below -87 it stays at e^-87.
 TSBN_INLINE F exp_of(F x) {

@@ -6,6 +6,7 @@ namespace tsbn::cuda {
 
 #define TSBN_INLINE __device__ __forceinline__
 
+template <class A> TSBN_INLINE A constant(double c) { return A(c); }
 TSBN_INLINE float vanishing_exp(float x) { return expf(x); }
 TSBN_INLINE double vanishing_exp(double x) { return exp(x); }
 
@@ -48,15 +49,10 @@ template <class A> struct Epilogue {
   template <class F> __device__ void choose(F f) const {
     switch (activation) {
 #define TSBN_CASE(name, Act) \
-  case Activation::name: return f(formula<Act<A>>());
+  case Activation::name: return f(formula<Act<A>>(Activation::name, slope));
       TSBN_ACTIVATIONS(TSBN_CASE)
 #undef TSBN_CASE
     }
-  }
-  template <class Act> __device__ Act formula() const {
-    Act act;
-    if constexpr (Act::kHasSlope) act.slope = slope;
-    return act;
   }
   template <int V, class F> __device__ static void each(F f) {
 #pragma unroll

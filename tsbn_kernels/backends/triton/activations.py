@@ -97,11 +97,68 @@ def _gelu_gradient(gradient, z, tile):
     return gradient * (below + z * bell * _BELL)
 
 
+_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_CUBIC = tl.constexpr(0.07135481627260025)  # times 0.044715
+
+
+@triton.jit
+def _tanh_factor(z):
+    """Of z in what the logistic function is taken of; beyond 24, where that has reached its ends, it stays finite."""
+    return tl.minimum(z * z, 576.0) * _CUBIC + _LINEAR
+
+
+@triton.jit
+def _gelu_tanh(z, tile):
+    return z * _logistic(z * _tanh_factor(z))
+
+
+@triton.jit
+def _gelu_tanh_gradient(gradient, z, tile):
+    factor = _tanh_factor(z)
+    value = _logistic(z * factor)
+    return gradient * (value + z * (value * (1.0 - value)) * (3.0 * factor - 2.0 * _LINEAR))
+
+
+@triton.jit
+def _hardswish(z, tile):
+    return z * (tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0))
+
+
+@triton.jit
+def _hardswish_gradient(gradient, z, tile):
+    between = gradient * ((2.0 * z + 3.0) * (1.0 / 6.0))
+    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, between, gradient))
+
+
+@triton.jit
+def _relu6(z, tile):
+    return tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+
+
+@triton.jit
+def _relu6_gradient(gradient, z, tile):
+    return tl.where((z > 0.0) & (z < 6.0), gradient, 0.0)
+
+
+@triton.jit
+def _hardtanh(z, tile):
+    return tl.where(z <= -1.0, -1.0, tl.where(z >= 1.0, 1.0, z))
+
+
+@triton.jit
+def _hardtanh_gradient(gradient, z, tile):
+    return tl.where((z > -1.0) & (z < 1.0), gradient, 0.0)
+
+
 TABLE = {
     "none": Functions(_identity, _identity_gradient),
     "relu": Functions(_relu, _relu_gradient),
     "leaky_relu": Functions(_leaky_relu, _leaky_relu_gradient),
     "silu": Functions(_silu, _silu_gradient),
     "gelu": Functions(_gelu, _gelu_gradient),
+    "gelu_tanh": Functions(_gelu_tanh, _gelu_tanh_gradient),
+    "hardswish": Functions(_hardswish, _hardswish_gradient),
+    "relu6": Functions(_relu6, _relu6_gradient),
+    "hardtanh": Functions(_hardtanh, _hardtanh_gradient),
     "inverse_leaky_relu": Functions(_identity, _leaky_relu_gradient),
 }
