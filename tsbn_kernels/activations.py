@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Name = Literal[
-    "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "hardtanh"
-]  # of the rows, for type checkers
+# The names of the rows, for type checkers.
+Name = Literal["relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "hardtanh"]
 Function = Callable[[Tensor, float], Tensor]
 
 
