@@ -62,8 +62,12 @@ class Fused(NamedTuple):
 PLAIN, RELU = Fused(), Fused("relu")
 BLOCK_END = Fused("relu", residual=True)  # the last layer of a bottleneck
 STEM = Fused("relu", fan_out=True)  # the first layer of a network
-# What none of the networks asks for, but any layer may be told to do. A leaky ReLU takes what a ReLU takes.
-OTHERS = Fused("silu"), Fused("gelu"), Fused("gelu", residual=True)
+# What none of the networks asks for, but any layer may be told to do. A leaky ReLU takes what a ReLU takes, and
+# hardswish takes the most of those without an exponential.
+OTHERS = (
+    Fused("silu"), Fused("gelu"), Fused("gelu", residual=True), Fused("gelu_tanh", residual=True),
+    Fused("hardswish", residual=True),
+)  # fmt: skip
 OTHER_STEM = Fused("gelu", residual=True, fan_out=True)
 
 # Of ResNet-50: channels, by how much smaller than the first layer's their activations are.
