@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "checked.h"
+#include "../checked.h"
 
 namespace tsbn::cuda {
 namespace {

@@ -126,8 +126,8 @@ def test_numbers_are_those_of_the_header() -> None:
     assert struct is not None
     code = re.sub(r"//[^\n]*", "", struct[1])
     count = sum(
-        len(names.split(",")) * {"int64_t": 1, "Operand": 4, "Vector": 3}[kind]
-        for kind, names in re.findall(r"(int64_t|Operand|Vector) ([\w, ]+);", code)
+        len(names.split(",")) * {"Operand": 4, "Vector": 3}.get(kind, 1)
+        for kind, names in re.findall(r"(int64_t|Activation|Operand|Vector) ([\w, ]+);", code)
     )
     problem = rules.dense(Work(2, 3, 4, 5, 4))
     assert len(rules.numbers(problem, rules.choose(problem, H100), 9, True, (0,) * 12)) == count
