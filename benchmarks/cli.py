@@ -16,6 +16,7 @@ from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, host_memory, report, terminal
+from benchmarks.cli_fit import fit_plans
 from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_gpu_day import gpu_day
 from benchmarks.cli_layers import (
@@ -69,6 +70,7 @@ app.command()(train)
 app.command()(profile)
 app.command("gpu-check")(gpu_check)
 app.command("gpu-day")(gpu_day)
+app.command("fit-plans")(fit_plans)
 app.command("report")(report_command)
 app.command()(compare)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -41,6 +41,8 @@ NEAR = 8  # of the CUDA plans, by their predicted time: the others come after ev
 ROUNDS, GRAPH_SECONDS = 5, 2e-3
 Step = Callable[[], object]
 
+_copies: dict[Case, float] = {}  # milliseconds of a copy
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -66,8 +68,7 @@ class Candidate:
     @property
     def numbers(self) -> dict[str, Any]:
         """All of the plan."""
-        numbers = asdict(self.plan)
-        return {name: value for name, value in numbers.items() if name not in ("work", "device")}
+        return numbers_of(self.plan)
 
     def run(self, timer: Timer) -> dict[str, Any]:
         """A record; a plan that cannot be launched leaves its error there.
@@ -75,25 +76,29 @@ class Candidate:
         Raises:
             RuntimeError: the device is lost.
         """
-        case, plan = self.case, self.plan
-        record = {
-            "layer": case.layer.name, "shape": case.shape, "tasks": case.tasks, "dtype": case.dtype,
-            "format": case.memory_format, "pass": self.direction, "backend": self.backend,
-            "device": asdict(self.device), "by_rule": self.by_rule, "plan": self.numbers,
-            "useful_bytes": self.work.useful_bytes, "planned_bytes": plan.bytes_read + plan.bytes_written,
-        }  # fmt: skip
+        case, record = self.case, self.record()
         on_cpu = case.device.type == "cpu"
         if on_cpu:
             record["stand_in"] = "the operator of the CPU"
         try:
             record["copy_ms"] = _copy_milliseconds(case, timer)
-            with nullcontext() if on_cpu else forced(plan):
+            with nullcontext() if on_cpu else forced(self.plan):
                 record["ms"] = _milliseconds(self.steps(), timer, case.device)
         except Exception as error:
             record["failure"] = f"{type(error).__name__}: {error}"[:500]
             if not on_cpu:
                 torch.get_device_module(case.device).synchronize()
         return record
+
+    def record(self) -> dict[str, Any]:
+        """All but the times."""
+        case, plan = self.case, self.plan
+        return {
+            "layer": case.layer.name, "shape": case.shape, "tasks": case.tasks, "dtype": case.dtype,
+            "format": case.memory_format, "pass": self.direction, "backend": self.backend,
+            "device": asdict(self.device), "by_rule": self.by_rule, "plan": self.numbers,
+            "useful_bytes": self.work.useful_bytes, "planned_bytes": plan.bytes_read + plan.bytes_written,
+        }  # fmt: skip
 
     def steps(self) -> list[Step]:
         """The pass over one set of buffers after another, so many that no cache holds the next."""
@@ -110,10 +115,18 @@ def case_work(case: Case, direction: Direction) -> Work:
     return work_of(case.shape, case.tasks, case.dtype, case.memory_format, direction)
 
 
-def describe(plan: dict[str, Any]) -> str:
-    """A plan's numbers in a few words."""
-    names = "variant", "tile", "warps", "splits", "registers", "parts", "threads", "cluster", "shared"
-    return " ".join(f"{name} {plan[name]}" for name in names if name in plan)
+def numbers_of(plan: Plan | cuda_rules.Launch) -> dict[str, Any]:
+    """What a plan decides, and what follows from it."""
+    return {name: value for name, value in asdict(plan).items() if name not in ("work", "device")}
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """A plan's numbers in a few words, which tell it from the other plans of its pass."""
+    tile = "x".join(map(str, plan.get("tile", ())))
+    names = ("variant", "warps", "splits", "registers") if tile else ("variant", "parts", "threads", "resident")
+    words = [f"{plan[name]} {name}" for name in names[1:] if name != "splits" or plan["variant"] == "split"]
+    cluster = [f"cluster of {plan['cluster']}"] if plan["cluster"] > 1 else []
+    return ", ".join([plan["variant"] + f" {tile}" * bool(tile), *words, *cluster])
 
 
 # ---- which plans ---------------------------------------------------------------------------------------------------
@@ -167,12 +180,12 @@ def triton_plans(work: Work, device: Device) -> Plans:
     near |= dict.fromkeys(_with_registers(rule))
     far: dict[Plan, None] = {}
     for plan in list(near):
-        splits = [plan.splits // 2, plan.splits * 2] if plan.variant == "split" else [2, 8, 32]
-        for variant, count in [("streaming", 1), *(("split", count) for count in splits if count > 1)]:
-            if plan.variant in ("streaming", "split") and not work.fan_out:
-                far[triton_rules._split(replace(plan, variant="streaming", splits=1), variant, count)] = None
+        if plan.variant != "resident":
+            streaming = replace(plan, variant="streaming", splits=1)
+            counts = [plan.splits // 2, plan.splits * 2] if plan.variant == "split" else [2, 8, 32]
+            far |= dict.fromkeys([streaming, *(triton_rules._split(streaming, "split", count) for count in counts)])
         for warps in (4, 8, 16, 32):
-            if warps * device.warp <= device.block_threads and not work.gathers:
+            if warps * device.warp <= device.block_threads:
                 other = triton_rules._plan(work, device, plan.variant, plan.tile, warps)
                 far[triton_rules._split(other, plan.variant, plan.splits)] = None
     if rule.variant == "resident":
@@ -272,10 +285,11 @@ def _meta(case: Case) -> tuple[Tensor, ...]:
     return x, x, gamma, gamma
 
 
-@lru_cache(maxsize=1)
 def _copy_milliseconds(case: Case, timer: Timer) -> float:
-    target = torch.empty_like(_inputs(case)[0][0])
-    return _milliseconds([partial(target.copy_, x) for x, *_ in _inputs(case)], timer, case.device)
+    if case not in _copies:
+        target = torch.empty_like(_inputs(case)[0][0])
+        _copies[case] = _milliseconds([partial(target.copy_, x) for x, *_ in _inputs(case)], timer, case.device)
+    return _copies[case]
 
 
 def _milliseconds(steps: list[Step], timer: Timer, device: torch.device) -> float:

@@ -1,0 +1,151 @@
+"""What a sweep says of the plans' rules: how far a choice is from the fastest plan, and which constants do better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from benchmarks.gpu_day.constants import CONSTANTS, Constant, changed
+from benchmarks.gpu_day.sweep import BACKENDS, describe, numbers_of, rule_of
+from benchmarks.predict import work_of
+from tsbn_kernels.plan import Device, Plan, Work
+from tsbn_kernels.plan import cuda as cuda_rules
+
+ALLOWED = 1.1  # times the fastest plan's: so slow may a rule's choice be
+UNMEASURED = math.log(10)  # what a choice costs of which no time is known: no fit may lead there
+Values = Mapping[Constant, float]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a layer by a backend, and the milliseconds that its plans took, by their description."""
+
+    name: str
+    backend: str
+    work: Work
+    device: Device
+    copy_ms: float
+    times: dict[str, float]
+
+    @property
+    def fastest(self) -> str:
+        """The plan that took the least time."""
+        return min(self.times, key=lambda plan: self.times[plan])
+
+    @property
+    def best_ms(self) -> float:
+        """Its time."""
+        return self.times[self.fastest]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule says for a pass, and what that should take and took: None where nobody measured it."""
+
+    of: Pass
+    plan: str
+    predicted_ms: float
+    ms: float | None
+
+    @property
+    def regret(self) -> float | None:
+        """Its time over that of the fastest plan."""
+        return None if self.ms is None else self.ms / self.of.best_ms
+
+    @property
+    def of_copy(self) -> float | None:
+        """Rate at which useful bytes were moved, over a copy's."""
+        work = self.of.work
+        return None if self.ms is None else work.useful_bytes / self.ms / (2 * work.activation_bytes / self.of.copy_ms)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether another plan is faster by more than is allowed."""
+        return self.regret is not None and self.regret > ALLOWED
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The rules of a backend as they are, and with constants that were chosen for these passes.
+
+    Attributes:
+        now, then: a choice for each pass.
+        values: the constants that change.
+    """
+
+    backend: str
+    now: list[Choice]
+    then: list[Choice]
+    values: dict[Constant, float]
+
+    @property
+    def wrong(self) -> list[Choice]:
+        """Choices that no constant mends: there the rule itself is wrong."""
+        return [choice for choice in self.then if choice.is_slow]
+
+
+def passes(records: Iterable[Mapping[str, Any]]) -> list[Pass]:
+    """The passes of which a time is known."""
+    found: dict[tuple[Any, ...], Pass] = {}
+    for record in records:
+        if "ms" not in record:
+            continue
+        names = [str(record[name]) for name in ("layer", "dtype", "format", "pass")]
+        key = *names, record["backend"], tuple(record["shape"]), record["device"]["name"]
+        if key not in found:
+            work = work_of(record["shape"], record["tasks"], *names[1:])  # type: ignore[arg-type]
+            device = Device(**record["device"])
+            found[key] = Pass(" ".join(names), record["backend"], work, device, record["copy_ms"], {})
+        found[key].times[describe(record["plan"])] = record["ms"]
+    return list(found.values())
+
+
+def choices(of: Iterable[Pass], values: Values) -> list[Choice]:
+    """What the rules say with these constants."""
+    with changed(values):
+        return [_choice(one) for one in of]
+
+
+def _choice(one: Pass) -> Choice:
+    plan = rule_of(one.backend, one.work, one.device)
+    if isinstance(plan, Plan):
+        seconds = plan.seconds()
+    else:
+        seconds = cuda_rules.seconds(cuda_rules.dense(one.work), plan, one.device)
+    name = describe(numbers_of(plan))
+    return Choice(one, name, 1e3 * seconds, one.times.get(name))
+
+
+def cost(found: list[Choice]) -> tuple[float, float]:
+    """Mean logarithms: of the regret, and beside it of what the prediction is off by."""
+    regrets = [UNMEASURED if choice.regret is None else math.log(choice.regret) for choice in found]
+    errors = [abs(math.log(choice.ms / choice.predicted_ms)) for choice in found if choice.ms is not None]
+    return round(fmean(regrets), 4), round(fmean(errors or [0.0]), 2)
+
+
+def fit(backend: str, of: list[Pass]) -> Fit:
+    """The constants that cost least: one is changed at a time, while that helps."""
+    values: dict[Constant, float] = {}
+    now = then = choices(of, values)
+    while True:
+        tried = [
+            values | {constant: value}
+            for constant in CONSTANTS[backend]
+            for value in constant.values
+            if value != values.get(constant, constant.value)
+        ]
+        outcomes = [choices(of, each) for each in tried]
+        best = min(range(len(tried)), key=lambda index: cost(outcomes[index]))
+        if cost(outcomes[best]) >= cost(then):
+            return Fit(backend, now, then, {c: value for c, value in values.items() if value != c.value})
+        values, then = tried[best], outcomes[best]
+
+
+def fits(records: Iterable[Mapping[str, Any]]) -> list[Fit]:
+    """One for each backend of which times are known."""
+    found = passes(records)
+    by_backend = {name: [one for one in found if one.backend == name] for name in BACKENDS}
+    return [fit(name, of) for name, of in by_backend.items() if of]
