@@ -4,6 +4,7 @@ from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
 from tsbn_kernels.convert import convert_model, convert_sync_batchnorm, revert_model
 from tsbn_kernels.fold import export_task, fold_into_conv
+from tsbn_kernels.hold import hold_absent_tasks
 from tsbn_kernels.late import LateFanOut
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
@@ -28,6 +29,7 @@ __all__ = [
     "export_task",
     "fold_into_conv",
     "functional",
+    "hold_absent_tasks",
     "memory",
     "parameter_groups",
     "recompute_outputs",

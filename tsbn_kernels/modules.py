@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels import capture, checks, runs, synchronized
+from tsbn_kernels import capture, checks, participation, runs, synchronized
 from tsbn_kernels.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
@@ -66,6 +66,7 @@ class FusedTSigmaBN(_BatchNorm):
     _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
     _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
     _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
+    _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer
 
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
@@ -286,6 +287,10 @@ class FusedTSigmaBN(_BatchNorm):
             vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
         rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
         weight, bias, running_mean, running_var, num_batches_tracked = rows
+        passes = None
+        if self._participation is not None and torch.is_grad_enabled():
+            passes = participation.of_call(normalize is task_streams)
+            weight = participation.take_part(weight, self._participation.leaf, tasks, passes)
         tracking = self.training and self.track_running_stats and not runs.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
@@ -312,6 +317,9 @@ class FusedTSigmaBN(_BatchNorm):
             recover_input=self.recover_input,
             process_group=self.process_group if self.training else None,
         )
+        if passes is not None and normalize is task_streams:
+            for index, stream in enumerate(result):
+                passes.watch(index, stream)
         if tracking and tasks is not None:
             for vector, rows in zip(vectors[2:], (running_mean, running_var, num_batches_tracked), strict=True):
                 if vector is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import capture, checks, runs
+from tsbn_kernels import capture, checks, participation, runs
 from tsbn_kernels.features import has_function, of_each_task
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.recompute import recompute_outputs
@@ -121,7 +121,7 @@ class MultiTaskModel(nn.Module):
         run = runs.Run(self._router, indices, count, x.shape[0] if shared else x.shape[0] // count, shared)
         runs.enter(run)
         try:
-            with recompute_outputs() if self.recompute else nullcontext():
+            with recompute_outputs() if self.recompute else nullcontext(), participation.of_model() as passes:
                 features = self.backbone(x)
         except (RuntimeError, ValueError) as error:
             if shared and run.fanned_out and not torch.compiler.is_compiling():
@@ -129,7 +129,11 @@ class MultiTaskModel(nn.Module):
             raise
         finally:
             runs.leave(run)
-        return of_each_task(features, run, self.backbone)
+        streams, every = of_each_task(features, run, self.backbone)
+        if passes is not None and passes.asked:
+            for index, stream in enumerate(streams):
+                passes.watch(index, stream)
+        return streams, every
 
 
 def _explained(error: Exception, backbone: nn.Module) -> Exception:
