@@ -319,7 +319,7 @@ class FusedTSigmaBN(_BatchNorm):
         )
         if passes is not None and normalize is task_streams:
             for index, stream in enumerate(result):
-                passes.watch(index, stream)
+                passes.watch(index, [stream])
         if tracking and tasks is not None:
             for vector, rows in zip(vectors[2:], (running_mean, running_var, num_batches_tracked), strict=True):
                 if vector is not None:

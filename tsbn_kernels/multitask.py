@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import capture, checks, participation, runs
+from tsbn_kernels import capture, checks, participation, runs, structure
 from tsbn_kernels.features import has_function, of_each_task
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.recompute import recompute_outputs
@@ -132,7 +132,8 @@ class MultiTaskModel(nn.Module):
         streams, every = of_each_task(features, run, self.backbone)
         if passes is not None and passes.asked:
             for index, stream in enumerate(streams):
-                passes.watch(index, stream)
+                own = structure.tensors(stream)
+                passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
 
 

@@ -8,7 +8,7 @@ several threads, behind checkpoints, and inside of compiled graphs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 class Participation:
@@ -102,10 +101,10 @@ class Passes:
         self.asked = False
         self._last: dict[int, int] = {}
 
-    def watch(self, index: int, stream: Any) -> None:
+    def watch(self, index: int, tensors: Iterable[Tensor]) -> None:
         """Notes each backward pass that comes from the tensors of a stream."""
-        for tensor in tree_leaves(stream):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+        for tensor in tensors:
+            if tensor.requires_grad:
                 tensor.register_hook(partial(self._note, index))
 
     def _note(self, index: int, gradient: Tensor | None) -> None:
