@@ -16,6 +16,7 @@ from benchmarks import cli
 from benchmarks.gpu_day import fit, sweep
 from benchmarks.gpu_day.constants import CONSTANTS, changed
 from benchmarks.gpu_day.sweep import Candidate
+from benchmarks.measure import HostTimer
 from tsbn_kernels.plan import DEVICES, Plan
 from tsbn_kernels.plan import cuda as cuda_rules
 
@@ -122,6 +123,13 @@ def test_what_was_not_measured_is_no_choice(tmp_path: Path) -> None:
     assert all(choice.ms is None and choice.regret is None for choice in found.now)
     _, text = printed(as_archive(tmp_path, sweep_of))
     assert f"triton: {len(found.now)} choices are not in the sweep: measure again" in text
+
+
+def test_a_sweep_without_a_gpu_goes_through_all_of_it(tmp_path: Path) -> None:
+    sweep_of = [one.run(HostTimer()) for one in sweep.candidates("cpu")[::40]]
+    assert not any("failure" in record for record in sweep_of)
+    _, text = printed(as_archive(tmp_path, sweep_of))
+    assert "stand-ins were timed, not the kernels" in text and "triton: what the rules choose" in text
 
 
 def test_bad_archives_are_refused(tmp_path: Path) -> None:
