@@ -370,6 +370,7 @@ def test_the_table_names_plans_that_beat_the_rules(tmp_path):
         case | {"layer": "bn2", "by_rule": rule, "ms": ms, "plan": {}} for rule, ms in [(True, 1.0), (False, 0.99)]
     ]
     found.append(case | {"by_rule": False, "failure": "it does not fit"})
+    found.append(case | {"by_rule": False, "ms": 0.1, "plan": {}, "stand_in": "the operator of the CPU"})
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     wanted = "sweep: bn1 bfloat16 contiguous forward cuda: rule 1 ms, 0.9 by threads 90\n"
     assert table.text(tmp_path, []) == wanted

@@ -29,8 +29,8 @@ def celeba(setting: Setting) -> Cases:
 def compiled(setting: Setting) -> Cases:
     """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
     device = torch.device(setting.device)
-    todo = _celeba(setting)[: 1 if setting.quick else 3]
-    return _races(todo, race.peers(device, COMPILED), setting, "speed")
+    todo, names = (_celeba(setting)[:1], COMPILED[:1]) if setting.quick else (_celeba(setting)[:3], COMPILED)
+    return _races(todo, race.peers(device, names), setting, "speed")
 
 
 def others(setting: Setting) -> Cases:

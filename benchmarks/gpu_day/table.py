@@ -86,7 +86,7 @@ def _sweep(folder: Path) -> Iterator[str]:
     keys = "layer", "dtype", "format", "pass", "backend"
     groups: dict[tuple[str, ...], list[Line]] = {}
     for line in journal.lines(folder / sweep.FILE):
-        if "ms" in line:
+        if "ms" in line and "stand_in" not in line:
             groups.setdefault(tuple(line[key] for key in keys), []).append(line)
     for names, found in groups.items():
         by_rule = min((line["ms"] for line in found if line["by_rule"]), default=0.0)
