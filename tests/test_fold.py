@@ -120,7 +120,7 @@ def test_linear(kind: Any, dtype: torch.dtype, conv_bias: bool) -> None:
     layer = randomise(kind(T, 6, bias=True, dtype=dtype))
     x = torch.randn(N, 4, dtype=dtype)
     folded = fold_into_conv(linear, layer, -1)
-    assert type(folded) is nn.Linear
+    assert isinstance(folded, nn.Linear)
     assert_close(folded(x), stream_of(nn.Sequential(linear, layer), x, T - 1))
     # Of three axes the layer would normalise the second, which is no longer possible.
     with pytest.raises(ValueError, match=r"folded into Linear.*takes \[N, C\] and got 3 dimensions"):
@@ -243,6 +243,7 @@ def test_names_and_parameters_are_those_of_the_convolutions() -> None:
 
 @pytest.mark.parametrize("task", ["smile", 1, -2])
 def test_a_multi_task_model_gives_backbone_and_head(task: int | str) -> None:
+    # The backbone ends in [N, C], and so the head's first layer is given that.
     heads = {name: nn.Sequential(nn.Linear(16, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1)) for name in TASKS}
     model = randomise(MultiTaskModel(convert_model(pretrained("celeba"), T), heads)).double()
     before = copy.deepcopy(model.state_dict())
@@ -371,10 +372,15 @@ def test_a_linear_layer_over_another_axis_is_an_error_and_never_folded_into_2d()
     assert isinstance(exported[1], nn.BatchNorm2d)
     x = torch.randn(N, 3, 6, 5, dtype=torch.float64)
     assert_close(exported(x), stream_of(model, x, 0))
-    exported = export(randomise(convert_model(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), T)), 0)
-    exported(torch.randn(N, 5))
-    with pytest.raises(ValueError, match="got 3 dimensions"):
-        exported(torch.randn(N, 3, 5))
+    plain = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model = randomise(convert_model(plain, T)).double()
+    exported = export(model, 0)  # what the first is given may have more axes
+    assert [type(exported[i]) for i in (1, 4)] == [nn.BatchNorm1d, nn.Identity]
+    x = torch.randn(N, 5, dtype=torch.float64)
+    assert_close(exported(x), stream_of(model, x, 0))
+    model = randomise(convert_model(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), T)).double()
+    x = torch.randn(N, 3, 5, dtype=torch.float64)
+    assert_close(export(model, 0)(x), stream_of(model, x, 0))
 
 
 class Residual(nn.Module):
@@ -434,7 +440,9 @@ def test_one_stream_fans_out_into_itself(convolve: bool) -> None:
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """What timm's class of that name adds to nn.BatchNorm2d."""
+    """What timm's class of that name adds to nn.BatchNorm2d; it is known by where it comes from."""
+
+    __module__ = "timm.layers.norm_act"
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
@@ -529,6 +537,56 @@ def test_nothing_to_export_is_an_error() -> None:
         export_task(nn.Sequential(model), 0)
 
 
+@pytest.mark.parametrize("kind", ["layer hook", "forward of the convolution", "subclass"])
+def test_only_what_is_known_is_folded(kind: str) -> None:
+    model = randomise(convert_model(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), T, fuse_activation=False))
+    conv, norm = model.double()
+    if kind == "layer hook":
+        norm.register_forward_hook(lambda _, __, y: 2 * y)
+    elif kind == "forward of the convolution":
+        forward = conv.forward
+        conv.forward = lambda x: 2 * forward(x)
+    else:
+        conv.__class__ = type("Own", (nn.Conv2d,), {"forward": lambda self, x: 2 * nn.Conv2d.forward(self, x)})
+    x = torch.randn(N, 3, 6, 6, dtype=torch.float64)
+    exported = export(model, 1)
+    assert isinstance(exported[1], nn.BatchNorm2d)
+    assert_close(exported(x), stream_of(model, x, 1))
+    error = TypeError if kind == "subclass" else ValueError
+    with pytest.raises(error, match="cannot fold"):
+        fold_into_conv(conv, norm, 1)
+
+
+class FoldsItself(nn.Module):
+    """As timm's RepVGG block: two branches that it makes one convolution of, reading what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+
+    def reparameterize(self) -> None:
+        folded = [nn.utils.fuse_conv_bn_eval(conv, bn) for conv, bn in self.branches]
+        conv = copy.deepcopy(folded[0])
+        conv.weight.data += folded[1].weight
+        conv.bias.data += folded[1].bias
+        self.branches = nn.ModuleList([conv])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum(branch(x) for branch in self.branches)
+        return y
+
+
+def test_blocks_that_fold_themselves_can() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), FoldsItself())
+    model = randomise(convert_model(plain, T)).double()
+    exported = export(model, 1)
+    assert type(exported[1]) is nn.Identity
+    exported[2].reparameterize()
+    assert not normalisations(exported)
+    x = torch.randn(N, 3, 6, 6, dtype=torch.float64)
+    assert_close(exported(x), stream_of(model, x, 1))
+
+
 # ---- exporters ---------------------------------------------------------------------------------------------------
 
 
@@ -553,6 +611,24 @@ def test_torch_export_takes_it(name: str) -> None:
     for n in (N, 7):
         x = torch.randn(n, 3, 32, 32)
         assert_close(program.module()(x), exported(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_takes_it() -> None:
+    exported = export(_multitask("celeba"), "smile")
+    assert not any(has_any_hooks(module) for module in exported.modules())
+    x = torch.randn(N, 3, 32, 32)
+    assert_close(torch.jit.script(exported)(x), exported(x))
+    unflattened = export(convert_model(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()), T), 0)
+    x = torch.randn(N, 4)
+    assert_close(torch.jit.script(unflattened)(x), unflattened(x))
+    linear = fold_into_conv(nn.Linear(3, 4), randomise(FusedTSigmaBN1d(T, 4)), 0)
+    x = torch.randn(N, 3)
+    assert_close(torch.jit.script(linear)(x), linear(x))
+
+
+def has_any_hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the exporter itself

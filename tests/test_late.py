@@ -9,6 +9,7 @@ import torch
 from support import FORMATS, in_memory_format
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 from tsbn_kernels import FusedTSigmaBN2d, LateFanOut
 from tsbn_kernels.late import HOMOGENEOUS
@@ -147,3 +148,83 @@ def test_half_precision_gates_are_those_of_the_layer() -> None:
     x = torch.randn(N, C, 4, 4).bfloat16()
     torch.testing.assert_close(late(x), layer(x), rtol=2**-7, atol=1e-6)
     assert functional.relu(late(x)).equal(late(x))
+
+
+class Standardised(nn.Conv2d):
+    """Makes its weight in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, padding=self.padding)
+
+
+class Doubled(nn.AvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda _, __, y: y + 1)
+    return module
+
+
+def own_forward(module: nn.Module) -> nn.Module:
+    plain = module.forward
+    module.forward = lambda x: plain(x) + 1  # type: ignore[method-assign]
+    return module
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    prune.l1_unstructured(module, "weight", amount=0.5)
+    return module
+
+
+def convolution() -> nn.Module:
+    return nn.Conv2d(C, 6, 3, padding=1)
+
+
+UNKNOWN: dict[str, Callable[[], tuple[nn.Module | None, nn.Module | None]]] = {
+    "made in forward": lambda: (None, Standardised(C, 6, 3, padding=1)),
+    "hook": lambda: (None, hooked(convolution())),
+    "forward of the instance": lambda: (None, own_forward(convolution())),
+    "pruned": lambda: (None, pruned(convolution())),
+    "weight norm": lambda: (None, parametrizations.weight_norm(convolution())),
+    "spectral norm": lambda: (None, parametrizations.spectral_norm(convolution())),
+    "older weight norm": lambda: (None, nn.utils.weight_norm(convolution())),
+    "pool of another forward": lambda: (Doubled(2), convolution()),
+    "hooked pool": lambda: (hooked(nn.MaxPool2d(2)), convolution()),
+    "both": lambda: (hooked(nn.MaxPool2d(2)), hooked(convolution())),
+    "pool alone": lambda: (own_forward(nn.AvgPool2d(2)), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("unknown", UNKNOWN)
+def test_gates_are_not_folded_into_what_may_compute_something_else(unknown: str, later: bool) -> None:
+    layer = FusedTSigmaBN2d(T, C, activation="relu", fan_out=True, dtype=torch.float64)
+    nn.init.normal_(layer.weight)
+    pool, conv = UNKNOWN[unknown]()
+    pool, conv = (None if module is None else module.double() for module in (pool, conv))
+    if later:  # than the late fan-out was made
+        late = LateFanOut.from_layer(layer, pool and nn.MaxPool2d(2), conv and convolution().double())
+        late.pool, late.conv = pool, conv
+    else:
+        late = LateFanOut.from_layer(layer, pool, conv)
+    late.eval(), layer.eval()
+    x = torch.randn(N, C, 8, 8, dtype=torch.float64)
+    y = layer(x)
+    for module in (pool, conv):
+        y = y if module is None else module(y)
+    torch.testing.assert_close(late(x), y, rtol=1e-9, atol=1e-9)
+
+
+class Offset(FusedTSigmaBN2d):
+    def forward(self, x: Tensor, *args: object, **options: object) -> Tensor:
+        return super().forward(x, *args, **options) + 1
+
+
+def test_layers_that_compute_something_else_are_refused() -> None:
+    for layer in (Offset(T, C), hooked(FusedTSigmaBN2d(T, C)), own_forward(FusedTSigmaBN2d(T, C))):
+        with pytest.raises(ValueError, match="must be a FusedTSigmaBN without hooks or methods of its own"):
+            LateFanOut.from_layer(layer)  # type: ignore[arg-type]

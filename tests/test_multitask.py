@@ -126,7 +126,7 @@ def test_two_branches_may_normalise_the_shared_input() -> None:
             return torch.cat([self.one(x), self.two(x)], 1)
 
     plain, x = Branches(), images()
-    y = MultiTaskModel(convert_model(plain, T), dict.fromkeys(TASKS, nn.Identity()))(x)
+    y = MultiTaskModel(convert_model(plain, T, pretrained=True), dict.fromkeys(TASKS, nn.Identity()))(x)
     for task in TASKS:
         torch.testing.assert_close(y[task], plain(x), rtol=1e-4, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_a_path_around_the_first_layer_takes_the_input_of_every_task() -> None:
             return x + self.convolution(self.norm(x))
 
     plain, x = PreActivation(), images()
-    model = MultiTaskModel(convert_model(plain, T), dict.fromkeys(TASKS, nn.Identity()))
+    model = MultiTaskModel(convert_model(plain, T, pretrained=True), dict.fromkeys(TASKS, nn.Identity()))
     with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*in the backbone \(PreActivation\).*dict.fromkeys"):
         model(x)
     y = model(dict.fromkeys(TASKS, x))

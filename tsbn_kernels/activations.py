@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tsbn_kernels.plain import is_plain
+
 # The names of the rows, for type checkers.
 Name = Literal["relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "relu6", "hardtanh"]
 Function = Callable[[Tensor, float], Tensor]
@@ -165,6 +167,9 @@ class _Rows(dict[str, Activation]):
 
 
 ACTIVATIONS = tuple(TABLE)
+FUNCTION_NAMES = {function.__name__ for row in TABLE.values() for function in row.functions} | {
+    method for row in TABLE.values() for method in row.methods
+}
 NONE, INVERSE = "none", "inverse_leaky_relu"
 # What the operators take. The last is of a backward whose x is what a leaky ReLU made of the layer's input.
 EPILOGUES = _Rows(
@@ -206,6 +211,23 @@ def as_module(activation: str, slope: float) -> nn.Module:
 def of_module(module: nn.Module) -> tuple[Name, float] | None:
     """Finds the activation that a module of PyTorch's computes, and its slope; None where it is not one of ours."""
     for name, row in TABLE.items():
-        if type(module) in row.types and all(getattr(module, key) == value for key, value in row.settings.items()):
+        if is_plain(module, row.types) and all(getattr(module, key) == value for key, value in row.settings.items()):
             return name, float(module.negative_slope) if row.sloped else 0.0  # type: ignore[arg-type]
+    return None
+
+
+def of_function(target: Any, /, *args: Any, **options: Any) -> tuple[Name, float] | None:
+    """Finds the activation that a function, or a method by its name, computes; None where it is not one of ours.
+
+    ``args`` and ``options`` are those of the call, of which the first is the tensor.
+    """
+    for name, row in TABLE.items():
+        if target not in row.functions + row.methods:
+            continue
+        given, more = {key: value for key, value in options.items() if key != "inplace"}, list(args[1:])
+        slope = 0.0
+        if row.sloped:
+            slope = given.pop("negative_slope", more.pop(0) if more else 0.01)
+        known = all(type(value) is bool for value in more) and given.items() <= row.settings.items()  # in place, or not
+        return (name, float(slope)) if known and isinstance(slope, (int, float)) else None
     return None

@@ -2,117 +2,134 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels.activations import TABLE, of_module
+from tsbn_kernels import sites
+from tsbn_kernels.activations import FUNCTION_NAMES, Name, of_function, of_module
 from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.plain import CALL_HOOKS, has_hooks, is_plain, leaf_call
 
-_FUNCTIONS = [function for row in TABLE.values() for function in row.functions]
-_METHODS = [method for row in TABLE.values() for method in row.methods]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FUSED = "_tsbn_fused"  # the layers that apply what a block does not
 
 
-class _Standing(nn.Module):
-    """Stands where the plain model has an activation."""
+class FusedActivation(nn.Identity):
+    """Stands where the plain model has an activation, and does nothing: the layers before it apply that."""
 
     def __init__(self, plain: nn.Module, layers: Iterable[FusedTSigmaBN]) -> None:
         super().__init__()
         self._memory = plain, tuple(layers)  # in a tuple: they are not children, and have no names here
         self.train(plain.training)
 
+    @property
     def plain(self) -> nn.Module:
-        """The activation; the layers that applied it apply none from now on."""
-        plain, layers = self._memory
-        for layer in layers:
-            layer.activation = None
-        return plain.train(self.training)
+        """The activation."""
+        return self._memory[0]
+
+    @property
+    def layers(self) -> tuple[FusedTSigmaBN, ...]:
+        """Those that apply it."""
+        return self._memory[1]
+
+    def forward(self, input: Any) -> Any:
+        """Returns what it gets."""
+        return leaf_call(self, input) if isinstance(input, fx.Proxy) and not has_hooks(self) else input
 
     def extra_repr(self) -> str:
-        return f"{self._memory[0]}"
-
-
-class FusedActivation(_Standing, nn.Identity):
-    """Does nothing: the layers before it apply the activation."""
-
-
-class SharedActivation(_Standing):
-    """An activation that layers apply where it follows them, and that is called elsewhere too, where it acts.
-
-    torchvision's residual blocks call one ``self.relu`` behind their norms and behind their addition. The layers mark
-    their output, and a marked tensor passes once.
-    """
-
-    def __init__(self, plain: nn.Module, layers: Iterable[FusedTSigmaBN]) -> None:
-        super().__init__(plain, layers)
-        for layer in self._memory[1]:
-            layer.register_forward_hook(_mark)
-
-    def forward(self, x: Tensor) -> Tensor:
-        owner: Any = _owner(x)
-        if getattr(owner, "_tsbn_activated", False):
-            owner._tsbn_activated = False
-            return x
-        y: Tensor = self._memory[0](x)
-        return y
-
-
-def _mark(_layer: nn.Module, _args: Any, y: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        y = y.view_as(y)  # torch.compile sets no attribute of what an autograd.Function returns
-    y._tsbn_activated = True  # type: ignore[attr-defined]
-    return y
-
-
-def _owner(x: Tensor) -> Tensor:
-    """Modules with full backward hooks hand on views of what they get."""
-    return x if torch.compiler.is_compiling() or x._base is None else x._base
-
-
-def plain_activations(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The activation for each module that stands for one; their layers apply them no more."""
-    return {module: module.plain() for module in model.modules() if isinstance(module, _Standing)}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else sees what goes into the module, or comes out of it."""
-    return any(getattr(module, name) for name in _HOOKS)
-
-
-class Tracer(fx.Tracer):
-    """Does not look into normalisation layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (FusedTSigmaBN, _BatchNorm, _Standing)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """A copy to be traced, with the same parameters: tracing runs forward, which may write to the module."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        return f"{self.plain}"
 
 
 class Chains(NamedTuple):
     """What follows the normalisation layers of a model.
 
     Attributes:
-        activations: of each layer that one activation module alone follows, this module.
-        shared: those of these modules that are called elsewhere too.
-        functions: names of the layers that an activation follows which is a function.
+        activations: of the layers that can apply what follows them, and its slope.
+        modules: for each activation whose every call follows such a layer, these layers.
+        blocks: modules whose forward calls an activation behind such a layer and elsewhere, or a function: which calls
+            it is to leave out, and the layers.
+        unfused: names of the layers that an activation follows whose call cannot be told from others.
+        unknown: normalisations that the model calls although they are none of its modules.
     """
 
-    activations: dict[nn.Module, nn.Module]
-    shared: set[nn.Module]
-    functions: list[str]
+    activations: dict[nn.Module, tuple[Name, float]]
+    modules: dict[nn.Module, list[nn.Module]]
+    blocks: dict[nn.Module, tuple[set[int], list[nn.Module]]]
+    unfused: list[str]
+    unknown: list[nn.Module]
 
 
-def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: set[nn.Module]) -> Chains:
+def fuse(chains: Chains, layers: Mapping[nn.Module, FusedTSigmaBN]) -> dict[nn.Module, nn.Module]:
+    """Gives the layers the activations that follow them; returns what takes the place of these."""
+    for norm, (name, slope) in chains.activations.items():
+        layers[norm].activation, layers[norm].negative_slope = name, slope
+    for block, (indices, norms) in chains.blocks.items():
+        sites.leave_out(block, indices)
+        setattr(block, _FUSED, (*getattr(block, _FUSED, ()), *(layers[norm] for norm in norms)))
+    return {plain: FusedActivation(plain, [layers[n] for n in norms]) for plain, norms in chains.modules.items()}
+
+
+def unfuse(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Has the layers apply no activation, and the code that :func:`fuse` has changed do so.
+
+    Returns:
+        The activation for each module that stands for one.
+
+    Raises:
+        ValueError: a hook sees the output of one of the layers, which would no longer be activated.
+    """
+    standing = [module for module in model.modules() if isinstance(module, FusedActivation)]
+    layers = [layer for module in standing for layer in module.layers]
+    layers += [layer for module in model.modules() if sites.restore(module) for layer in vars(module).pop(_FUSED)]
+    for layer in layers:
+        if any(has_hooks(layer, name) for name in CALL_HOOKS if name != "_forward_pre_hooks"):
+            name = next((name for name, module in model.named_modules() if module is layer), type(layer).__name__)
+            raise ValueError(
+                f"{name!r} applies an activation of the model, and has hooks that see its output activated, which that "
+                f"of a plain layer is not; remove them, or convert with fuse_activation=False"
+            )
+        layer.activation = None
+    return {module: module.plain.train(module.training) for module in standing}
+
+
+class Tracer(fx.Tracer):
+    """Does not look into normalisation layers, and keeps those that are no modules of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unknown: list[nn.Module] = []
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(m, _BatchNorm) and m not in set(self.root.modules()):
+            self.unknown.append(m)
+            return self.create_proxy("call_function", type(m).__call__, args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (FusedTSigmaBN, _BatchNorm, FusedActivation)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy to be traced, with the same parameters: tracing runs forward, which may write to the module."""
+    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+class _Call(NamedTuple):
+    """A call in one of the traces."""
+
+    activation: tuple[Name, float] | None  # what it computes, where a layer may do so
+    module: nn.Module | None  # None where a function is called
+    site: sites.Site | None
+
+
+def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: Collection[nn.Module]) -> Chains:
     """Traces a model with the default arguments of its forward, in training and in evaluation.
 
     Args:
@@ -123,36 +140,81 @@ def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: set[nn.M
     Raises:
         Exception: whatever the model's own code or ``torch.fx`` raises where it cannot be traced.
     """
-    behind: dict[nn.Module, list[nn.Module | None]] = defaultdict(list)  # for each call of a layer
-    functions: dict[str, None] = {}
-    called: Counter[nn.Module] = Counter()
+    calls: dict[fx.Node, _Call] = {}
+    behind: dict[nn.Module, list[fx.Node | None]] = defaultdict(list)  # for each call of a layer, that of an activation
+    unknown: list[nn.Module] = []
+    module: nn.Module | None
     for training in (True, False):
-        twin = twin_of(model)
-        twin.train(training)
-        for module in twin.modules():
-            for name in _HOOKS:
-                getattr(module, name).clear()
+        twin = twin_of(model).train(training)
+        own: dict[nn.Module, nn.Module] = dict(zip(twin.modules(), model.modules(), strict=True))
+        for copied, module in own.items():
+            for hooks in CALL_HOOKS:
+                getattr(copied, hooks).clear()
+            children = {name for name, child in module.named_children() if of_module(child) is not None}
+            sites.mark(copied, FUNCTION_NAMES | children)
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(twin.forward).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        graph = Tracer().trace(twin, concrete_args=defaults)
-        modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
-        called.update(modules.values())
+        tracer = Tracer()
+        graph = tracer.trace(twin, concrete_args=defaults)
+        unknown += tracer.unknown
+        called = {node: twin.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+        modules = {node: own[module] for node, module in called.items()}
         inner = {part for module in modules.values() for part in module.modules() if part is not module}
+        for node in graph.nodes:
+            module, site = modules.get(node), sites.site_of(node, called.get(node))
+            activation = None if module in inner or module in kept else _activation(node, module)
+            calls[node] = _Call(activation, module, site and sites.Site(own[site.owner], site.index))
         for node, norm in modules.items():
             if norm in norms:
                 nodes = _follow(node, modules)
-                if _is_function(nodes[-1]):
-                    functions[norms[norm]] = None
-                last = modules.get(nodes[-1])
-                fusible = last is not None and of_module(last) is not None and last not in kept | inner
-                behind[norm].append(last if fusible and not _watched(nodes, model) else None)
-    activations = {norm: found[0] for norm, found in behind.items() if found[0] is not None and len(set(found)) == 1}
-    applied = Counter(activation for norm, activation in activations.items() for _ in behind[norm])
-    shared = {activation for activation in applied if called[activation] > applied[activation]}
-    return Chains(activations, shared, list(functions))
+                behind[norm].append(nodes[-1] if calls[nodes[-1]].activation and not _watched(nodes, model) else None)
+    return _choose(norms, behind, calls)._replace(unknown=list(dict.fromkeys(unknown)))
+
+
+def _choose(
+    norms: Mapping[nn.Module, str], behind: Mapping[nn.Module, list[fx.Node | None]], calls: dict[fx.Node, _Call]
+) -> Chains:
+    """The layers of which every call is followed by a call that can be taken away.
+
+    That is one of a module that is called behind such layers alone, or one from a place in the code that is reached
+    behind such layers alone.
+    """
+    following: dict[nn.Module, list[fx.Node]] = {}
+    for norm, nodes in behind.items():
+        present = [node for node in nodes if node is not None]
+        if len(present) == len(nodes) and len({calls[node].activation for node in present}) == 1:
+            following[norm] = present
+    candidates = list(following)
+    while True:
+        fused = {node: norm for norm, nodes in following.items() for node in nodes}
+        stay = [call for node, call in calls.items() if node not in fused]
+        modules = {calls[node].module for node in fused} - {call.module for call in stay} - {None}
+        places = {calls[node].site for node in fused} - {call.site for call in stay} - {None}
+        stuck = {n for node, n in fused.items() if calls[node].module not in modules and calls[node].site not in places}
+        if not stuck:
+            break
+        following = {norm: nodes for norm, nodes in following.items() if norm not in stuck}
+    activations = {norm: calls[nodes[0]].activation for norm, nodes in following.items()}
+    found = Chains(activations, {}, {}, [norms[norm] for norm in candidates if norm not in following], [])  # type: ignore[arg-type]
+    for node, norm in fused.items():
+        module, site = calls[node].module, calls[node].site
+        if module in modules:
+            layers = found.modules.setdefault(module, [])  # type: ignore[arg-type]
+        else:
+            indices, layers = found.blocks.setdefault(site.owner, (set(), []))  # type: ignore[union-attr]
+            indices.add(site.index)  # type: ignore[union-attr]
+        if norm not in layers:
+            layers.append(norm)
+    return found
+
+
+def _activation(node: fx.Node, module: nn.Module | None) -> tuple[Name, float] | None:
+    if module is not None:
+        return of_module(module) if len(node.args) == 1 and not node.kwargs else None
+    return of_function(node.target, *node.args, **node.kwargs) if node.op in ("call_function", "call_method") else None
 
 
 def _follow(node: fx.Node, modules: Mapping[fx.Node, nn.Module]) -> list[fx.Node]:
@@ -163,18 +225,14 @@ def _follow(node: fx.Node, modules: Mapping[fx.Node, nn.Module]) -> list[fx.Node
         if user.op == "call_module" and (user.args != (nodes[-1],) or user.kwargs):
             break
         nodes.append(user)
-        if type(modules.get(user)) is not nn.Identity:
+        if user not in modules or not is_plain(modules[user], (nn.Identity,)):
             break
     return nodes
 
 
-def _is_function(node: fx.Node) -> bool:
-    return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS if node.op == "call_method" else ())
-
-
 def _watched(nodes: Sequence[fx.Node], model: nn.Module) -> bool:
     """Whether a module that the data enter or leave on their way from the first call to the last has hooks."""
-    stacks: list[dict[str, tuple[str, Any]]] = [node.meta["nn_module_stack"] for node in nodes]  # by call
+    stacks: list[dict[str, tuple[str, Any]]] = [node.meta.get("nn_module_stack", {}) for node in nodes]  # by call
     around = set.intersection(*map(set, stacks))
     paths = {path for stack in stacks for call, (path, _) in stack.items() if call not in around}
     return any(has_hooks(model.get_submodule(path)) for path in paths)

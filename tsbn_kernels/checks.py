@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -15,6 +15,12 @@ from tsbn_kernels.activations import ACTIVATIONS, NONE, TABLE
 
 GATES = ("sigmoid", "identity")
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def count(name: str, value: Any) -> int:

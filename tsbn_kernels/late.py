@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tsbn_kernels import checks, layout
 from tsbn_kernels.activations import TABLE, Name
 from tsbn_kernels.functional import task_batch_norm
-from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.plain import is_plain, leaf_call
 
 HOMOGENEOUS = (None, *(name for name, row in TABLE.items() if row.homogeneous))
 # pool(k * x) = k * pool(x) for k > 0
@@ -19,6 +20,8 @@ _POOLINGS = (
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -33,6 +36,9 @@ class LateFanOut(nn.Module):
     activation times the gates, or where ``conv`` is given as its output, by one convolution with ``T*C_out`` outputs.
     Until then there is no activation of T streams, neither in memory nor for the backward pass. Equal to
     ``conv(pool(act(layer(x))))`` with a layer that fans out, to rounding, with gradients for gates and weights.
+
+    Gates are taken out of, or into, what PyTorch defines alone. Before a pooling or convolution that is of a subclass,
+    parametrized or pruned, or has hooks or a forward of its own, the streams part: the same values for more memory.
 
     Args:
         num_tasks, num_features, eps, momentum, track_running_stats, device, dtype: as in :class:`FusedTSigmaBN2d`; the
@@ -95,6 +101,11 @@ class LateFanOut(nn.Module):
             ValueError: the layer has a bias or gates that may be negative, which do not commute with what follows, or
                 its tasks have seen different inputs.
         """
+        if not is_plain(layer, _LAYERS):
+            raise ValueError(
+                f"layer must be a FusedTSigmaBN without hooks or methods of its own, got {type(layer).__name__}: what "
+                f"these do would be lost. Use fan_out=True"
+            )
         if layer.gate != "sigmoid" or layer.bias is not None:
             raise ValueError(
                 f"late fan-out needs positive gates and no bias (gate='sigmoid', bias=False): what follows does not "
@@ -126,17 +137,23 @@ class LateFanOut(nn.Module):
         return torch.sigmoid(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return leaf_call(self, x)
         r: Tensor = self.norm(x)
-        if self.pool is not None:
-            r = self.pool(r)
-        if self.conv is None:
-            # By mean 0 and variance 1 the layer only multiplies: one read of r, T writes.
-            zeros, ones = torch.zeros_like(self.weight), torch.ones_like(self.weight)
-            return task_batch_norm(
-                r, self.weight, None, zeros, ones, num_tasks=self.num_tasks, training=False, eps=0.0,
-                stacking=self.stacking, fan_out=True,
-            )  # fmt: skip
-        return self._convolve(r, self.conv)
+        modules = [module for module in (self.pool, self.conv) if module is not None]
+        if modules and is_plain(modules[0], _POOLINGS):
+            r = modules.pop(0)(r)
+        if modules and is_plain(modules[0], _CONVOLUTIONS):
+            return self._convolve(r, modules[0])
+        # By mean 0 and variance 1 the layer only multiplies: one read of r, T writes.
+        zeros, ones = torch.zeros_like(self.weight), torch.ones_like(self.weight)
+        r = task_batch_norm(
+            r, self.weight, None, zeros, ones, num_tasks=self.num_tasks, training=False, eps=0.0,
+            stacking=self.stacking, fan_out=True,
+        )  # fmt: skip
+        for module in modules:  # of which the gates are not known to let themselves be taken out
+            r = module(r)
+        return r
 
     def _convolve(self, r: Tensor, conv: nn.Module) -> Tensor:
         kernel: Tensor = conv.weight  # type: ignore[assignment]
@@ -163,7 +180,7 @@ def _check(activation: str | None, pool: nn.Module | None, conv: nn.Module | Non
         raise ValueError(f"pool must be a max or average pooling of torch.nn that returns no indices, got {pool}")
     if conv is None:
         return
-    if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or conv.groups != 1:
+    if not isinstance(conv, _CONVOLUTIONS) or conv.groups != 1:
         raise ValueError(f"conv must be an nn.Conv1d, 2d or 3d of one group, got {conv}")
     if conv.in_channels != features:
         raise ValueError(f"conv must take the {features} channels of the layer, got in_channels={conv.in_channels}")

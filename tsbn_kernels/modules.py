@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tsbn_kernels import capture, checks, participation, runs, synchronized
 from tsbn_kernels.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
+from tsbn_kernels.plain import leaf_call
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
+VISIBLE = 1e-3  # clipping a scale by less is not worth a word
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LATER_OPTIONS = {
@@ -274,8 +277,11 @@ class FusedTSigmaBN(_BatchNorm):
         tasks: Sequence[int] | Tensor | None,
         fan_out: bool | None,
     ) -> Any:
+        if not isinstance(x, Tensor):
+            if normalize is not task_batch_norm:
+                checks.check_tensor("input", x)
+            return leaf_call(self, x, residual=residual, tasks=tasks, fan_out=fan_out)
         fan_out = self.fan_out if fan_out is None else fan_out
-        checks.check_tensor("input", x)
         checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)
         if isinstance(tasks, Tensor):
@@ -359,6 +365,12 @@ class FusedTSigmaBN(_BatchNorm):
         if self.gate == "sigmoid":
             weight = state["weight"]
             exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if not exact.is_meta and bool(((exact < -VISIBLE) | (exact > 1 + VISIBLE)).any()):
+                warnings.warn(
+                    "scales of a plain checkpoint lie outside of (0, 1), where a sigmoid gate cannot be, and were "
+                    "clipped: the tasks do not start as the plain model; gate='identity' keeps its function",
+                    stacklevel=2,
+                )
             state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
         for name, vector in state.items():
             state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
