@@ -41,8 +41,9 @@ speed: $(VENV)/installed
 speed-baselines: $(VENV)/installed
 	$(BIN)/python -m benchmarks.micro --accept
 
-# Random valid and hostile calls: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
+# Random valid and hostile calls, before them 500 programs that drive models: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
 fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --kind programs --calls 500 --seconds 600
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 # The CPU library under AddressSanitizer with UBSan, and under ThreadSanitizer.

@@ -28,6 +28,15 @@ def test_a_few_hundred_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts["refused: ValueError"] > 20
 
 
+def test_some_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    outcomes = list(calls(seed=0, count=30, kind="programs"))
+    assert [(index, text, outcome) for index, text, outcome in outcomes if outcome.kind != "equal"] == []
+    texts = " ".join(text for _, text, _ in outcomes)
+    seen = ("checkpoint model", "checkpoint layer", "compiled=None", "compiled=model", "hooks=True", "twice", "relu")
+    assert [words for words in seen if words not in texts] == []
+
+
 def _raise(error: Exception) -> Any:
     raise error
 

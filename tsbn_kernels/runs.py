@@ -20,7 +20,9 @@ from torch.autograd.function import BackwardCFunction
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _ENGINE: CodeType = torch.autograd.graph._engine_run_backward.__code__
-_APPLY: CodeType = BackwardCFunction.apply.__code__
+_APPLY: set[CodeType] = {  # what the engine calls of an autograd.Function
+    getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
+}
 
 
 class Run:
@@ -116,7 +118,7 @@ def _executing() -> Iterator[Any]:
         yield node
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY and frame.f_locals["self"] is not node:
+        if frame.f_code in _APPLY and frame.f_locals["self"] is not node:
             yield frame.f_locals["self"]
         frame = frame.f_back
 
@@ -145,7 +147,7 @@ def is_repetition() -> bool:
         return False
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not _ENGINE:
-        if frame.f_code is _APPLY:
+        if frame.f_code in _APPLY:
             if "Checkpoint" in type(frame.f_locals["self"]).__name__:
                 return True
         elif frame.f_code.co_name == "unpack_hook" and frame.f_globals.get("__name__") == _CHECKPOINT:

@@ -54,12 +54,15 @@ def _lines(worker: subprocess.Popen[bytes]) -> Iterator[bytes | None]:
 
 
 def calls(
-    seed: int, count: int, worker_command: Sequence[str] = (sys.executable, "-m", "fuzz.worker")
+    seed: int,
+    count: int,
+    worker_command: Sequence[str] = (sys.executable, "-m", "fuzz.worker"),
+    kind: str = "calls",
 ) -> Iterator[tuple[int, str, Outcome]]:
     """Makes calls 0 to ``count - 1``; one that ends the process, or hangs, is an outcome like others."""
     first = 0
     while first < count:
-        command = [*worker_command, str(seed), str(first), str(count)]
+        command = [*worker_command, str(seed), str(first), str(count), kind]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE)
         text, hung = "", False
         try:
@@ -83,11 +86,18 @@ def calls(
             first += 1
 
 
-def main(count: int = typer.Option(10000, "--calls"), seed: int = 0, seconds: float = 300.0, only: int = -1) -> None:
+def main(
+    count: int = typer.Option(10000, "--calls"),
+    seed: int = 0,
+    seconds: float = 300.0,
+    only: int = -1,
+    kind: str = "calls",
+) -> None:
     """Makes random calls until their number or their time is used up; fails where one of them does.
 
     Args:
         count: how many.
+        kind: ``calls`` of the public interface, or ``programs`` that drive a multi-task model.
         seed: of the calls: the same calls for the same seed and version.
         seconds: how long at most.
         only: index of the one call to make, in this process.
@@ -95,25 +105,25 @@ def main(count: int = typer.Option(10000, "--calls"), seed: int = 0, seconds: fl
     if only >= 0:
         from fuzz.worker import one_call
 
-        _, outcome = one_call(seed, only)
+        _, outcome = one_call(seed, only, kind)
         console.print(escape(f"{outcome.kind}: {outcome.detail}"))
         raise typer.Exit(outcome.failed)
     report, start = Report(), time.monotonic()
     columns = TextColumn("calls"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("calls", total=count)
-        for index, text, outcome in calls(seed, count):
+        for index, text, outcome in calls(seed, count, kind=kind):
             report.add(index, text, outcome)
             progress.advance(task)
             if outcome.failed:
                 console.print(escape(f"{index}: {outcome.kind}: {outcome.detail}\n  {text}"))
-                console.print(f"  again: PYTHONPATH=tests python -m fuzz --seed {seed} --only {index}")
+                console.print(f"  again: PYTHONPATH=tests python -m fuzz --kind {kind} --seed {seed} --only {index}")
             if time.monotonic() - start > seconds:
                 console.print(f"{seconds:.0f} seconds are over")
                 break
-    table = Table("outcome", "calls", title=f"seed {seed}, {report.counts.total()} calls")
-    for kind, number in report.counts.most_common():
-        table.add_row(kind, str(number))
+    table = Table("outcome", "calls", title=f"seed {seed}, {report.counts.total()} {kind}")
+    for outcome_kind, number in report.counts.most_common():
+        table.add_row(outcome_kind, str(number))
     table.add_row("failures", str(len(report.failures)))
     console.print(table)
     raise typer.Exit(bool(report.failures))

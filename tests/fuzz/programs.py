@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,14 +74,14 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Blocks, and what is made of the last one's output."""
 
-    def __init__(self, rng: random.Random, again: Again, output: str) -> None:
+    def __init__(self, rng: random.Random, again: Again, output: str, kinds: Sequence[str]) -> None:
         super().__init__()
         channels = [3, *(rng.choice([3, 4]) for _ in range(rng.randint(1, 3)))]
         acts = [rng.choice([nn.Tanh, nn.SiLU, nn.Softplus])() for _ in channels[1:]]
-        kinds = [rng.choice(["plain", "plain", "residual", "tokens"]) if i else "plain" for i in range(len(acts))]
+        chosen = [rng.choice(kinds) if i else "plain" for i in range(len(acts))]
         self.blocks = nn.ModuleList(
             Block(before, after, kind, act, again)
-            for before, after, kind, act in zip(channels, channels[1:], kinds, acts, strict=False)
+            for before, after, kind, act in zip(channels, channels[1:], chosen, acts, strict=False)
         )
         self.scale = nn.Parameter(torch.rand(len(NAMES)))
         self.again, self.output, self.width = again, output, channels[-1]
@@ -149,7 +149,9 @@ class Program:
         self.backward = rng.choice(["at once", "in order", "reversed", "at once" if compiled else "by output"])
         self.hooks = not compiled and rng.random() < 0.3
         self.output = rng.choice(["pooled", "map", "named", "dict"])
-        self.plain = Network(rng, Again(None, False), self.output).double()
+        # Of flattened tokens PyTorch traces graphs whose backward pass cannot make a view that it wants.
+        kinds = ["plain", "plain", "residual", *["tokens"] * (not compiled)]
+        self.plain = Network(rng, Again(None, False), self.output, kinds).double()
         backbone = convert_model(self.plain, len(self.names), pretrained=False, fuse_activation=rng.random() < 0.5)
         for layer in backbone.modules():
             if isinstance(layer, FusedTSigmaBN):
