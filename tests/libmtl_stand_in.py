@@ -97,7 +97,7 @@ class Trainer(nn.Module):
         rep_grad: bool,
         multi_input: bool,
         optim_param: dict[str, Any],
-        scheduler_param: None,
+        scheduler_param: dict[str, Any] | None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -115,9 +115,17 @@ class Trainer(nn.Module):
         self.model = MTLmodel(names, encoder_class, decoders, rep_grad, multi_input, device, **kwargs["arch_args"]).to(
             device
         )
+        self._prepare_optimizer(optim_param, scheduler_param)
+
+    def _prepare_optimizer(self, optim_param: dict[str, Any], scheduler_param: dict[str, Any] | None) -> None:
         options = {key: value for key, value in optim_param.items() if key != "optim"}
         optimisers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
         self.optimizer = optimisers[optim_param["optim"]](self.model.parameters(), **options)
+        self.scheduler = None
+        if scheduler_param is not None:
+            options = {key: value for key, value in scheduler_param.items() if key != "scheduler"}
+            schedulers = {"step": torch.optim.lr_scheduler.StepLR, "exp": torch.optim.lr_scheduler.ExponentialLR}
+            self.scheduler = schedulers[scheduler_param["scheduler"]](self.optimizer, **options)
 
     def train(self, train_dataloaders: Any, test_dataloaders: Any, epochs: int) -> None:  # type: ignore[override]
         for _ in range(epochs):
@@ -133,6 +141,8 @@ class Trainer(nn.Module):
                 self.optimizer.zero_grad(set_to_none=False)
                 self.model.backward(torch.stack(list(losses.values())), **self.kwargs["weight_args"])
                 self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
 
 
 def install(monkeypatch: Any) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_same_state, averaged_backward, batch, loss_of, multitask
 
-from tsbn_kernels import FusedTSigmaBN2d, parameter_groups
+from tsbn_kernels import FusedTSigmaBN2d, convert_model, expand_state_dict, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,4 +194,29 @@ def test_a_checkpoint_of_the_plain_model_loads_into_a_model_of_fsdp() -> None:
     (plain, state), _ = ranks.run(case_plain_checkpoint, 2)
     one = multitask(T)
     one.backbone.load_state_dict(plain)
+    assert_same_state(state, one.state_dict())
+
+
+def case_broadcast(variant: Any, on_meta: bool) -> Any:
+    """A plain checkpoint that the first rank alone has read."""
+    plain = pretrained("celeba", torch.float64)
+    torch.manual_seed(2 + distributed.get_rank())
+    model = fully_shard(convert_model(pretrained("celeba", torch.float64), T, variant=variant))
+    if on_meta:
+        model.to("meta")
+    first = distributed.get_rank() == 0
+    before = dict(plain.state_dict())
+    state = expand_state_dict(model, before) if first else {}
+    assert before.keys() == plain.state_dict().keys()
+    assert all(before[key] is tensor or torch.equal(before[key], tensor) for key, tensor in plain.state_dict().items())
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return plain.state_dict(), get_model_state_dict(model, options=FULL)
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
+def test_a_plain_checkpoint_of_the_first_rank_is_broadcast(variant: str, on_meta: bool) -> None:
+    (plain, state), _ = ranks.run(case_broadcast, 2, variant, on_meta)
+    one = convert_model(pretrained("celeba", torch.float64), T, variant=variant)
+    one.load_state_dict(plain)
     assert_same_state(state, one.state_dict())

@@ -110,6 +110,50 @@ def test_gradients_of_the_representations(build: Any) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
 
 
+class Labels:
+    def compute_loss(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        return (predictions * labels).sum()
+
+
+def trainer(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    install(monkeypatch)
+    adapter = importlib.import_module("tsbn_kernels.integrations.libmtl")
+    architecture = importlib.import_module("LibMTL.architecture")
+    monkeypatch.setattr(architecture, "TSSigmaBN", adapter.TSSigmaBN, raising=False)
+    return adapter.Trainer(
+        task_dict={task: {"metrics": [], "metrics_fn": None, "loss_fn": Labels(), "weight": []} for task in TASKS},
+        weighting="EW", architecture="TSSigmaBN", encoder_class=lambda: pretrained("celeba"),
+        decoders=nn.ModuleDict({task: nn.Linear(16, 1) for task in TASKS}), rep_grad=False, multi_input=False,
+        weight_args={}, arch_args={},
+        **{"optim_param": {"optim": "sgd", "lr": 1e-3, "weight_decay": 1e-4}, "scheduler_param": None} | options,
+    )  # fmt: skip
+
+
+def test_the_trainer_makes_the_groups_and_the_schedule_drives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(monkeypatch, scheduler_param={"scheduler": "step", "step_size": 1, "gamma": 0.1})
+    rates = [(group["name"], group["lr"], group["weight_decay"]) for group in made.optimizer.param_groups]
+    assert rates == [("base", 1e-3, 1e-4), ("gates", pytest.approx(0.1), 0.0)]
+    assert made.scheduler.optimizer is made.optimizer
+    listed = {parameter for group in made.optimizer.param_groups for parameter in group["params"]}
+    assert listed == set(made.model.parameters())  # which is a method again
+    before = made.model.encoder.backbone[1].weight.detach().clone()
+    loader = [(images(), {task: torch.randn(N, 1) for task in TASKS})]
+    made.train(loader, loader, epochs=1)
+    assert (made.model.encoder.backbone[1].weight != before).any()
+    assert [group["lr"] for group in made.optimizer.param_groups] == [pytest.approx(1e-4), pytest.approx(1e-2)]
+
+
+def test_options_of_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(monkeypatch, optim_param={"optim": "adam", "lr": 1e-2, "gate_lr_multiplier": 5, "eps": 1e-6})
+    assert [group["lr"] for group in made.optimizer.param_groups] == [1e-2, pytest.approx(5e-2)]
+    assert {group["eps"] for group in made.optimizer.param_groups} == {1e-6}
+
+
+def test_a_rate_must_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="optim_param must have 'lr'"):
+        trainer(monkeypatch, optim_param={"optim": "adam"})
+
+
 def test_only_the_adapter_needs_libmtl() -> None:
     code = (
         "import sys; sys.modules['LibMTL'] = None; import tsbn_kernels\n"

@@ -8,8 +8,17 @@ import pytest
 import torch
 from networks import pretrained
 from torch import nn
+from torch.nn.utils import parametrize
 
-from tsbn_kernels import MultiTaskModel, convert_model, parameter_groups
+from tsbn_kernels import (
+    FusedTSigmaBN2d,
+    LateFanOut,
+    MultiTaskModel,
+    convert_model,
+    parameter_groups,
+    split_parameters,
+    task_vector_names,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,3 +133,64 @@ def test_gates_move_a_hundred_times_as_fast() -> None:
         optimiser.step()
         moved.append(model.backbone[1].weight.detach() - before)
     torch.testing.assert_close(moved[1], 100 * moved[0], rtol=1e-2, atol=1e-5)
+
+
+def test_a_schedule_keeps_the_gates_rate_where_it_is_told_each() -> None:
+    """``max_lr`` as one number gives all groups the same."""
+    for told in (True, False):
+        groups = parameter_groups(multitask(), 1e-3)
+        steps = torch.optim.SGD(groups)
+        max_lr = [group["lr"] for group in groups] if told else 1e-3
+        schedule = torch.optim.lr_scheduler.OneCycleLR(steps, max_lr=max_lr, total_steps=10)
+        for _ in range(10):
+            base, gates = (group["lr"] for group in steps.param_groups)
+            assert gates == pytest.approx(base * (100 if told else 1))
+            steps.step()
+            schedule.step()
+
+
+# ---- which parameters are which ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
+def test_names_of_what_rules_by_dimensions_take_for_matrices(variant: str) -> None:
+    model = multitask(variant)
+    names = task_vector_names(model)
+    layers = {name for name, module in model.named_modules() if hasattr(module, "gates")}
+    learned = ("weight", "bias") if variant == "tsbn" else ("weight",)
+    assert set(names) == {f"{layer}.{name}" for layer in layers for name in learned}
+    by_dimension = {name for name, p in model.named_parameters() if p.dim() > 1} - set(names)
+    weights = (nn.Conv2d, nn.Linear)
+    assert by_dimension == {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, weights)}
+
+
+def test_names_of_what_became_of_gates() -> None:
+    parametrized, late = FusedTSigmaBN2d(T, 4), LateFanOut(T, 4, conv=nn.Conv2d(4, 4, 1))
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    model = nn.Sequential(parametrized, late, nn.LayerNorm(4))
+    assert task_vector_names(model) == ["0.parametrizations.weight.original", "1.weight"]
+    shared, specific = split_parameters(model)
+    assert specific == [parametrized.parametrizations.weight.original, late.weight]
+    assert shared == [*late.conv.parameters(), *model[2].parameters()]
+
+
+def test_what_is_shared_and_what_is_of_one_task() -> None:
+    """As weighting methods need it: in a plain model with T heads it would be the encoder without its norms."""
+    model = multitask("tsbn")
+    for wrapped in (model, nn.ModuleDict({"inside": model})):
+        shared, specific = split_parameters(wrapped)
+        plain = [module for module in model.backbone.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        assert [id(p) for p in shared] == [id(p) for module in plain for p in module.parameters()]
+        assert {*shared, *specific} == set(model.parameters())
+        assert len(shared) + len(specific) == len(list(model.parameters()))
+    model.heads["task1"].weight = model.heads["task0"].weight  # of two tasks
+    model.backbone[0].weight.requires_grad_(False)
+    fewer, _ = split_parameters(model)
+    assert set(fewer) == {*shared[1:], model.heads["task0"].weight}
+    assert not set(split_parameters(model.backbone)[1]) & set(model.heads.parameters())
+
+
+def test_helpers_want_a_module() -> None:
+    for helper in (task_vector_names, split_parameters):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+            helper(None)  # type: ignore[operator]

@@ -8,9 +8,10 @@ from tsbn_kernels.hold import hold_absent_tasks
 from tsbn_kernels.late import LateFanOut
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
-from tsbn_kernels.optim import parameter_groups
+from tsbn_kernels.optim import parameter_groups, split_parameters, task_vector_names
 from tsbn_kernels.recompute import recompute_outputs
 from tsbn_kernels.sharding import shard_tasks
+from tsbn_kernels.states import expand_state_dict
 from tsbn_kernels.tools import extend_sync_conversion
 
 extend_sync_conversion()
@@ -26,6 +27,7 @@ __all__ = [
     "MultiTaskModel",
     "convert_model",
     "convert_sync_batchnorm",
+    "expand_state_dict",
     "export_task",
     "fold_into_conv",
     "functional",
@@ -35,5 +37,7 @@ __all__ = [
     "recompute_outputs",
     "revert_model",
     "shard_tasks",
+    "split_parameters",
+    "task_vector_names",
     "use_backend",
 ]

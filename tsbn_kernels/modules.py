@@ -347,18 +347,20 @@ class FusedTSigmaBN(_BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a plain ``nn.BatchNorm`` too, and starts every task from it."""
-        entries = [state_dict.get(prefix + name) for name in ("weight", "running_mean")]
-        if any(entry is not None and entry.dim() == 1 for entry in entries):
-            self._replicate_plain_state(state_dict, prefix)
+        self._expand_plain_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _replicate_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone."""
+        entries = [state_dict[prefix + name] for name in ("weight", "running_mean") if prefix + name in state_dict]
+        if not any(entry.dim() == 1 for entry in entries):
+            return
+        like: dict[str, Any] = {"device": entries[0].device, "dtype": self.weight.dtype}
         state = {"weight": torch.ones(self.num_features, **like)}  # of affine=False
         if self.bias is not None:
             state["bias"] = torch.zeros(self.num_features, **like)
         if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
-            state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=self.weight.device)
+            state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=like["device"])
         for name in ("weight", "bias", *_STATISTICS):
             if prefix + name in state_dict:
                 state[name] = state_dict[prefix + name]

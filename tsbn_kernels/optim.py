@@ -1,12 +1,15 @@
-"""Parameter groups for an optimiser: gates learn faster than the rest, and are not decayed."""
+"""Which parameters are which: gates learn faster and are not decayed, and what is task-specific is not shared."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from tsbn_kernels import checks
+from tsbn_kernels.multitask import MultiTaskModel
 
 _GATES = ("weight", "weight_orig")  # the second is what pruning masks
 
@@ -68,3 +71,48 @@ def parameter_groups(
         for (name, _), parameters in groups.items()
         if parameters
     ]
+
+
+def task_vector_names(model: nn.Module) -> list[str]:
+    """The names of the ``[T, *]`` parameters of a model, as in ``named_parameters()``: gates and learned biases.
+
+    For rules that go by dimensions. They have two, and are no matrices: what decays all but vectors would decay them,
+    and what orthogonalises matrices (Muon) would take them. Of timm, for example,
+    ``param_groups_weight_decay(model, 0.05, no_weight_decay_list=task_vector_names(model))``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    checks.check_module("model", model)
+    vectors = set(_task_vectors(model))
+    return [name for name, parameter in model.named_parameters() if parameter in vectors]
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters that the tasks share, and those that are each of one task.
+
+    Methods that weigh the tasks' gradients against each other (PCGrad, Nash-MTL and others) do so for what is shared.
+    Specific are the gates and learned biases of task-specific layers, and the heads of a
+    :class:`~tsbn_kernels.MultiTaskModel`, apart from what several of them or the backbone use.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    checks.check_module("model", model)
+    specific = set(_task_vectors(model))
+    for module in model.modules():
+        if isinstance(module, MultiTaskModel):
+            users = Counter(parameter for head in module.heads.values() for parameter in set(head.parameters()))
+            own = {parameter for parameter, count in users.items() if count == 1}
+            specific.update(own - set(module.backbone.parameters()))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [p for p in trainable if p not in specific], [p for p in trainable if p in specific]
+
+
+def _task_vectors(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of modules that have ``gates``, also what parametrizations have made of them; others have one dimension."""
+    for module in model.modules():
+        if hasattr(module, "gates"):
+            for name, parameter in module.named_parameters():
+                if parameter.dim() > 1 and ("." not in name or name.startswith("parametrizations.")):
+                    yield parameter

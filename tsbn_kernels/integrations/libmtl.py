@@ -1,4 +1,4 @@
-"""An architecture for the trainer of LibMTL; importing this module needs LibMTL.
+"""An architecture for the trainer of LibMTL, and a trainer that knows of gates; importing this module needs LibMTL.
 
 https://github.com/median-research-group/LibMTL. Its newer trainers look architectures up by name in
 ``LibMTL.architecture``, older ones take the class: docs/tutorial.md shows both.
@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import LibMTL
 import torch
 from LibMTL.architecture.abstract_arch import AbsArchitecture
 from torch import Tensor, nn
 
 from tsbn_kernels.convert import convert_model
-from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.multitask import MultiTaskModel
+from tsbn_kernels.optim import parameter_groups, split_parameters
+
+_GROUP_OPTIONS = ("lr", "weight_decay", "gate_lr_multiplier", "layer_norm_lr_multiplier")
 
 
 class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
@@ -58,16 +61,34 @@ class TSSigmaBN(AbsArchitecture):  # type: ignore[misc]  # LibMTL has no types
 
     def get_share_params(self) -> list[nn.Parameter]:
         """Gives the encoder's trainable parameters without those of the task-specific layers."""
-        specific = {
-            parameter
-            for module in self.encoder.modules()
-            if isinstance(module, FusedTSigmaBN)
-            for parameter in module.parameters(recurse=False)
-        }
-        return [p for p in self.encoder.parameters() if p.requires_grad and p not in specific]
+        shared, _ = split_parameters(self.encoder)
+        return shared
 
     def zero_grad_share_params(self) -> None:
         """Zeroes the gradients of :meth:`get_share_params`; those of the gates, as the decoders', go on adding up."""
         for parameter in self.get_share_params():
             if parameter.grad is not None:  # LibMTL writes the weighted gradients into what is here: zero, not None
                 parameter.grad.zero_()
+
+
+class Trainer(LibMTL.Trainer):  # type: ignore[misc]
+    """LibMTL's trainer, whose optimiser has the groups of :func:`~tsbn_kernels.parameter_groups`.
+
+    ``optim_param`` needs ``lr``, and takes the multipliers of that function too. The schedule of ``scheduler_param``
+    multiplies the rate of every group.
+
+    Raises:
+        ValueError: ``optim_param`` has no ``lr``.
+    """
+
+    def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
+        if "lr" not in optim_param:
+            raise ValueError(f"optim_param must have 'lr', of which the gates' rate is a multiple; got {optim_param!r}")
+        options = {key: optim_param[key] for key in _GROUP_OPTIONS if key in optim_param}
+        groups = parameter_groups(self.model, **options)
+        self.model.parameters = lambda: groups  # LibMTL hands on to the optimiser what this returns
+        try:
+            rest = {key: value for key, value in optim_param.items() if key not in _GROUP_OPTIONS or key == "lr"}
+            super()._prepare_optimizer(rest, scheduler_param)
+        finally:
+            del self.model.parameters
