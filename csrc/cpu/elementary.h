@@ -1,4 +1,5 @@
-// Constants, the exponential and the normal distribution, of whole vectors. Included inside an instruction set's namespace, after simd.h.
+// Constants, the exponential and the normal distribution, of whole vectors. Included inside an instruction set's
+// namespace, after simd.h.
 
 template <class V> V constant(double c);
 template <> TSBN_INLINE F constant<F>(double c) { return F{} + float(c); }
