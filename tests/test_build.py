@@ -84,3 +84,9 @@ def test_the_matrix_sees_what_does_not_compile(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["cuda/launch.cpp", "cpu/allocate.cpp"])
 def test_the_oldest_headers_do(source: str) -> None:
     assert not build_matrix.problems(ROOT / "csrc" / source, build_matrix.headers("2.10.0"))
+
+
+def test_the_matrix_has_every_source_that_includes_pytorch() -> None:
+    with_torch = {path for path in (ROOT / "csrc").rglob("*.cpp") if "<torch/" in path.read_text()}
+    assert with_torch and with_torch <= set(build_matrix.SOURCES)
+    assert len(build_matrix.SOURCES) > len(with_torch)  # others include it by a header of ours
