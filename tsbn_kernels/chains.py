@@ -166,7 +166,7 @@ def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: Collecti
         for node in graph.nodes:
             module, site = modules.get(node), sites.site_of(node, called.get(node))
             activation = None if module in inner or module in kept else _activation(node, module)
-            calls[node] = _Call(activation, module, site and sites.Site(own[site.owner], site.index))
+            calls[node] = _Call(activation, module, site and sites.Site(own[site.owner], site.number))
         for node, norm in modules.items():
             if norm in norms:
                 nodes = _follow(node, modules)
@@ -205,7 +205,7 @@ def _choose(
             layers = found.modules.setdefault(module, [])  # type: ignore[arg-type]
         else:
             indices, layers = found.blocks.setdefault(site.owner, (set(), []))  # type: ignore[union-attr]
-            indices.add(site.index)  # type: ignore[union-attr]
+            indices.add(site.number)  # type: ignore[union-attr]
         if norm not in layers:
             layers.append(norm)
     return found

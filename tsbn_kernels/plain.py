@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -76,8 +75,7 @@ def leaf_call(module: nn.Module, x: Any, *args: Any, **options: Any) -> Any:
     return x.tracer.create_proxy("call_module", path, (x, *args), given)
 
 
-@lru_cache
-def _methods(kind: Any) -> frozenset[str]:
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
     members = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
     return frozenset(name for name, member in members if callable(member) or hasattr(member, "__get__"))
 

@@ -25,7 +25,7 @@ class Site(NamedTuple):
     """A call in the forward of a module: which one, in the order of the code."""
 
     owner: nn.Module
-    index: int
+    number: int
 
 
 def mark(module: nn.Module, names: Collection[str]) -> None:
@@ -51,7 +51,7 @@ def site_of(node: fx.Node, called: nn.Module | None) -> Site | None:
         return None
     definition = _definition(_origin(site.owner)[0])
     assert definition is not None
-    call = definition.calls[site.index]
+    call = definition.calls[site.number]
     function, arguments = call.func, [*call.args, *(keyword.value for keyword in call.keywords)]
     if not isinstance(function, ast.Attribute):
         fits = node.op == "call_function" and len(call.args) > 0 and definition.resolve(function) is node.target
@@ -86,8 +86,8 @@ def restore(module: nn.Module) -> bool:
     return bool(left_out)
 
 
-def _origin(module: nn.Module) -> tuple[type[nn.Module], frozenset[int]]:
-    origin: tuple[type[nn.Module], frozenset[int]] = vars(type(module)).get(_ORIGIN, (type(module), frozenset()))
+def _origin(module: nn.Module) -> tuple[Any, frozenset[int]]:
+    origin: tuple[Any, frozenset[int]] = vars(type(module)).get(_ORIGIN, (type(module), frozenset()))
     return origin
 
 
@@ -235,7 +235,7 @@ def _mark(self: nn.Module, index: int, value: Any) -> Any:
     return value
 
 
-def _new(kind: type[nn.Module], digest: str, left_out: tuple[int, ...]) -> nn.Module:
+def _new(kind: Any, digest: str, left_out: tuple[int, ...]) -> nn.Module:
     """An object without content, for copy and pickle."""
     definition = _definition(kind)
     changed = _subclass(kind, frozenset(left_out), marking=False)
