@@ -160,3 +160,18 @@ def test_per_sample_gradients_of_an_ensemble() -> None:
     together = vmap(torch.func.grad(loss))(x)
     for got, each in zip(together, x, strict=True):
         torch.testing.assert_close(got, torch.func.grad(loss)(each))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functionalized(training: bool) -> None:
+    """Statistics are updated through it, and what comes out can be differentiated."""
+    layer = FusedTSigmaBN2d(2, 4, activation="silu").train(training)
+    x, dy = torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3)
+    results = []
+    for transform in (torch.func.functionalize, lambda call: call):
+        state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+        state["weight"].requires_grad_()
+        y = transform(lambda state, x: functional_call(layer, state, (x,)))(state, x)
+        results.append([y, *torch.autograd.grad(y, [x, state["weight"]], dy), *state.values()])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)

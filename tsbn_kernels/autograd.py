@@ -13,6 +13,7 @@ from tsbn_kernels.activations import activation_slope
 from tsbn_kernels.ops import library, operators
 
 _TENSORS, INPUTS = 6, 15  # of forward: those that may be tensors, and all
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def backward_operator(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
@@ -186,6 +187,8 @@ class EagerTaskBatchNorm(TaskBatchNorm):
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
     transforms = torch._C._are_functorch_transforms_active()
+    if transforms and torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
+        return _below_functionalize(*inputs)
     if not torch.compiler.is_compiling():
         y, mean, var = (TaskBatchNorm if transforms else EagerTaskBatchNorm).apply(*inputs)
         return y, mean, var
@@ -196,6 +199,23 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs = *inputs[:-1], "reference"
     y, mean, var = TaskBatchNorm.forward(*inputs)
     return y, mean.detach(), var.detach()
+
+
+def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`apply`; ``torch.func.functionalize`` takes no ``autograd.Function``, and this one changes no input."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not torch._is_functional_tensor(value):
+            return value
+        torch._sync(value)
+        return torch._from_functional_tensor(value)
+
+    inputs = tuple(map(plain, inputs))
+    with torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack():
+        outputs = apply(*inputs)
+    level = torch._C._functorch.maybe_current_level()
+    y, mean, var = (torch._C._functorch._wrap_functional_tensor(output, level) for output in outputs)
+    return y, mean, var
 
 
 # ---- the derivatives of the operators --------------------------------------------------------------------------------

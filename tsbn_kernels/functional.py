@@ -44,8 +44,8 @@ def task_batch_norm(
             strided views of them, are read in place.
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
-        running_mean, running_var: ``[T, C]``. Updated in place in training, except by a forward pass that runs inside a
-            backward pass, which is a repetition (activation checkpointing); read in evaluation.
+        running_mean, running_var: ``[T, C]``. Updated in place in training, except by a forward pass that activation
+            checkpointing repeats (:func:`tsbn_kernels.runs.is_repetition`); read in evaluation.
         residual: added before the activation; shape of y. Where its dtype is not that of x, as in autocast, both are
             promoted as in ``x + residual``, and so is y: in one copy of what is narrower.
         num_tasks: T.

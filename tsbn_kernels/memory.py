@@ -3,6 +3,10 @@
 The CPU backend takes outputs of 1 MiB and more from a pool of huge-page blocks and keeps freed blocks for the next
 output: the page faults of fresh memory cost more than the arithmetic. ``TSBN_POOL_LIMIT_MB`` sets the limit at start
 (0 turns the pool off); without it, a quarter of the machine's memory.
+
+The storage of such an output cannot be resized: ``resize_`` to more, ``out=`` of another size, and
+``untyped_storage().resize_(0)``, by which some programs free activations, are errors of PyTorch ("Trying to resize
+storage that is not resizable"). Programs that do this turn the pool off: ``set_cache_limit(0)``.
 """
 
 from __future__ import annotations

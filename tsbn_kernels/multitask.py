@@ -28,7 +28,8 @@ class MultiTaskModel(nn.Module):
 
     Args:
         backbone: a model with task-major layers of T tasks, from :func:`~tsbn_kernels.convert_model`. It returns a
-            tensor whose first dimension is the batch, or a dict, list or tuple of such tensors.
+            tensor whose first dimension is the batch, or a dict, list, tuple or dataclass of such tensors, beside what
+            is no batch and goes to every head as it is.
         heads: T modules by the name of their task, in the order of the layers' tasks. ``tasks`` has the names; of a
             model from :func:`~tsbn_kernels.shard_tasks` ``heads`` are those of this process alone.
         recompute: run the backbone inside :func:`~tsbn_kernels.recompute_outputs`: half of the memory that its blocks
