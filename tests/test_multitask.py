@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,3 +280,22 @@ def test_outputs_of_the_backbone_are_recomputed() -> None:
         gradients.append(torch.autograd.grad(loss, list(backbone.parameters())))
     for got, wanted in zip(*gradients, strict=True):
         close(got, wanted)
+
+
+def test_onnx_takes_the_model(tmp_path: Path) -> None:
+    """With all of its heads, in operators of ONNX alone."""
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    backbone = convert_model(layers, T, pretrained=False)
+    for module in backbone.modules():
+        if hasattr(module, "gates"):
+            nn.init.normal_(module.weight)
+    model, x = MultiTaskModel(backbone, {task: nn.Conv2d(4, 2, 1) for task in TASKS}).eval(), images(2, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    found = session.run(None, {session.input_names[0]: x.numpy()})
+    for got, wanted in zip(found, model(x).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-4, atol=1e-5)

@@ -123,7 +123,8 @@ def operators(backend: str | None) -> Operators:
                 "inside torch.compile and torch.export the backend 'cuda' runs only where Triton is not installed; "
                 "compile without TSBN_BACKEND and use_backend, or call the layer outside of the compiled function"
             )
-        return _reference_in_graphs if backend == "reference" else _in_graphs
+        plain = backend == "reference" or torch.onnx.is_in_onnx_export()  # ONNX knows none of our operators
+        return _reference_in_graphs if plain else _in_graphs
     if backend == "reference":
         return _reference
     if backend == "cuda":
