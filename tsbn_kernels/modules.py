@@ -248,7 +248,9 @@ class FusedTSigmaBN(_BatchNorm):
             input: the streams of the tasks; with ``fan_out`` one input ``[N, C, *]`` for all of them.
             residual: added before the activation, in the shape of the result.
             tasks: indices (a sequence, or int64 ``[K]``; each once) of the tasks whose K streams there are; the
-                statistics and gates of the others are left alone. None stands for all T in their order.
+                statistics of the others are left alone, and the gradient of their gates is zero, which an optimiser
+                with momentum or decay passes by under :func:`~tsbn_kernels.hold_absent_tasks` alone. None stands for
+                all T in their order.
             fan_out: overrides the module's own for this call.
         """
         y: Tensor = self._call(task_batch_norm, input, residual, tasks, fan_out)

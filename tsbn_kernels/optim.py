@@ -27,7 +27,8 @@ def parameter_groups(
     The gates are the ``weight`` of the modules that have ``gates``: ``FusedTSigmaBN2d`` and its kin, and a user's own;
     also what ``torch.nn.utils.parametrize`` and ``prune`` have made of it. Those that also have a
     ``normalized_shape``, as ``nn.LayerNorm`` has, take the multiplier of layer normalisation. Parameters that do not
-    require a gradient are left out.
+    require a gradient are left out. Where steps leave tasks out, :func:`~tsbn_kernels.hold_absent_tasks` keeps momentum
+    and decay off their rows.
 
     Args:
         model: any module.
