@@ -90,8 +90,8 @@ def forward_training(
     residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.forward_training`."""
-    make = torch.zeros if x.numel() == 0 else torch.empty
-    mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2))
+    make = weight.new_zeros if x.numel() == 0 else weight.new_empty
+    mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     options = num_tasks, eps, gate, stacking, True, residual, activation, slope, shared
     return _normalize(x, weight, bias, mean, var, *options), mean, var
 
@@ -113,11 +113,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`tsbn_kernels.reference.backward`."""
     needs = need_dx, need_dweight, need_dbias, need_dresidual
-    nothing = x.new_empty(0)
     if x.numel() == 0 or not any(needs):
         dweight, dbias = (weight.new_zeros(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
-        dx = torch.empty_like(x) if need_dx else nothing
-        return dx, dweight, dbias, layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else nothing
+        dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+        empty = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+        return dx, dweight, dbias, empty
     if activation in (NONE, INVERSE):  # nothing depends on what went into the activation
         bias = residual = None
     dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
@@ -158,11 +158,8 @@ def backward(
     results = outputs(run)
     with _on(x.device):
         run(dy, x, *vectors, *results)
-    empty = nothing, weight.new_empty(0), weight.new_empty(0), nothing
-    dx, dweight, dbias, dresidual = (
-        none if result is None else result for result, none in zip(results, empty, strict=True)
-    )
-    return dx, dweight, dbias, dresidual
+    found = [like.new_empty(0) if r is None else r for r, like in zip(results, (x, weight, weight, x), strict=True)]
+    return found[0], found[1], found[2], found[3]
 
 
 def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
