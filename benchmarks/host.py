@@ -1,17 +1,20 @@
-"""What a call of the Triton backend costs on the host: all of it but the launch itself, which is stubbed.
+"""What a call of the Triton backend costs on the host: all of it, with Triton's own launcher, but the driver's part.
 
 A small layer is over on a GPU before the host has prepared the next launch, so this time is what such a layer takes.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.fake_driver import Driver
 from benchmarks.measure import Plan, Summary, measure, summarize, training_candidate
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends.triton import launch
@@ -33,6 +36,11 @@ def stubbed_launches() -> Iterator[None]:
         yield
 
 
+def _triton(device_type: str) -> str:
+    """In the place of :func:`tsbn_kernels.backends.override`; a mock would cost as much as a launch."""
+    return "triton"
+
+
 def _step(module: torch.nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
     gradient = torch.ones_like(x)
     leaves = [x, *module.parameters()]
@@ -51,19 +59,28 @@ class Loop(torch.nn.Module):
         return torch.cat([norm(part) for norm, part in zip(self.norms, x.chunk(len(self.norms)), strict=True)])
 
 
-def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> dict[str, list[Summary]]:
-    """Seconds of a forward, and of a forward and backward, of each candidate."""
+def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> tuple[dict[str, list[Summary]], int]:
+    """Seconds of a forward, and of a forward and backward, of each candidate; and the launches of the latter.
+
+    From then on PyTorch says in this process that there is a GPU: see :mod:`benchmarks.fake_driver`.
+    """
     samples, channels, *spatial = SHAPE
     x = torch.randn(num_tasks * samples, channels, *spatial, requires_grad=True)
     fused, loop = FusedTSigmaBN2d(num_tasks, channels), Loop(num_tasks, channels)
     no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
-    with stubbed_launches():
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(backends, "override", _triton):
+        driver = Driver(Path(folder), notes=False)
+        forward, backward = _step(fused, x)
+        backward(forward())
+        before = driver.launches
+        backward(forward())
+        launches = driver.launches - before
         rounds = measure(
             {
-                "fused layer, launch stubbed": training_candidate(*_step(fused, x)),
+                "fused layer": training_candidate(forward, backward),
                 "the same without running statistics": training_candidate(*_step(no_statistics, x)),
                 f"loop of {num_tasks} BatchNorm2d on tiny CPU tensors": training_candidate(*_step(loop, x)),
             },
             plan,
         )
-    return summarize(rounds)
+    return summarize(rounds), launches

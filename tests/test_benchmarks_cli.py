@@ -251,12 +251,13 @@ def test_the_package_itself_needs_none_of_the_extras():
     assert result.stdout.strip() == "set()"
 
 
-def test_host_overhead_needs_no_gpu() -> None:
+def test_host_overhead_needs_no_gpu(tmp_path: Path) -> None:
+    """In a process of its own, in which PyTorch then believes in a GPU."""
     pytest.importorskip("triton")
-    result = CliRunner().invoke(cli.app, ["host", "--tasks", "3", "--quick"])
-    assert result.exit_code == 0, result.output
-    assert "launch stubbed" in result.output
-    assert "loop of 3 BatchNorm2d" in result.output
+    result = run_without((), "host", "--tasks", "3", "--quick", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "3 tasks, 2 launches" in result.stdout
+    assert "loop of 3 BatchNorm2d" in result.stdout
 
 
 def test_predictions_measure_nothing(invoke, tmp_path):

@@ -7,8 +7,9 @@ import json
 from collections.abc import Callable
 
 import pytest
-from fake_driver import COMPILER
 from support import python_output
+
+from benchmarks.fake_driver import COMPILER
 
 pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
@@ -24,7 +25,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     folder = tmp_path_factory.mktemp("driver")
 
     def run(text: str, cache: str = "cache", **environment: str) -> list[str]:
-        start = f"from pathlib import Path; from fake_driver import Driver; driver = Driver(Path({str(folder)!r}))\n"
+        start = (
+            "from pathlib import Path; from benchmarks.fake_driver import Driver; "
+            f"driver = Driver(Path({str(folder)!r}))\n"
+        )
         cache = str(folder / cache)
         return python_output(start + text, TRITON_CACHE_DIR=cache, OMP_NUM_THREADS="1", **environment).splitlines()
 
@@ -32,7 +36,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 
 def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
-    told = json.loads(program("import json; from fake_driver import check; print(json.dumps(check.main(driver)))")[-1])
+    told = json.loads(program("import json, launches; print(json.dumps(launches.main(driver)))")[-1])
     assert len(told["kernels"]) == 11
     variants = {"resident", "split", "elementwise"}
     kinds = {
@@ -47,12 +51,12 @@ def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
 
 
 BROKEN = """
-from fake_driver import check
+import launches
 from epilogues import forward, make_call
-check.Judge(driver)
+launches.Judge(driver)
 call = make_call(2, 6, 4, (4, 8))
-_, mean, var = forward(call, check.TRITON)
-(run,) = check.triton_ops._forwards.values()
+_, mean, var = forward(call, launches.TRITON)
+(run,) = launches.triton_ops._forwards.values()
 slab, right = run.slab, run.slab._run
 for change in {changes!r}:
     x, view, programs, options = call.p.x, run.x, slab.programs, dict(slab.options)

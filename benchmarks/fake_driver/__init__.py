@@ -32,10 +32,18 @@ class Launched(NamedTuple):
 
 
 class Driver:
-    """The library, built into ``folder`` if it is not there; Triton uses it from then on."""
+    """The library, built into ``folder`` if it is not there; Triton uses it from then on.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for the library.
+        notes: whether launches are noted, beside being counted.
+    """
+
+    def __init__(self, folder: Path, notes: bool = True) -> None:
+        import torch
         import triton
+
+        torch.cuda.device_count()  # the CUDA runtime's own search ends before there is something to be found
 
         include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
         library = folder / "libcuda.so.1"
@@ -46,8 +54,9 @@ class Driver:
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # for all who ask for one of this name
         self.launched: list[Launched] = []
         self._listener = _LISTENER(self._hear)
-        listener = ctypes.c_void_p.in_dll(self.library, "fake_listener")
-        listener.value = ctypes.cast(self._listener, ctypes.c_void_p).value
+        if notes:
+            listener = ctypes.c_void_p.in_dll(self.library, "fake_listener")
+            listener.value = ctypes.cast(self._listener, ctypes.c_void_p).value
         self._sizes: dict[tuple[int, str], list[int]] = {}
         _pretend()
 
@@ -70,9 +79,7 @@ class Driver:
         for k in range(count):
             which, *value = struct.unpack("I4x3I", ctypes.string_at(attributes + 72 * k, 20))
             found[which] = tuple(value)
-        self.launched.append(
-            Launched(kernel, tuple(sizes[:3]), tuple(sizes[3:]), shared, stream or 0, found, values)  # type: ignore[arg-type]
-        )
+        self.launched.append(Launched(kernel, tuple(sizes[:3]), tuple(sizes[3:]), shared, stream or 0, found, values))
 
 
 def _elf(address: int) -> bytes:
@@ -120,4 +127,4 @@ def _pretend() -> None:
     }
     for name, function in replaced.items():
         setattr(torch.cuda, name, function)
-    torch._C._cuda_getCurrentRawStream = lambda device: STREAM  # type: ignore[attr-defined]
+    torch._C._cuda_getCurrentRawStream = lambda device: STREAM
