@@ -182,7 +182,7 @@ EPILOGUES = _Rows(
             invertible=True,
             selects=True,
         ),
-        **TABLE,
+        **{str(name): row for name, row in TABLE.items()},
         INVERSE: TABLE["leaky_relu"],
     }
 )

@@ -203,17 +203,18 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`apply`; ``torch.func.functionalize`` takes no ``autograd.Function``, and this one changes no input."""
+    api: Any = torch
 
     def plain(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not torch._is_functional_tensor(value):
+        if not isinstance(value, Tensor) or not api._is_functional_tensor(value):
             return value
-        torch._sync(value)
-        return torch._from_functional_tensor(value)
+        api._sync(value)
+        return api._from_functional_tensor(value)
 
     inputs = tuple(map(plain, inputs))
     with torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack():
         outputs = apply(*inputs)
-    level = torch._C._functorch.maybe_current_level()
+    level: Any = torch._C._functorch.maybe_current_level()
     y, mean, var = (torch._C._functorch._wrap_functional_tensor(output, level) for output in outputs)
     return y, mean, var
 

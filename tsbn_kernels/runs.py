@@ -58,7 +58,7 @@ def enter(run: Run) -> None:
     """Makes ``run`` what this thread runs, until it leaves it."""
     run.outer = _running.run
     if not torch.compiler.is_compiling():
-        run.backward, run.first = torch._C._current_graph_task_id(), torch.autograd._get_sequence_nr()
+        run.backward, run.first = torch._C._current_graph_task_id(), torch._C._autograd._get_sequence_nr()
     _running.run = run
 
 
@@ -66,7 +66,7 @@ def leave(run: Run) -> None:
     """What ran before runs again."""
     _running.run = run.outer
     if not torch.compiler.is_compiling():
-        run.last = torch.autograd._get_sequence_nr()
+        run.last = torch._C._autograd._get_sequence_nr()
 
 
 def remember(run: Run, node: Any) -> None:

@@ -104,7 +104,7 @@ def _network(variant: str, memory_format: torch.memory_format) -> None:
     for head in (made.head_weight, made.head_bias):
         head.data = head.data.bfloat16()
     for batch in (*network.PROBE, *network.BATCHES):
-        size = batch, made.convolutions[0].in_channels, network.PIXELS, network.PIXELS
+        size = batch, 3, network.PIXELS, network.PIXELS
         images = torch.empty(size, dtype=torch.bfloat16, device="meta").to(memory_format=memory_format)
         logits = made.train()(images)
         torch.autograd.grad(logits, list(made.parameters()), logits.detach())
@@ -121,7 +121,7 @@ def _as_on_a_gpu(
             return tensor
         *outer, channels, height, width = tensor.shape
         flat = tensor.reshape(-1, channels, height, width).contiguous(memory_format=memory_format)
-        return flat.unflatten(0, outer)
+        return torch.unflatten(flat, 0, outer)
 
     output = laid_out(output)
     if output.requires_grad:

@@ -86,7 +86,8 @@ class Pass:
         even = rules.is_even(work, plan.tile)
         kind = work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
         end = activation, EPILOGUES[activation].exponential, slope
-        return Tile(*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation])
+        fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
+        return Tile(*fields)
 
     def views(self, num_tasks: int, stacking: str, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
         """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
