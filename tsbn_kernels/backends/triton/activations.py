@@ -127,7 +127,7 @@ def _hardswish(z, tile):
 @triton.jit
 def _hardswish_gradient(gradient, z, tile):
     between = gradient * ((2.0 * z + 3.0) * (1.0 / 6.0))
-    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, between, gradient))
+    return tl.where(z < 3.0, tl.where(z > -3.0, between, 0.0), gradient)
 
 
 @triton.jit
