@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, parameter_groups
+from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, parameter_groups, runs
 from tsbn_kernels.functional import task_batch_norm
 
 T, N, C = 3, 4, 5
@@ -496,4 +496,4 @@ def test_checkpointed_backbones_know_which_tasks_ran(separately: bool, use_reent
     for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
     assert_same(model.buffers(), plain.buffers())
-    assert model._router.repeated is None
+    assert runs.current(model._router) == (None, False)

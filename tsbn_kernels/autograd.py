@@ -187,9 +187,9 @@ class EagerTaskBatchNorm(TaskBatchNorm):
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
     transforms = torch._C._are_functorch_transforms_active()
-    if transforms and torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
-        return _below_functionalize(*inputs)
     if not torch.compiler.is_compiling():
+        if transforms and torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
+            return _below_functionalize(*inputs)
         y, mean, var = (TaskBatchNorm if transforms else EagerTaskBatchNorm).apply(*inputs)
         return y, mean, var
     # A graph holds the operators themselves, which bring their derivatives along: an autograd.Function would be cut off

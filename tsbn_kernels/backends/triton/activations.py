@@ -115,8 +115,10 @@ def _gelu_tanh(z, tile):
 @triton.jit
 def _gelu_tanh_gradient(gradient, z, tile):
     factor = _tanh_factor(z)
-    value = _logistic(z * factor)
-    return gradient * (value + z * (value * (1.0 - value)) * (3.0 * factor - 2.0 * _LINEAR))
+    power = tl.exp(-tl.abs(z * factor))
+    near = 1.0 / (1.0 + power)
+    far = near * power  # 1 - near has too few digits for what it is multiplied by
+    return gradient * (tl.where(z < 0.0, far, near) + z * (near * far) * (3.0 * factor - 2.0 * _LINEAR))
 
 
 @triton.jit
