@@ -93,6 +93,12 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("smiling.onnx").exists()
 
 
+def test_tools(tmp_path: Path) -> None:
+    pytest.importorskip("fvcore")
+    names = {"model": convert_model(encoder(), 1), "images": torch.randn(4, 3, 8, 8)}
+    assert run("docs/tools.md", tmp_path, names)["analysis"].total() > 0
+
+
 def case_distributed(folder: Path) -> list[str]:
     """All tasks on one rank of a CPU, which the page's mesh of four GPUs becomes."""
     script = folder / "distributed.py"

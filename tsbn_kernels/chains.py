@@ -34,7 +34,7 @@ class FusedActivation(nn.Identity):
 
     @property
     def layers(self) -> tuple[FusedTSigmaBN, ...]:
-        """Those that apply it."""
+        """The layers that apply the activation."""
         return self._memory[1]
 
     def forward(self, input: Any) -> Any:

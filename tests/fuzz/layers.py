@@ -257,11 +257,11 @@ def step_arguments(
         arguments["tasks"] = torch.tensor(tasks) if rng.random() < 0.5 else tasks
     stacking = options["stacking"] if options["stacking"] in ("task_major", "sample_major") else "task_major"
     x = draw_stack(rng, 1 if shared else count, N, C, spatial, "task_major" if shared else stacking, dtype)
-    arguments = {"x": x, **arguments}
+    arguments = {"input": x, **arguments}
     if rng.random() < 0.2 and not options["recover_input"]:
         arguments["residual"] = draw_stack(rng, count, N, C, spatial, stacking, dtype)
     if hostile:
-        name = rng.choice(["x", "residual", "tasks", "tasks", "fan_out"])
+        name = rng.choice(["input", "residual", "tasks", "tasks", "fan_out"])
         if name == "tasks":
             arguments[name] = rng.choice([
                 [], [0, 0], [T], [-1], "0", "ab", 0, [0.0], [None], torch.tensor([0.5]), torch.tensor([[0]]),
@@ -283,9 +283,9 @@ def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
     """One forward and backward pass of a layer against the definition."""
     old = copy.deepcopy(layer.state_dict())
     y = layer(**step)
-    if not isinstance(step["x"], Tensor) or y.device.type != "cpu":
+    if not isinstance(step["input"], Tensor) or y.device.type != "cpu":
         return None
-    x, tasks = step["x"], step.get("tasks")
+    x, tasks = step["input"], step.get("tasks")
     indices = list(range(layer.num_tasks)) if tasks is None else [int(task) for task in tasks]
     fan_out = layer.fan_out if step.get("fan_out") is None else bool(step["fan_out"])
     dims = {"FusedTSigmaBN1d": 4, "FusedTSigmaBN2d": 5, "FusedTSigmaBN3d": 6}.get(type(layer).__name__)
