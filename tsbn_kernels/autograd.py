@@ -202,7 +202,7 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies the layer under ``torch.func.functionalize``, which takes no ``autograd.Function``; ours changes no input."""
+    """Applies the layer under ``torch.func.functionalize``, which takes no ``autograd.Function``."""
     api: Any = torch
 
     def plain(value: Any) -> Any:

@@ -111,7 +111,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def _task_vectors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Finds those of modules that have ``gates``, also what parametrizations have made of them; others have one dimension."""
+    """Finds those of modules with ``gates``, also what parametrizations made of them; others have one dimension."""
     for module in model.modules():
         if hasattr(module, "gates"):
             for name, parameter in module.named_parameters():
