@@ -96,7 +96,7 @@ def spoil(rng: random.Random, arguments: dict[str, Any], notes: list[str], name:
     """Puts something hostile in the place of one argument; where there is no such thing, of none."""
     name = rng.choice(sorted(arguments)) if name is None else name
     current = arguments.get(name)
-    if name in TENSORS and (name != "bias" or isinstance(current, Tensor)):
+    if name in (*TENSORS, "input") and (name != "bias" or isinstance(current, Tensor)):
         tensors = hostile_tensors(current)
         what = rng.choice(sorted(tensors))
         try:
