@@ -88,6 +88,7 @@ def define(
         condition = (rstd * (mean.abs() + largest + 1) * gates.abs().clamp_min(1)).clamp_min(1)
         loose = ~(condition < (1e9 if dtype == torch.float64 else 1e4)) | ~(largest < LARGEST[dtype])
         near = near_kinks(z, activation or "none", condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4))
+        near |= z.isnan()  # PyTorch lets the gradient pass there, and some of our activations give zero
         kinked = near.any(3).any(1) if z.dim() > 3 and z.numel() else near.any(1)
         while kinked.dim() > 2:
             kinked = kinked.any(-1)
