@@ -105,9 +105,9 @@ struct GeluTanh : Formula<V> {
 
 // The formula of an activation, with its numbers.
 template <class Act, class V>
-TSBN_INLINE Act formula(Activation activation, V slope) {
+TSBN_INLINE Act formula(Activation activation, double slope) {
   Act act;
-  if constexpr (Act::kHasSlope) act.slope = slope;
+  if constexpr (Act::kHasSlope) act.slope = constant<V>(slope);
   if constexpr (Act::kHasBounds) {
     const bool six = activation == Activation::relu6;
     act.low = constant<V>(six ? 0 : -1), act.high = constant<V>(six ? 6 : 1);

@@ -8,11 +8,6 @@ struct Identity : Formula<V> {
   TSBN_INLINE V value(V z) const { return z; }
 };
 
-template <class Act, class T>
-TSBN_INLINE Act activation(const Work& w) {
-  return formula<Act>(w.activation, Vec<T>{} + Acc<T>(w.slope));
-}
-
 // z of some lanes, from the deviation d = x - center. Forward and backward compute it by this one expression, so that
 // they agree to the bit on which side of a kink it lies.
 template <class Act, class T>

@@ -140,7 +140,7 @@ struct Columns {
   template <template <class> class Activation, bool kShared>
   static void products(const Work& w, int64_t group, int64_t chunk, double* partial, void* memory) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     const int64_t fan = kShared ? w.T : 1;
     Scratch sums(memory, w.C);
     for (int64_t c = 0; c < 2 * w.C * fan; ++c) partial[c] = 0;
@@ -207,7 +207,7 @@ struct Columns {
   template <template <class> class Activation, class Bool>
   static void forward_blocks(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     each_task_block(w, group, chunk, [&](const Block& b, int64_t task) TSBN_LAMBDA {
       const Factors center(w.vectors.center, w, task), scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task);
       const T *x = slab_of(w.x, task), *residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
@@ -233,7 +233,7 @@ struct Columns {
   template <template <class> class Activation, class Bool>
   static void backward_blocks(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     each_task_block(w, group, chunk, [&](const Block& b, int64_t task) TSBN_LAMBDA {
       const BeforeFactors before(w, task);
       const Factors scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task),

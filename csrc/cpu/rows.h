@@ -155,7 +155,7 @@ struct Rows {
   template <template <class> class Activation, bool kShared>
   static void products(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     const int64_t fan = kShared ? w.T : 1;
     for (int64_t i = 0; i < 2 * fan; ++i) partial[i] = 0;
     for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
@@ -209,7 +209,7 @@ struct Rows {
   template <template <class> class Activation, class Bool>
   static void forward_rows(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
       const V center = factor(w.vectors.center, slab), scale = factor(w.vectors.scale, slab),
               shift = factor(w.vectors.shift, slab);
@@ -234,7 +234,7 @@ struct Rows {
   template <template <class> class Activation, class Bool>
   static void backward_rows(const Work& w, int64_t group, int64_t chunk, Bool streams) {
     using Act = Activation<V>;
-    const Act act = activation<Act, T>(w);
+    const Act act = formula<Act, V>(w.activation, w.slope);
     each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
       const Before<V> z = before<Act>(w, slab);
       const V scale = factor(w.vectors.scale, slab), shift = factor(w.vectors.shift, slab),

@@ -49,7 +49,7 @@ template <class A> struct Epilogue {
   template <class F> __device__ void choose(F f) const {
     switch (activation) {
 #define TSBN_CASE(name, Act) \
-  case Activation::name: return f(formula<Act<A>>(Activation::name, slope));
+  case Activation::name: return f(formula<Act<A>, A>(Activation::name, slope));
       TSBN_ACTIVATIONS(TSBN_CASE)
 #undef TSBN_CASE
     }
