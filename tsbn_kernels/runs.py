@@ -33,7 +33,6 @@ class Run:
         shared: one input for all tasks, which the layers that it reaches fan out; else the streams stacked.
         fanned_out: a layer has done so.
         flattened: numbers of rows, other than ``batch``, that such layers got: tokens or windows of the shared input.
-        every: tensors that all tasks were given, and the version of each.
         first, last: sequence numbers of the nodes of its graph.
     """
 
