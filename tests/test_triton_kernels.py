@@ -60,7 +60,7 @@ PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 3, 3, (5,)), (2, 8, 2, (128,)),
 def kinds(run: Pass) -> set[Hashable]:
     """What is to be reached: variants, and what their kernels are specialised for."""
     plan, work = run.plan, run.plan.work
-    columns, a, b, even, tasks_inner, _, accumulate, *_ = (value.value for value in run.tile)
+    columns, a, b, even, tasks_inner, _, accumulate, *_ = (getattr(value, "value", value) for value in run.tile)
     assert (columns, (a, b)) == (work.family == "columns", plan.tile)
     assert (accumulate == tl.float64) == (run.accumulate == torch.float64)
     special = ["even" if even else "uneven", run.accumulate, *(["tasks inner"] if tasks_inner else [])]

@@ -214,8 +214,9 @@ class _Gradients:
                 _average_gradients([*self.shared, *self.own], group, statistics)
 
 
-def _multiply(ranks: int, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(gradient * ranks for gradient in gradients)
+def _multiply(ranks: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Multiplies what reaches a parameter; autograd passes None for one that no loss of this rank depends on."""
+    return tuple(None if gradient is None else gradient * ranks for gradient in gradients)
 
 
 def _queue(reference: weakref.ref[_Gradients], _: Tensor) -> None:
