@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.records import FORWARD, Record
-from benchmarks.workloads import DTYPES, activation_named
+from benchmarks.workloads import ITEM_BYTES, activation_named
 from tsbn_kernels.plan import Plan
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
@@ -28,7 +28,7 @@ def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
     found = []
     for record in records:
         rules, device = RULES.get(backend_of(record)[0]), by_driver(record.device)
-        known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in DTYPES
+        known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in ITEM_BYTES
         if rules and device and known and record.tasks:
             for direction in DIRECTIONS:
                 work = work_of(

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from benchmarks import celeba40 as runs
 from benchmarks import environment, host_memory, report, terminal
+from benchmarks.cases import DTYPES, MEMORY_FORMATS, cases, choose_batch
 from benchmarks.cli_fit import fit_plans
 from benchmarks.cli_gpu_check import gpu_check
 from benchmarks.cli_gpu_day import gpu_day
@@ -48,7 +49,7 @@ from benchmarks.predict import table as prediction_table
 from benchmarks.records import write_json
 from benchmarks.self_test import self_test
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import CELEBA, DTYPES, MEMORY_FORMATS, NO_ACTIVATION, cases, choose_batch
+from benchmarks.workloads import CELEBA, NO_ACTIVATION
 from tsbn_kernels.plan import DEVICES, devices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Benchmarks of the fused layers.")

@@ -12,14 +12,13 @@ import typer
 from rich.console import Console
 
 from benchmarks import environment, host_memory, report, terminal
+from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, batch_that_fits, cases, choose_batch
 from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
 from benchmarks.registry import PEERS, defaults, runnable
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import (
-    DTYPES,
-    MEMORY_FORMATS,
     NO_ACTIVATION,
     SLAB_BATCH,
     SLAB_LAYERS,
@@ -29,11 +28,7 @@ from benchmarks.workloads import (
     TASK_COUNTS,
     TASKS_LAYER,
     WORKLOADS,
-    Case,
     Layer,
-    batch_that_fits,
-    cases,
-    choose_batch,
     parse_shape,
     select_layers,
 )

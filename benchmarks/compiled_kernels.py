@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.cases import DTYPES
 from benchmarks.offline import COMPILER, Call, Resources, compile_call, fingerprint, recorded, resources, specialize
-from benchmarks.workloads import CELEBA, DTYPES, RESNET50, SEGNET, Workload
+from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Workload
 from benchmarks.workloads import Layer as NetworkLayer
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.cases import DTYPES, MEMORY_FORMATS
 from benchmarks.measure import Plan, Summary, copy_candidate, measure, summarize, timer_for, training_candidate
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import CELEBA40, DTYPES, MEMORY_FORMATS
+from benchmarks.workloads import CELEBA40
 from tsbn_kernels import FusedTSigmaBN2d
 
 FIRST = CELEBA40[0]

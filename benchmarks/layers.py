@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks import environment, host_memory
+from benchmarks.cases import Case, Inputs
 from benchmarks.measure import (
     Candidate,
     Plan,
@@ -24,7 +25,6 @@ from benchmarks.peers import OURS, Peer
 from benchmarks.records import PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
 from benchmarks.registry import PEERS
 from benchmarks.verify import Expected, check, outcome_of
-from benchmarks.workloads import Case, Inputs
 from tsbn_kernels import memory
 
 COPY = "copy"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.workloads import DTYPES, NO_ACTIVATION, Case, Inputs
+from benchmarks.cases import DTYPES, Case, Inputs
+from benchmarks.workloads import NO_ACTIVATION
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, activations, reference
 
 MOMENTUM = 0.1

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case, Inputs
 from benchmarks.peers import Folded, Loop, Peer, Reference, Vmap
-from benchmarks.workloads import Case, Inputs
 
 # Without CUDA graphs: they spare launches, for whatever is put into them, and would copy x into a buffer of theirs.
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}

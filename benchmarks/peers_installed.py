@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case, Inputs
 from benchmarks.peers import EPS, MOMENTUM, SLOPE, Folded, Outcome, Peer
-from benchmarks.workloads import NO_ACTIVATION, Case, Inputs
+from benchmarks.workloads import NO_ACTIVATION
 
 
 def _found(module: str, name: str) -> tuple[Any, str | None]:

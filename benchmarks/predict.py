@@ -8,7 +8,7 @@ from itertools import product
 
 from rich.table import Table
 
-from benchmarks.workloads import DTYPES, NO_ACTIVATION, NO_FORMAT, Layer
+from benchmarks.workloads import ITEM_BYTES, NO_ACTIVATION, NO_FORMAT, Layer
 from tsbn_kernels.plan import Device, Plan, Work
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan.work import Direction
@@ -31,7 +31,7 @@ def work_of(
         samples // tasks,
         channels,
         math.prod(spatial),
-        DTYPES[dtype].itemsize,
+        ITEM_BYTES[dtype],
         "columns" if not spatial or memory_format == "channels_last" else "rows",
         direction,
         activation=activation,

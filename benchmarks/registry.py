@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.cases import Case
 from benchmarks.peers import CuDNN, Folded, Fused, Loop, Peer, Separate, Vmap
 from benchmarks.peers_compiled import COMPILED
 from benchmarks.peers_installed import INSTALLED
-from benchmarks.workloads import Case
 
 _ALL: tuple[type[Peer], ...] = (Fused, Separate, Loop, Folded, Vmap, CuDNN, *COMPILED, *INSTALLED)
 PEERS = {peer.name: peer for peer in _ALL}

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.cases import DTYPES, Case, Inputs
 from benchmarks.peers import EPS, MOMENTUM, OURS, SLOPE, Outcome, Peer
-from benchmarks.workloads import DTYPES, Case, Inputs
 from tsbn_kernels import reference
 from tsbn_kernels.activations import EPILOGUES
 

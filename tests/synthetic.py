@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.cases import Case
 from benchmarks.celeba40 import NetworkRun
 from benchmarks.load import network_file
 from benchmarks.measure import Summary
 from benchmarks.network import VARIANTS
 from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, write_json
 from benchmarks.training import Comparison, Differences
-from benchmarks.workloads import SLAB_LAYERS, SWEEP_SLAB, SWEEP_TASKS, TASK_COUNTS, TASKS_LAYER, Case
+from benchmarks.workloads import SLAB_LAYERS, SWEEP_SLAB, SWEEP_TASKS, TASK_COUNTS, TASKS_LAYER
 
 KIND = "float32", "contiguous", torch.device("cpu")
 VERSIONS = {"torch": "2.14", "tsbn_kernels": "0.1", "cpu": "A", "threads": 2, "backend": "cpu: native C++, avx512"}

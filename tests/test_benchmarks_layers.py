@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benchmarks import layers
+from benchmarks.cases import Case
 from benchmarks.measure import Plan
 from benchmarks.registry import PEERS
 from benchmarks.verify import check
-from benchmarks.workloads import Case, Layer
+from benchmarks.workloads import Layer
 
 CPU = torch.device("cpu")
 CASES = [Case(Layer((name,), 4, (3, 3)), 2, 3, "float32", "contiguous", CPU) for name in ("a", "b")]

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.cases import Case
 from benchmarks.layers import run_cases
 from benchmarks.measure import Plan
 from benchmarks.peers import ACTIVATIONS, CuDNN, Loop
 from benchmarks.peers_compiled import COMPILED
 from benchmarks.registry import PEERS, defaults, runnable
 from benchmarks.verify import Expected, MismatchError, check, outcome_of
-from benchmarks.workloads import NO_FORMAT, Case, Layer
+from benchmarks.workloads import NO_FORMAT, Layer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.cases import DTYPES, Case, cases, choose_batch
 from benchmarks.peers import Fused
 from benchmarks.registry import PEERS
 from benchmarks.verify import Expected, MismatchError, check, outcome_of
-from benchmarks.workloads import CELEBA40, DTYPES, NO_FORMAT, Case, Layer, cases, choose_batch, select_layers
+from benchmarks.workloads import CELEBA40, NO_FORMAT, Layer, select_layers
 
 CPU = torch.device("cpu")
 EAGER = ("fused", "loop", "folded", "vmap")

@@ -12,23 +12,13 @@ from test_benchmarks_page import Reader
 from typer.testing import CliRunner
 
 from benchmarks import cli, cli_layers, environment, page
+from benchmarks.cases import Case, batch_that_fits, choose_batch
 from benchmarks.measure import Plan
 from benchmarks.peers import Fused
 from benchmarks.records import Record, means
 from benchmarks.registry import PEERS
 from benchmarks.settings import positions, series_of_slabs, series_of_tasks, settings
-from benchmarks.workloads import (
-    SLAB_LAYERS,
-    TASK_COUNTS,
-    WORKLOADS,
-    Case,
-    Layer,
-    activation_named,
-    batch_that_fits,
-    choose_batch,
-    layers_named,
-    parse_shape,
-)
+from benchmarks.workloads import SLAB_LAYERS, TASK_COUNTS, WORKLOADS, Layer, activation_named, layers_named, parse_shape
 
 CPU = torch.device("cpu")
 EAGER = ["--device", "cpu", "--impl", "fused", "--impl", "loop"]

@@ -23,6 +23,7 @@ from triton.runtime import driver
 from typer.testing import CliRunner
 
 from benchmarks import cli, ncu
+from benchmarks.cases import Case
 from benchmarks.gpu_check.case import Setting, SkippedError
 from benchmarks.gpu_check.results import StepResult
 from benchmarks.gpu_day import archive, clocks, day, journal, kernels, network, race, ready, speed, table
@@ -34,7 +35,7 @@ from benchmarks.offline import compile_call, specialize
 from benchmarks.peers import Fused, Loop
 from benchmarks.registry import PEERS
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import Case, Layer
+from benchmarks.workloads import Layer
 from tsbn_kernels.plan import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

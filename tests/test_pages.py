@@ -17,8 +17,9 @@ from libmtl_stand_in import install
 from support import ROOT
 from torch import Tensor, nn
 
+from benchmarks.cases import Case
 from benchmarks.verify import Expected, check, outcome_of
-from benchmarks.workloads import NO_FORMAT, Case, Layer
+from benchmarks.workloads import NO_FORMAT, Layer
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import ncu
+from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_check.case import Case, Cases, Setting, SkippedError
 from benchmarks.gpu_day import journal, race
 from benchmarks.registry import PEERS
 from benchmarks.workloads import CELEBA
-from benchmarks.workloads import cases as layer_cases
 from tsbn_kernels import use_backend
 
 COUNTED = (("bn4", "contiguous"), ("bn2", "channels_last"), ("bn1", "contiguous"))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from triton.runtime import driver
 
+from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
 from benchmarks.gpu_check.results import ROOT
 from benchmarks.gpu_day import network, speed, sweep
 from benchmarks.network import task_specific_network
 from benchmarks.offline import Call, compile_call, recorded, specialize
 from benchmarks.peers import Fused
-from benchmarks.workloads import DTYPES, MEMORY_FORMATS, Case, Inputs
 from tsbn_kernels import FusedTSigmaBN, backends
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.plan import Device

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import environment
+from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import journal, race
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import Plan, measure, step_candidate, summarize, timer_for
 from benchmarks.network import BEST, task_specific_network, train_step
 from benchmarks.verify import MismatchError
-from benchmarks.workloads import MEMORY_FORMATS
 from tsbn_kernels import use_backend
 
 LOOP = "loop"

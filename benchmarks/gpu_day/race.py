@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import environment, replay
+from benchmarks.cases import Case, Inputs
 from benchmarks.gpu_check.case import Setting, SkippedError
 from benchmarks.gpu_check.facts import KERNELS
 from benchmarks.gpu_day import journal
@@ -33,7 +34,6 @@ from benchmarks.measure import (
 from benchmarks.peers import Peer
 from benchmarks.registry import PEERS
 from benchmarks.verify import MismatchError, check_by_tasks, outcome_of
-from benchmarks.workloads import Case, Inputs
 from tsbn_kernels import backends, use_backend
 
 PLAN, QUICK_PLAN = Plan(3, 6, 0.2, 1e-3), Plan(2, 2, 0.0, 0.0)

@@ -9,7 +9,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import workloads
+from benchmarks.cases import Case as LayerCase
+from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import race
 from benchmarks.gpu_day.race import Entrant
@@ -39,13 +40,13 @@ def others(setting: Setting) -> Cases:
     return _races(_others(setting), [*race.ours(device), *race.peers(device)], setting, "layers")
 
 
-def planned() -> list[workloads.Case]:
+def planned() -> list[LayerCase]:
     """All layers at full size, on no device."""
     setting = Setting("meta", False, "")
     return _celeba(setting) + _others(setting)
 
 
-def _celeba(setting: Setting) -> list[workloads.Case]:
+def _celeba(setting: Setting) -> list[LayerCase]:
     layers = sorted(CELEBA.layers, key=lambda layer: ORDER.index(layer.name))
     if setting.quick:
         layers = [layers[0], layers[-1]]  # small ones are all alike
@@ -58,7 +59,7 @@ def _celeba(setting: Setting) -> list[workloads.Case]:
     return list(dict.fromkeys(found))  # 1-d layers have no memory format
 
 
-def _others(setting: Setting) -> list[workloads.Case]:
+def _others(setting: Setting) -> list[LayerCase]:
     found = []
     for workload in (RESNET50[0], SEGNET):
         layers = sorted(workload.layers, key=lambda layer: -layer.elements * layer.times)
@@ -68,19 +69,19 @@ def _others(setting: Setting) -> list[workloads.Case]:
 
 def _cases(
     workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting
-) -> list[workloads.Case]:
+) -> list[LayerCase]:
     """At full size; or with ``quick`` the same layers, small."""
     tasks, batch = workload.tasks, workload.batch
     if setting.quick:
         tasks, batch = 3, 8
         layers = [replace(one, channels=16, size=one.size and (8, 6)) for one in layers]
-    return workloads.cases(
+    return layer_cases(
         list(layers), tasks=tasks, batch=batch, dtypes=[dtype], memory_formats=[memory_format],
         device=torch.device(setting.device), workload=workload.name,
     )  # fmt: skip
 
 
-def _races(todo: Iterable[workloads.Case], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
+def _races(todo: Iterable[LayerCase], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
     gc.collect()
     gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
     return Cases([

@@ -22,11 +22,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case, cases
 from benchmarks.environment import cache_bytes
 from benchmarks.gpu_day.constants import CONSTANTS, changed
 from benchmarks.measure import Timer, rotating_buffers
 from benchmarks.predict import DIRECTIONS, work_of
-from benchmarks.workloads import CELEBA, Case, Layer, cases
+from benchmarks.workloads import CELEBA, Layer
 from tsbn_kernels.backends import cuda as cuda_backend
 from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
 from tsbn_kernels.plan import cuda as cuda_rules
