@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,22 +11,12 @@ import torch
 from benchmarks import environment
 from benchmarks.data import Faces, celeba_faces, lfw_faces
 from benchmarks.measure import Plan
-from benchmarks.network import VARIANTS
+from benchmarks.network_run import VARIANTS, NetworkRun
 from benchmarks.peers_compiled import warm_up
 from benchmarks.records import TRAINING_STEP, Record
-from benchmarks.training import Comparison, Step, compare, first_steps
+from benchmarks.training import Step, compare, first_steps
 from benchmarks.training import check as check_network
 from benchmarks.workloads import CELEBA
-
-
-@dataclass(frozen=True)
-class NetworkRun:
-    """The comparison of the training step, and what it was made on."""
-
-    comparison: Comparison
-    tasks: int
-    batch: int
-    source: str
 
 
 def load_faces(folder: Path | None, count: int, tasks: int) -> Faces:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.records import FORWARD, Record
+from benchmarks.settings import backend_of
 from benchmarks.workloads import ITEM_BYTES, activation_named
 from tsbn_kernels.plan import Plan
 from tsbn_kernels.plan import cuda as cuda_rules
@@ -15,12 +16,6 @@ from tsbn_kernels.plan import triton as triton_rules
 from tsbn_kernels.plan.devices import by_driver
 
 RULES = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
-
-
-def backend_of(record: Record) -> tuple[str, str]:
-    """Name and detail: ``("cpu", "native C++, avx512")``."""
-    name, _, detail = str(record.versions.get("backend", "unknown")).partition(": ")
-    return name, detail
 
 
 def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:

@@ -13,10 +13,22 @@ from rich.console import Console
 
 from benchmarks import environment, host_memory, report, terminal
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, batch_that_fits, cases, choose_batch
+from benchmarks.cli_options import (
+    Device,
+    Dtypes,
+    Formats,
+    FreshMemory,
+    Impls,
+    Json,
+    announce,
+    parse_device,
+    parse_impls,
+    parse_layers,
+    tell,
+)
 from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
-from benchmarks.registry import PEERS, defaults, runnable
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import (
     NO_ACTIVATION,
@@ -28,75 +40,11 @@ from benchmarks.workloads import (
     TASK_COUNTS,
     TASKS_LAYER,
     WORKLOADS,
-    Layer,
     parse_shape,
-    select_layers,
 )
 
 SERIES = {"tasks": SWEEP_TASKS, "slab": SWEEP_SLAB}
 QUICK_LAYERS, QUICK_POINTS = 2, slice(0, 6, 2)  # points of a series: every other one
-
-Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help=f"Repeatable: {', '.join(DTYPES)}.")]
-Formats = Annotated[list[str] | None, typer.Option("--memory-format", help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")]
-Impls = Annotated[
-    list[str] | None,
-    typer.Option("--impl", help=f"Repeatable: {', '.join(PEERS)}. Default: all, on a CPU those quickly compiled."),
-]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
-FreshMemory = Annotated[
-    bool,
-    typer.Option(
-        "--fresh-memory",
-        help="Let the C library return freed memory, as by default: each step pays for page faults. Else it is kept.",
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Write one record for each measurement.")]
-
-
-def parse_device(name: str | None) -> torch.device:
-    """The device of an option; ends the command where there is none."""
-    try:
-        return environment.parse_device(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
-
-
-def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
-    """The implementations of an option, or the defaults."""
-    return terminal.choices(given or defaults(device), list(PEERS), "--impl")
-
-
-def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Those of an option that may be repeated or have commas, or all; ends the command where one is unknown."""
-    try:
-        return select_layers([name for part in names or () for name in part.split(",")], layers)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--layers") from None
-
-
-def announce(console: Console, impls: Sequence[str], todo: Sequence[Case], fresh_memory: bool) -> list[str]:
-    """Prints the machine and what cannot run; gives what can, and ends the command where nothing does."""
-    device = todo[0].device
-    found, skipped = runnable(impls, todo)
-    for name, why in skipped.items():
-        tell(console, f"{name} is left out: {why}")
-    if not found:
-        terminal.fail("no implementation is left to measure; choose another --impl")
-    versions = environment.versions(device)
-    console.print(
-        f"{environment.device_name(device)} ({versions['cpu']}, {versions['threads']} threads), "
-        f"PyTorch {versions['torch']}, backend {versions['backend']}",
-        highlight=False,
-    )
-    if device.type == "cpu":
-        kept = host_memory.will_keep(not fresh_memory)
-        console.print(f"freed memory {'is kept for the next step' if kept else 'goes back to the system'}")
-    return found
-
-
-def tell(console: Console, text: str) -> None:
-    """What is left out."""
-    console.print(text, style="yellow", markup=False, highlight=False)
 
 
 def layers(

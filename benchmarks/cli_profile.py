@@ -10,7 +10,7 @@ import typer
 
 from benchmarks import celeba40, environment, ncu, terminal
 from benchmarks.data import DataError
-from benchmarks.network import BEST, VARIANTS
+from benchmarks.network_run import BEST, VARIANTS
 from benchmarks.profiling import NORMALISATION, profile_step
 from benchmarks.report_profile import kinds_table, launches_table, operators_table
 from benchmarks.training import prepared_step

@@ -24,9 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.load import RecordsError, identity
-from benchmarks.network import VARIANTS
-from benchmarks.peers import OURS
-from benchmarks.records import TRAINING_STEP, Record
+from benchmarks.network_run import VARIANTS
+from benchmarks.records import OURS, TRAINING_STEP, Record
 
 MEDIAN_ERROR = 0.93  # of a median of one round, in interquartile ranges
 LEAST_ROUNDS = 3  # what a median needs; taken where a record does not say how many it had

@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.data import Splits
 from benchmarks.environment import memory_in_use
 from benchmarks.fit import optimizer_of
-from benchmarks.measure import Plan, Summary, measure, step_candidate, summarize, timer_for
+from benchmarks.measure import Plan, measure, step_candidate, summarize, timer_for
 from benchmarks.methods import METHODS, loop_network
 from benchmarks.network import Layout, train_step
+from benchmarks.summaries import Summary
 
 LOOP = "loop"  # TS-sigma-BN by a loop of BatchNorms
 NETWORKS = METHODS | {LOOP: loop_network}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, MEMORY_FORMATS
-from benchmarks.measure import Plan, Summary, copy_candidate, measure, summarize, timer_for, training_candidate
+from benchmarks.measure import Plan, copy_candidate, measure, summarize, timer_for, training_candidate
+from benchmarks.summaries import Summary
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import CELEBA40
 from tsbn_kernels import FusedTSigmaBN2d

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.fake_driver import Driver
-from benchmarks.measure import Plan, Summary, measure, summarize, training_candidate
+from benchmarks.measure import Plan, measure, summarize, training_candidate
+from benchmarks.summaries import Summary
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends.triton import launch
 

@@ -13,7 +13,6 @@ from benchmarks.measure import (
     Candidate,
     Plan,
     Rounds,
-    Summary,
     copy_candidate,
     measure,
     rotating_buffers,
@@ -21,9 +20,10 @@ from benchmarks.measure import (
     timer_for,
     training_candidate,
 )
-from benchmarks.peers import OURS, Peer
-from benchmarks.records import PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
+from benchmarks.peers import Peer
+from benchmarks.records import OURS, PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
 from benchmarks.registry import PEERS
+from benchmarks.summaries import Summary
 from benchmarks.verify import Expected, check, outcome_of
 from tsbn_kernels import memory
 

@@ -9,11 +9,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.celeba40 import NetworkRun
-from benchmarks.measure import Summary
-from benchmarks.network import VARIANTS
+from benchmarks.network_run import VARIANTS, Differences, NetworkRun, NetworkSteps
 from benchmarks.records import PASSES, TRAINING_STEP, Record
-from benchmarks.training import Comparison, Differences
+from benchmarks.summaries import Summary
 
 
 class RecordsError(ValueError):
@@ -153,7 +151,7 @@ def read_network(path: Path) -> NetworkRun | None:
         run = _json(beside)
         parts = run["comparison"]
         found = NetworkRun(
-            Comparison(
+            NetworkSteps(
                 {name: _summary(of) for name, of in parts["times"].items()},
                 parts["peak_bytes"],
                 parts["losses"],

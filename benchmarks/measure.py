@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.intervals import Interval, interval
+from benchmarks.summaries import Summary
 
 Mark = Callable[[], None]
 Candidate = Callable[[Mark], None]  # runs once; marks its start, and the end of each of its passes
@@ -76,38 +75,6 @@ class EventTimer:
 def timer_for(device: torch.device) -> Timer:
     """The host's clock for the CPU, events for accelerators."""
     return HostTimer() if device.type == "cpu" else EventTimer(device)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Median and interquartile range of all rounds, in seconds.
-
-    Attributes:
-        outliers: rounds further from the quartiles than 1.5 interquartile ranges; they count like the others.
-        visits: medians of the visits that the rounds were made in, for the interval.
-    """
-
-    median: float
-    iqr: float
-    rounds: int
-    outliers: int
-    visits: tuple[float, ...]
-
-    @classmethod
-    def of(cls, visits: Sequence[Sequence[float]]) -> Summary:
-        """Of the rounds of each visit."""
-        samples = [sample for visit in visits for sample in visit]
-        medians = tuple(map(statistics.median, visits))
-        if len(samples) < 2:
-            return cls(samples[0], 0.0, 1, 0, medians)
-        lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
-        fence = 1.5 * (upper - lower)
-        outliers = sum(not lower - fence <= sample <= upper + fence for sample in samples)
-        return cls(median, upper - lower, len(samples), outliers, medians)
-
-    def ratio(self, other: Summary) -> Interval | None:
-        """Interval of this time over the other's, by their visits; None where there was one visit."""
-        return interval([a / b for a, b in zip(self.visits, other.visits, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.network import LINEARS, POOL_AFTER, VARIANTS, CelebaNetwork, Layout, MakeNorm
+from benchmarks.network import LINEARS, POOL_AFTER, CelebaNetwork, Layout, MakeNorm, norm_of
+from benchmarks.network_run import VARIANTS
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
 
 
@@ -87,7 +89,7 @@ def _hard_sharing(tasks: int, layout: Layout) -> nn.Module:
 
 def loop_network(tasks: int, layout: Layout) -> nn.Module:
     """TS-sigma-BN by T BatchNorms in a loop, to be timed against."""
-    return CelebaNetwork(tasks, lambda channels, dims: _LOOP.norm(tasks, channels, dims), tasks, _LOOP, layout)
+    return CelebaNetwork(tasks, partial(norm_of, _LOOP, tasks), tasks, _LOOP, layout)
 
 
 SINGLE_TASK, HARD_SHARING, TSBN, TS_SIGMA_BN = "single_task", "hard_sharing", "tsbn", "ts_sigma_bn"

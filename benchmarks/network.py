@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.network_run import VARIANTS, NetworkVariant
 from benchmarks.peers import LoopOfBatchNorms
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, LateFanOut, recompute_outputs
 
@@ -38,56 +39,16 @@ CELEBA = Layout(3, (64, 128, 128, 256, 256, 512, 512))
 DIGITS = Layout(1, (4, 8, 8, 16, 16, 32, 32))  # for images of 28x28, pooled to 14, 7 and 3
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to run the task-specific network.
-
-    Attributes:
-        fused: by the fused layer, else by T BatchNorms in a loop.
-        epilogue: with the activation in the layer, else by an activation in place behind it.
-        first: what the first layer gets and gives: ``"expand"``, a view of the one input for every task;
-            ``"fan_out"``, the one input; ``"late"``, the same with the gates in the next convolution.
-        recompute: the layers' outputs are not kept.
-        recover_input: the layers' inputs are not kept (but the first one's).
-        negative_slope: of a leaky ReLU; 0 is a ReLU.
-    """
-
-    fused: bool = True
-    epilogue: bool = False
-    first: Literal["expand", "fan_out", "late"] = "expand"
-    recompute: bool = False
-    recover_input: bool = False
-    negative_slope: float = 0.0
-
-    @property
-    def reference(self) -> str:
-        """The variant by plain BatchNorms that computes the same."""
-        return "loop, leaky" if self.negative_slope else "loop"
-
-    def norm(self, tasks: int, channels: int, dims: int) -> nn.Module:
-        """A normalisation layer of an activation of 2 spatial dimensions, or of none."""
-        if not self.fused:
-            return LoopOfBatchNorms(tasks, channels)
-        options: dict[str, Any] = {"stacking": "sample_major" if self.first == "late" else "task_major"}
-        if self.epilogue:
-            options["activation"] = "leaky_relu" if self.negative_slope else "relu"
-            options["negative_slope"] = self.negative_slope
-        module = FusedTSigmaBN2d if dims == 2 else FusedTSigmaBN1d
-        return module(tasks, channels, recover_input=self.recover_input, **options)
-
-
-LEAKY = 0.01
-VARIANTS = {
-    "loop": Variant(fused=False),
-    "fused": Variant(),
-    "fused, ReLU inside": Variant(epilogue=True),
-    "and fan-out": Variant(epilogue=True, first="fan_out"),
-    "and recompute": Variant(epilogue=True, first="fan_out", recompute=True),
-    "and late fan-out": Variant(epilogue=True, first="late", recompute=True),
-    "loop, leaky": Variant(fused=False, negative_slope=LEAKY),
-    "fused, leaky, recover": Variant(epilogue=True, first="fan_out", recover_input=True, negative_slope=LEAKY),
-}
-BEST = "and late fan-out"
+def norm_of(variant: NetworkVariant, tasks: int, channels: int, dims: int) -> nn.Module:
+    """A normalisation layer of an activation of 2 spatial dimensions, or of none."""
+    if not variant.fused:
+        return LoopOfBatchNorms(tasks, channels)
+    options: dict[str, Any] = {"stacking": "sample_major" if variant.first == "late" else "task_major"}
+    if variant.epilogue:
+        options["activation"] = "leaky_relu" if variant.negative_slope else "relu"
+        options["negative_slope"] = variant.negative_slope
+    module = FusedTSigmaBN2d if dims == 2 else FusedTSigmaBN1d
+    return module(tasks, channels, recover_input=variant.recover_input, **options)
 
 
 class CelebaNetwork(nn.Module):
@@ -107,7 +68,7 @@ class CelebaNetwork(nn.Module):
         tasks: int,
         norm: MakeNorm,
         streams: int,
-        variant: Variant = VARIANTS["fused"],
+        variant: NetworkVariant = VARIANTS["fused"],
         layout: Layout = CELEBA,
     ) -> None:
         super().__init__()
@@ -174,7 +135,7 @@ def task_specific_network(name: str, tasks: int, seed: int = 0) -> CelebaNetwork
     """The TS-sigma-BN network, one of :data:`VARIANTS`: the same weights and gates for the same seed."""
     torch.manual_seed(seed)
     variant = VARIANTS[name]
-    network = CelebaNetwork(tasks, partial(variant.norm, tasks), tasks, variant)
+    network = CelebaNetwork(tasks, partial(norm_of, variant, tasks), tasks, variant)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for norm in network.norms:

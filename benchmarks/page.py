@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks import plot_report, svg
-from benchmarks.celeba40 import NetworkRun
-from benchmarks.chosen import backend_of, plans, plans_table
+from benchmarks.network_run import NetworkRun
 from benchmarks.records import PASSES, Record
 from benchmarks.report import layers_table, means_table, network_table
-from benchmarks.settings import Setting, machine, series_of_slabs, series_of_tasks, settings
+from benchmarks.settings import Setting, backend_of, machine, series_of_slabs, series_of_tasks, settings
 from benchmarks.tables import as_html, as_markdown
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -217,6 +216,10 @@ class _Page:
 
 
 def _plan(one: Setting) -> str:
+    if one.records[0].device == "cpu":  # it has no plans, and the rules of those of GPUs need PyTorch
+        return ""
+    from benchmarks.chosen import plans, plans_table
+
     rows = plans(one.records)
     note = "<p>The plan of each pass by the rules of this version: bytes and times are predicted, not measured.</p>\n"
     return note + as_html(plans_table(rows)) if rows else ""

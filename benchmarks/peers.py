@@ -329,6 +329,3 @@ class Vmap(_Functional):
         if case.device.type == "cpu" and DTYPES[case.dtype].itemsize == 2:
             return "on a CPU F.batch_norm under vmap takes no half precision with statistics in float32"
         return None
-
-
-OURS = (Fused.name, Separate.name)

@@ -14,11 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.celeba40 import NetworkRun
-from benchmarks.network import VARIANTS
-from benchmarks.peers import OURS
+from benchmarks.network_run import VARIANTS, NetworkRun
 from benchmarks.plot import COLORS, legend, tick
-from benchmarks.records import PASSES, USEFUL_TENSORS, Means, Record, geometric_mean
+from benchmarks.records import OURS, PASSES, USEFUL_TENSORS, Means, Record, geometric_mean
 from benchmarks.settings import kind_name, positions
 from benchmarks.svg import INK
 from benchmarks.workloads import NO_FORMAT

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.intervals import Interval, interval
-from benchmarks.peers import OURS
 from benchmarks.workloads import NO_FORMAT, layers_named
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
@@ -18,6 +17,7 @@ PASSES = (FORWARD, FORWARD_BACKWARD)
 TRAINING_STEP = "training_step"  # of the whole network
 # Tensors of the activation's size that must be read or written: x and y; and again x, dy and dx.
 USEFUL_TENSORS = {FORWARD: 2, FORWARD_BACKWARD: 5}
+OURS = ("fused", "separate")  # implementations that are the fused layer; all others are its peers
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.celeba40 import NetworkRun
-from benchmarks.fan_out import WAYS, Outcome
 from benchmarks.intervals import CONFIDENCE, Interval
-from benchmarks.network import VARIANTS
+from benchmarks.network_run import VARIANTS, NetworkRun
 from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record
 from benchmarks.settings import settings
 
@@ -137,29 +135,6 @@ def network_table(run: NetworkRun) -> Table:
             f"{peak / result.peak_bytes[loop]:.2f}",
             *(("-", "-") if variant == loop else (f"{of.loss:.1e}", f"{of.gradient_relative:.1e}")),
         )
-    return table
-
-
-def fan_out_table(outcomes: Sequence[Outcome], tasks: int, batch: int) -> Table:
-    """The first layer, fanned out and expanded."""
-    table = Table(title=f"First layer and its ReLU, {tasks} tasks, batch {batch}; a copy is one of all tasks' outputs")
-    for name in ("dtype", "format", "way"):
-        table.add_column(name)
-    for name in ("fwd ms", "copies", "faster", "fwd+bwd ms", "copies", "faster", "kept for the\nbackward"):
-        table.add_column(name, justify="right")
-    for one in outcomes:
-        first = [one.dtype, one.memory_format]
-        for way in WAYS:
-            cells = []
-            for index, summary in enumerate(one.passes[way]):
-                cells += [
-                    f"{milliseconds(summary.median * 1e3)} ± {milliseconds(summary.iqr * 1e3)}",
-                    f"{one.copies(way, index):.2f}",
-                ]
-                cells.append(f"{one.speedup(index):.1f}x" if way == WAYS[0] else "")
-            table.add_row(*first, way, *cells, f"{one.saved_bytes[way] / 2**20:.1f} MiB")
-            first = ["", ""]
-        table.add_section()
     return table
 
 

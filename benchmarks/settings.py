@@ -28,6 +28,12 @@ class Setting:
         return [] if self.sweep else means(self.records)
 
 
+def backend_of(record: Record) -> tuple[str, str]:
+    """Name and detail of the backend: ``("cpu", "native C++, avx512")``."""
+    name, _, detail = str(record.versions.get("backend", "unknown")).partition(": ")
+    return name, detail
+
+
 def in_sweep(record: Record) -> bool:
     """Whether it is one of a series over tasks or sizes."""
     return record.workload.partition("+")[0] in SWEEPS

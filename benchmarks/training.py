@@ -13,8 +13,10 @@ from torch import Tensor
 
 from benchmarks.data import Faces
 from benchmarks.environment import memory_in_use
-from benchmarks.measure import Plan, Summary, measure, step_candidate, timer_for
-from benchmarks.network import VARIANTS, CelebaNetwork, stacked_gradients, task_specific_network, train_step
+from benchmarks.measure import Plan, measure, step_candidate, timer_for
+from benchmarks.network import CelebaNetwork, stacked_gradients, task_specific_network, train_step
+from benchmarks.network_run import VARIANTS, Differences, NetworkSteps
+from benchmarks.summaries import Summary
 from benchmarks.verify import MismatchError
 
 LEARNING_RATE = 3e-4
@@ -32,25 +34,6 @@ class Step:
     loss: float
     gradients: dict[str, np.ndarray]
     peak_bytes: int  # the most memory during the step, above what lay there before
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Of the first step of two variants."""
-
-    loss: float  # absolute
-    gradient: float  # largest absolute difference of one element
-    gradient_relative: float  # largest norm of a difference over the norm of the gradient
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Each variant, and its differences from the loop that computes the same."""
-
-    times: dict[str, Summary]  # seconds
-    peak_bytes: dict[str, int]
-    losses: dict[str, float]
-    differences: dict[str, Differences]
 
 
 def prepared_step(variant: str, faces: Faces, device: torch.device) -> tuple[Callable[[], Tensor], CelebaNetwork]:
@@ -122,11 +105,11 @@ def check(steps: Mapping[str, Step]) -> None:
             )
 
 
-def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> Comparison:
+def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> NetworkSteps:
     """Times steps of the variants in turns; the rest is of their first steps, which have been checked."""
     candidates = {variant: step_candidate(prepared_step(variant, faces, device)[0]) for variant in VARIANTS}
     rounds = measure(candidates, plan, timer_for(device))
-    return Comparison(
+    return NetworkSteps(
         # A step allocates everything anew: each round counts as a visit.
         times={variant: Summary.of([[seconds] for seconds in taken]) for variant, (taken,) in rounds.items()},
         peak_bytes={variant: step.peak_bytes for variant, step in steps.items()},

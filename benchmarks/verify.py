@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, Case, Inputs
-from benchmarks.peers import EPS, MOMENTUM, OURS, SLOPE, Outcome, Peer
+from benchmarks.peers import EPS, MOMENTUM, SLOPE, Outcome, Peer
+from benchmarks.records import OURS
 from tsbn_kernels import reference
 from tsbn_kernels.activations import EPILOGUES
 

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.celeba40 import NetworkRun
 from benchmarks.load import network_file
-from benchmarks.measure import Summary
-from benchmarks.network import VARIANTS
+from benchmarks.network_run import VARIANTS, Differences, NetworkRun, NetworkSteps
 from benchmarks.records import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, write_json
-from benchmarks.training import Comparison, Differences
+from benchmarks.summaries import Summary
 from benchmarks.workloads import SLAB_LAYERS, SWEEP_SLAB, SWEEP_TASKS, TASK_COUNTS, TASKS_LAYER
 
 KIND = "float32", "contiguous", torch.device("cpu")
@@ -107,7 +105,7 @@ def simulated_sweep(series: str) -> list[Record]:
 def network_run() -> tuple[NetworkRun, list[Record]]:
     """A training step, and its records."""
     times = {name: Summary.of([[0.5 if variant.fused else 1.0] * 5]) for name, variant in VARIANTS.items()}
-    comparison = Comparison(
+    comparison = NetworkSteps(
         times, dict.fromkeys(times, 1 << 30), dict.fromkeys(times, 2.5), dict.fromkeys(times, Differences(0, 0, 0))
     )
     records = [

@@ -14,12 +14,11 @@ from test_benchmarks_records import FIELDS
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import celeba40, cli, layers
+from benchmarks import celeba40, cli, cli_celeba40, layers
 from benchmarks.measure import Plan
-from benchmarks.network import VARIANTS
+from benchmarks.network_run import VARIANTS, Differences
 from benchmarks.peers import Fused
 from benchmarks.registry import PEERS, defaults
-from benchmarks.training import Differences
 
 ROOT = Path(__file__).parent.parent
 TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
@@ -31,7 +30,7 @@ def invoke(monkeypatch, tmp_path):
     """Runs the command with few and short rounds in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("FULL_PLAN", "NETWORK_PLAN"):
-        monkeypatch.setattr(cli, name, Plan(2, 2, 0.0, 0.0, visits=1))
+        monkeypatch.setattr(cli_celeba40, name, Plan(2, 2, 0.0, 0.0, visits=1))
     return lambda *arguments: CliRunner().invoke(cli.app, [*TINY, *arguments])
 
 
@@ -84,7 +83,7 @@ def test_a_run_writes_records_and_a_picture(invoke, monkeypatch, tmp_path):
 
 
 def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0, visits=1))
+    monkeypatch.setattr(cli_celeba40, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0, visits=1))
     result = invoke(
         "--quick", "--no-network", "--dtype", "float32", "--memory-format", "contiguous", "--json", "q.json"
     )

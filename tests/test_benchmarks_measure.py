@@ -14,7 +14,6 @@ from benchmarks.measure import (
     EventTimer,
     HostTimer,
     Plan,
-    Summary,
     copy_candidate,
     measure,
     rotating_buffers,
@@ -24,6 +23,7 @@ from benchmarks.measure import (
     training_candidate,
 )
 from benchmarks.self_test import PLAN, judge, self_test
+from benchmarks.summaries import Summary
 
 STEADY = [7.0] * 20
 

@@ -11,7 +11,8 @@ from celeba_folder import LAYOUTS, TORCHVISION, write_celeba
 
 from benchmarks.data import DataError, Faces, celeba_faces, lfw_faces
 from benchmarks.methods import plain_norm
-from benchmarks.network import VARIANTS, CelebaNetwork, loss_of, stacked_gradients, task_specific_network
+from benchmarks.network import CelebaNetwork, loss_of, stacked_gradients, task_specific_network
+from benchmarks.network_run import VARIANTS
 from benchmarks.training import Step, check, differences
 from benchmarks.verify import MismatchError
 

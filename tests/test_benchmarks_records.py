@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from synthetic import simulated_run
@@ -126,3 +129,41 @@ def test_a_mean_lies_within_its_interval(seed):
     for row in means(simulated_run(seed, noise=0.5)):
         for name, interval in row.intervals.items():
             assert (row.over_fastest if name == FASTEST else row.over[name]) in interval
+
+
+RECORDS = {
+    "benchmarks.agreement",
+    "benchmarks.compare",
+    "benchmarks.intervals",
+    "benchmarks.load",
+    "benchmarks.network_run",
+    "benchmarks.records",
+    "benchmarks.settings",
+    "benchmarks.summaries",
+    "benchmarks.workloads",
+}
+SHOWN = {
+    "benchmarks.cli",
+    "benchmarks.cli_report",
+    "benchmarks.page",
+    "benchmarks.plot",
+    "benchmarks.plot_report",
+    "benchmarks.report",
+    "benchmarks.report_compare",
+    "benchmarks.svg",
+    "benchmarks.tables",
+    "benchmarks.terminal",
+}
+
+
+@pytest.mark.parametrize(("modules", "may_load"), [(RECORDS, RECORDS), (SHOWN, RECORDS | SHOWN)], ids=["read", "show"])
+def test_what_reads_and_shows_records_measures_nothing(modules: set[str], may_load: set[str]) -> None:
+    """Neither loads PyTorch, the package, or a module that measures."""
+    listed = "print(*(name for name, module in sys.modules.items() if not hasattr(module, '__path__')))"
+    code = f"import sys, {', '.join(sorted(modules))}; {listed}"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    ours = {name for name in loaded if name.startswith("benchmarks.")}
+    assert modules <= ours <= may_load
+    assert not {"torch", "tsbn_kernels"} & {name.partition(".")[0] for name in loaded}

@@ -16,7 +16,8 @@ from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import journal, race
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import Plan, measure, step_candidate, summarize, timer_for
-from benchmarks.network import BEST, task_specific_network, train_step
+from benchmarks.network import task_specific_network, train_step
+from benchmarks.network_run import BEST
 from benchmarks.verify import MismatchError
 from tsbn_kernels import use_backend
 

@@ -22,7 +22,6 @@ from benchmarks.gpu_day.risky import risky
 from benchmarks.layers import COPY, records_of
 from benchmarks.measure import (
     Plan,
-    Summary,
     copy_candidate,
     measure,
     rotating_buffers,
@@ -33,6 +32,7 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import Peer
 from benchmarks.registry import PEERS
+from benchmarks.summaries import Summary
 from benchmarks.verify import MismatchError, check_by_tasks, outcome_of
 from tsbn_kernels import backends, use_backend
 

@@ -1,0 +1,62 @@
+"""The command that compares fanning one input out with expanding it first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks import host_memory, terminal
+from benchmarks.cases import MEMORY_FORMATS
+from benchmarks.cli_options import Device, FreshMemory, parse_device
+from benchmarks.fan_out import TOLERANCE, WAYS, Outcome, outcome
+from benchmarks.layers import FULL_PLAN, QUICK_PLAN
+from benchmarks.report import milliseconds
+from benchmarks.verify import MismatchError
+
+
+def fan_out(
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
+    batch: Annotated[int, typer.Option(min=2, help="Samples.")] = 8,
+    device: Device = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
+    fresh_memory: FreshMemory = False,
+) -> None:
+    """The first layer of the CelebA network and its ReLU: one input fanned out, against expanding it first."""
+    where = parse_device(device)
+    plan = QUICK_PLAN if quick else FULL_PLAN
+    outcomes = []
+    console = terminal.console()
+    try:
+        for dtype in TOLERANCE:
+            for memory_format in MEMORY_FORMATS:
+                with host_memory.keep_freed(not fresh_memory), console.status(f"{dtype} {memory_format}"):
+                    outcomes.append(outcome(tasks, batch, dtype, memory_format, where, plan))
+    except MismatchError as error:
+        terminal.fail(str(error))
+    console.print(fan_out_table(outcomes, tasks, batch))
+
+
+def fan_out_table(outcomes: Sequence[Outcome], tasks: int, batch: int) -> Table:
+    """The first layer, fanned out and expanded."""
+    table = Table(title=f"First layer and its ReLU, {tasks} tasks, batch {batch}; a copy is one of all tasks' outputs")
+    for name in ("dtype", "format", "way"):
+        table.add_column(name)
+    for name in ("fwd ms", "copies", "faster", "fwd+bwd ms", "copies", "faster", "kept for the\nbackward"):
+        table.add_column(name, justify="right")
+    for one in outcomes:
+        first = [one.dtype, one.memory_format]
+        for way in WAYS:
+            cells = []
+            for index, summary in enumerate(one.passes[way]):
+                cells += [
+                    f"{milliseconds(summary.median * 1e3)} ± {milliseconds(summary.iqr * 1e3)}",
+                    f"{one.copies(way, index):.2f}",
+                ]
+                cells.append(f"{one.speedup(index):.1f}x" if way == WAYS[0] else "")
+            table.add_row(*first, way, *cells, f"{one.saved_bytes[way] / 2**20:.1f} MiB")
+            first = ["", ""]
+        table.add_section()
+    return table
