@@ -7,7 +7,7 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test report gpu-check microbench speed speed-baselines fuzz sanitize gate lint docs build-matrix wheel \
+.PHONY: bench test report gpu-check speed speed-baselines fuzz sanitize gate lint docs build-matrix wheel \
 	wheel-check clean
 
 bench: $(VENV)/installed
@@ -29,12 +29,8 @@ report: $(VENV)/installed
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m benchmarks gpu-check $(GPU_CHECK_ARGS)
 
-# The hot paths one by one, saved in .benchmarks and compared with the last time: make microbench MICROBENCH_ARGS="-k host"
-microbench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks/micro/bench_paths.py --benchmark-autosave --benchmark-compare \
-		--benchmark-columns=min,median,iqr,rounds $(MICROBENCH_ARGS)
-
-# Fails where a hot path is slower than its baseline; and makes what is measured now the baseline of machines like this one.
+# Fails where a hot path takes more instructions than its baseline; and makes those of now the baseline of machines like
+# this one. What a shared machine's time tells: python -m benchmarks compare A.json B.json
 speed: $(VENV)/installed
 	$(BIN)/python -m benchmarks.micro
 
@@ -90,4 +86,4 @@ wheel-check: wheel
 	cd tests && ../$(VENV)-$(TORCH)/bin/python -I smoke.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info tsbn_kernels/_native.so tsbn_kernels/_cuda.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks results
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info tsbn_kernels/_native.so tsbn_kernels/_cuda.so .pytest_cache .mypy_cache .ruff_cache .hypothesis results

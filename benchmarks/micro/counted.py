@@ -6,11 +6,11 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.micro.paths import CHECKED, HotPath, Step, one_thread
+from benchmarks.micro.paths import PATHS, HotPath
 from tsbn_kernels.backends import cpu
 
 WARM_UP = 20  # Python's instructions adapt to what they see
@@ -18,16 +18,16 @@ CALLS = 5
 NOTHING = "nothing"
 
 
-def _call(step: Step, times: int) -> None:
+def _call(step: Callable[[], object], times: int) -> None:
     for _ in range(times):
         step()
 
 
-def main(library: str, paths: Sequence[HotPath] = CHECKED) -> None:
+def main(library: str, paths: Sequence[HotPath] = PATHS) -> None:
     """``library`` is count.c, compiled."""
     marks = ctypes.PyDLL(library)
 
-    def count(name: str, step: Step) -> None:
+    def count(name: str, step: Callable[[], object]) -> None:
         _call(step, 2)
         marks.start()
         _call(step, CALLS)
@@ -35,14 +35,14 @@ def main(library: str, paths: Sequence[HotPath] = CHECKED) -> None:
 
     gc.disable()
     torch.manual_seed(0)
-    with one_thread():
-        for path in paths:  # until the first mark the program is not slowed down by counting
-            with path.ready() as pair:
-                _call(pair.fused, WARM_UP)
-        count(NOTHING, lambda: None)
-        for path in paths:
-            with path.ready() as pair:
-                count(path.name, pair.fused)
+    torch.set_num_threads(1)
+    for path in paths:  # until the first mark the program is not slowed down by counting
+        with path.within():
+            _call(path.make(), WARM_UP)
+    count(NOTHING, lambda: None)
+    for path in paths:
+        with path.within():
+            count(path.name, path.make())
     print(cpu.instruction_set(), flush=True)
     os._exit(0)  # an interpreter under valgrind takes seconds to clear up
 

@@ -39,12 +39,8 @@ def count() -> tuple[str, dict[str, float]]:
         library = f"{folder}/count.so"
         source = Path(__file__).with_name("count.c")
         _run(["cc", "-shared", "-fPIC", "-O1", f"-I{HEADERS}", str(source), "-o", library])
-        instruction_set = _run(
-            [
-                "valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/counts",
-                sys.executable, "-m", "benchmarks.micro.counted", library,
-            ]
-        )  # fmt: skip
+        valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/counts"]
+        instruction_set = _run([*valgrind, sys.executable, "-m", "benchmarks.micro.counted", library])
         files = sorted(Path(folder).glob("counts.*"), key=lambda file: int(file.suffix[1:]))
         counts = dict(map(read, files))
     nothing = counts.pop(NOTHING)
