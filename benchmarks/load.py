@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,62 +18,37 @@ class RecordsError(ValueError):
     """A file does not hold what it should; the message says which file, what came and how to mend it."""
 
 
-Check = tuple[Callable[[object], bool], str]  # whether a value will do, and what was expected
+def _is_count(value: Any, least: int = 1) -> bool:
+    return type(value) is int and value >= least
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check[0](value), f"{check[1]}, or null"
+def _all(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(check, value))
 
 
-def _texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(of, (str, int)) for of in value.values())
+def _are_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(version, (str, int)) for version in value.values())
 
 
-_TEXT: Check = lambda value: isinstance(value, str) and bool(value), "a text"
-_COUNT: Check = (
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
-    "a count of 1 or more",
+_EXPECTED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("workload layer dtype memory_format impl device", "a text", lambda value: isinstance(value, str) and bool(value)),
+    ("pass", " or ".join((*PASSES, TRAINING_STEP)), lambda value: value in (*PASSES, TRAINING_STEP)),
+    ("median_ms copy_ms fraction_of_copy_bandwidth speedup_over_loop", "a finite number above 0", _is_time),
+    ("iqr_ms", "a finite number, 0 or more", lambda value: value == 0 or _is_time(value)),
+    ("useful_bytes rounds tasks", "a count of 1 or more", _is_count),
+    ("outliers", "a count of 0 or more", lambda value: _is_count(value, 0)),
+    ("shape", "a list of sizes", lambda value: _all(value, _is_count)),
+    ("visits_ms", "a list of finite numbers above 0", lambda value: _all(value, _is_time)),
+    ("versions", "texts and numbers by name", _are_versions),
+    ("verified", "true: what was not verified is not reported", lambda value: value is True),
 )
-_NUMBER_OF: Check = (
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-    "a count of 0 or more",
-)
-_POSITIVE: Check = lambda value: _number(value) and value > 0, "a finite number above 0"  # type: ignore[operator]
-_TIMES: Check = (
-    lambda value: isinstance(value, list) and bool(value) and all(map(_POSITIVE[0], value)),
-    "a list of finite numbers above 0",
-)
-_SPREAD: Check = lambda value: _number(value) and value >= 0, "a finite number, 0 or more"  # type: ignore[operator]
-_SHAPE: Check = lambda value: isinstance(value, list) and bool(value) and all(map(_COUNT[0], value)), "a list of sizes"
-_PASS: Check = lambda value: value in (*PASSES, TRAINING_STEP), " or ".join((*PASSES, TRAINING_STEP))
-CHECKS: dict[str, Check] = {
-    "workload": _TEXT,
-    "layer": _TEXT,
-    "shape": _SHAPE,
-    "dtype": _TEXT,
-    "memory_format": _TEXT,
-    "pass": _PASS,
-    "impl": _TEXT,
-    "median_ms": _POSITIVE,
-    "iqr_ms": _SPREAD,
-    "copy_ms": _or_none(_POSITIVE),
-    "useful_bytes": _or_none(_COUNT),
-    "fraction_of_copy_bandwidth": _or_none(_POSITIVE),
-    "speedup_over_loop": _or_none(_POSITIVE),
-    "verified": (lambda value: value is True, "true: what was not verified is not reported"),
-    "device": _TEXT,
-    "versions": (_texts, "texts and numbers by name"),
-    "rounds": _or_none(_COUNT),
-    "tasks": _or_none(_COUNT),
-    "outliers": _or_none(_NUMBER_OF),
-    "visits_ms": _or_none(_TIMES),
-}
-_REQUIRED = [field.name.rstrip("_") for field in fields(Record) if field.default is MISSING]
-_OF_A_LAYER = ("copy_ms", "useful_bytes", "fraction_of_copy_bandwidth")
+CHECKS = {name: (check, expected) for names, expected, check in _EXPECTED for name in names.split()}
+_FIELDS = {field.name.rstrip("_"): field for field in fields(Record)}
+_OF_A_LAYER = ("copy_ms", "useful_bytes", "fraction_of_copy_bandwidth")  # null in records of the network's step alone
 
 
 def read_records(path: Path) -> list[Record]:
@@ -84,34 +59,42 @@ def read_records(path: Path) -> list[Record]:
     """
     rows = _json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        hint = f"; give the records that lie beside it, {path.name.replace('.network', '')}" * _is_beside(path)
+        beside = path.name.endswith(".network.json")
+        hint = f"; give the records that lie beside it, {path.name.replace('.network', '')}" * beside
         raise RecordsError(f"{path} holds no list of records, which `--json FILE` of a measuring command writes{hint}")
     if not rows:
         raise RecordsError(f"{path} holds no record: the list is empty; measure again")
     for index, row in enumerate(rows):
-        where = f"{path}, record {index}"
-        if missing := [name for name in _REQUIRED if name not in row]:
+        if problem := _problem(row):
+            raise RecordsError(f"{path}, record {index} {problem}")
+        if odd := row.keys() ^ rows[0].keys():
             raise RecordsError(
-                f"{where} has no {', '.join(missing)}: not what `--json FILE` of a measuring command writes"
+                f"{path} mixes records of two versions: only some have {', '.join(sorted(odd))}; give two files"
             )
-        if unknown := [name for name in row if name not in CHECKS]:
-            raise RecordsError(
-                f"{where} has {', '.join(unknown)}, unknown to these benchmarks: use the version that wrote it"
-            )
-        if row.keys() != rows[0].keys():
-            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-            raise RecordsError(f"{path} mixes records of two versions: only some have {odd}; give two files")
-        needed = _OF_A_LAYER if row["pass"] in PASSES else ()
-        for name, value in row.items():
-            fits, expected = CHECKS[name]
-            if not fits(value) or (value is None and name in needed):
-                raise RecordsError(f"{where}: {name} is {json.dumps(value)}, expected {expected}")
-    records = [_record(row) for row in rows]
+    records = [Record(**{_FIELDS[name].name: _frozen(value) for name, value in row.items()}) for row in rows]
     check_distinct(records, str(path))
     return records
 
 
-def check_distinct(records: list[Record], source: str) -> None:
+def _problem(row: dict[str, Any]) -> str | None:
+    missing = [name for name, field in _FIELDS.items() if field.default is MISSING and name not in row]
+    if missing:
+        return f"has no {', '.join(missing)}: not what `--json FILE` of a measuring command writes"
+    if unknown := row.keys() - _FIELDS.keys():
+        return f"has {', '.join(sorted(unknown))}, unknown to these benchmarks: use the version that wrote it"
+    for name, value in row.items():
+        check, expected = CHECKS[name]
+        absent = value is None and "None" in str(_FIELDS[name].type)
+        if not (absent or check(value)) or (absent and name in _OF_A_LAYER and row["pass"] in PASSES):
+            return f"has {json.dumps(value)} for {name}, expected {expected}"
+    return None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_distinct(records: Sequence[Record], source: str) -> None:
     """Every measurement must be there once for each machine and its versions.
 
     Raises:
@@ -147,32 +130,20 @@ def read_network(path: Path) -> NetworkRun | None:
     beside = network_file(path)
     if not beside.exists():
         return None
+    run = _json(beside)
     try:
-        run = _json(beside)
-        parts = run["comparison"]
-        found = NetworkRun(
-            NetworkSteps(
-                {name: _summary(of) for name, of in parts["times"].items()},
-                parts["peak_bytes"],
-                parts["losses"],
-                {name: Differences(**difference) for name, difference in parts["differences"].items()},
-            ),
-            run["tasks"],
-            run["batch"],
-            run["source"],
-        )
-        result = found.comparison
-        names = set(result.times)
-        if any(set(part) != names for part in (result.peak_bytes, result.losses, result.differences)):
+        steps = NetworkSteps(**run.pop("comparison"))
+        times = {name: Summary(**(row | {"visits": tuple(row["visits"])})) for name, row in steps.times.items()}
+        differences = {name: Differences(**row) for name, row in steps.differences.items()}
+        found = NetworkRun(NetworkSteps(times, steps.peak_bytes, steps.losses, differences), **run)
+        if any(part.keys() != times.keys() for part in (steps.peak_bytes, steps.losses, differences)):
             raise ValueError("times, peaks, losses and differences are of different variants")
         references = {variant.reference for variant in VARIANTS.values()}
-        if unknown := (names - set(VARIANTS)) | (references - names):
+        if unknown := (times.keys() - VARIANTS.keys()) | (references - times.keys()):
             raise ValueError(f"variants {', '.join(sorted(unknown))}: unknown, or missing")
-        for name, summary in result.times.items():
-            if not all(map(_POSITIVE[0], (summary.median, result.peak_bytes[name]))) or not _SPREAD[0](summary.iqr):
+        for name, time in times.items():
+            if not (_is_time(time.median) and _is_time(steps.peak_bytes[name]) and time.iqr >= 0):
                 raise ValueError(f"time and peak of {name!r} must be finite, and above 0")
-    except RecordsError:
-        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordsError(
             f"{beside} is not what `celeba40 --json` writes: {error}; remove it, or measure again"
@@ -180,29 +151,11 @@ def read_network(path: Path) -> NetworkRun | None:
     return found
 
 
-def _summary(values: dict[str, Any]) -> Summary:
-    return Summary(**(values | {"visits": tuple(values["visits"])}))
-
-
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise RecordsError(f"{path} cannot be read: {reason}") from None
     except json.JSONDecodeError as error:
-        raise RecordsError(
-            f"{path} is no JSON ({error}); give what `--json FILE` of a measuring command wrote"
-        ) from None
-
-
-def _is_beside(path: Path) -> bool:
-    return path.name.endswith(".network.json")
-
-
-def _record(row: dict[str, Any]) -> Record:
-    values: dict[str, Any] = {
-        "pass_" if name == "pass" else name: tuple(value) if isinstance(value, list) else value
-        for name, value in row.items()
-    }
-    return Record(**values)
+        written = "give what `--json FILE` of a measuring command wrote"
+        raise RecordsError(f"{path} is no JSON ({error}); {written}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None

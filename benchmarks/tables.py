@@ -1,8 +1,7 @@
-"""The terminal's tables as HTML and as Markdown."""
+"""The terminal's tables as HTML and as Markdown, without the columns that say nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 
 from rich.table import Column, Table
@@ -10,47 +9,39 @@ from rich.text import Text
 
 
 def _line(text: object) -> str:
-    """Without line breaks and marks of style."""
+    """A cell's text on one line, without marks of style."""
     return " ".join((text.plain if isinstance(text, Text) else str(text)).split())
 
 
-def _columns(table: Table) -> list[Column]:
-    """Without those that say nothing."""
-    return [column for column in table.columns if any(cell != "-" for cell in column.cells)]
-
-
-def _rows(table: Table) -> Iterator[list[str]]:
-    cells = zip(*(column.cells for column in _columns(table)), strict=True)
-    yield from ([_line(cell) for cell in row] for row in cells)
+def _parts(table: Table) -> tuple[list[Column], list[list[str]]]:
+    """The columns with a cell that says something, and the rows of their cells."""
+    columns = [column for column in table.columns if any(cell != "-" for cell in column.cells)]
+    rows = zip(*(column.cells for column in columns), strict=True)
+    return columns, [[_line(cell) for cell in row] for row in rows]
 
 
 def as_html(table: Table) -> str:
     """A ``<table>`` in a box that scrolls; rows with a style are of class ``marked``."""
-    columns = _columns(table)
-    numeric = [' class="num"' if column.justify == "right" else "" for column in columns]
-    parts = [f'<div class="scroll"><table>\n<caption>{escape(_line(table.title or ""))}</caption>\n<thead><tr>']
-    parts += [
-        f'<th scope="col"{kind}>{escape(_line(column.header))}</th>'
-        for column, kind in zip(columns, numeric, strict=True)
-    ]
-    parts.append("</tr></thead>\n<tbody>\n")
-    section = True
-    for row, cells in zip(table.rows, _rows(table), strict=True):
-        kinds = " ".join(["first"] * section + ["marked"] * bool(row.style))
-        parts.append(f'<tr class="{kinds}">' if kinds else "<tr>")
-        parts += [f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(cells, numeric, strict=True)]
-        parts.append("</tr>\n")
-        section = row.end_section
-    parts.append("</tbody>\n</table></div>\n")
-    if table.caption:
-        parts.append(f'<p class="note">{escape(_line(table.caption))}</p>\n')
-    return "".join(parts)
+    columns, rows = _parts(table)
+    kinds = [' class="num"' if column.justify == "right" else "" for column in columns]
+
+    def cells(tag: str, texts: list[str]) -> str:
+        return "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in zip(texts, kinds, strict=True))
+
+    marks = [' class="marked"' if row.style else "" for row in table.rows]
+    body = "".join(f"<tr{mark}>{cells('td', row)}</tr>\n" for mark, row in zip(marks, rows, strict=True))
+    head = cells("th", [_line(column.header) for column in columns])
+    note = f'<p class="note">{escape(_line(table.caption))}</p>\n' if table.caption else ""
+    return (
+        f'<div class="scroll"><table>\n<caption>{escape(_line(table.title or ""))}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n{note}"
+    )
 
 
 def as_markdown(table: Table) -> str:
     """A table for a README, with its title above."""
-    lines = [[_line(column.header) for column in _columns(table)]]
-    lines.append(["---:" if column.justify == "right" else "---" for column in _columns(table)])
-    lines += _rows(table)
+    columns, rows = _parts(table)
+    rules = ["---:" if column.justify == "right" else "---" for column in columns]
+    lines = [[_line(column.header) for column in columns], rules, *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{_line(table.title or '')}:\n\n{body}\n"

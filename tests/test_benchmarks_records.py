@@ -150,7 +150,6 @@ SHOWN = {
     "benchmarks.plot_report",
     "benchmarks.report",
     "benchmarks.report_compare",
-    "benchmarks.svg",
     "benchmarks.tables",
     "benchmarks.terminal",
 }
