@@ -30,7 +30,7 @@ class Agreement:
 
 
 def agreements(first: Sequence[Record], second: Sequence[Record]) -> list[Agreement]:
-    """Of all means that both runs have of the same layers, with intervals."""
+    """Finds all means that both runs have of the same layers, with intervals."""
     before, after = _by_key(first), _by_key(second)
     return [Agreement(*key.named, (before[key], after[key])) for key in before if key in after]
 

@@ -71,7 +71,7 @@ class Inputs:
 
     @cached_property
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Of x and dy one copy as ``[N, T*C, *]`` in their memory format, for all who want it."""
+        """One copy of x and dy as ``[N, T*C, *]`` in their memory format, for all who want it."""
         return self._fold(self.x), self._fold(self.dy)
 
     def _fold(self, tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
 
 
 def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Those of an option that may be repeated or have commas, or all; ends the command where one is unknown."""
+    """Reads an option that may be repeated or have commas; none means all. Ends the command where a name is unknown."""
     try:
         return select_layers([name for part in names or () for name in part.split(",")], layers)
     except ValueError as error:
@@ -74,5 +74,5 @@ def announce(console: Console, impls: Sequence[str], todo: Sequence[Case], fresh
 
 
 def tell(console: Console, text: str) -> None:
-    """What is left out."""
+    """Says what is left out."""
     console.print(text, style="yellow", markup=False, highlight=False)

@@ -35,7 +35,7 @@ class Cost:
 def costs(
     methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, plan: Plan
 ) -> dict[str, Cost]:
-    """Of these methods, and of :data:`LOOP`, on the first ``batch`` training images."""
+    """Measures these methods, and :data:`LOOP`, on the first ``batch`` training images."""
     images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
     names = [*methods, LOOP]
     context = multiprocessing.get_context("spawn")
@@ -53,7 +53,10 @@ def costs(
 def peak_bytes(
     name: str, layout: Layout, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int
 ) -> int:
-    """Of the first two steps: Adam has its buffers then. Run it in a fresh process: the peak is that of its life."""
+    """The most bytes of the first two steps, after which Adam has its buffers.
+
+    It must run in a fresh process: the peak is that of the process's life.
+    """
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     step, _ = _step(name, layout, torch.from_numpy(images), torch.from_numpy(labels), device)

@@ -32,7 +32,7 @@ class Outcome:
     stream_bytes: int  # of all tasks' outputs
 
     def speedup(self, pass_: int) -> float:
-        """Of fanning out over expanding."""
+        """How many times as fast fanning out is as expanding."""
         return self.passes["expand"][pass_].median / self.passes["fan-out"][pass_].median
 
     def copies(self, way: str, pass_: int) -> float:

@@ -78,7 +78,7 @@ class Fit:
 
     @property
     def mean_f1(self) -> float:
-        """On the test images."""
+        """Mean F1 over the tasks, on the test images."""
         return sum(self.test_f1) / len(self.test_f1)
 
 

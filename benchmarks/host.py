@@ -38,7 +38,7 @@ def stubbed_launches() -> Iterator[None]:
 
 
 def _triton(device_type: str) -> str:
-    """In the place of :func:`tsbn_kernels.backends.override`; a mock would cost as much as a launch."""
+    """Stands in for :func:`tsbn_kernels.backends.override`; a mock would cost as much as a launch."""
     return "triton"
 
 

@@ -78,7 +78,7 @@ def work(cases: Sequence[Case]) -> float:
 
 
 def part_of(notify: Notify, start: float, end: float) -> Notify:
-    """For a part of the whole, from one share of it to another."""
+    """Tells of a part of the whole, from one share of it to another."""
     return lambda text, share: notify(text, start + share * (end - start))
 
 

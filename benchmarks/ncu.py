@@ -40,7 +40,7 @@ class Launch:
 
     @property
     def bytes_per_second(self) -> float:
-        """From and to memory."""
+        """Bytes a second from and to memory."""
         return (self.values[READ] + self.values[WRITTEN]) / self.values[SECONDS]
 
 

@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def features(self) -> int:
-        """Of the two linear layers and of the heads: channels of the last convolution, averaged over its positions."""
+        """Width of the linear layers and the heads: channels of the last convolution, averaged over its positions."""
         return self.channels[-1]
 
 

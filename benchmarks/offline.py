@@ -112,7 +112,7 @@ def _flat(values: Iterable[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a compiled kernel.
+    """What a compiled kernel takes.
 
     Attributes:
         registers: of a thread; on AMD the vector registers.

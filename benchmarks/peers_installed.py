@@ -92,7 +92,7 @@ class ApexSyncBN(_Apex):
 
 
 class _Overwritable(torch.autograd.Function):
-    """The same memory, but no leaf: as the output of a convolution it may be overwritten."""
+    """Gives a leaf's memory as no leaf: like the output of a convolution it may be overwritten."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -51,11 +51,11 @@ class Profile:
         return sum(operator.seconds for operator in self.operators) / self.seconds
 
     def seconds_of(self, kind: str) -> float:
-        """In all operators of a kind."""
+        """Seconds in all operators of a kind."""
         return sum(operator.seconds for operator in self.operators if operator.kind == kind)
 
     def share_of(self, kind: str) -> float:
-        """Of the step."""
+        """Share of the step that a kind takes."""
         return self.seconds_of(kind) / self.seconds
 
 

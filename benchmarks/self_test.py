@@ -36,7 +36,7 @@ class SelfTest:
 
 
 def judge(candidates: dict[str, Candidate], timer: Timer, plan: Plan = PLAN) -> SelfTest:
-    """Of the candidates ``one``, ``equal`` and ``slower``."""
+    """Judges the candidates ``one``, ``equal`` and ``slower``."""
     times = summarize(*(measure(candidates, plan, timer) for _ in range(plan.visits)))
     equal, slower = (times[name][-1].ratio(times["one"][-1]) for name in ("equal", "slower"))
     assert equal is not None
@@ -45,7 +45,7 @@ def judge(candidates: dict[str, Candidate], timer: Timer, plan: Plan = PLAN) -> 
 
 
 def self_test(device: torch.device) -> SelfTest:
-    """Takes a second."""
+    """Runs the self-test, which takes a second."""
     values = torch.rand(SIZE, device=device)
     result = torch.empty_like(values)
 

@@ -24,7 +24,7 @@ class Setting:
 
     @property
     def means(self) -> list[Means]:
-        """Of the fused layer; none of a sweep."""
+        """Means of the fused layer; none of a sweep."""
         return [] if self.sweep else means(self.records)
 
 
@@ -63,7 +63,7 @@ def _count(tasks: int | None) -> str:
 
 
 def kind_name(dtype: str, memory_format: str) -> str:
-    """Of a dtype and a memory format, if there is one."""
+    """Names a dtype and a memory format, if there is one."""
     return dtype if memory_format == NO_FORMAT else f"{dtype}, {memory_format}"
 
 
@@ -91,7 +91,7 @@ def _name(record: Record) -> str:
 
 
 def positions(record: Record) -> int:
-    """Of the slab of one task and channel; the record must name its tasks."""
+    """Positions of the slab of one task and channel; the record must name its tasks."""
     assert record.tasks is not None
     samples, _, *size = record.shape
     return samples // record.tasks * math.prod(size)

@@ -94,7 +94,7 @@ def train_all(
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Of the gates of all tasks, layers and seeds."""
+    """Where the gates of all tasks, layers and seeds are."""
 
     mean: float
     std: float
@@ -119,7 +119,7 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """From the worst seed to the best."""
+        """How far the best seed is from the worst."""
         return max(self.f1) - min(self.f1)
 
 

@@ -18,7 +18,7 @@ def console() -> Console:
 
 
 def columns() -> tuple[ProgressColumn, ...]:
-    """Of a progress bar."""
+    """The columns of a progress bar."""
     return TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
 
 

@@ -129,8 +129,10 @@ def largest_error(result: Tensor, expected: Tensor, scale: float, tasks: int) ->
 
 
 def outcome_of(peer: Peer) -> Outcome:
-    """Of a second step. Before it y and dx of the first are filled with NaN, for allocators that hand blocks out again:
-    a value that is not written is seen.
+    """The outcome of a second step.
+
+    Before it y and dx of the first are filled with NaN, for allocators that hand blocks out again: a value that is not
+    written is seen.
     """
     first = peer.step()
     with torch.no_grad():

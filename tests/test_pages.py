@@ -144,7 +144,10 @@ def test_every_page_with_blocks_is_run() -> None:
 
 def docstrings() -> list[tuple[str, str]]:
     found = []
-    for path in sorted((ROOT / "tsbn_kernels").rglob("*.py")):
+    folders = ("tsbn_kernels", "benchmarks", "experiments", "tools")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if path.parent.name == "gpu_check":  # it is about to be replaced
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 continue
@@ -157,7 +160,7 @@ def docstrings() -> list[tuple[str, str]]:
 def test_docstrings_make_sense_on_their_own() -> None:
     """An editor shows them alone, where "Of x" and "The same in float64" mean nothing."""
     found = docstrings()
-    assert len(found) > 300
+    assert len(found) > 700
     assert not [(name, text[:40]) for name, text in found if re.match(r"(As|Of|The same|Those)\b", text)]
 
 

@@ -34,7 +34,7 @@ def cases(setting: Setting) -> Cases:
 
 
 def guarded(case: Case, setting: Setting, label: str = "") -> Case:
-    """The same case of a backend, which is left alone after it has ended two processes."""
+    """Makes a case of a backend that leaves it alone after it has ended two processes."""
 
     def run() -> dict[str, Any] | None:
         with risky(setting.backend, setting.folder, torch.device(setting.device)):

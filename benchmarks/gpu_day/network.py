@@ -137,7 +137,7 @@ def _prepared(variant: str, memory_format: str, batch: int, setting: Setting) ->
 
 @contextmanager
 def _by(backend: str, setting: Setting) -> Iterator[None]:
-    """With a backend of ours, or with none."""
+    """Makes one of our backends run, or none."""
     chosen = use_backend(backend) if backend else nullcontext()
     with chosen, risky(backend or LOOP, setting.folder, torch.device(setting.device)):
         yield

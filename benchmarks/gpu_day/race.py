@@ -61,7 +61,7 @@ def ours(device: torch.device) -> list[Entrant]:
 
 
 def peers(device: torch.device, names: Sequence[str] = ("loop", "cudnn", "folded")) -> list[Entrant]:
-    """Those of the peers that run on the device; the folded ones last, for they copy the input."""
+    """The peers that run on the device; the folded ones last, for they copy the input."""
     return [Entrant(name) for name in names if PEERS[name].unavailable(device) is None]
 
 
@@ -160,7 +160,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 def replayed(step: Callable[[], None], plan: Plan, buffers: int, seconds: float, device: torch.device) -> Summary:
-    """Of one step in a graph of many, as many as fill the time. ``seconds``: the least that a step may take."""
+    """Times one step in a graph of many, as many as fill the time. ``seconds``: the least that a step may take."""
     times = buffers * math.ceil(REPLAY_SECONDS / (buffers * seconds))
 
     def steps() -> None:

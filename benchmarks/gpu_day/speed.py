@@ -70,7 +70,7 @@ def _others(setting: Setting) -> list[LayerCase]:
 def _cases(
     workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting
 ) -> list[LayerCase]:
-    """At full size; or with ``quick`` the same layers, small."""
+    """The layers at full size, or with ``quick`` small."""
     tasks, batch = workload.tasks, workload.batch
     if setting.quick:
         tasks, batch = 3, 8

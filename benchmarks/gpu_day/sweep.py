@@ -205,7 +205,7 @@ def _with_registers(plan: Plan) -> Iterator[Plan]:
 
 
 def cuda_plans(work: Work, device: Device) -> Plans:
-    """Those that the rules compare and the same with other numbers of threads, by their predicted time."""
+    """The plans that the rules compare, with other numbers of threads too, by their predicted time."""
     problem = cuda_rules.dense(work)
     rule = cuda_rules.choose(problem, device)
     found = dict.fromkeys([rule, *cuda_rules.candidates(problem, device)])

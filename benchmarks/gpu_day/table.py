@@ -48,7 +48,7 @@ def _ceilings(folder: Path) -> Iterator[str]:
 
 
 def _layers(folder: Path) -> Iterator[str]:
-    """Of each layer: the copy's ms; each entrant's share of its rate forward and backward, and ms of both."""
+    """A line for each layer: the copy's ms; each entrant's share of its rate forward and backward, and ms of both."""
     cases: dict[tuple[str, ...], dict[str, dict[str, Line]]] = {}
     for line in journal.read(folder, "speed", "layers"):
         entrants = cases.setdefault(tuple(line[key] for key in ("workload", "layer", "dtype", "memory_format")), {})
