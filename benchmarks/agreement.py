@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.intervals import Interval
 from benchmarks.records import Record
-from benchmarks.settings import settings
+from benchmarks.settings import groups
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Key(NamedTuple):
 
 def _by_key(records: Sequence[Record]) -> dict[_Key, Interval]:
     found = {}
-    for setting in settings(records):
+    for setting in groups(records):
         layers = frozenset(record.layer for record in setting.records)
         for row in setting.means:
             for name, interval in row.intervals.items():

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import environment
 from benchmarks.data import Faces, celeba_faces, lfw_faces
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.network_run import VARIANTS, NetworkRun
 from benchmarks.peers_compiled import warm_up
 from benchmarks.records import TRAINING_STEP, Record
-from benchmarks.training import Step, compare, first_steps
+from benchmarks.training import FirstStep, compare, first_steps
 from benchmarks.training import check as check_network
 from benchmarks.workloads import CELEBA
 
@@ -28,7 +28,7 @@ def load_faces(folder: Path | None, count: int, tasks: int) -> Faces:
     return lfw_faces(count, tasks) if folder is None else celeba_faces(folder, count, tasks)
 
 
-def verify_network(faces: Faces, device: torch.device, impls: Sequence[str]) -> dict[str, Step]:
+def verify_network(faces: Faces, device: torch.device, impls: Sequence[str]) -> dict[str, FirstStep]:
     """First steps of the network, in processes of their own, compared; the compiler is warmed up beside them.
 
     Raises:
@@ -40,10 +40,10 @@ def verify_network(faces: Faces, device: torch.device, impls: Sequence[str]) -> 
 
 
 def run_network(
-    faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]
+    faces: Faces, device: torch.device, effort: Effort, steps: Mapping[str, FirstStep]
 ) -> tuple[NetworkRun, list[Record]]:
     """Times the training step; a record for each variant."""
-    comparison = compare(faces, device, plan, steps)
+    comparison = compare(faces, device, effort, steps)
     batch, tasks = faces.labels.shape
     records = [
         Record(

@@ -14,12 +14,12 @@ from benchmarks import celeba40 as runs
 from benchmarks import environment, host_memory, report, terminal
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, cases, choose_batch
 from benchmarks.cli_options import (
-    Device,
     Dtypes,
     Formats,
     FreshMemory,
     Impls,
     Json,
+    OnDevice,
     announce,
     parse_device,
     parse_impls,
@@ -27,9 +27,9 @@ from benchmarks.cli_options import (
     tell,
 )
 from benchmarks.data import DataError
-from benchmarks.layers import FULL_PLAN, QUICK_PLAN, part_of, run_cases, work
+from benchmarks.layers import FULL_EFFORT, QUICK_EFFORT, part_of, run_cases, work
 from benchmarks.load import network_file
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
 from benchmarks.records import write_json
@@ -38,7 +38,7 @@ from benchmarks.verify import MismatchError
 from benchmarks.workloads import CELEBA, NO_ACTIVATION
 from tsbn_kernels.plan import DEVICES, devices
 
-NETWORK_PLAN, QUICK_NETWORK_PLAN = Plan(3, 5, 20.0), Plan(3, 3)
+NETWORK_EFFORT, QUICK_NETWORK_EFFORT = Effort(3, 5, 20.0), Effort(3, 3)
 QUICK_LAYERS, QUICK_BATCH = ("bn6", "bn8"), 16
 NETWORK_BATCH = 8
 QUICK_NETWORK_TASKS, QUICK_NETWORK_BATCH = 4, 4
@@ -56,7 +56,7 @@ def celeba40(
     relu: Annotated[
         bool, typer.Option("--relu", help="With a ReLU: inside the fused layer, behind the others.")
     ] = False,
-    device: Device = None,
+    device: OnDevice = None,
     network: Annotated[bool, typer.Option(help="Also a training step of the whole network.")] = True,
     network_batch: Annotated[int | None, typer.Option(min=4, help="Images of the training step.")] = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
@@ -127,14 +127,14 @@ def celeba40(
             if faces is not None:
                 notify("network: loss, gradients and memory of a step", 0.0)
                 steps = runs.verify_network(faces, where, impls)
-            plan = QUICK_PLAN if quick else FULL_PLAN
-            records = run_cases(todo, impls, plan, part_of(notify, begin, end), partial(tell, console))
+            effort = QUICK_EFFORT if quick else FULL_EFFORT
+            records = run_cases(todo, impls, effort, part_of(notify, begin, end), partial(tell, console))
             if json_path is not None:
                 write_json(json_path, records)  # what there is: the network's steps take long, and may be interrupted
             if faces is not None:
                 notify("network: time of a training step", end)
-                network_plan = QUICK_NETWORK_PLAN if quick else NETWORK_PLAN
-                network_run, more = runs.run_network(faces, where, network_plan, steps)
+                network_effort = QUICK_NETWORK_EFFORT if quick else NETWORK_EFFORT
+                network_run, more = runs.run_network(faces, where, network_effort, steps)
                 records += more
     except MismatchError as error:
         terminal.fail(str(error))

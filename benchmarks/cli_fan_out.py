@@ -10,9 +10,9 @@ from rich.table import Table
 
 from benchmarks import host_memory, terminal
 from benchmarks.cases import MEMORY_FORMATS
-from benchmarks.cli_options import Device, FreshMemory, parse_device
-from benchmarks.fan_out import TOLERANCE, WAYS, Outcome, outcome
-from benchmarks.layers import FULL_PLAN, QUICK_PLAN
+from benchmarks.cli_options import FreshMemory, OnDevice, parse_device
+from benchmarks.fan_out import TOLERANCE, WAYS, FanOutTimes, fan_out_times
+from benchmarks.layers import FULL_EFFORT, QUICK_EFFORT
 from benchmarks.report import milliseconds
 from benchmarks.verify import MismatchError
 
@@ -20,33 +20,33 @@ from benchmarks.verify import MismatchError
 def fan_out(
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
     batch: Annotated[int, typer.Option(min=2, help="Samples.")] = 8,
-    device: Device = None,
+    device: OnDevice = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
     fresh_memory: FreshMemory = False,
 ) -> None:
     """The first layer of the CelebA network and its ReLU: one input fanned out, against expanding it first."""
     where = parse_device(device)
-    plan = QUICK_PLAN if quick else FULL_PLAN
-    outcomes = []
+    effort = QUICK_EFFORT if quick else FULL_EFFORT
+    found = []
     console = terminal.console()
     try:
         for dtype in TOLERANCE:
             for memory_format in MEMORY_FORMATS:
                 with host_memory.keep_freed(not fresh_memory), console.status(f"{dtype} {memory_format}"):
-                    outcomes.append(outcome(tasks, batch, dtype, memory_format, where, plan))
+                    found.append(fan_out_times(tasks, batch, dtype, memory_format, where, effort))
     except MismatchError as error:
         terminal.fail(str(error))
-    console.print(fan_out_table(outcomes, tasks, batch))
+    console.print(fan_out_table(found, tasks, batch))
 
 
-def fan_out_table(outcomes: Sequence[Outcome], tasks: int, batch: int) -> Table:
+def fan_out_table(found: Sequence[FanOutTimes], tasks: int, batch: int) -> Table:
     """The first layer, fanned out and expanded."""
     table = Table(title=f"First layer and its ReLU, {tasks} tasks, batch {batch}; a copy is one of all tasks' outputs")
     for name in ("dtype", "format", "way"):
         table.add_column(name)
     for name in ("fwd ms", "copies", "faster", "fwd+bwd ms", "copies", "faster", "kept for the\nbackward"):
         table.add_column(name, justify="right")
-    for one in outcomes:
+    for one in found:
         first = [one.dtype, one.memory_format]
         for way in WAYS:
             cells = []

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks import terminal
 from benchmarks.gpu_day import sweep
-from benchmarks.gpu_day.fit import ALLOWED, Choice, Fit, fits
+from benchmarks.gpu_day.fit import ALLOWED, Choice, RulesFit, fits
 
 
 def fit_plans(
@@ -39,7 +39,7 @@ def fit_plans(
         raise typer.Exit(1)
 
 
-def table(of: Fit) -> Table:
+def table(of: RulesFit) -> Table:
     """A line for each pass."""
     result = Table(title=f"{of.backend}: what the rules choose, and the fastest plan of the sweep")
     for name in ("layer, dtype, format, pass", "chosen"):
@@ -58,7 +58,7 @@ def table(of: Fit) -> Table:
     return result
 
 
-def verdict(of: Fit) -> list[str]:
+def verdict(of: RulesFit) -> list[str]:
     """Constants to change, and rules that are wrong; or that neither is."""
     lines = [f"{of.backend}: {constant} {constant.value:g} -> {value:g}" for constant, value in of.values.items()]
     lines += [f"{of.backend}: the rule is wrong for {_against(choice)}" for choice in of.wrong]

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from benchmarks import terminal
-from benchmarks.layers import QUICK_PLAN
+from benchmarks.layers import QUICK_EFFORT
 
 
 def host(
@@ -18,12 +18,12 @@ def host(
     """What a call of the Triton backend costs on the host, by Triton's launcher on a driver that launches nothing."""
     try:
         from benchmarks.fake_driver import COMPILER
-        from benchmarks.host import PLAN, host_times
+        from benchmarks.host import EFFORT, host_times
     except ImportError as error:
         terminal.fail(f"the Triton backend is not installed: {error}")
     if COMPILER is None:
         terminal.fail("Triton's launcher needs a C compiler")
-    times, launches = host_times(tasks, QUICK_PLAN if quick else PLAN)
+    times, launches = host_times(tasks, QUICK_EFFORT if quick else EFFORT)
     title = f"{tasks} tasks, {launches} launches of the fused layer"
     table = Table("host time of one call, us", "forward", "forward + backward", title=title)
     for name, passes in times.items():

@@ -14,19 +14,19 @@ from rich.console import Console
 from benchmarks import environment, host_memory, report, terminal
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, batch_that_fits, cases, choose_batch
 from benchmarks.cli_options import (
-    Device,
     Dtypes,
     Formats,
     FreshMemory,
     Impls,
     Json,
+    OnDevice,
     announce,
     parse_device,
     parse_impls,
     parse_layers,
     tell,
 )
-from benchmarks.layers import FULL_PLAN, QUICK_PLAN, run_cases
+from benchmarks.layers import FULL_EFFORT, QUICK_EFFORT, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
 from benchmarks.verify import MismatchError
@@ -67,7 +67,7 @@ def layers(
     dtype: Dtypes = None,
     memory_format: Formats = None,
     impl: Impls = None,
-    device: Device = None,
+    device: OnDevice = None,
     quick: Annotated[bool, typer.Option("--quick", help="The two smallest layers, few rounds.")] = False,
     fresh_memory: FreshMemory = False,
     json_path: Json = None,
@@ -130,7 +130,7 @@ def sweep(
     dtype: Dtypes = None,
     memory_format: Formats = None,
     impl: Impls = None,
-    device: Device = None,
+    device: OnDevice = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three points, few rounds.")] = False,
     fresh_memory: FreshMemory = False,
     json_path: Json = None,
@@ -219,7 +219,7 @@ def _measure(
     impls = announce(console, impls, todo, fresh_memory)
     try:
         with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
-            return run_cases(todo, impls, QUICK_PLAN if quick else FULL_PLAN, notify, partial(tell, console))
+            return run_cases(todo, impls, QUICK_EFFORT if quick else FULL_EFFORT, notify, partial(tell, console))
     except MismatchError as error:
         terminal.fail(str(error))
 

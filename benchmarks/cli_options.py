@@ -21,7 +21,7 @@ Impls = Annotated[
     list[str] | None,
     typer.Option("--impl", help=f"Repeatable: {', '.join(PEERS)}. Default: all, on a CPU those quickly compiled."),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
+OnDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
 FreshMemory = Annotated[
     bool,
     typer.Option(

@@ -11,12 +11,12 @@ from rich.progress import Progress, TimeRemainingColumn
 from benchmarks import environment, report_training, study, terminal
 from benchmarks.cost import costs
 from benchmarks.data import DataError
-from benchmarks.fit import Notify, ResumeError
-from benchmarks.measure import Plan
+from benchmarks.fit import OnStep, ResumeError
+from benchmarks.measure import Effort
 from benchmarks.methods import METHODS, TS_SIGMA_BN, TSBN
 
 MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
-COST_PLAN, QUICK_COST_PLAN = Plan(5, 15, 15.0), Plan(2, 2, 1.0)
+COST_EFFORT, QUICK_COST_EFFORT = Effort(5, 15, 15.0), Effort(2, 2, 1.0)
 QUICK_EPOCHS = 1
 
 
@@ -96,10 +96,10 @@ def train(
     try:
         with Progress(*terminal.columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
             bar = progress.add_task("what a step costs", total=len(todo))
-            plan = QUICK_COST_PLAN if quick else COST_PLAN
-            measured = costs(methods, splits, kind.layout, batch, where, plan)
+            effort = QUICK_COST_EFFORT if quick else COST_EFFORT
+            measured = costs(methods, splits, kind.layout, batch, where, effort)
 
-            def notify(run: int) -> Notify:
+            def notify(run: int) -> OnStep:
                 settings = todo[run]
 
                 def told(epoch: int, share: float, loss: float, f1: float | None) -> None:

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES
 from benchmarks.offline import COMPILER, Call, Resources, compile_call, fingerprint, recorded, resources, specialize
-from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Workload
-from benchmarks.workloads import Layer as NetworkLayer
+from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
 from tsbn_kernels.plan import DEVICES, Device, Plan
@@ -48,7 +47,7 @@ STACKINGS = {"celeba40": ("task_major", "sample_major"), "segnet": ("task_major"
 Shape = tuple[int, ...]  # of the activation: T, N, C, and height and width if it has them
 
 
-class Fused(NamedTuple):
+class Fusion(NamedTuple):
     """What a layer does besides normalising."""
 
     activation: str = "none"
@@ -60,22 +59,22 @@ class Fused(NamedTuple):
         return "+".join(filter(None, parts)) or "none"
 
 
-PLAIN, RELU = Fused(), Fused("relu")
-BLOCK_END = Fused("relu", residual=True)  # the last layer of a bottleneck
-STEM = Fused("relu", fan_out=True)  # the first layer of a network
+PLAIN, RELU = Fusion(), Fusion("relu")
+BLOCK_END = Fusion("relu", residual=True)  # the last layer of a bottleneck
+STEM = Fusion("relu", fan_out=True)  # the first layer of a network
 # What none of the networks asks for, but any layer may be told to do. A leaky ReLU takes what a ReLU takes, and
 # hardswish takes the most of those without an exponential.
 OTHERS = (
-    Fused("silu"), Fused("gelu"), Fused("gelu", residual=True), Fused("gelu_tanh", residual=True),
-    Fused("hardswish", residual=True),
+    Fusion("silu"), Fusion("gelu"), Fusion("gelu", residual=True), Fusion("gelu_tanh", residual=True),
+    Fusion("hardswish", residual=True),
 )  # fmt: skip
-OTHER_STEM = Fused("gelu", residual=True, fan_out=True)
+OTHER_STEM = Fusion("gelu", residual=True, fan_out=True)
 
 # Of ResNet-50: channels, by how much smaller than the first layer's their activations are.
 _BLOCK_ENDS = {(2, 256), (4, 512), (4, 1024), (4, 2048)}
 
 
-def layers() -> Iterator[tuple[str, Shape, tuple[Fused, ...]]]:
+def layers() -> Iterator[tuple[str, Shape, tuple[Fusion, ...]]]:
     """The networks' layers and what is fused with them: 40-task CelebA, SegNet on NYUv2, dilated ResNet-50 thrice."""
     usual = PLAIN, RELU, *OTHERS
     first = *usual, STEM, OTHER_STEM
@@ -92,12 +91,12 @@ def layers() -> Iterator[tuple[str, Shape, tuple[Fused, ...]]]:
         yield "resnet50", (workload.tasks, workload.batch, 256, 1, 1), usual  # of the pooling branch
 
 
-def _shape(workload: Workload, layer: NetworkLayer) -> Shape:
+def _shape(workload: Workload, layer: Layer) -> Shape:
     return (workload.tasks, workload.batch, *layer.shape(1, 1)[1:])
 
 
 @dataclass(frozen=True)
-class Layer:
+class LaidOut:
     """A layer of a network: how its activations lie, and what is fused with it."""
 
     network: str
@@ -105,7 +104,7 @@ class Layer:
     dtype: str
     memory_format: str
     stacking: str
-    fused: Fused
+    fused: Fusion
 
     def activation(self, *, shared: bool = False) -> Tensor:
         """All tasks' activation, or the one that they share; it takes no memory."""
@@ -146,7 +145,7 @@ class Layer:
 class Asked:
     """A kernel that a layer asks for, and the plan that asks."""
 
-    layer: Layer
+    layer: LaidOut
     pass_: str
     plan: Plan
     call: Call
@@ -174,7 +173,7 @@ def asked(target: str) -> list[Asked]:
     return list(found.values())
 
 
-def kind(layer: Layer, pass_: str, plan: Plan) -> Hashable:
+def kind(layer: LaidOut, pass_: str, plan: Plan) -> Hashable:
     """What layers have in common of which one is compiled; None: it is not.
 
     Of blocks' ends and stems one for each variant, dtype and budget of registers, with masks and without. Of bare
@@ -189,11 +188,11 @@ def kind(layer: Layer, pass_: str, plan: Plan) -> Hashable:
     return which if layer.dtype == hardest else None
 
 
-def _layers() -> Iterator[Layer]:
+def _layers() -> Iterator[LaidOut]:
     for (network, shape, fused), dtype in product(layers(), KINDS):
         formats = FORMATS if len(shape) > 3 else FORMATS[:1]
         for options in product(formats, STACKINGS[network], fused):
-            yield Layer(network, shape, dtype, *options)
+            yield LaidOut(network, shape, dtype, *options)
 
 
 @dataclass(frozen=True)

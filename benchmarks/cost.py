@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.data import Splits
 from benchmarks.environment import memory_in_use
 from benchmarks.fit import optimizer_of
-from benchmarks.measure import Plan, measure, step_candidate, summarize, timer_for
+from benchmarks.measure import Effort, measure, step_candidate, summarize, timer_for
 from benchmarks.methods import METHODS, loop_network
 from benchmarks.network import Layout, train_step
 from benchmarks.summaries import Summary
@@ -33,7 +33,7 @@ class Cost:
 
 
 def costs(
-    methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, plan: Plan
+    methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, effort: Effort
 ) -> dict[str, Cost]:
     """Measures these methods, and :data:`LOOP`, on the first ``batch`` training images."""
     images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
@@ -46,7 +46,7 @@ def costs(
             peaks[name] = pool.submit(peak_bytes, *arguments).result()
     steps = {name: _step(name, layout, images, labels, device) for name in names}
     candidates = {name: step_candidate(step) for name, (step, _) in steps.items()}
-    times = summarize(measure(candidates, plan, timer_for(device)))
+    times = summarize(measure(candidates, effort, timer_for(device)))
     return {name: Cost(steps[name][1], times[name][0], peaks[name]) for name in names}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, MEMORY_FORMATS
-from benchmarks.measure import Plan, copy_candidate, measure, summarize, timer_for, training_candidate
+from benchmarks.measure import Effort, copy_candidate, measure, summarize, timer_for, training_candidate
 from benchmarks.summaries import Summary
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import CELEBA40
@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}  # of the largest value: two wa
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FanOutTimes:
     """What one dtype and memory format gave: seconds of forward and of forward+backward, and bytes kept between."""
 
     dtype: str
@@ -40,7 +40,9 @@ class Outcome:
         return self.passes[way][pass_].median / self.passes[COPY][0].median
 
 
-def outcome(tasks: int, batch: int, dtype: str, memory_format: str, device: torch.device, plan: Plan) -> Outcome:
+def fan_out_times(
+    tasks: int, batch: int, dtype: str, memory_format: str, device: torch.device, effort: Effort
+) -> FanOutTimes:
     """Compares the two ways, then times them in turns.
 
     Raises:
@@ -69,8 +71,8 @@ def outcome(tasks: int, batch: int, dtype: str, memory_format: str, device: torc
     saved = {way: _saved_bytes(forward) for way, forward in forwards.items()}
     candidates = {way: training_candidate(forward, backward) for way, forward in forwards.items()}
     candidates[COPY] = copy_candidate(dy)
-    passes = summarize(measure(candidates, plan, timer_for(device)))
-    return Outcome(dtype, memory_format, passes, saved, dy.nbytes)
+    passes = summarize(measure(candidates, effort, timer_for(device)))
+    return FanOutTimes(dtype, memory_format, passes, saved, dy.nbytes)
 
 
 def _compare(

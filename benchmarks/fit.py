@@ -84,7 +84,7 @@ class Fit:
 
 # Told after each step: the epoch, the share of its steps that are done, the step's loss, and the mean F1 on the
 # validation images after the epoch before, None in the first.
-Notify = Callable[[int, float, float, float | None], None]
+OnStep = Callable[[int, float, float, float | None], None]
 
 
 def optimizer_of(network: nn.Module, lr: float, multiplier: float) -> torch.optim.Optimizer:
@@ -92,7 +92,7 @@ def optimizer_of(network: nn.Module, lr: float, multiplier: float) -> torch.opti
     return torch.optim.Adam(parameter_groups(network, lr, gate_lr_multiplier=multiplier), fused=True)
 
 
-class Run:
+class TrainRun:
     """A training run, of which an epoch is the smallest part that is kept.
 
     Args:
@@ -129,7 +129,7 @@ class Run:
         if resume and checkpoint.exists():
             self._load()
 
-    def run(self, notify: Notify = lambda *_: None) -> Fit:
+    def run(self, notify: OnStep = lambda *_: None) -> Fit:
         """Trains the epochs that are missing."""
         for epoch in range(len(self.fit.history), self.fit.settings.epochs):
             f1 = self.fit.history[-1].mean_f1 if self.fit.history else None
@@ -222,5 +222,5 @@ class Run:
         self.fit.test_f1, self.best_weights = tuple(state["test_f1"]), state["best_weights"]
 
 
-def _told(notify: Notify, epoch: int, f1: float | None, share: float, loss: float) -> None:
+def _told(notify: OnStep, epoch: int, f1: float | None, share: float, loss: float) -> None:
     notify(epoch, share, loss, f1)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.fake_driver import Driver
-from benchmarks.measure import Plan, measure, summarize, training_candidate
+from benchmarks.measure import Effort, measure, summarize, training_candidate
 from benchmarks.summaries import Summary
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends.triton import launch
 
 SHAPE = (2, 8, 4, 4)  # of one task: the kernels do not run, and the peers should have nothing to compute
-PLAN = Plan(min_rounds=15, max_rounds=15, min_time_s=2e-2)
+EFFORT = Effort(min_rounds=15, max_rounds=15, min_time_s=2e-2)
 
 
 def _prepared(self: launch.Launch, *arguments: object) -> None:
@@ -48,7 +48,7 @@ def _step(module: torch.nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Cal
     return lambda: module(x), lambda y: torch.autograd.grad(y, leaves, gradient, allow_unused=True)
 
 
-class Loop(torch.nn.Module):
+class PlainLoop(torch.nn.Module):
     """T BatchNorms of PyTorch, one after the other: T dispatches a pass, on tensors with nothing to compute."""
 
     def __init__(self, num_tasks: int, channels: int) -> None:
@@ -60,14 +60,14 @@ class Loop(torch.nn.Module):
         return torch.cat([norm(part) for norm, part in zip(self.norms, x.chunk(len(self.norms)), strict=True)])
 
 
-def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> tuple[dict[str, list[Summary]], int]:
+def host_times(num_tasks: int = 40, effort: Effort = EFFORT) -> tuple[dict[str, list[Summary]], int]:
     """Seconds of a forward, and of a forward and backward, of each candidate; and the launches of the latter.
 
     From then on PyTorch says in this process that there is a GPU: see :mod:`benchmarks.fake_driver`.
     """
     samples, channels, *spatial = SHAPE
     x = torch.randn(num_tasks * samples, channels, *spatial, requires_grad=True)
-    fused, loop = FusedTSigmaBN2d(num_tasks, channels), Loop(num_tasks, channels)
+    fused, loop = FusedTSigmaBN2d(num_tasks, channels), PlainLoop(num_tasks, channels)
     no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(backends, "override", _triton):
         driver = Driver(Path(folder), notes=False)
@@ -82,6 +82,6 @@ def host_times(num_tasks: int = 40, plan: Plan = PLAN) -> tuple[dict[str, list[S
                 "the same without running statistics": training_candidate(*_step(no_statistics, x)),
                 f"loop of {num_tasks} BatchNorm2d on tiny CPU tensors": training_candidate(*_step(loop, x)),
             },
-            plan,
+            effort,
         )
     return summarize(rounds), launches

@@ -11,7 +11,7 @@ from benchmarks import environment, host_memory
 from benchmarks.cases import Case, Inputs
 from benchmarks.measure import (
     Candidate,
-    Plan,
+    Effort,
     Rounds,
     copy_candidate,
     measure,
@@ -28,33 +28,33 @@ from benchmarks.verify import Expected, check, outcome_of
 from tsbn_kernels import memory
 
 COPY = "copy"
-FULL_PLAN, QUICK_PLAN = Plan(), Plan(max_rounds=3, visits=3)
+FULL_EFFORT, QUICK_EFFORT = Effort(), Effort(max_rounds=3, visits=3)
 
 Notify = Callable[[str, float], None]  # says what is being done, and which share (0 to 1) is done
 Tell = Callable[[str], object]  # says what is left out
 
 
-def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: Notify, tell: Tell) -> list[Record]:
+def run_cases(cases: Sequence[Case], impls: Sequence[str], effort: Effort, notify: Notify, tell: Tell) -> list[Record]:
     """Verifies and measures the implementations that have a part in each case; two records for each.
 
-    Each case is visited ``plan.visits`` times, and verified at the first one; between two visits lie all other cases.
+    Each case is visited ``effort.visits`` times, and verified at the first one; between two visits lie all other cases.
     So the visits see the machine at different times and memory in other places, and differ as two runs do. A peer that
     fails, ours excepted, is left out of the case, and ``tell`` is told.
 
     Raises:
         MismatchError: an implementation's results are wrong; it was not timed.
     """
-    total = plan.visits * work(cases)
+    total = effort.visits * work(cases)
     done = 0.0
     taking_part = {case: [impl for impl in impls if PEERS[impl].unsupported(case) is None] for case in cases}
     visits: dict[Case, list[dict[str, Rounds]]] = {case: [] for case in cases}
     # What was compiled at the first visit serves the later ones, but for what holds a module of its own.
-    with torch._dynamo.config.patch(recompile_limit=plan.visits * len(cases) + 1):
-        for number in range(plan.visits):
+    with torch._dynamo.config.patch(recompile_limit=effort.visits * len(cases) + 1):
+        for number in range(effort.visits):
             for case in cases:
 
                 def on_stage(text: str, case: Case = case, done: float = done, number: int = number) -> None:
-                    notify(f"{case}, visit {number + 1} of {plan.visits}: {text}", done / total)
+                    notify(f"{case}, visit {number + 1} of {effort.visits}: {text}", done / total)
 
                 on_stage("inputs")
                 inputs = case.inputs()
@@ -63,7 +63,7 @@ def run_cases(cases: Sequence[Case], impls: Sequence[str], plan: Plan, notify: N
                     taking_part[case] = list(peers)
                 else:
                     peers = {impl: PEERS[impl](case, inputs) for impl in taking_part[case]}
-                visits[case].append(_visit(case, inputs, peers, plan, on_stage))
+                visits[case].append(_visit(case, inputs, peers, effort, on_stage))
                 del inputs, peers
                 gc.collect()
                 memory.empty_cache()
@@ -105,7 +105,7 @@ def _verified(
 
 
 def _visit(
-    case: Case, inputs: Inputs, peers: dict[str, Peer], plan: Plan, on_stage: Callable[[str], None]
+    case: Case, inputs: Inputs, peers: dict[str, Peer], effort: Effort, on_stage: Callable[[str], None]
 ) -> dict[str, Rounds]:
     buffers = rotating_buffers(2 * case.tensor_bytes, environment.cache_bytes(case.device))
     candidates: dict[str, Candidate] = {COPY: copy_candidate(inputs.x, buffers)}
@@ -113,7 +113,7 @@ def _visit(
         peer.rotate_over(buffers)
         candidates[impl] = training_candidate(peer.forward, peer.backward, peer.next_buffers)
     on_stage("warming up")
-    return measure(candidates, plan, timer_for(case.device), lambda count: on_stage(f"round {count}"))
+    return measure(candidates, effort, timer_for(case.device), lambda count: on_stage(f"round {count}"))
 
 
 def records_of(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:

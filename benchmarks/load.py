@@ -132,17 +132,18 @@ def read_network(path: Path) -> NetworkRun | None:
         return None
     run = _json(beside)
     try:
-        steps = NetworkSteps(**run.pop("comparison"))
-        times = {name: Summary(**(row | {"visits": tuple(row["visits"])})) for name, row in steps.times.items()}
-        differences = {name: Differences(**row) for name, row in steps.differences.items()}
-        found = NetworkRun(NetworkSteps(times, steps.peak_bytes, steps.losses, differences), **run)
-        if any(part.keys() != times.keys() for part in (steps.peak_bytes, steps.losses, differences)):
+        steps = run["comparison"]
+        times = {name: Summary(**row | {"visits": tuple(row["visits"])}) for name, row in steps["times"].items()}
+        differences = {name: Differences(**row) for name, row in steps["differences"].items()}
+        peaks, losses = steps["peak_bytes"], steps["losses"]
+        found = NetworkRun(**run | {"comparison": NetworkSteps(times, peaks, losses, differences)})
+        if any(part.keys() != times.keys() for part in (peaks, losses, differences)):
             raise ValueError("times, peaks, losses and differences are of different variants")
         references = {variant.reference for variant in VARIANTS.values()}
         if unknown := (times.keys() - VARIANTS.keys()) | (references - times.keys()):
             raise ValueError(f"variants {', '.join(sorted(unknown))}: unknown, or missing")
         for name, time in times.items():
-            if not (_is_time(time.median) and _is_time(steps.peak_bytes[name]) and time.iqr >= 0):
+            if not (_is_time(time.median) and _is_time(peaks[name]) and time.iqr >= 0):
                 raise ValueError(f"time and peak of {name!r} must be finite, and above 0")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordsError(

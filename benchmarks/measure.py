@@ -78,7 +78,7 @@ def timer_for(device: torch.device) -> Timer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Effort:
     """How long to measure.
 
     Attributes:
@@ -121,7 +121,7 @@ def _timed(candidate: Candidate, repeats: int, timer: Timer) -> list[float]:
 
 def measure(
     candidates: Mapping[str, Candidate],
-    plan: Plan,
+    effort: Effort,
     timer: Timer | None = None,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Rounds]:
@@ -138,12 +138,12 @@ def measure(
     kept: list[dict[str, list[float]]] = []
     spent, warming_up = 0.0, MAX_WARM_UP
     with _no_garbage_collection():
-        while len(kept) < plan.min_rounds or (len(kept) < plan.max_rounds and spent <= plan.budget_s):
+        while len(kept) < effort.min_rounds or (len(kept) < effort.max_rounds and spent <= effort.budget_s):
             taken = {name: _timed(candidates[name], repeats[name], timer) for name in order}
             order.append(order.pop(0))
             if warming_up and any(passes[-1] < STEADY * best[name] for name, passes in taken.items()):
                 best = {name: min(best[name], passes[-1]) for name, passes in taken.items()}
-                repeats = {name: max(1, math.ceil(plan.min_time_s / max(best[name], 1e-7))) for name in candidates}
+                repeats = {name: max(1, math.ceil(effort.min_time_s / max(best[name], 1e-7))) for name in candidates}
                 warming_up -= 1
                 continue
             warming_up = 0

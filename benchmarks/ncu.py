@@ -32,7 +32,7 @@ class NcuError(ValueError):
 
 
 @dataclass(frozen=True)
-class Launch:
+class MeasuredLaunch:
     """One launch: seconds, bytes, shares in percent, counts."""
 
     kernel: str
@@ -64,7 +64,7 @@ def command(kernels: Sequence[str] | None, csv_path: Path, program: Sequence[str
     return shlex.join(["ncu", "--csv", *(part for option in options.items() for part in option), *program])
 
 
-def read(path: Path) -> list[Launch]:
+def read(path: Path) -> list[MeasuredLaunch]:
     """The launches of a file that :func:`command` wrote.
 
     Raises:
@@ -84,5 +84,5 @@ def read(path: Path) -> list[Launch]:
             if unit not in _SCALES:
                 raise NcuError(f"{path} has {name} in {unit!r}; known are {', '.join(filter(None, _SCALES))}")
             values[name] = float(text.replace(",", "")) * _SCALES[unit]
-        launches.append(Launch(cells["Kernel Name"][0], values))
+        launches.append(MeasuredLaunch(cells["Kernel Name"][0], values))
     return launches

@@ -19,7 +19,7 @@ from benchmarks import plot_report as figures
 from benchmarks.network_run import NetworkRun
 from benchmarks.records import PASSES, Record
 from benchmarks.report import layers_table, means_table, network_table
-from benchmarks.settings import Setting, backend_of, machine, series_of_slabs, series_of_tasks, settings
+from benchmarks.settings import RecordGroup, backend_of, groups, machine, series_of_slabs, series_of_tasks
 from benchmarks.tables import as_html, as_markdown
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -63,9 +63,9 @@ class Found:
         return [record for source in self.sources for record in source.records]
 
     @cached_property
-    def settings(self) -> list[Setting]:
+    def groups(self) -> list[RecordGroup]:
         """The records of layers, by what was measured together."""
-        return settings(self.records)
+        return groups(self.records)
 
 
 def _figure(figure: Figure | None, caption: str) -> str:
@@ -83,7 +83,7 @@ def _each_pass(draw: Callable[[Shown, str], Figure | None], shown: Shown, captio
     return "".join(_figure(draw(shown, pass_), f"{pass_}: {caption}") for pass_ in PASSES)
 
 
-def _each(found: Sequence[Setting], content: Callable[[Setting], str]) -> str:
+def _each(found: Sequence[RecordGroup], content: Callable[[RecordGroup], str]) -> str:
     """The content for each setting that has some, under its name; of many all but the first are folded."""
     parts = [(escape(one.name), text) for one in found if (text := content(one))]
     several = len(parts) > 2
@@ -93,12 +93,12 @@ def _each(found: Sequence[Setting], content: Callable[[Setting], str]) -> str:
     )
 
 
-def _layers_of(content: Callable[[Setting], str]) -> Callable[[Found], str]:
-    """Makes a section of the settings that are no series."""
+def _layers_of(content: Callable[[RecordGroup], str]) -> Callable[[Found], str]:
+    """Makes a section of the groups that are no series."""
 
     def section(found: Found) -> str:
-        chosen = [one for one in found.settings if not one.sweep]
-        if found.settings and not chosen:
+        chosen = [one for one in found.groups if not one.sweep]
+        if found.groups and not chosen:
             return _note("The records are of series alone, whose scaling is shown below")
         return _each(chosen, content)
 
@@ -106,7 +106,7 @@ def _layers_of(content: Callable[[Setting], str]) -> Callable[[Found], str]:
 
 
 @_layers_of
-def _summary(one: Setting) -> str:
+def _summary(one: RecordGroup) -> str:
     caption = "Time of each peer over that of the fused layer, geometric means over the layers, and their intervals."
     rows = one.means
     return _figure(figures.mean_speedups(rows), caption) + as_html(means_table(rows)) if rows else ""
@@ -134,10 +134,10 @@ def _plan(found: Found) -> str:
     table = Table("workload", "machine", "backend", "kernels", title="Backend of the fused layer")
     for row in dict.fromkeys((record.workload, machine(record), *backend_of(record)) for record in found.records):
         table.add_row(*row)
-    return as_html(table) + _each(found.settings, _plans)
+    return as_html(table) + _each(found.groups, _plans)
 
 
-def _plans(one: Setting) -> str:
+def _plans(one: RecordGroup) -> str:
     if one.records[0].device == "cpu":  # it has no plans, and the rules of those of GPUs need PyTorch
         return ""
     from benchmarks.chosen import plans, plans_table
@@ -160,8 +160,8 @@ def _machines(found: Found) -> str:
 
 
 def _measurements(found: Found) -> str:
-    content = _each(found.settings, lambda one: as_html(layers_table(one.records)))
-    count = sum(len(one.records) for one in found.settings)
+    content = _each(found.groups, lambda one: as_html(layers_table(one.records)))
+    count = sum(len(one.records) for one in found.groups)
     return f"<details>\n<summary>{count} records</summary>\n{content}</details>\n" if content else ""
 
 
@@ -254,5 +254,5 @@ def render(sources: Sequence[Source]) -> str:
 
 def markdown(sources: Sequence[Source]) -> str:
     """The geometric means of every setting, for a README."""
-    found = Found(sources).settings
+    found = Found(sources).groups
     return "\n".join(f"{one.name}. {as_markdown(means_table(rows))}" for one in found if (rows := one.means))

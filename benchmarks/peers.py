@@ -89,6 +89,7 @@ class Peer(ABC):
     """One way to run the layer. It is built on a case's inputs; only ``forward`` and ``backward`` are timed."""
 
     name: ClassVar[str]
+    default_on_cpu: ClassVar[bool] = True  # whether a CPU measures it unless told otherwise
 
     x: Tensor
     dy: Tensor
@@ -169,7 +170,7 @@ class Fused(Peer):
         return self.module.running_mean, self.module.running_var
 
 
-class Separate(Fused):
+class ActivationBehind(Fused):
     """The fused layer, followed by the activation."""
 
     name = "separate"
@@ -316,6 +317,7 @@ class Vmap(_Functional):
     """``torch.vmap`` of one task's ``F.batch_norm`` over the tasks of ``[T, N, C, *]``."""
 
     name = "vmap"
+    default_on_cpu = False  # it took two to three times as long as the folded form, compiled too
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)

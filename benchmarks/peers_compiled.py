@@ -42,8 +42,13 @@ class Compiled(Peer):
 
 
 def _compiled(prefix: str, peer: type[Peer]) -> type[Peer]:
-    name = f"{prefix}_{peer.name}"
-    return type(name, (Compiled, peer), {"name": name, "mode": MODES[prefix]})
+    """A class of the peer, compiled.
+
+    By default a CPU measures neither the loop, which takes minutes to compile, nor what is autotuned: there
+    max-autotune tries kernels of matrix products and convolutions alone, and makes the same code of a normalisation.
+    """
+    name, default = f"{prefix}_{peer.name}", peer.default_on_cpu and peer is not Loop and prefix == "compiled"
+    return type(name, (Compiled, peer), {"name": name, "mode": MODES[prefix], "default_on_cpu": default})
 
 
 COMPILED = [_compiled(prefix, peer) for prefix in MODES for peer in (Loop, Reference, Folded, Vmap)]

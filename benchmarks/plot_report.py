@@ -31,8 +31,15 @@ Point = Callable[[Record], tuple[float, float]]
 
 def style() -> AbstractContextManager[None]:
     """The style in which figures of the page are drawn."""
-    sizes = {"font.size": 9, "axes.titlesize": 9.5}
-    return mpl.rc_context({"axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, **sizes})
+    return mpl.rc_context(
+        {
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9.5,
+            "font.size": 9,
+        }
+    )
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
@@ -181,8 +188,8 @@ def _lines(point: Point, roof: Point | None = None) -> Callable[[Axes, Sequence[
             of = sorted((record for record in records if record.impl == impl), key=point)
             places, heights = zip(*map(point, of), strict=True)
             errors = [height * _half_width(record) for height, record in zip(heights, of, strict=True)]
-            widths = {"linewidth": 2.2 if impl == FUSED else 1.1, "elinewidth": 0.8, "markersize": 3.5}
-            axes.errorbar(places, heights, errors, fmt="o-", label=impl, color=COLORS.get(impl), **widths)
+            width, color = 2.2 if impl == FUSED else 1.1, COLORS.get(impl)
+            axes.errorbar(places, heights, errors, fmt="o-", label=impl, color=color, lw=width, elinewidth=0.8, ms=3.5)
         if roof is not None:
             axes.plot(*zip(*sorted({roof(r) for r in records}), strict=True), "k--", lw=1.4, label="copy, the roof")
         axes.set_xscale("log", base=2)

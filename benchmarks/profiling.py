@@ -28,7 +28,7 @@ NORMALISATION = next(iter(KINDS))
 
 
 @dataclass(frozen=True)
-class Operator:
+class OperatorTime:
     """All calls of an operator within the step, and the seconds in it but not in what it calls."""
 
     name: str
@@ -42,7 +42,7 @@ class Profile:
     """One step. ``kernels`` are the names of what our operators launch, on accelerators."""
 
     seconds: float
-    operators: tuple[Operator, ...]
+    operators: tuple[OperatorTime, ...]
     kernels: tuple[str, ...]
 
     @property
@@ -111,7 +111,7 @@ def _profile(events: Any, on_host: bool) -> Profile:
         found[event.name, kind_of(event.name, callers)].append(seconds_of(event))
         if event.name.startswith("tsbn::"):
             kernels |= dict.fromkeys(kernel.name for kernel in event.kernels)
-    operators = (Operator(*key, sum(times), len(times)) for key, times in found.items())
+    operators = (OperatorTime(*key, sum(times), len(times)) for key, times in found.items())
     return Profile(total, tuple(sorted(operators, key=lambda each: -each.seconds)), tuple(kernels))
 
 

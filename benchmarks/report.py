@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.intervals import CONFIDENCE, Interval
 from benchmarks.network_run import VARIANTS, NetworkRun
 from benchmarks.records import FASTEST, FORWARD, PASSES, Means, Record
-from benchmarks.settings import settings
+from benchmarks.settings import groups
 
 
 def milliseconds(value: float) -> str:
@@ -143,7 +143,7 @@ def show(console: Console, records: Sequence[Record], network: NetworkRun | None
     layers = [record for record in records if record.pass_ in PASSES]
     if layers:
         console.print(layers_table(layers))
-    for one in settings(layers):
+    for one in groups(layers):
         if one.means:
             console.print(means_table(one.means))
     if network is not None:

@@ -39,7 +39,7 @@ def operators_table(name: str, profile: Profile, most: int) -> Table:
     return table
 
 
-def launches_table(launches: Sequence[ncu.Launch]) -> Table:
+def launches_table(launches: Sequence[ncu.MeasuredLaunch]) -> Table:
     """What Nsight Compute measured."""
     table = Table("kernel", title="Launches, by Nsight Compute")
     for column in ("us", "MB read", "MB written", "GB/s", "% of peak", "occupancy %", "registers", "local", "sectors"):

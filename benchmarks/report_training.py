@@ -10,10 +10,10 @@ from rich.table import Table
 
 from benchmarks.cost import LOOP, Cost
 from benchmarks.methods import TS_SIGMA_BN
-from benchmarks.study import CLOSED, OPEN, Summary, verdict
+from benchmarks.study import CLOSED, OPEN, MethodScores, verdict
 
 
-def scores_table(found: Mapping[str, Summary], costs: Mapping[str, Cost]) -> Table:
+def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, Cost]) -> Table:
     """A line for each method and multiplier, and one for the loop of BatchNorms."""
     table = Table(title="F1 in percent, mean over the tasks, on the test images after the best epoch by validation")
     table.add_column("method")
@@ -37,7 +37,7 @@ def scores_table(found: Mapping[str, Summary], costs: Mapping[str, Cost]) -> Tab
             f"{100 * min(summary.f1):.2f} to {100 * max(summary.f1):.2f}",
             "-" if summary.delta_m is None else f"{summary.delta_m:+.2f}",
             " ".join(map(str, summary.best_epochs)),
-            *_cost_cells(costs[name.split()[0]]),
+            *_cost_cells(costs[summary.method]),
         )
     table.add_row(f"{TS_SIGMA_BN} by a loop of BatchNorms", *["-"] * 5, *_cost_cells(costs[LOOP]))
     return table
@@ -48,21 +48,21 @@ def _cost_cells(cost: Cost) -> tuple[str, str, str]:
     return f"{cost.parameters:,}", time, f"{cost.peak_bytes / 2**20:.0f} MiB"
 
 
-def gates_table(found: Mapping[str, Summary]) -> Table:
+def gates_table(found: Mapping[str, MethodScores]) -> Table:
     """Where the gates of TS-sigma-BN are after the best epoch."""
     table = Table(title="Gates of TS-sigma-BN, all tasks, layers and seeds")
     table.add_column("multiplier")
     for name in ("mean", "standard\ndeviation", "quartiles", f"below {CLOSED}\nor above {OPEN}"):
         table.add_column(name, justify="right")
-    for name, summary in found.items():
-        if (gates := summary.gates) is not None:
+    for scores in found.values():
+        if (gates := scores.gates) is not None:
             quartiles = " ".join(f"{value:.2f}" for value in gates.quartiles)
-            multiplier = name.split(" x")[1]
-            table.add_row(multiplier, f"{gates.mean:.2f}", f"{gates.std:.2f}", quartiles, f"{gates.nearly_binary:.0%}")
+            cells = f"{gates.mean:.2f}", f"{gates.std:.2f}", quartiles, f"{gates.nearly_binary:.0%}"
+            table.add_row(f"{scores.multiplier:g}", *cells)
     return table
 
 
-def show(console: Console, found: Mapping[str, Summary], costs: Mapping[str, Cost]) -> None:
+def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str, Cost]) -> None:
     """Prints everything that was found."""
     console.print(scores_table(found, costs))
     if any(summary.gates for summary in found.values()):

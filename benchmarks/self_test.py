@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.intervals import Interval
-from benchmarks.measure import Candidate, Plan, Timer, measure, step_candidate, summarize, timer_for
+from benchmarks.measure import Candidate, Effort, Timer, measure, step_candidate, summarize, timer_for
 
-PLAN = Plan(min_rounds=9, max_rounds=9, min_time_s=4e-3, visits=5)
+EFFORT = Effort(min_rounds=9, max_rounds=9, min_time_s=4e-3, visits=5)
 SIZE = 2**14  # values: they stay in a cache, so that a time is in proportion to the work
 WORK = 20  # passes over them; 21 are 5 % more
 
@@ -35,9 +35,9 @@ class SelfTest:
         )
 
 
-def judge(candidates: dict[str, Candidate], timer: Timer, plan: Plan = PLAN) -> SelfTest:
+def judge(candidates: dict[str, Candidate], timer: Timer, effort: Effort = EFFORT) -> SelfTest:
     """Judges the candidates ``one``, ``equal`` and ``slower``."""
-    times = summarize(*(measure(candidates, plan, timer) for _ in range(plan.visits)))
+    times = summarize(*(measure(candidates, effort, timer) for _ in range(effort.visits)))
     equal, slower = (times[name][-1].ratio(times["one"][-1]) for name in ("equal", "slower"))
     assert equal is not None
     assert slower is not None

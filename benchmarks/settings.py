@@ -1,4 +1,4 @@
-"""Records sorted into settings: what was measured together, on one machine, at one size of the workload."""
+"""Records sorted into groups: what was measured together, on one machine, at one size of the workload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.workloads import NO_FORMAT, SWEEPS
 
 
 @dataclass(frozen=True)
-class Setting:
+class RecordGroup:
     """Layers of one workload, machine and batch, or of a sweep; ``records`` are of the layers alone."""
 
     name: str
@@ -67,8 +67,8 @@ def kind_name(dtype: str, memory_format: str) -> str:
     return dtype if memory_format == NO_FORMAT else f"{dtype}, {memory_format}"
 
 
-def settings(records: Sequence[Record]) -> list[Setting]:
-    """The settings in the order of their first records. Two with the same name differ in their versions."""
+def groups(records: Sequence[Record]) -> list[RecordGroup]:
+    """The groups in the order of their first records. Two with the same name differ in their versions."""
     found: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         if record.pass_ in PASSES:
@@ -80,7 +80,7 @@ def settings(records: Sequence[Record]) -> list[Setting]:
         f"{name}, {group[0].versions.get('backend', '')}" for name, group in zip(names, found.values(), strict=True)
     ]
     return [
-        Setting(backend if names.count(name) > 1 else name, tuple(group))
+        RecordGroup(backend if names.count(name) > 1 else name, tuple(group))
         for name, backend, group in zip(names, backends, found.values(), strict=True)
     ]
 

@@ -14,7 +14,7 @@ from benchmarks import environment
 from benchmarks.cost import Cost
 from benchmarks.data import Splits, celeba
 from benchmarks.digits import digits40
-from benchmarks.fit import Fit, Notify, Run, Settings
+from benchmarks.fit import Fit, OnStep, Settings, TrainRun
 from benchmarks.methods import HARD_SHARING, SINGLE_TASK, TASK_SPECIFIC, TS_SIGMA_BN
 from benchmarks.network import CELEBA, DIGITS, Layout
 from benchmarks.scores import delta_m
@@ -77,7 +77,7 @@ def train_all(
     folder: Path,
     resume: bool,
     workers: int,
-    notify: Callable[[int], Notify],
+    notify: Callable[[int], OnStep],
 ) -> list[Fit]:
     """Trains what is not trained yet; the checkpoint of each run lies in ``folder``.
 
@@ -87,7 +87,7 @@ def train_all(
     paths = [folder / f"{settings.name.replace(' ', '-')}-seed{settings.seed}.pt" for settings in todo]
     fits = []
     for index, (settings, path) in enumerate(zip(todo, paths, strict=True)):
-        run = Run(settings, splits, device, path, resume=resume, workers=workers)
+        run = TrainRun(settings, splits, device, path, resume=resume, workers=workers)
         fits.append(run.run(notify(index)))
     return fits
 
@@ -103,10 +103,12 @@ class GateStatistics:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MethodScores:
     """The seeds of one method and multiplier, test images."""
 
     name: str
+    method: str
+    multiplier: float
     f1: tuple[float, ...]  # mean over the tasks, of each seed
     task_f1: tuple[float, ...]  # mean over the seeds, of each task
     delta_m: float | None  # against single-task networks; None without them
@@ -131,7 +133,7 @@ def grouped(fits: Sequence[Fit]) -> dict[str, list[Fit]]:
     return groups
 
 
-def summaries(fits: Sequence[Fit]) -> dict[str, Summary]:
+def summaries(fits: Sequence[Fit]) -> dict[str, MethodScores]:
     """One for each method and multiplier, by name."""
     groups = grouped(fits)
     means = {
@@ -140,8 +142,10 @@ def summaries(fits: Sequence[Fit]) -> dict[str, Summary]:
     }
     single = means.get(SINGLE_TASK)
     return {
-        name: Summary(
+        name: MethodScores(
             name,
+            group[0].settings.method,
+            group[0].settings.multiplier,
             tuple(fit.mean_f1 for fit in group),
             means[name],
             None if single is None else delta_m(means[name], single),
@@ -175,7 +179,7 @@ class Verdict:
         return self.difference > self.spread
 
 
-def verdict(found: Mapping[str, Summary]) -> Verdict | None:
+def verdict(found: Mapping[str, MethodScores]) -> Verdict | None:
     """None where one of the two was not trained, or with one seed, which has no spread."""
     ours, theirs = found.get(f"{TS_SIGMA_BN} x{PAPER_MULTIPLIER:g}"), found.get(HARD_SHARING)
     if ours is None or theirs is None or len(ours.f1) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.data import Faces
 from benchmarks.environment import memory_in_use
-from benchmarks.measure import Plan, measure, step_candidate, timer_for
+from benchmarks.measure import Effort, measure, step_candidate, timer_for
 from benchmarks.network import CelebaNetwork, stacked_gradients, task_specific_network, train_step
 from benchmarks.network_run import VARIANTS, Differences, NetworkSteps
 from benchmarks.summaries import Summary
@@ -28,7 +28,7 @@ GRADIENT_TOLERANCE = 3e-2  # norm of the difference over the norm of the gradien
 
 
 @dataclass(frozen=True)
-class Step:
+class FirstStep:
     """What one step in a process of its own gave."""
 
     loss: float
@@ -45,7 +45,7 @@ def prepared_step(variant: str, faces: Faces, device: torch.device) -> tuple[Cal
     return lambda: train_step(network, optimizer, images, labels), network
 
 
-def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int) -> Step:
+def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int) -> FirstStep:
     """The first step of a fresh network. Run it in a fresh process: the peak is that of the whole process's life."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
@@ -55,10 +55,10 @@ def single_step(variant: str, images: np.ndarray, labels: np.ndarray, device_nam
     loss = step()
     _, peak = memory_in_use(device)
     gradients = {name: gradient.cpu().numpy() for name, gradient in stacked_gradients(network).items()}
-    return Step(float(loss), gradients, peak - before)
+    return FirstStep(float(loss), gradients, peak - before)
 
 
-def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None]) -> dict[str, Step]:
+def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None]) -> dict[str, FirstStep]:
     """The first step of each variant, in a fresh process of its own, two at a time, beside ``meanwhile``.
 
     Nothing is timed there: the processes share the threads of this one.
@@ -67,7 +67,7 @@ def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None
     arguments = faces.images.numpy(), faces.labels.numpy(), str(device), threads
     context = multiprocessing.get_context("spawn")
 
-    def alone(variant: str) -> Step:
+    def alone(variant: str) -> FirstStep:
         with ProcessPoolExecutor(1, context) as pool:
             return pool.submit(single_step, variant, *arguments).result()
 
@@ -77,7 +77,7 @@ def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None
         return {variant: step.result() for variant, step in steps.items()}
 
 
-def differences(ours: Step, theirs: Step) -> Differences:
+def differences(ours: FirstStep, theirs: FirstStep) -> Differences:
     """How far two first steps are from each other."""
     absolute = [float(np.abs(ours.gradients[name] - theirs.gradients[name]).max()) for name in theirs.gradients]
     relative = [
@@ -88,7 +88,7 @@ def differences(ours: Step, theirs: Step) -> Differences:
     return Differences(abs(ours.loss - theirs.loss), float(np.max(absolute)), float(np.max(relative)))
 
 
-def check(steps: Mapping[str, Step]) -> None:
+def check(steps: Mapping[str, FirstStep]) -> None:
     """Compares the first step of each variant with that of the loop that computes the same.
 
     Raises:
@@ -105,10 +105,10 @@ def check(steps: Mapping[str, Step]) -> None:
             )
 
 
-def compare(faces: Faces, device: torch.device, plan: Plan, steps: Mapping[str, Step]) -> NetworkSteps:
+def compare(faces: Faces, device: torch.device, effort: Effort, steps: Mapping[str, FirstStep]) -> NetworkSteps:
     """Times steps of the variants in turns; the rest is of their first steps, which have been checked."""
     candidates = {variant: step_candidate(prepared_step(variant, faces, device)[0]) for variant in VARIANTS}
-    rounds = measure(candidates, plan, timer_for(device))
+    rounds = measure(candidates, effort, timer_for(device))
     return NetworkSteps(
         # A step allocates everything anew: each round counts as a visit.
         times={variant: Summary.of([[seconds] for seconds in taken]) for variant, (taken,) in rounds.items()},

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks import celeba40, cli, cli_celeba40, layers
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.network_run import VARIANTS, Differences
 from benchmarks.peers import Fused
 from benchmarks.registry import PEERS, defaults
@@ -29,8 +29,8 @@ EAGER = ["--impl", "fused", "--impl", "loop", "--impl", "folded"]
 def invoke(monkeypatch, tmp_path):
     """Runs the command with few and short rounds in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("FULL_PLAN", "NETWORK_PLAN"):
-        monkeypatch.setattr(cli_celeba40, name, Plan(2, 2, 0.0, 0.0, visits=1))
+    for name in ("FULL_EFFORT", "NETWORK_EFFORT"):
+        monkeypatch.setattr(cli_celeba40, name, Effort(2, 2, 0.0, 0.0, visits=1))
     return lambda *arguments: CliRunner().invoke(cli.app, [*TINY, *arguments])
 
 
@@ -83,7 +83,7 @@ def test_a_run_writes_records_and_a_picture(invoke, monkeypatch, tmp_path):
 
 
 def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli_celeba40, "QUICK_PLAN", Plan(1, 1, 0.0, 0.0, visits=1))
+    monkeypatch.setattr(cli_celeba40, "QUICK_EFFORT", Effort(1, 1, 0.0, 0.0, visits=1))
     result = invoke(
         "--quick", "--no-network", "--dtype", "float32", "--memory-format", "contiguous", "--json", "q.json"
     )
@@ -114,7 +114,7 @@ def test_a_wrong_candidate_ends_the_run_with_status_1(invoke, monkeypatch, tmp_p
 
 
 def test_a_wrong_network_ends_the_run_with_status_1(invoke, monkeypatch):
-    steps = {"fused": celeba40.Step(1.0, {}, 0), "loop": celeba40.Step(2.0, {}, 0)}
+    steps = {"fused": celeba40.FirstStep(1.0, {}, 0), "loop": celeba40.FirstStep(2.0, {}, 0)}
     monkeypatch.setattr(celeba40, "first_steps", lambda *_: steps)
     monkeypatch.setattr("benchmarks.training.differences", lambda *_: Differences(1.0, 0.0, 0.0))
     result = invoke(*EAGER)

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import cli, fan_out
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.verify import MismatchError
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_what_is_kept_is_one_stream():
     tasks = 5
-    one = fan_out.outcome(tasks, 2, "bfloat16", "contiguous", CPU, Plan(1, 1))
+    one = fan_out.fan_out_times(tasks, 2, "bfloat16", "contiguous", CPU, Effort(1, 1))
     assert one.stream_bytes == tasks * 2 * 64 * 64 * 64 * 2
     vectors = 3 * tasks * 64 * 4  # weight, mean and variance; there is no bias
     assert one.saved_bytes["fan-out"] == one.stream_bytes // tasks + vectors
@@ -31,7 +31,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(fan_out.FusedTSigmaBN2d, "forward", wrong)
     with pytest.raises(MismatchError, match="fan-out is wrong: y in float32"):
-        fan_out.outcome(3, 2, "float32", "contiguous", CPU, Plan(1, 1))
+        fan_out.fan_out_times(3, 2, "float32", "contiguous", CPU, Effort(1, 1))
 
 
 def test_the_command():

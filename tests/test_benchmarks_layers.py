@@ -7,14 +7,14 @@ import torch
 
 from benchmarks import layers
 from benchmarks.cases import Case
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.registry import PEERS
 from benchmarks.verify import check
 from benchmarks.workloads import Layer
 
 CPU = torch.device("cpu")
 CASES = [Case(Layer((name,), 4, (3, 3)), 2, 3, "float32", "contiguous", CPU) for name in ("a", "b")]
-PLAN = Plan(2, 2, 0.0, 0.0, visits=3)
+EFFORT = Effort(2, 2, 0.0, 0.0, visits=3)
 
 
 def test_all_cases_are_visited_in_turns_and_verified_once(monkeypatch):
@@ -29,7 +29,7 @@ def test_all_cases_are_visited_in_turns_and_verified_once(monkeypatch):
         return check(name, case, *rest)
 
     monkeypatch.setattr(layers, "check", checked)
-    records = layers.run_cases(CASES, ["fused", "loop"], PLAN, notify, print)
+    records = layers.run_cases(CASES, ["fused", "loop"], EFFORT, notify, print)
     assert verified == [(impl, f"{case} float32 contiguous") for case in "ab" for impl in ("fused", "loop")]
     started = [text.split(" float32 contiguous, visit ") for text in stages if text.endswith(": inputs")]
     assert started == [[case, f"{visit} of 3: inputs"] for visit in (1, 2, 3) for case in "ab"]
@@ -45,5 +45,5 @@ def test_later_visits_run_what_was_compiled_at_the_first():
         pytest.skip(reason)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    layers.run_cases(CASES, ["compiled_reference"], PLAN, lambda *_: None, print)
+    layers.run_cases(CASES, ["compiled_reference"], EFFORT, lambda *_: None, print)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # both cases have the same shapes

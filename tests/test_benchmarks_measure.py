@@ -11,9 +11,9 @@ import torch
 from benchmarks import measure as core
 from benchmarks.intervals import Interval, interval
 from benchmarks.measure import (
+    Effort,
     EventTimer,
     HostTimer,
-    Plan,
     copy_candidate,
     measure,
     rotating_buffers,
@@ -22,7 +22,7 @@ from benchmarks.measure import (
     timer_for,
     training_candidate,
 )
-from benchmarks.self_test import PLAN, judge, self_test
+from benchmarks.self_test import EFFORT, judge, self_test
 from benchmarks.summaries import Summary
 
 STEADY = [7.0] * 20
@@ -90,27 +90,27 @@ def test_intervals_meet():
 
 def test_candidates_take_turns_and_the_first_one_changes():
     clock, calls = FakeClock(), []
-    measure({name: scripted(clock, [1.0], calls, name) for name in "abc"}, Plan(3, 3), HostTimer(clock))
+    measure({name: scripted(clock, [1.0], calls, name) for name in "abc"}, Effort(3, 3), HostTimer(clock))
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"  # the warm-up first
 
 
 def test_it_warms_up_until_nothing_becomes_faster():
     clock = FakeClock()
     candidates = {"a": scripted(clock, [100, 8, *STEADY]), "b": scripted(clock, [3, 3, 3, 2, *[1.875] * 20])}
-    found = measure(candidates, Plan(4, 4), HostTimer(clock))
+    found = measure(candidates, Effort(4, 4), HostTimer(clock))
     assert found == {"a": [[7, 7, 7, 7]], "b": [[1.875] * 4]}
 
 
 def test_noise_does_not_warm_up_for_ever():
     clock = FakeClock()
-    found = measure({"a": scripted(clock, [0.5**n for n in range(10)])}, Plan(3, 3, min_time_s=0), HostTimer(clock))
+    found = measure({"a": scripted(clock, [0.5**n for n in range(10)])}, Effort(3, 3, min_time_s=0), HostTimer(clock))
     assert found == {"a": [[0.5**n for n in range(core.MAX_WARM_UP, core.MAX_WARM_UP + 3)]]}
 
 
 def test_a_short_candidate_is_repeated_and_divided():
     clock, calls = FakeClock(), []
     candidates = {"short": scripted(clock, [1e-4], calls, "short"), "long": scripted(clock, [1.0], calls, "long")}
-    result = measure(candidates, Plan(4, 4, min_time_s=2e-3), HostTimer(clock))
+    result = measure(candidates, Effort(4, 4, min_time_s=2e-3), HostTimer(clock))
     assert result["short"][0] == pytest.approx([1e-4] * 4)
     assert calls.count("short") == 1 + 4 * 20
     assert calls.count("long") == 1 + 4
@@ -120,7 +120,7 @@ def test_a_short_candidate_is_repeated_and_divided():
 def test_rounds_end_with_the_budget_within_their_bounds(budget, rounds):
     clock = FakeClock()
     seen = []
-    result = measure({"a": scripted(clock, [1.0])}, Plan(3, 7, budget), HostTimer(clock), seen.append)
+    result = measure({"a": scripted(clock, [1.0])}, Effort(3, 7, budget), HostTimer(clock), seen.append)
     assert result == {"a": [[1.0] * rounds]}
     assert seen == list(range(1, rounds + 1))
 
@@ -218,7 +218,7 @@ def test_accelerators_are_timed_by_events(monkeypatch):
         now[0] += 0.25
         mark()
 
-    assert measure({"a": candidate}, Plan(3, 3), timer) == {"a": [[0.25] * 3]}
+    assert measure({"a": candidate}, Effort(3, 3), timer) == {"a": [[0.25] * 3]}
 
 
 def noisy(clock: FakeClock, seconds: float, random: np.random.Generator):
@@ -262,7 +262,7 @@ def test_the_self_test_measures_what_it_says(monkeypatch):
         work.append(len(calls))
         calls.clear()
     assert work == [20, 20, 21]
-    assert PLAN.visits >= 3
+    assert EFFORT.visits >= 3
 
 
 def test_visits_are_joined():

@@ -13,7 +13,7 @@ from benchmarks.data import DataError, Faces, celeba_faces, lfw_faces
 from benchmarks.methods import plain_norm
 from benchmarks.network import CelebaNetwork, loss_of, stacked_gradients, task_specific_network
 from benchmarks.network_run import VARIANTS
-from benchmarks.training import Step, check, differences
+from benchmarks.training import FirstStep, check, differences
 from benchmarks.verify import MismatchError
 
 
@@ -62,14 +62,14 @@ def test_loss_is_the_mean_over_images_and_the_sum_over_tasks():
 
 
 def test_differences_are_of_the_worst_gradient():
-    theirs = Step(2.0, {"a": np.array([3.0, 4.0]), "b": np.array([100.0, 0.0])}, 0)
-    ours = Step(2.5, {"a": np.array([3.0, 4.5]), "b": np.array([101.0, 0.0])}, 0)
+    theirs = FirstStep(2.0, {"a": np.array([3.0, 4.0]), "b": np.array([100.0, 0.0])}, 0)
+    ours = FirstStep(2.5, {"a": np.array([3.0, 4.5]), "b": np.array([101.0, 0.0])}, 0)
     assert astuple(differences(ours, theirs)) == pytest.approx((0.5, 1.0, 0.1))
 
 
 @pytest.mark.parametrize("wrong", [{"loss": 2.01}, {"loss": float("nan")}, {"gradient": 1.1}, {"gradient": np.nan}])
 def test_a_wrong_network_is_found(wrong):
-    right = Step(2.0, {"a": np.ones(3), "b": np.ones(2)}, 0)
+    right = FirstStep(2.0, {"a": np.ones(3), "b": np.ones(2)}, 0)
     check({"fused": right, "loop": right})
     gradients = {"a": np.full(3, wrong.get("gradient", 1.0)), "b": np.ones(2)}
     with pytest.raises(MismatchError, match="'fused' is wrong: in the network"):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks.cases import Case
 from benchmarks.layers import run_cases
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.peers import ACTIVATIONS, CuDNN, Loop
 from benchmarks.peers_compiled import COMPILED
 from benchmarks.registry import PEERS, defaults, runnable
@@ -250,7 +250,7 @@ def test_a_peer_with_a_part_in_one_case_is_kept():
     assert found == ["fused"]
     assert reasons["vmap"].startswith("on a CPU F.batch_norm under vmap takes no half precision")
     assert reasons["cudnn"] == "cuDNN runs on NVIDIA's GPUs alone"
-    records = run_cases([half], ["fused", "vmap"], Plan(1, 1, 0.0, 0.0, visits=1), lambda *_: None, print)
+    records = run_cases([half], ["fused", "vmap"], Effort(1, 1, 0.0, 0.0, visits=1), lambda *_: None, print)
     assert {record.impl for record in records} == {"fused"}
 
 
@@ -279,7 +279,7 @@ def test_a_peer_that_fails_is_left_out_but_ours(impl, monkeypatch):
 
     def run():
         return run_cases(
-            [small()], ["fused", "loop", "folded"], Plan(1, 1, 0.0, 0.0, visits=1), lambda *_: None, told.append
+            [small()], ["fused", "loop", "folded"], Effort(1, 1, 0.0, 0.0, visits=1), lambda *_: None, told.append
         )
 
     if impl == "fused":

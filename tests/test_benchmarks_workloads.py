@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from benchmarks import cli, cli_layers, environment, page
 from benchmarks import plot_report as figures
 from benchmarks.cases import Case, batch_that_fits, choose_batch
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.peers import Fused
 from benchmarks.records import FORWARD, Record, means
 from benchmarks.registry import PEERS
-from benchmarks.settings import positions, series_of_slabs, series_of_tasks, settings
+from benchmarks.settings import groups, positions, series_of_slabs, series_of_tasks
 from benchmarks.workloads import SLAB_LAYERS, TASK_COUNTS, WORKLOADS, Layer, activation_named, layers_named, parse_shape
 
 CPU = torch.device("cpu")
@@ -30,8 +30,8 @@ def invoke(monkeypatch, tmp_path):
     """Runs a command with few and short rounds in an empty folder; gives its output in one line, and its records."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "cache_bytes", lambda _: 1)  # else small inputs are copied ten thousand times
-    for name in ("FULL_PLAN", "QUICK_PLAN"):
-        monkeypatch.setattr(cli_layers, name, Plan(1, 1, 0.0, 0.0, visits=1))
+    for name in ("FULL_EFFORT", "QUICK_EFFORT"):
+        monkeypatch.setattr(cli_layers, name, Effort(1, 1, 0.0, 0.0, visits=1))
 
     def run(*arguments: str, status: int = 0) -> tuple[str, list[dict]]:
         result = CliRunner().invoke(cli.app, [*arguments, *EAGER, "--json", "run.json"])
@@ -242,7 +242,7 @@ def test_series_are_told_apart():
     other = [Record(**vars(record) | {"device": "cuda: B"}) for record in slab]
     both = series_of_slabs(slab + other)
     assert sorted(name.split("\n")[-1] for name in both) == ["sweep_slab, A, 2 threads", "sweep_slab, cuda: B"]
-    assert [one.name for one in settings(tasks + slab)] == ["sweep_tasks, A, 2 threads", "sweep_slab, A, 2 threads"]
+    assert [one.name for one in groups(tasks + slab)] == ["sweep_tasks, A, 2 threads", "sweep_slab, A, 2 threads"]
 
 
 def test_sections_without_series_say_so():

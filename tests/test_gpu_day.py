@@ -244,7 +244,7 @@ def test_a_graph_holds_all_buffers_and_as_many_steps_as_fill_the_time(monkeypatc
         return Graph(step), None
 
     monkeypatch.setattr(race.replay, "captured", captured)
-    found = race.replayed(lambda: steps.append(time.sleep(1e-3)), race.QUICK_PLAN, 3, race.REPLAY_SECONDS / 7, CPU)
+    found = race.replayed(lambda: steps.append(time.sleep(1e-3)), race.QUICK_EFFORT, 3, race.REPLAY_SECONDS / 7, CPU)
     assert len(steps) % 9 == 0  # three buffers, three times: the least that fills seven steps
     assert 1e-3 <= found.median < 5e-3  # of one step
 

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from benchmarks import cli
 from benchmarks.gpu_day import fit, sweep
 from benchmarks.gpu_day.constants import CONSTANTS, changed
-from benchmarks.gpu_day.sweep import Candidate
+from benchmarks.gpu_day.sweep import SweptPlan
 from benchmarks.measure import HostTimer
 from tsbn_kernels.plan import DEVICES, Plan
 from tsbn_kernels.plan import cuda as cuda_rules
 
 H100 = DEVICES["H100"]
 MEASURED = sorted((ROOT / "benchmarks" / "measured").glob("*.tar.gz"))
-Truth = Callable[[Candidate], float]
+Truth = Callable[[SweptPlan], float]
 
 
 def records(backend: str, truth: Truth) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def records(backend: str, truth: Truth) -> list[dict[str, Any]]:
     return found
 
 
-def predicted(one: Candidate) -> float:
+def predicted(one: SweptPlan) -> float:
     """Milliseconds by the CUDA rules' own model; what they do not compare takes three times as long."""
     assert isinstance(one.plan, cuda_rules.Launch)
     problem = cuda_rules.dense(one.work)
@@ -51,7 +51,7 @@ def as_chosen(backend: str, **values: float) -> Truth:
     """What the rules choose with other constants is the fastest."""
     others = {constant(backend, name): value for name, value in values.items()}
 
-    def truth(one: Candidate) -> float:
+    def truth(one: SweptPlan) -> float:
         with changed(others):
             return 1.0 if sweep.rule_of(backend, one.work, H100) == one.plan else 1.5
 
@@ -97,7 +97,7 @@ def test_a_constant_is_found_by_the_times_that_it_predicts() -> None:
 
 
 def test_a_rule_is_wrong_where_no_constant_leads_to_what_is_fast(tmp_path: Path) -> None:
-    def truth(one: Candidate) -> float:
+    def truth(one: SweptPlan) -> float:
         assert isinstance(one.plan, Plan)
         return 1.0 if (one.case.layer.name, one.plan.warps) == ("bn1", 32) else 1.2
 

@@ -33,12 +33,12 @@ def archive(path: Path, text: str, name: str = "gpu_day/sweep.jsonl") -> Path:
 
 
 @pytest.fixture(scope="module")
-def planned() -> list[sweep.Candidate]:
+def planned() -> list[sweep.SweptPlan]:
     """Those of an H100 at full size."""
     return sweep.candidates("cpu", H100)
 
 
-def test_every_pass_begins_with_the_rules_plan(planned: list[sweep.Candidate]) -> None:
+def test_every_pass_begins_with_the_rules_plan(planned: list[sweep.SweptPlan]) -> None:
     assert len(set(planned)) == len(planned)
     groups = groupby(planned, key=lambda one: (one.case, one.direction, one.backend))
     first = {}
@@ -53,7 +53,7 @@ def test_every_pass_begins_with_the_rules_plan(planned: list[sweep.Candidate]) -
     assert planned[0].case.layer.name == "bn4,bn5"
 
 
-def test_they_vary_what_a_rule_decides(planned: list[sweep.Candidate]) -> None:
+def test_they_vary_what_a_rule_decides(planned: list[sweep.SweptPlan]) -> None:
     for backend, names in (
         ("triton", ("variant", "tile", "warps", "splits", "registers")),
         ("cuda", ("variant", "parts", "threads", "cluster", "shared", "resident")),
@@ -63,7 +63,7 @@ def test_they_vary_what_a_rule_decides(planned: list[sweep.Candidate]) -> None:
             assert len({str(numbers[name]) for numbers in of}) > 1, (backend, name)
 
 
-def test_what_a_fit_may_say_was_timed(planned: list[sweep.Candidate]) -> None:
+def test_what_a_fit_may_say_was_timed(planned: list[sweep.SweptPlan]) -> None:
     """The plan that a rule has by another value of a constant is among the candidates."""
     for one in (one for one in planned if one.by_rule):
         timed = {other.plan for other in planned if (other.case, other.direction) == (one.case, one.direction)}
@@ -72,7 +72,7 @@ def test_what_a_fit_may_say_was_timed(planned: list[sweep.Candidate]) -> None:
                 assert sweep.rule_of(one.backend, one.work, H100) in timed
 
 
-def test_a_record(planned: list[sweep.Candidate]) -> None:
+def test_a_record(planned: list[sweep.SweptPlan]) -> None:
     small = sweep.candidates("cpu")
     for one in (small[0], next(one for one in small if one.backend == "cuda" and one.direction == "backward")):
         record: dict[str, Any] = json.loads(json.dumps(one.run(HostTimer())))
@@ -90,7 +90,7 @@ def test_a_failure_is_a_record() -> None:
 
 
 @pytest.mark.skipif(not triton.available, reason="no Triton")
-def test_triton_runs_the_plan_it_is_told(planned: list[sweep.Candidate]) -> None:
+def test_triton_runs_the_plan_it_is_told(planned: list[sweep.SweptPlan]) -> None:
     from benchmarks.offline import recorded
     from tsbn_kernels.backends.triton import ops
 

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("mlxtend")
 
-from benchmarks import cli, cli_train, measure, study
+from benchmarks import cli, cli_train, study
 from benchmarks.cost import Cost
 from benchmarks.data import Splits
-from benchmarks.measure import Plan
+from benchmarks.measure import Effort
 from benchmarks.methods import METHODS
 from benchmarks.network import Layout
-from benchmarks.study import Summary, summaries, verdict
+from benchmarks.study import MethodScores, summaries, verdict
+from benchmarks.summaries import Summary
 
 TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
 NAMES = ["single_task", "hard_sharing", "tsbn x1", "ts_sigma_bn x1", "ts_sigma_bn x100"]
@@ -39,7 +40,7 @@ def few_digits(_folder) -> Splits:
 def invoke(monkeypatch, tmp_path, one_thread):
     """Runs the command on a few images with narrow networks, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_train, "COST_PLAN", Plan(2, 2, 0.0, 0.0))
+    monkeypatch.setattr(cli_train, "COST_EFFORT", Effort(2, 2, 0.0, 0.0))
     tiny = study.Dataset(few_digits, False, TINY, epochs=2, batch=25, lr=1e-2)
     monkeypatch.setitem(study.DATASETS, "digits40", tiny)
     return lambda *arguments: CliRunner().invoke(cli.app, ["train", "--device", "cpu", *arguments])
@@ -48,7 +49,7 @@ def invoke(monkeypatch, tmp_path, one_thread):
 @pytest.fixture
 def no_costs(monkeypatch):
     """Leaves out the step's time and memory, which take a process for each method."""
-    cost = Cost(1, measure.Summary(1.0, 0.0, 1, 0, (1.0,)), 1)
+    cost = Cost(1, Summary(1.0, 0.0, 1, 0, (1.0,)), 1)
     monkeypatch.setattr(cli_train, "costs", lambda methods, *_: dict.fromkeys([*methods, "loop"], cost))
 
 
@@ -149,8 +150,8 @@ def test_bad_options_are_refused(invoke, arguments, message):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def summary(name: str, *f1: float) -> Summary:
-    return Summary(name, f1, (), None, (), None)
+def summary(name: str, *f1: float) -> MethodScores:
+    return MethodScores(name, name.partition(" x")[0], 1.0, f1, (), None, (), None)
 
 
 def test_the_verdict_is_against_the_larger_spread():

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import fit as fits
 from benchmarks.data import Splits
-from benchmarks.fit import Epoch, ResumeError, Run, Settings
+from benchmarks.fit import Epoch, ResumeError, Settings, TrainRun
 from benchmarks.methods import METHODS
 from benchmarks.network import Layout
 
@@ -39,11 +39,11 @@ def noise() -> Splits:
     return Splits(part(24), part(16), part(16), ("left", "upper", "whole"), "noise")
 
 
-def run(path: Path, settings: Settings = SETTINGS, **options) -> Run:
-    return Run(settings, noise(), CPU, path, **options)
+def run(path: Path, settings: Settings = SETTINGS, **options) -> TrainRun:
+    return TrainRun(settings, noise(), CPU, path, **options)
 
 
-def assert_same(one: Run, other: Run) -> None:
+def assert_same(one: TrainRun, other: TrainRun) -> None:
     assert one.fit.history == other.fit.history
     assert (one.fit.best, one.fit.test_f1) == (other.fit.best, other.fit.test_f1)
     states = [r.network.state_dict() for r in (one, other)]
@@ -164,7 +164,7 @@ def test_the_best_epoch_is_chosen_by_validation_and_tested_once(tmp_path, monkey
         tested.append(weights)
         return (0.1, 0.2, 0.3)
 
-    monkeypatch.setattr(Run, "_f1", f1)
+    monkeypatch.setattr(TrainRun, "_f1", f1)
     trained = run(tmp_path / "run.pt")
     found = trained.run()
     assert found.best == 1 and len(tested) == 1

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import cli, compiled_kernels, offline
-from benchmarks.compiled_kernels import OTHERS, PLAIN, RELU, TABLE, TARGETS, Layer, Row, asked
+from benchmarks.compiled_kernels import OTHERS, PLAIN, RELU, TABLE, TARGETS, LaidOut, Row, asked
 from benchmarks.offline import COMPILER, fingerprint, specialize
 from tsbn_kernels.backends.triton import activations
 from tsbn_kernels.plan import DEVICES
@@ -88,7 +88,7 @@ def test_every_kind_of_kernel_is_compiled_for_every_target(measured, target):
 def test_what_no_epilogue_ends_is_compiled_once():
     keys = []
     for fused in (PLAIN, RELU):
-        layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "channels_last", "task_major", fused)
+        layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "channels_last", "task_major", fused)
         calls = layer.calls(layer.plan("forward", DEVICES["H100"]))
         assert [call.launch.kernel for call in calls] == ["forward_partial", "forward_apply"]
         keys.append([(specialize(call, "sm_90").key, fingerprint(call, "sm_90")) for call in calls])
@@ -100,7 +100,7 @@ def test_what_no_epilogue_ends_is_compiled_once():
 
 def test_what_changed_is_compiled_again(monkeypatch):
     """A row whose fingerprint is of another source, target or compiler does not speak for the kernel."""
-    layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", PLAIN)
+    layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", PLAIN)
     (call, *_) = layer.calls(layer.plan("backward", DEVICES["H100"]))
     prints = [fingerprint(call, target) for target in ("sm_90", "sm_90", "sm_100")]
     monkeypatch.setattr(offline, "COMPILER", "another")
@@ -114,7 +114,7 @@ def test_what_changed_is_compiled_again(monkeypatch):
 
 def test_a_kernel_has_the_source_of_its_own_activation_alone(monkeypatch):
     def prints(fused):
-        layer = Layer("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", fused)
+        layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", fused)
         calls = [call for pass_ in ("eval", "backward") for call in layer.calls(layer.plan(pass_, DEVICES["H100"]))]
         return {fingerprint(call, "sm_90") for call in calls}
 

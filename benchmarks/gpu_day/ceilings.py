@@ -52,8 +52,8 @@ def memory(setting: Setting) -> dict[str, Any]:
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: y.copy_(x), 2 * size), "read": (x.sum, size), "write": (lambda: y.fill_(1.5), size),
     }  # fmt: skip
-    plan = race.QUICK_PLAN if setting.quick else race.PLAN
-    times = summarize(measure({way: step_candidate(run) for way, (run, _) in ways.items()}, plan, timer_for(device)))
+    effort = race.QUICK_EFFORT if setting.quick else race.EFFORT
+    times = summarize(measure({way: step_candidate(run) for way, (run, _) in ways.items()}, effort, timer_for(device)))
     rates = {way: ways[way][1] / summary.median for way, (summary,) in times.items()}
     journal.note(setting.folder, "ceiling", **rates)
     return rates
@@ -69,7 +69,7 @@ def empty_kernel(setting: Setting) -> dict[str, Any]:
 
     found = {"kernel_called": seconds_called(add, device, setting.quick)}
     if race.can_capture(device):
-        found["kernel_in_graph"] = race.replayed(add, race.PLAN, 1, 2e-6, device).median
+        found["kernel_in_graph"] = race.replayed(add, race.EFFORT, 1, 2e-6, device).median
     journal.note(setting.folder, "ceiling", **found)
     return found
 

@@ -20,7 +20,7 @@ Values = Mapping[Constant, float]
 
 
 @dataclass(frozen=True)
-class Pass:
+class MeasuredPass:
     """A pass of a layer by a backend, and the milliseconds that its plans took, by their description."""
 
     name: str
@@ -45,7 +45,7 @@ class Pass:
 class Choice:
     """What a rule says for a pass, and what that should take and took: None where nobody measured it."""
 
-    of: Pass
+    of: MeasuredPass
     plan: str
     predicted_ms: float
     ms: float | None
@@ -68,7 +68,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Fit:
+class RulesFit:
     """The rules of a backend as they are, and with constants that were chosen for these passes.
 
     Attributes:
@@ -87,9 +87,9 @@ class Fit:
         return [choice for choice in self.then if choice.is_slow]
 
 
-def passes(records: Iterable[Mapping[str, Any]]) -> list[Pass]:
+def passes(records: Iterable[Mapping[str, Any]]) -> list[MeasuredPass]:
     """The passes of which a time is known."""
-    found: dict[tuple[Any, ...], Pass] = {}
+    found: dict[tuple[Any, ...], MeasuredPass] = {}
     for record in records:
         if "ms" not in record:
             continue
@@ -98,18 +98,18 @@ def passes(records: Iterable[Mapping[str, Any]]) -> list[Pass]:
         if key not in found:
             work = work_of(record["shape"], record["tasks"], *names[1:])  # type: ignore[arg-type]
             device = Device(**record["device"])
-            found[key] = Pass(" ".join(names), record["backend"], work, device, record["copy_ms"], {})
+            found[key] = MeasuredPass(" ".join(names), record["backend"], work, device, record["copy_ms"], {})
         found[key].times[describe(record["plan"])] = record["ms"]
     return list(found.values())
 
 
-def choices(of: Iterable[Pass], values: Values) -> list[Choice]:
+def choices(of: Iterable[MeasuredPass], values: Values) -> list[Choice]:
     """What the rules say with these constants."""
     with changed(values):
         return [_choice(one) for one in of]
 
 
-def _choice(one: Pass) -> Choice:
+def _choice(one: MeasuredPass) -> Choice:
     plan = rule_of(one.backend, one.work, one.device)
     if isinstance(plan, Plan):
         seconds = plan.seconds()
@@ -126,7 +126,7 @@ def cost(found: list[Choice]) -> tuple[float, float]:
     return round(fmean(regrets), 4), round(fmean(errors or [0.0]), 2)
 
 
-def fit(backend: str, of: list[Pass]) -> Fit:
+def fit(backend: str, of: list[MeasuredPass]) -> RulesFit:
     """The constants that cost least: one is changed at a time, while that helps."""
     values: dict[Constant, float] = {}
     now = then = choices(of, values)
@@ -140,11 +140,11 @@ def fit(backend: str, of: list[Pass]) -> Fit:
         outcomes = [choices(of, each) for each in tried]
         best = min(range(len(tried)), key=lambda index: cost(outcomes[index]))
         if cost(outcomes[best]) >= cost(then):
-            return Fit(backend, now, then, {c: value for c, value in values.items() if value != c.value})
+            return RulesFit(backend, now, then, {c: value for c, value in values.items() if value != c.value})
         values, then = tried[best], outcomes[best]
 
 
-def fits(records: Iterable[Mapping[str, Any]]) -> list[Fit]:
+def fits(records: Iterable[Mapping[str, Any]]) -> list[RulesFit]:
     """One for each backend of which times are known."""
     found = passes(records)
     by_backend = {name: [one for one in found if one.backend == name] for name in BACKENDS}

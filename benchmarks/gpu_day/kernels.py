@@ -29,7 +29,7 @@ from tsbn_kernels.plan import Device
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compilation:
     """What came of it; ``errors`` are a line for each kernel that failed."""
 
     count: int
@@ -148,7 +148,7 @@ def _compile(of: Callable[[Device], list[Call]], device: Device, index: int, *, 
 
 def compile_all(
     of: Callable[[Device], list[Call]], device: Device, launchers: bool = False, workers: int | None = None
-) -> Compiled:
+) -> Compilation:
     """Fills Triton's cache with :func:`planned` or :func:`swept`.
 
     Args:
@@ -162,4 +162,4 @@ def compile_all(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = pool.map(partial(_compile, of, device, launchers=launchers), range(count), chunksize=2)
         errors = [error for error in made if error]
-    return Compiled(count, time.monotonic() - started, errors)
+    return Compilation(count, time.monotonic() - started, errors)

@@ -15,7 +15,7 @@ from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import journal, race
 from benchmarks.gpu_day.risky import risky
-from benchmarks.measure import Plan, measure, step_candidate, summarize, timer_for
+from benchmarks.measure import Effort, measure, step_candidate, summarize, timer_for
 from benchmarks.network import task_specific_network, train_step
 from benchmarks.network_run import BEST
 from benchmarks.verify import MismatchError
@@ -28,7 +28,7 @@ BATCHES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # few, for each 
 QUICK_TASKS, QUICK_PIXELS, QUICK_BATCH = 2, 8, 8
 SHARE = 0.92  # of the free memory, for what a step was seen to take: the allocator's blocks have gaps
 LOSS = 0.02  # of the loop's: bfloat16 rounds in every layer
-PLAN = Plan(2, 4, 1.0, 0.0)
+EFFORT = Effort(2, 4, 1.0, 0.0)
 
 
 class Autocast(nn.Module):
@@ -102,12 +102,12 @@ def largest(variant: str, backend: str, memory_format: str, setting: Setting) ->
 def _measured(variant: str, backend: str, memory_format: str, batch: int, setting: Setting) -> dict[str, Any]:
     """A line of one variant at one batch."""
     device = torch.device(setting.device)
-    plan = race.QUICK_PLAN if setting.quick else PLAN
+    effort = race.QUICK_EFFORT if setting.quick else EFFORT
     with _by(backend, setting):
         step = _prepared(variant, memory_format, batch, setting)
         loss = float(step())
         peak = _peak(step, device)
-        (time,) = summarize(measure({"": step_candidate(step)}, plan, timer_for(device)))[""]
+        (time,) = summarize(measure({"": step_candidate(step)}, effort, timer_for(device)))[""]
         found = {
             "variant": variant, "entrant": backend or LOOP, "memory_format": memory_format, "batch": batch,
             "loss": loss, "peak_bytes": peak, "ms": 1e3 * time.median, "iqr_ms": 1e3 * time.iqr,

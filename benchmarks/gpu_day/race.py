@@ -21,7 +21,7 @@ from benchmarks.gpu_day import journal
 from benchmarks.gpu_day.risky import risky
 from benchmarks.layers import COPY, records_of
 from benchmarks.measure import (
-    Plan,
+    Effort,
     copy_candidate,
     measure,
     rotating_buffers,
@@ -36,7 +36,7 @@ from benchmarks.summaries import Summary
 from benchmarks.verify import MismatchError, check_by_tasks, outcome_of
 from tsbn_kernels import backends, use_backend
 
-PLAN, QUICK_PLAN = Plan(3, 6, 0.2, 1e-3), Plan(2, 2, 0.0, 0.0)
+EFFORT, QUICK_EFFORT = Effort(3, 6, 0.2, 1e-3), Effort(2, 2, 0.0, 0.0)
 REPLAY_SECONDS = 1e-3  # so long that the start of a graph does not count
 HOST = 20  # how many times as long as the kernels a call may take
 SOME_TASKS = 4  # of a peer are verified
@@ -72,10 +72,10 @@ def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) ->
         AssertionError: one of ours is wrong, or failed.
         RuntimeError: the device is lost.
     """
-    plan = QUICK_PLAN if setting.quick else PLAN
+    effort = QUICK_EFFORT if setting.quick else EFFORT
     inputs = case.inputs()
     buffers = 1 if setting.quick else rotating_buffers(2 * case.tensor_bytes, environment.cache_bytes(case.device))
-    copy = _copy_time(inputs, buffers, plan, case.device)
+    copy = _copy_time(inputs, buffers, effort, case.device)
     failures = []  # texts: the frames of an exception would hold tensors
     for entrant in entrants:
         where = {"layer": case.layer.name, "dtype": case.dtype, "memory_format": case.memory_format}
@@ -84,7 +84,7 @@ def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) ->
             with risky(entrant.name, setting.folder, case.device):
                 try:
                     if PEERS[entrant.impl].unsupported(case) is None:
-                        _enter(case, inputs, entrant, setting, kind, plan, buffers, copy)
+                        _enter(case, inputs, entrant, setting, kind, effort, buffers, copy)
                 except torch.OutOfMemoryError:
                     journal.note(setting.folder, "left out", **where, why="out of memory")
                 except Exception as error:
@@ -99,7 +99,14 @@ def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) ->
 
 
 def _enter(
-    case: Case, inputs: Inputs, entrant: Entrant, setting: Setting, kind: str, plan: Plan, buffers: int, copy: Summary
+    case: Case,
+    inputs: Inputs,
+    entrant: Entrant,
+    setting: Setting,
+    kind: str,
+    effort: Effort,
+    buffers: int,
+    copy: Summary,
 ) -> None:
     """Ours is timed even where it is wrong, and marked: such a day has no second chance."""
     wrong = None
@@ -118,7 +125,7 @@ def _enter(
         verified = time.perf_counter()
         free(case.device)
         peer.rotate_over(buffers)
-        for by, passes in _ways(peer, plan, buffers, case.device):
+        for by, passes in _ways(peer, effort, buffers, case.device):
             for record in records_of(case, {COPY: [copy], entrant.impl: passes}):
                 values = record.as_json() | {"verified": wrong is None, "entrant": entrant.name, "by": by}
                 times = {"verified_s": verified - started, "timed_s": time.perf_counter() - verified}
@@ -127,11 +134,11 @@ def _enter(
         raise wrong
 
 
-def _ways(peer: Peer, plan: Plan, buffers: int, device: torch.device) -> Iterator[tuple[str, list[Summary]]]:
+def _ways(peer: Peer, effort: Effort, buffers: int, device: torch.device) -> Iterator[tuple[str, list[Summary]]]:
     """Times forward, and forward and backward: called by the host, and without it as far as that can be captured."""
     timer = timer_for(device)
     called = training_candidate(peer.forward, peer.backward, peer.next_buffers)
-    eager = summarize(measure({"": called}, plan, timer))[""]
+    eager = summarize(measure({"": called}, effort, timer))[""]
     yield "eager", eager
     if not can_capture(device):
         return
@@ -146,7 +153,7 @@ def _ways(peer: Peer, plan: Plan, buffers: int, device: torch.device) -> Iterato
 
     try:
         pairs = zip((forward, both), eager, strict=True)
-        graph = [replayed(step, plan, buffers, called.median / HOST, device) for step, called in pairs]
+        graph = [replayed(step, effort, buffers, called.median / HOST, device) for step, called in pairs]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -159,7 +166,7 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def replayed(step: Callable[[], None], plan: Plan, buffers: int, seconds: float, device: torch.device) -> Summary:
+def replayed(step: Callable[[], None], effort: Effort, buffers: int, seconds: float, device: torch.device) -> Summary:
     """Times one step in a graph of many, as many as fill the time. ``seconds``: the least that a step may take."""
     times = buffers * math.ceil(REPLAY_SECONDS / (buffers * seconds))
 
@@ -168,16 +175,16 @@ def replayed(step: Callable[[], None], plan: Plan, buffers: int, seconds: float,
             step()
 
     graph, _ = replay.captured(steps)
-    visit = measure({"": step_candidate(graph.replay)}, plan, timer_for(device))
+    visit = measure({"": step_candidate(graph.replay)}, effort, timer_for(device))
     ((rounds,),) = visit.values()
     return Summary.of([[taken / times for taken in rounds]])
 
 
-def _copy_time(inputs: Inputs, buffers: int, plan: Plan, device: torch.device) -> Summary:
+def _copy_time(inputs: Inputs, buffers: int, effort: Effort, device: torch.device) -> Summary:
     candidate = copy_candidate(inputs.x, buffers)
-    found = summarize(measure({COPY: candidate}, plan, timer_for(device)))[COPY][0]
+    found = summarize(measure({COPY: candidate}, effort, timer_for(device)))[COPY][0]
     if can_capture(device):
-        found = replayed(partial(candidate, _nowhere), plan, buffers, found.median, device)
+        found = replayed(partial(candidate, _nowhere), effort, buffers, found.median, device)
     del candidate
     free(device)
     return found

@@ -40,13 +40,13 @@ KINDS = tuple(product(("bfloat16", "float32"), ("contiguous", "channels_last")))
 BACKENDS = ("triton", "cuda")
 NEAR = 8  # of the CUDA plans, by their predicted time: the others come after everything else
 ROUNDS, GRAPH_SECONDS = 5, 2e-3
-Step = Callable[[], object]
+SweepStep = Callable[[], object]
 
 _copies: dict[Case, float] = {}  # milliseconds of a copy
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SweptPlan:
     """A plan for a pass of a layer; ``by_rule``: it is the one that a call would take."""
 
     case: Case
@@ -101,7 +101,7 @@ class Candidate:
             "useful_bytes": self.work.useful_bytes, "planned_bytes": plan.bytes_read + plan.bytes_written,
         }  # fmt: skip
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[SweepStep]:
         """The pass over one set of buffers after another, so many that no cache holds the next."""
         return [partial(_pass, self.case, self.direction, self.backend, *buffers) for buffers in _inputs(self.case)]
 
@@ -133,7 +133,7 @@ def describe(plan: Mapping[str, Any]) -> str:
 # ---- which plans ---------------------------------------------------------------------------------------------------
 
 
-def candidates(device: str, paper: Device | None = None) -> list[Candidate]:
+def candidates(device: str, paper: Device | None = None) -> list[SweptPlan]:
     """All candidates for a device such as ``"cuda: NVIDIA H100"``, the most telling first; on the CPU small ones.
 
     Args:
@@ -151,8 +151,8 @@ def candidates(device: str, paper: Device | None = None) -> list[Candidate]:
         for case in _cases(layer, dtype, memory_format, where, small=on_cpu and paper is None):
             for backend in BACKENDS:
                 rule, close, rest = _PLANS[backend](case_work(case, direction), gpu)
-                near += [Candidate(case, direction, gpu, plan, plan == rule) for plan in close]
-                far += [Candidate(case, direction, gpu, plan, False) for plan in rest]
+                near += [SweptPlan(case, direction, gpu, plan, plan == rule) for plan in close]
+                far += [SweptPlan(case, direction, gpu, plan, False) for plan in rest]
     return near + far
 
 
@@ -293,7 +293,7 @@ def _copy_milliseconds(case: Case, timer: Timer) -> float:
     return _copies[case]
 
 
-def _milliseconds(steps: list[Step], timer: Timer, device: torch.device) -> float:
+def _milliseconds(steps: list[SweepStep], timer: Timer, device: torch.device) -> float:
     """Median time of a step; on CUDA devices without the host, by replays of a graph."""
     for step in steps:
         step()
@@ -311,7 +311,7 @@ def _milliseconds(steps: list[Step], timer: Timer, device: torch.device) -> floa
     return 1e3 * statistics.median(rounds) / count
 
 
-def _timed(step: Step, timer: Timer) -> float:
+def _timed(step: SweepStep, timer: Timer) -> float:
     timer.mark()
     step()
     timer.mark()

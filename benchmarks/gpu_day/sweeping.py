@@ -27,7 +27,7 @@ def cases(setting: Setting) -> Cases:
     ])  # fmt: skip
 
 
-def run(candidate: sweep.Candidate, timer: Timer, setting: Setting) -> None:
+def run(candidate: sweep.SweptPlan, timer: Timer, setting: Setting) -> None:
     """A line of the sweep's file."""
     found = candidate.run(timer)
     with (Path(setting.folder) / sweep.FILE).open("a") as file:
