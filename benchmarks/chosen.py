@@ -27,9 +27,13 @@ def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
         if rules and device and known and record.tasks:
             for direction in DIRECTIONS:
                 work = work_of(
-                    record.shape, record.tasks, record.dtype, record.memory_format, direction,
+                    record.shape,
+                    record.tasks,
+                    record.dtype,
+                    record.memory_format,
+                    direction,
                     activation_named(record.workload),
-                )  # fmt: skip
+                )
                 found.append((record, rules(work, device)))
     return found
 
@@ -44,8 +48,16 @@ def plans_table(rows: Sequence[tuple[Record, Plan]]) -> Table:
     for record, plan in rows:
         moved = (plan.bytes_read + plan.bytes_written) / plan.work.useful_bytes
         table.add_row(
-            record.layer, record.dtype, record.memory_format, plan.work.direction, plan.variant, str(plan.launches),
-            f"{plan.programs:,}", f"{plan.tile[0]} x {plan.tile[1]}", f"{plan.on_chip:.0%}", f"{moved:.2f}",
+            record.layer,
+            record.dtype,
+            record.memory_format,
+            plan.work.direction,
+            plan.variant,
+            str(plan.launches),
+            f"{plan.programs:,}",
+            f"{plan.tile[0]} x {plan.tile[1]}",
+            f"{plan.on_chip:.0%}",
+            f"{moved:.2f}",
             f"{plan.seconds() * 1e3:.3g}",
-        )  # fmt: skip
+        )
     return table

@@ -108,9 +108,15 @@ def celeba40(
     except (DataError, ValueError) as error:
         terminal.fail(str(error))
     todo = cases(
-        chosen_layers, tasks=tasks, batch=samples, dtypes=dtypes, memory_formats=formats, device=where,
-        activation="relu" if relu else NO_ACTIVATION, workload=CELEBA.name,
-    )  # fmt: skip
+        chosen_layers,
+        tasks=tasks,
+        batch=samples,
+        dtypes=dtypes,
+        memory_formats=formats,
+        device=where,
+        activation="relu" if relu else NO_ACTIVATION,
+        workload=CELEBA.name,
+    )
     impls = announce(console, impls, todo, fresh_memory)
     console.print(f"{tasks} tasks, batch {samples} ({reason})", highlight=False)
     if faces is not None:

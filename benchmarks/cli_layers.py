@@ -110,9 +110,15 @@ def layers(
                 terminal.fail(str(error))
         console.print(f"{workload}: {tasks} tasks, batch {batch} ({reason})", highlight=False)
         todo = cases(
-            chosen, tasks=tasks, batch=batch, dtypes=dtypes, memory_formats=formats, device=where,
-            activation=activation or network.activation, workload=workload,
-        )  # fmt: skip
+            chosen,
+            tasks=tasks,
+            batch=batch,
+            dtypes=dtypes,
+            memory_formats=formats,
+            device=where,
+            activation=activation or network.activation,
+            workload=workload,
+        )
     records = _measure(console, todo, impls, quick, fresh_memory)
     report.show(console, records, None)
     if workload is not None:
@@ -167,9 +173,14 @@ def _of_shapes(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--shape") from None
         todo += cases(
-            [layer], tasks=tasks, batch=batch, dtypes=dtypes, memory_formats=formats, device=device,
+            [layer],
+            tasks=tasks,
+            batch=batch,
+            dtypes=dtypes,
+            memory_formats=formats,
+            device=device,
             activation=activation,
-        )  # fmt: skip
+        )
     return todo
 
 

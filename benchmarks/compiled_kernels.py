@@ -65,9 +65,12 @@ STEM = Fusion("relu", fan_out=True)  # the first layer of a network
 # What none of the networks asks for, but any layer may be told to do. A leaky ReLU takes what a ReLU takes, and
 # hardswish takes the most of those without an exponential.
 OTHERS = (
-    Fusion("silu"), Fusion("gelu"), Fusion("gelu", residual=True), Fusion("gelu_tanh", residual=True),
+    Fusion("silu"),
+    Fusion("gelu"),
+    Fusion("gelu", residual=True),
+    Fusion("gelu_tanh", residual=True),
     Fusion("hardswish", residual=True),
-)  # fmt: skip
+)
 OTHER_STEM = Fusion("gelu", residual=True, fan_out=True)
 
 # Of ResNet-50: channels, by how much smaller than the first layer's their activations are.
@@ -117,10 +120,16 @@ class LaidOut:
         activation, residual, fan_out = self.fused
         back = pass_ == "backward"
         work = work_of(
-            self.activation(shared=fan_out), self.shape[0], self.stacking, direction="backward" if back else "forward",
-            training=pass_ != "eval", activation=activation, residual=residual, needs_dresidual=back and residual,
+            self.activation(shared=fan_out),
+            self.shape[0],
+            self.stacking,
+            direction="backward" if back else "forward",
+            training=pass_ != "eval",
+            activation=activation,
+            residual=residual,
+            needs_dresidual=back and residual,
             fan_out=fan_out,
-        )  # fmt: skip
+        )
         return rules.plan(work, device)
 
     def calls(self, plan: Plan) -> list[Call]:
@@ -240,9 +249,11 @@ class Row:
     def within_budget(self) -> bool:
         """Whether it does not spill, and takes no more registers and shared memory than planned."""
         return (
-            self.spills == 0 and self.registers <= self.register_budget and self.shared <= self.shared_budget
+            self.spills == 0
+            and self.registers <= self.register_budget
+            and self.shared <= self.shared_budget
             and self.resident_programs >= self.planned_programs
-        )  # fmt: skip
+        )
 
 
 def compiled(target: str, index: int) -> Resources:
@@ -256,14 +267,31 @@ def row(target: str, index: int, used: Resources) -> Row:
     one = asked(target)[index]
     plan, layer = one.plan, one.layer
     return Row(
-        target, one.call.launch.kernel, one.pass_,
-        _by(layer.shape), layer.dtype, layer.memory_format, layer.stacking, str(layer.fused),
-        plan.work.family, plan.variant, _by(plan.tile), rules.is_even(plan.work, plan.tile), plan.warps,
-        used.registers, plan.registers, used.shared, plan.shared,
-        replace(plan, registers=used.registers, shared=used.shared).resident_programs, plan.resident_programs,
-        used.spills, " ".join(map(str, used.loads)), " ".join(map(str, used.stores)), COMPILER,
-        fingerprint(one.call, target),
-    )  # fmt: skip
+        target=target,
+        kernel=one.call.launch.kernel,
+        pass_=one.pass_,
+        shape=_by(layer.shape),
+        dtype=layer.dtype,
+        memory_format=layer.memory_format,
+        stacking=layer.stacking,
+        fused=str(layer.fused),
+        family=plan.work.family,
+        variant=plan.variant,
+        tile=_by(plan.tile),
+        even=rules.is_even(plan.work, plan.tile),
+        warps=plan.warps,
+        registers=used.registers,
+        register_budget=plan.registers,
+        shared=used.shared,
+        shared_budget=plan.shared,
+        resident_programs=replace(plan, registers=used.registers, shared=used.shared).resident_programs,
+        planned_programs=plan.resident_programs,
+        spills=used.spills,
+        load_bytes=" ".join(map(str, used.loads)),
+        store_bytes=" ".join(map(str, used.stores)),
+        compiler=COMPILER,
+        fingerprint=fingerprint(one.call, target),
+    )
 
 
 def _by(sizes: Sequence[int]) -> str:

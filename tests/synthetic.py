@@ -94,11 +94,26 @@ def simulated_sweep(series: str) -> list[Record]:
         copy = 2 * case.tensor_bytes / 1e7
         records.append(
             Record(
-                case.record_name, case.layer.name, case.shape, case.dtype, case.memory_format, pass_, impl,
-                useful / 1e7 * copies, 0.1 * copy, copy, useful, 1 / copies, None, True, "cpu", VERSIONS, 15,
+                case.record_name,
+                case.layer.name,
+                case.shape,
+                case.dtype,
+                case.memory_format,
+                pass_,
+                impl,
+                useful / 1e7 * copies,
+                0.1 * copy,
+                copy,
+                useful,
+                1 / copies,
+                None,
+                True,
+                "cpu",
+                VERSIONS,
+                15,
                 case.tasks,
             )
-        )  # fmt: skip
+        )
     return records
 
 

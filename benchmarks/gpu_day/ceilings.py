@@ -50,8 +50,10 @@ def memory(setting: Setting) -> dict[str, Any]:
     x = torch.randn(size // 4, device=device)
     y = torch.empty_like(x)
     ways: dict[str, tuple[Callable[[], object], int]] = {
-        "copy": (lambda: y.copy_(x), 2 * size), "read": (x.sum, size), "write": (lambda: y.fill_(1.5), size),
-    }  # fmt: skip
+        "copy": (lambda: y.copy_(x), 2 * size),
+        "read": (x.sum, size),
+        "write": (lambda: y.fill_(1.5), size),
+    }
     effort = race.QUICK_EFFORT if setting.quick else race.EFFORT
     times = summarize(measure({way: step_candidate(run) for way, (run, _) in ways.items()}, effort, timer_for(device)))
     rates = {way: ways[way][1] / summary.median for way, (summary,) in times.items()}

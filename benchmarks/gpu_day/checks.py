@@ -13,8 +13,11 @@ from benchmarks.gpu_day import race
 from benchmarks.gpu_day.ceilings import guarded
 
 STEPS: dict[str, Callable[[Setting], Cases]] = {
-    "graphs": graphs.cases, "streams": concurrency.cases, "determinism": repeats.cases, "large": large.cases,
-}  # fmt: skip
+    "graphs": graphs.cases,
+    "streams": concurrency.cases,
+    "determinism": repeats.cases,
+    "large": large.cases,
+}
 
 
 def cases(setting: Setting) -> Cases:
@@ -24,12 +27,14 @@ def cases(setting: Setting) -> Cases:
         SkippedError: the backend is not available.
     """
     _need(setting)
-    return Cases([
-        guarded(case, setting, name)
-        for name, of in STEPS.items()
-        if name != "graphs" or setting.device != "cpu"
-        for case in _cases(of, setting)
-    ])  # fmt: skip
+    return Cases(
+        [
+            guarded(case, setting, name)
+            for name, of in STEPS.items()
+            if name != "graphs" or setting.device != "cpu"
+            for case in _cases(of, setting)
+        ]
+    )
 
 
 def memcheck(setting: Setting) -> Cases:

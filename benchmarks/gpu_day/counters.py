@@ -34,11 +34,13 @@ def cases(setting: Setting) -> Cases:
     if shutil.which("ncu") is None:
         raise SkippedError("ncu is not on the PATH; it comes with the CUDA toolkit")
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
-    return Cases([
-        Case(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
-        for layer, order in COUNTED
-        for backend in backends
-    ])  # fmt: skip
+    return Cases(
+        [
+            Case(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
+            for layer, order in COUNTED
+            for backend in backends
+        ]
+    )
 
 
 def count(backend: str, layer: str, order: str, setting: Setting) -> None:
@@ -48,18 +50,27 @@ def count(backend: str, layer: str, order: str, setting: Setting) -> None:
     subprocess.run(shlex.split(ncu.command(None, path, program)), check=True)
     for launch in ncu.read(path):
         journal.note(
-            setting.folder, "counters", entrant=backend, layer=layer, memory_format=order, kernel=launch.kernel,
+            setting.folder,
+            "counters",
+            entrant=backend,
+            layer=layer,
+            memory_format=order,
+            kernel=launch.kernel,
             **launch.values,
-        )  # fmt: skip
+        )
 
 
 def main(backend: str, layer: str, order: str) -> None:
     """The third step of a layer, between the marks that ncu heeds."""
     chosen = [one for one in CELEBA.layers if layer in one.names]
     (case,) = layer_cases(
-        chosen, tasks=CELEBA.tasks, batch=CELEBA.batch, dtypes=["bfloat16"], memory_formats=[order],
+        chosen,
+        tasks=CELEBA.tasks,
+        batch=CELEBA.batch,
+        dtypes=["bfloat16"],
+        memory_formats=[order],
         device=torch.device("cuda"),
-    )  # fmt: skip
+    )
     with use_backend(backend):
         peer = PEERS["fused"](case, case.inputs())
         for step in range(3):

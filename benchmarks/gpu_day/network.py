@@ -109,9 +109,15 @@ def _measured(variant: str, backend: str, memory_format: str, batch: int, settin
         peak = _peak(step, device)
         (time,) = summarize(measure({"": step_candidate(step)}, effort, timer_for(device)))[""]
         found = {
-            "variant": variant, "entrant": backend or LOOP, "memory_format": memory_format, "batch": batch,
-            "loss": loss, "peak_bytes": peak, "ms": 1e3 * time.median, "iqr_ms": 1e3 * time.iqr,
-        }  # fmt: skip
+            "variant": variant,
+            "entrant": backend or LOOP,
+            "memory_format": memory_format,
+            "batch": batch,
+            "loss": loss,
+            "peak_bytes": peak,
+            "ms": 1e3 * time.median,
+            "iqr_ms": 1e3 * time.iqr,
+        }
     journal.note(setting.folder, "network", **found)
     return found
 

@@ -76,14 +76,17 @@ def _cases(
         tasks, batch = 3, 8
         layers = [replace(one, channels=16, size=one.size and (8, 6)) for one in layers]
     return layer_cases(
-        list(layers), tasks=tasks, batch=batch, dtypes=[dtype], memory_formats=[memory_format],
-        device=torch.device(setting.device), workload=workload.name,
-    )  # fmt: skip
+        list(layers),
+        tasks=tasks,
+        batch=batch,
+        dtypes=[dtype],
+        memory_formats=[memory_format],
+        device=torch.device(setting.device),
+        workload=workload.name,
+    )
 
 
 def _races(todo: Iterable[LayerCase], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
     gc.collect()
     gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
-    return Cases([
-        Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo
-    ])  # fmt: skip
+    return Cases([Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo])

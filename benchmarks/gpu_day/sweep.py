@@ -95,11 +95,19 @@ class SweptPlan:
         """All but the times."""
         case, plan = self.case, self.plan
         return {
-            "layer": case.layer.name, "shape": case.shape, "tasks": case.tasks, "dtype": case.dtype,
-            "format": case.memory_format, "pass": self.direction, "backend": self.backend,
-            "device": asdict(self.device), "by_rule": self.by_rule, "plan": self.numbers,
-            "useful_bytes": self.work.useful_bytes, "planned_bytes": plan.bytes_read + plan.bytes_written,
-        }  # fmt: skip
+            "layer": case.layer.name,
+            "shape": case.shape,
+            "tasks": case.tasks,
+            "dtype": case.dtype,
+            "format": case.memory_format,
+            "pass": self.direction,
+            "backend": self.backend,
+            "device": asdict(self.device),
+            "by_rule": self.by_rule,
+            "plan": self.numbers,
+            "useful_bytes": self.work.useful_bytes,
+            "planned_bytes": plan.bytes_read + plan.bytes_written,
+        }
 
     def steps(self) -> list[SweepStep]:
         """The pass over one set of buffers after another, so many that no cache holds the next."""

@@ -21,10 +21,12 @@ def cases(setting: Setting) -> Cases:
     device = torch.device(setting.device)
     found = sweep.candidates(environment.device_name(device))
     timer = timer_for(device)
-    return Cases([
-        Case(str(number), partial(run, candidate, timer, setting))
-        for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
-    ])  # fmt: skip
+    return Cases(
+        [
+            Case(str(number), partial(run, candidate, timer, setting))
+            for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
+        ]
+    )
 
 
 def run(candidate: sweep.SweptPlan, timer: Timer, setting: Setting) -> None:

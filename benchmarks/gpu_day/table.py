@@ -22,9 +22,14 @@ Line = dict[str, Any]
 def text(folder: Path, steps: Sequence[StepResult]) -> str:
     """Sweep, counters, ceilings, layers, network, what was left out, steps, failures: what decides comes last."""
     parts = (
-        _sweep(folder), _counters(folder), _ceilings(folder), _layers(folder), _network(folder), _left_out(folder),
+        _sweep(folder),
+        _counters(folder),
+        _ceilings(folder),
+        _layers(folder),
+        _network(folder),
+        _left_out(folder),
         _steps(steps),
-    )  # fmt: skip
+    )
     return "".join(f"{line[:MOST_OF_A_LINE]}\n" for part in parts for line in part)
 
 
