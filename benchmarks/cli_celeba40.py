@@ -90,7 +90,7 @@ def celeba40(
         console.print(f"{tasks} tasks, batch {batch or CELEBA.batch}", highlight=False)
         console.print(prediction_table(rows, paper))
         return
-    from benchmarks import plot
+    from benchmarks import plot, plot_report
 
     where = parse_device(device)
     impls = parse_impls(impl, where)
@@ -146,7 +146,7 @@ def celeba40(
         terminal.fail(str(error))
 
     report.show(console, records, network_run)
-    plot.draw(plot_path, records)
+    plot.save(plot_path, plot_report.time_in_copies(records))
     console.print(f"plot: {plot_path}", highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(json_path, records)

@@ -93,7 +93,7 @@ def layers(
             raise typer.BadParameter("--layers, --tasks and --batch go with a workload", param_hint="--shape")
         todo = _of_shapes(shape or [], dtypes, formats, where, activation or NO_ACTIVATION)
     else:
-        from benchmarks import plot
+        from benchmarks import plot, plot_report
 
         terminal.choices([workload], list(WORKLOADS), "WORKLOAD")
         network = WORKLOADS[workload]
@@ -123,7 +123,7 @@ def layers(
     report.show(console, records, None)
     if workload is not None:
         path = plot_path or Path(f"results/{workload}.png")
-        plot.draw(path, records)
+        plot.save(path, plot_report.time_in_copies(records))
         console.print(f"plot: {path}", highlight=False, soft_wrap=True)
     _keep(console, json_path, records)
 

@@ -239,11 +239,10 @@ def render(sources: Sequence[Source]) -> str:
     found = Found(sources)
     workloads = " and ".join(dict.fromkeys(record.workload for record in found.records))
     machines = "; ".join(dict.fromkeys(machine(record) for record in found.records))
-    with figures.style():
-        sections = [
-            f'<section id="{name}">\n<h2>{one.title}</h2>\n{one.content(found) or _note(one.otherwise)}</section>\n'
-            for name, one in SECTIONS.items()
-        ]
+    sections = [
+        f'<section id="{name}">\n<h2>{one.title}</h2>\n{one.content(found) or _note(one.otherwise)}</section>\n'
+        for name, one in SECTIONS.items()
+    ]
     return Template(TEMPLATE.read_text()).substitute(
         title=escape(f"tsbn-kernels on {workloads}"),
         subtitle=escape(f"{machines}. From {', '.join(source.name for source in sources)}."),

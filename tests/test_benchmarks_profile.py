@@ -100,7 +100,7 @@ def test_another_file_is_an_error(text: str, message: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kernels", [(), ("forward_slab",)])
 def test_the_command(kernels: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    operators = (profiling.Operator("tsbn::backward", profiling.NORMALISATION, 0.5, 9),)
+    operators = (profiling.OperatorTime("tsbn::backward", profiling.NORMALISATION, 0.5, 9),)
     found = profiling.Profile(1.0, operators, kernels)
     monkeypatch.setattr(cli_profile, "profile_step", lambda *_: found)
     options = ["--variant", "fused", "--tasks", "2", "--batch", "2", "--device", "cpu", "--output", str(tmp_path)]
