@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import celeba40 as runs
-from benchmarks import environment, host_memory, report, terminal
+from benchmarks import environment, host_memory
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, cases, choose_batch
 from benchmarks.cli_options import (
     Dtypes,
@@ -33,7 +33,9 @@ from benchmarks.measure import Effort
 from benchmarks.predict import predictions
 from benchmarks.predict import table as prediction_table
 from benchmarks.records import write_json
+from benchmarks.report import show
 from benchmarks.self_test import self_test
+from benchmarks.terminal import choices, fail, progress, wide_console
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import CELEBA, NO_ACTIVATION
 from tsbn_kernels.plan import DEVICES, devices
@@ -75,9 +77,9 @@ def celeba40(
 
     Exits with 1 if a result differs from the reference.
     """
-    console = terminal.console()
-    dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
-    formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
+    console = wide_console()
+    dtypes = choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
+    formats = choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
     chosen_layers = parse_layers(names or (QUICK_LAYERS if quick else None), CELEBA.layers)
     if predict is not None:
         try:
@@ -90,7 +92,8 @@ def celeba40(
         console.print(f"{tasks} tasks, batch {batch or CELEBA.batch}", highlight=False)
         console.print(prediction_table(rows, paper))
         return
-    from benchmarks import plot, plot_report
+    from benchmarks.plot import save
+    from benchmarks.plot_report import time_in_copies
 
     where = parse_device(device)
     impls = parse_impls(impl, where)
@@ -106,7 +109,7 @@ def celeba40(
             available = environment.available_bytes(where)
             samples, reason = choose_batch(chosen_layers, tasks, dtypes, where, available)
     except (DataError, ValueError) as error:
-        terminal.fail(str(error))
+        fail(str(error))
     todo = cases(
         chosen_layers,
         tasks=tasks,
@@ -128,7 +131,7 @@ def celeba40(
     begin, end = (part / (work(todo) + network_work) for part in (network_work / 2, work(todo) + network_work / 2))
     network_run = None
     try:
-        with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
+        with host_memory.keep_freed(not fresh_memory), progress(console) as notify:
             steps = {}
             if faces is not None:
                 notify("network: loss, gradients and memory of a step", 0.0)
@@ -143,10 +146,10 @@ def celeba40(
                 network_run, more = runs.run_network(faces, where, network_effort, steps)
                 records += more
     except MismatchError as error:
-        terminal.fail(str(error))
+        fail(str(error))
 
-    report.show(console, records, network_run)
-    plot.save(plot_path, plot_report.time_in_copies(records))
+    show(console, records, network_run)
+    save(plot_path, time_in_copies(records))
     console.print(f"plot: {plot_path}", highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(json_path, records)

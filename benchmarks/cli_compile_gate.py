@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import terminal
+from benchmarks.terminal import fail
 
 
 def compile_kernels(
     path: Annotated[
         Path | None, typer.Option("--csv", help="Default: the table beside this package's sources.")
     ] = None,
-    everything: Annotated[
+    anew: Annotated[
         bool, typer.Option("--all", help="Compile all anew, not only what has changed since the table was written.")
     ] = False,
 ) -> None:
@@ -24,11 +24,11 @@ def compile_kernels(
 
     No GPU is needed. All take a quarter of an hour on two cores. Exits with 1 if a kernel spills or exceeds its budget.
     """
-    from benchmarks import compiled_kernels
+    from benchmarks.compiled_kernels import TABLE, by_fingerprint, everything, read, rows, write
 
     console = Console()
-    path = path or compiled_kernels.TABLE
-    known = compiled_kernels.by_fingerprint(compiled_kernels.read(path)) if path.exists() and not everything else {}
+    path = path or TABLE
+    known = by_fingerprint(read(path)) if path.exists() and not anew else {}
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("compiling", total=None)
 
@@ -36,8 +36,8 @@ def compile_kernels(
             total = progress.tasks[0].total or left
             progress.update(bar, total=total, completed=total - left)
 
-        table = compiled_kernels.rows(compiled_kernels.everything(), known, notify=notify)
-    compiled_kernels.write(path, table)
+        table = rows(everything(), known, notify=notify)
+    write(path, table)
     console.print(f"{len(table)} kernels: {path}", highlight=False, soft_wrap=True)
     if over := [row for row in table if not row.within_budget]:
-        terminal.fail("spills, or more than the budget:\n" + "\n".join(map(str, over)))
+        fail("spills, or more than the budget:\n" + "\n".join(map(str, over)))

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks import host_memory, terminal
+from benchmarks import host_memory
 from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.cli_options import FreshMemory, OnDevice, parse_device
 from benchmarks.fan_out import TOLERANCE, WAYS, FanOutTimes, fan_out_times
 from benchmarks.layers import FULL_EFFORT, QUICK_EFFORT
 from benchmarks.report import milliseconds
+from benchmarks.terminal import fail, wide_console
 from benchmarks.verify import MismatchError
 
 
@@ -28,14 +29,14 @@ def fan_out(
     where = parse_device(device)
     effort = QUICK_EFFORT if quick else FULL_EFFORT
     found = []
-    console = terminal.console()
+    console = wide_console()
     try:
         for dtype in TOLERANCE:
             for memory_format in MEMORY_FORMATS:
                 with host_memory.keep_freed(not fresh_memory), console.status(f"{dtype} {memory_format}"):
                     found.append(fan_out_times(tasks, batch, dtype, memory_format, where, effort))
     except MismatchError as error:
-        terminal.fail(str(error))
+        fail(str(error))
     console.print(fan_out_table(found, tasks, batch))
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks import terminal
 from benchmarks.gpu_day import sweep
 from benchmarks.gpu_day.fit import ALLOWED, Choice, RulesFit, fits
+from benchmarks.terminal import fail, wide_console
 
 
 def fit_plans(
@@ -20,14 +20,14 @@ def fit_plans(
 
     Exits with 1 if a choice is slow whatever the constants: then the rule itself is wrong.
     """
-    console = terminal.console()
+    console = wide_console()
     try:
         records = sweep.read(archive)
     except (OSError, ValueError) as error:
-        terminal.fail(str(error))
+        fail(str(error))
     found = fits(records)
     if not found:
-        terminal.fail(f"{archive}: no plan of the sweep has a time")
+        fail(f"{archive}: no plan of the sweep has a time")
     console.print(f"{len(records)} plans, of which {sum('failure' in record for record in records)} failed")
     if any("stand_in" in record for record in records):
         console.print("stand-ins were timed, not the kernels: these numbers mean nothing", style="yellow")

@@ -36,7 +36,7 @@ def gpu_check(
     """
     only = terminal.choices(step or [], NAMES, "--step")
     setting = Setting(_device(device), quick, str(out.resolve()))
-    console = terminal.console()
+    console = terminal.wide_console()
     columns = TextColumn("{task.fields[step]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
         bar = progress.add_task("", step="", total=None)

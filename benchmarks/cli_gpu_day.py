@@ -13,12 +13,12 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import terminal
 from benchmarks.gpu_check.case import Setting
 from benchmarks.gpu_check.results import StepResult
 from benchmarks.gpu_day import archive, day, table
 from benchmarks.gpu_day.clocks import Clocks
 from benchmarks.gpu_day.steps import STEPS
+from benchmarks.terminal import fail
 from tsbn_kernels.plan import DEVICES
 
 
@@ -82,4 +82,4 @@ def _compile(target: str) -> None:
         made = kernels.compile_all(of, on_paper)
         print(f"{made.count} kernels ({of.__name__}) for {target} in {made.seconds:.0f} s: {triton.knobs.cache.dir}")
         if made.errors:
-            terminal.fail("\n".join(made.errors))
+            fail("\n".join(made.errors))

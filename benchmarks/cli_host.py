@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from benchmarks import terminal
 from benchmarks.layers import QUICK_EFFORT
+from benchmarks.terminal import fail, wide_console
 
 
 def host(
@@ -20,12 +20,12 @@ def host(
         from benchmarks.fake_driver import COMPILER
         from benchmarks.host import EFFORT, host_times
     except ImportError as error:
-        terminal.fail(f"the Triton backend is not installed: {error}")
+        fail(f"the Triton backend is not installed: {error}")
     if COMPILER is None:
-        terminal.fail("Triton's launcher needs a C compiler")
+        fail("Triton's launcher needs a C compiler")
     times, launches = host_times(tasks, QUICK_EFFORT if quick else EFFORT)
     title = f"{tasks} tasks, {launches} launches of the fused layer"
     table = Table("host time of one call, us", "forward", "forward + backward", title=title)
     for name, passes in times.items():
         table.add_row(name, *(f"{1e6 * each.median:.0f} ± {1e6 * each.iqr / 2:.0f}" for each in passes))
-    terminal.console().print(table)
+    wide_console().print(table)

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import environment, host_memory, report, terminal
+from benchmarks import environment, host_memory
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, batch_that_fits, cases, choose_batch
 from benchmarks.cli_options import (
     Dtypes,
@@ -29,6 +29,8 @@ from benchmarks.cli_options import (
 from benchmarks.layers import FULL_EFFORT, QUICK_EFFORT, run_cases
 from benchmarks.peers import ACTIVATIONS
 from benchmarks.records import Record, write_json
+from benchmarks.report import show
+from benchmarks.terminal import choices, fail, progress, wide_console
 from benchmarks.verify import MismatchError
 from benchmarks.workloads import (
     NO_ACTIVATION,
@@ -79,11 +81,11 @@ def layers(
 
     Exits with 1 if a result differs from the reference.
     """
-    console = terminal.console()
-    dtypes = terminal.choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
-    formats = terminal.choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
+    console = wide_console()
+    dtypes = choices(dtype or ["float32", "bfloat16"], list(DTYPES), "--dtype")
+    formats = choices(memory_format or list(MEMORY_FORMATS), list(MEMORY_FORMATS), "--memory-format")
     if activation is not None:
-        terminal.choices([activation], ACTIVATIONS, "--activation")
+        choices([activation], ACTIVATIONS, "--activation")
     if (workload is None) == (not shape):
         raise typer.BadParameter("give either a workload or a --shape", param_hint="WORKLOAD")
     where = parse_device(device)
@@ -93,9 +95,10 @@ def layers(
             raise typer.BadParameter("--layers, --tasks and --batch go with a workload", param_hint="--shape")
         todo = _of_shapes(shape or [], dtypes, formats, where, activation or NO_ACTIVATION)
     else:
-        from benchmarks import plot, plot_report
+        from benchmarks.plot import save
+        from benchmarks.plot_report import time_in_copies
 
-        terminal.choices([workload], list(WORKLOADS), "WORKLOAD")
+        choices([workload], list(WORKLOADS), "WORKLOAD")
         network = WORKLOADS[workload]
         tasks = tasks or network.tasks
         chosen = parse_layers(names, network.layers)
@@ -107,7 +110,7 @@ def layers(
             try:
                 batch, reason = choose_batch(chosen, tasks, dtypes, where, available, network.batch)
             except ValueError as error:
-                terminal.fail(str(error))
+                fail(str(error))
         console.print(f"{workload}: {tasks} tasks, batch {batch} ({reason})", highlight=False)
         todo = cases(
             chosen,
@@ -120,10 +123,10 @@ def layers(
             workload=workload,
         )
     records = _measure(console, todo, impls, quick, fresh_memory)
-    report.show(console, records, None)
+    show(console, records, None)
     if workload is not None:
         path = plot_path or Path(f"results/{workload}.png")
-        plot.save(path, plot_report.time_in_copies(records))
+        save(path, time_in_copies(records))
         console.print(f"plot: {path}", highlight=False, soft_wrap=True)
     _keep(console, json_path, records)
 
@@ -145,19 +148,19 @@ def sweep(
 
     Exits with 1 if a result differs from the reference.
     """
-    console = terminal.console()
-    terminal.choices([series], list(SERIES), "SERIES")
-    dtypes = terminal.choices(dtype or ["float32"], list(DTYPES), "--dtype")
-    formats = terminal.choices(memory_format or ["contiguous"], list(MEMORY_FORMATS), "--memory-format")
+    console = wide_console()
+    choices([series], list(SERIES), "SERIES")
+    dtypes = choices(dtype or ["float32"], list(DTYPES), "--dtype")
+    formats = choices(memory_format or ["contiguous"], list(MEMORY_FORMATS), "--memory-format")
     where = parse_device(device)
     impls = parse_impls(impl, where)
     points = QUICK_POINTS if quick else slice(None)
     try:
         todo = _sweep(console, series, points, batch, dtypes, formats, where)
     except ValueError as error:
-        terminal.fail(str(error))
+        fail(str(error))
     records = _measure(console, todo, impls, quick, fresh_memory)
-    report.show(console, records, None)
+    show(console, records, None)
     _keep(console, json_path, records)
     if json_path is not None:
         console.print(f"pictures: python -m benchmarks report {json_path}", highlight=False, soft_wrap=True)
@@ -229,10 +232,10 @@ def _measure(
 ) -> list[Record]:
     impls = announce(console, impls, todo, fresh_memory)
     try:
-        with host_memory.keep_freed(not fresh_memory), terminal.progress(console) as notify:
+        with host_memory.keep_freed(not fresh_memory), progress(console) as notify:
             return run_cases(todo, impls, QUICK_EFFORT if quick else FULL_EFFORT, notify, partial(tell, console))
     except MismatchError as error:
-        terminal.fail(str(error))
+        fail(str(error))
 
 
 def _keep(console: Console, path: Path | None, records: Sequence[Record]) -> None:

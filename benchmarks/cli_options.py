@@ -10,9 +10,10 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import environment, host_memory, terminal
+from benchmarks import environment, host_memory
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case
 from benchmarks.registry import PEERS, defaults, runnable
+from benchmarks.terminal import choices, fail
 from benchmarks.workloads import Layer, select_layers
 
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help=f"Repeatable: {', '.join(DTYPES)}.")]
@@ -42,7 +43,7 @@ def parse_device(name: str | None) -> torch.device:
 
 def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
     """The implementations of an option, or the defaults."""
-    return terminal.choices(given or defaults(device), list(PEERS), "--impl")
+    return choices(given or defaults(device), list(PEERS), "--impl")
 
 
 def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -60,17 +61,21 @@ def announce(console: Console, impls: Sequence[str], todo: Sequence[Case], fresh
     for name, why in skipped.items():
         tell(console, f"{name} is left out: {why}")
     if not found:
-        terminal.fail("no implementation is left to measure; choose another --impl")
-    versions = environment.versions(device)
-    console.print(
-        f"{environment.device_name(device)} ({versions['cpu']}, {versions['threads']} threads), "
-        f"PyTorch {versions['torch']}, backend {versions['backend']}",
-        highlight=False,
-    )
+        fail("no implementation is left to measure; choose another --impl")
+    console.print(machine_line(device), highlight=False)
     if device.type == "cpu":
         kept = host_memory.will_keep(not fresh_memory)
         console.print(f"freed memory {'is kept for the next step' if kept else 'goes back to the system'}")
     return found
+
+
+def machine_line(device: torch.device) -> str:
+    """The device, and the versions that its times depend on."""
+    versions = environment.versions(device)
+    return (
+        f"{environment.device_name(device)} ({versions['cpu']}, {versions['threads']} threads), "
+        f"PyTorch {versions['torch']}, backend {versions['backend']}"
+    )
 
 
 def tell(console: Console, text: str) -> None:

@@ -8,11 +8,13 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import celeba40, environment, ncu, terminal
+from benchmarks import celeba40, ncu
+from benchmarks.cli_options import OnDevice, parse_device
 from benchmarks.data import DataError
 from benchmarks.network_run import BEST, VARIANTS
 from benchmarks.profiling import NORMALISATION, profile_step
 from benchmarks.report_profile import kinds_table, launches_table, operators_table
+from benchmarks.terminal import choices, fail, wide_console
 from benchmarks.training import prepared_step
 
 DEFAULT_VARIANTS = ("loop", "fused", BEST)
@@ -26,7 +28,7 @@ def profile(
     ] = None,
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 40,
     batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    device: OnDevice = None,
     data: Annotated[Path | None, typer.Option(help="CelebA folder. Default: faces that scikit-image holds.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the Chrome traces.")] = Path("results/profile"),
     nvtx: Annotated[
@@ -38,19 +40,19 @@ def profile(
 
     Writes a trace for chrome://tracing or Perfetto for each variant; on CUDA prints the ncu command for our kernels.
     """
-    console = terminal.console()
+    console = wide_console()
     if ncu_csv is not None:
         try:
             console.print(launches_table(ncu.read(ncu_csv)))
         except (OSError, ncu.NcuError) as error:
-            terminal.fail(str(error))
+            fail(str(error))
         return
-    variants = terminal.choices(variant or list(DEFAULT_VARIANTS), list(VARIANTS), "--variant")
+    variants = choices(variant or list(DEFAULT_VARIANTS), list(VARIANTS), "--variant")
+    where = parse_device(device)
     try:
-        where = environment.parse_device(device)
         faces = celeba40.load_faces(data, batch, tasks)
-    except (DataError, ValueError) as error:
-        terminal.fail(str(error))
+    except DataError as error:
+        fail(str(error))
     profiles = {}
     for name in variants:
         step, _ = prepared_step(name, faces, where)

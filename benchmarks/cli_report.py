@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import report_compare, terminal
 from benchmarks.agreement import agreements
 from benchmarks.compare import compare as compare_records
 from benchmarks.load import RecordsError, check_distinct, read_network, read_records
+from benchmarks.report_compare import show
+from benchmarks.terminal import fail, wide_console
 
 
 def report(
@@ -27,7 +28,7 @@ def report(
         sources = [page.Source(path.name, read_records(path), read_network(path)) for path in files]
         check_distinct([record for source in sources for record in source.records], "these files together")
     except RecordsError as error:
-        terminal.fail(str(error))
+        fail(str(error))
     table = page.markdown(sources)
     if markdown is None:
         typer.echo(table, nl=bool(table))
@@ -48,8 +49,8 @@ def compare(
         before, after = read_records(first), read_records(second)
         comparison = compare_records(before, after)
     except RecordsError as error:
-        terminal.fail(str(error))
-    report_compare.show(terminal.console(), comparison, agreements(before, after), str(first), str(second))
+        fail(str(error))
+    show(wide_console(), comparison, agreements(before, after), str(first), str(second))
     if comparison.regressions:
         raise typer.Exit(1)
 
@@ -59,5 +60,5 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
-        terminal.fail(f"{path} cannot be written: {error.strerror}")
+        fail(f"{path} cannot be written: {error.strerror}")
     typer.echo(f"written: {path}", err=True)

@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TimeRemainingColumn
 
-from benchmarks import environment, report_training, study, terminal
+from benchmarks.cli_options import OnDevice, machine_line, parse_device
 from benchmarks.cost import costs
 from benchmarks.data import DataError
 from benchmarks.fit import OnStep, ResumeError
 from benchmarks.measure import Effort
 from benchmarks.methods import METHODS, TS_SIGMA_BN, TSBN
+from benchmarks.report_training import show
+from benchmarks.study import DATASETS, all_settings, summaries, train_all, write_json
+from benchmarks.terminal import bar_columns, choices, fail, wide_console
 
 MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
 COST_EFFORT, QUICK_COST_EFFORT = Effort(5, 15, 15.0), Effort(2, 2, 1.0)
@@ -21,7 +24,7 @@ QUICK_EPOCHS = 1
 
 
 def train(
-    dataset: Annotated[str, typer.Option(help=f"One of {', '.join(study.DATASETS)}.")] = "digits40",
+    dataset: Annotated[str, typer.Option(help=f"One of {', '.join(DATASETS)}.")] = "digits40",
     data: Annotated[Path | None, typer.Option(help="Folder of CelebA, in either of its layouts.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all.")] = None,
     multiplier: Annotated[
@@ -35,7 +38,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15.")] = None,
     batch: Annotated[int | None, typer.Option(min=2, help="Images of a step. Default: 32, CelebA 256.")] = None,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the accelerator, or else cpu.")] = None,
+    device: OnDevice = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read images. Default: 0, CelebA 4.")
     ] = None,
@@ -49,33 +52,30 @@ def train(
     ] = None,
 ) -> None:
     """Forty tasks, trained with every method: F1, delta_m%, parameters, time and memory of a step."""
-    from benchmarks import plot_training
+    from benchmarks.plot_training import gate_histograms, learning_curves
 
-    console = terminal.console()
-    (chosen,) = terminal.choices([dataset], list(study.DATASETS), "--dataset")
-    methods = terminal.choices(method or list(METHODS), list(METHODS), "--method")
-    kind = study.DATASETS[chosen]
+    console = wide_console()
+    (chosen,) = choices([dataset], list(DATASETS), "--dataset")
+    methods = choices(method or list(METHODS), list(METHODS), "--method")
+    kind = DATASETS[chosen]
     if kind.needs_folder != (data is not None):
         needs = "needs the folder of its files" if kind.needs_folder else "takes no folder"
         raise typer.BadParameter(f"{chosen} {needs}", param_hint="--data")
     multipliers = {TS_SIGMA_BN: multiplier or MULTIPLIERS, TSBN: tsbn_multiplier or (1.0,)}
     if wrong := [each for found in multipliers.values() for each in found if not each > 0]:
         raise typer.BadParameter(f"a multiplier must be above 0, got {wrong[0]:g}", param_hint="--multiplier")
-    try:
-        where = environment.parse_device(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+    where = parse_device(device)
     batch = batch or kind.batch
     try:
         splits = kind.load(data or Path())
     except DataError as error:
-        terminal.fail(str(error))
+        fail(str(error))
     if not (len(splits.validation) and len(splits.test)):
-        terminal.fail(f"{splits.source} must have images to validate and to test with")
+        fail(f"{splits.source} must have images to validate and to test with")
     if batch > len(splits.train):
         message = f"{splits.source} has {len(splits.train)} training images, fewer than a batch of {batch}"
         raise typer.BadParameter(message, param_hint="--batch")
-    todo = study.all_settings(
+    todo = all_settings(
         splits,
         kind.layout,
         methods,
@@ -85,16 +85,13 @@ def train(
         batch,
         kind.lr if lr is None else lr,
     )
-    versions = environment.versions(where)
     console.print(
-        f"{environment.device_name(where)} ({versions['cpu']}, {versions['threads']} threads), "
-        f"PyTorch {versions['torch']}, backend {versions['backend']}\n"
-        f"{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} images to train on, "
+        f"{machine_line(where)}\n{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} images to train on, "
         f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
         highlight=False,
     )
     try:
-        with Progress(*terminal.columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
             bar = progress.add_task("what a step costs", total=len(todo))
             effort = QUICK_COST_EFFORT if quick else COST_EFFORT
             measured = costs(methods, splits, kind.layout, batch, where, effort)
@@ -110,19 +107,19 @@ def train(
                 return told
 
             reading = (4 if kind.needs_folder else 0) if workers is None else workers
-            fits = study.train_all(todo, splits, where, output, resume, reading, notify)
+            fits = train_all(todo, splits, where, output, resume, reading, notify)
     except (DataError, ResumeError) as error:
-        terminal.fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
-        terminal.fail(f"interrupted; the same command with --resume goes on from the checkpoints in {output}")
+        fail(f"interrupted; the same command with --resume goes on from the checkpoints in {output}")
 
-    report_training.show(console, study.summaries(fits), measured)
-    pictures = {"learning_curves.png": plot_training.learning_curves}
+    show(console, summaries(fits), measured)
+    pictures = {"learning_curves.png": learning_curves}
     if TS_SIGMA_BN in methods:
-        pictures["gates.png"] = plot_training.gate_histograms
+        pictures["gates.png"] = gate_histograms
     for name, draw in pictures.items():
         draw(output / name, fits)
         console.print(f"plot: {output / name}", highlight=False, soft_wrap=True)
     json_path = json_path or output / "results.json"
-    study.write_json(json_path, splits, fits, measured, where)
+    write_json(json_path, splits, fits, measured, where)
     console.print(f"results: {json_path}", highlight=False, soft_wrap=True)

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 
-def console() -> Console:
+def wide_console() -> Console:
     """Wide enough for the tables where there is no terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=170)
 
 
-def columns() -> tuple[ProgressColumn, ...]:
+def bar_columns() -> tuple[ProgressColumn, ...]:
     """The columns of a progress bar."""
     return TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn()
 
@@ -25,7 +25,7 @@ def columns() -> tuple[ProgressColumn, ...]:
 @contextmanager
 def progress(where: Console) -> Iterator[Callable[[str, float], None]]:
     """A bar that is told what is being done, and which share (0 to 1) is done."""
-    with Progress(*columns(), console=where, transient=True) as bar:
+    with Progress(*bar_columns(), console=where, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda text, share: bar.update(task, description=text, completed=share, refresh=True)
 

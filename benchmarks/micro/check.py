@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.micro.baselines import LIMIT, Baselines, Growth, machine_of
 from benchmarks.micro.instructions import UncountableError, count
-from benchmarks.terminal import console, fail
+from benchmarks.terminal import fail, wide_console
 
 ACCEPT = "make speed-baselines"
 
@@ -52,7 +52,7 @@ def check(
         fail(f"instructions cannot be counted, and nothing is checked: {error}")
     stored, machine = Baselines(), machine_of(instruction_set)
     found = stored.compare(machine, counts)
-    console().print(table(found))
+    wide_console().print(table(found))
     if accept:
         stored.accept(machine, counts)
         return
