@@ -109,10 +109,10 @@ class LaidOut:
     stacking: str
     fused: Fusion
 
-    def activation(self, *, shared: bool = False) -> Tensor:
-        """All tasks' activation, or the one that they share; it takes no memory."""
+    def activation(self, *, fan_out: bool = False) -> Tensor:
+        """All tasks' activation, or the one that is fanned out to them; it takes no memory."""
         tasks, samples, *sizes = self.shape
-        made = torch.empty((samples if shared else tasks * samples, *sizes), dtype=DTYPES[self.dtype], device="meta")
+        made = torch.empty((samples if fan_out else tasks * samples, *sizes), dtype=DTYPES[self.dtype], device="meta")
         return made.to(memory_format=torch.channels_last) if self.memory_format == "channels_last" else made
 
     def plan(self, pass_: str, device: Device) -> Plan:
@@ -120,7 +120,7 @@ class LaidOut:
         activation, residual, fan_out = self.fused
         back = pass_ == "backward"
         work = work_of(
-            self.activation(shared=fan_out),
+            self.activation(fan_out=fan_out),
             self.shape[0],
             self.stacking,
             direction="backward" if back else "forward",
@@ -135,7 +135,7 @@ class LaidOut:
     def calls(self, plan: Plan) -> list[Call]:
         """The launches of such a plan."""
         activation, residual, fan_out = self.fused
-        y, x = self.activation(), self.activation(shared=fan_out)
+        y, x = self.activation(), self.activation(fan_out=fan_out)
         vector = torch.empty((self.shape[0], self.shape[2]), device="meta")
         bias, added = vector if activation != "none" else None, y if residual else None
         options = self.shape[0], self.stacking, 1e-5, "sigmoid", added

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.fit import Fit
 from benchmarks.methods import HARD_SHARING, SINGLE_TASK, TS_SIGMA_BN
+from benchmarks.plot import save
 from benchmarks.study import grouped
 
 _PLAIN = {SINGLE_TASK: "#202020", HARD_SHARING: "#9aa0a6"}
-_MAPS = {TS_SIGMA_BN: plt.get_cmap("YlGn"), "tsbn": plt.get_cmap("OrRd")}
+_MAPS = {TS_SIGMA_BN: colormaps["YlGn"], "tsbn": colormaps["OrRd"]}
 _BINS = 40
 
 
@@ -38,7 +36,8 @@ def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
     """Mean F1 of the tasks on the validation images by epoch: the mean of the seeds, and a band from worst to best."""
     groups = grouped(fits)
     colors = _colors(groups)
-    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
     lowest = []
     for name, group in groups.items():
         scores = np.array([[epoch.mean_f1 for epoch in fit.history] for fit in group])
@@ -55,16 +54,15 @@ def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    _save(figure, path)
+    save(path, figure)
 
 
 def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
     """A panel for each multiplier of TS-sigma-BN: its gates, of all tasks, layers and seeds."""
     groups = [group for group in grouped(fits).values() if group[0].settings.method == TS_SIGMA_BN]
     groups.sort(key=lambda group: group[0].settings.multiplier)
-    figure, row = plt.subplots(
-        1, len(groups), figsize=(max(5.0, 3.2 * len(groups)), 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(5.0, 3.2 * len(groups)), 3.4), layout="constrained")
+    row = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     edges = np.linspace(0, 1, _BINS + 1)
     for axes, group in zip(row[0], groups, strict=True):
         values = torch.cat([fit.gates.flatten() for fit in group if fit.gates is not None]).numpy()
@@ -81,10 +79,4 @@ def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     row[0, 0].set_ylabel("share of the gates (log)")
     figure.suptitle(f"{fits[0].settings.source}: gates of TS-sigma-BN by the multiplier of their learning rate")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(path, figure)
