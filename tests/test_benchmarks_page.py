@@ -234,6 +234,14 @@ def test_records_are_read_as_they_were_written(tmp_path):
     assert set(CHECKS) == {field.name.rstrip("_") for field in fields(Record)}
 
 
+def test_records_of_older_versions_are_read(tmp_path):
+    path = write_run(tmp_path / "run.json", simulated_run(1)[:6])
+    later = "rounds", "tasks", "outliers", "visits_ms"
+    rows = [{name: value for name, value in row.items() if name not in later} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    assert {(r.rounds, r.tasks, r.outliers, r.visits_ms) for r in read_records(path)} == {(None,) * 4}
+
+
 def changed(**values):
     return lambda rows: [rows[0] | values, *rows[1:]]
 
