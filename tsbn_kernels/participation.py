@@ -38,7 +38,7 @@ class Participation:
         self._version = -1  # of the gradient when a pass last added to it
         self._lock = Lock()
         # Hooks have no reference to what has hooks: Python's collector does not see autograd's, and would not free it.
-        self.leaf.register_post_accumulate_grad_hook(self._take)
+        self.leaf.register_hook(self._take)  # its own grad is of no use, and not safe to take while threads add to it
         parameter.register_hook(partial(self._receive, weakref.ref(parameter)))
         parameter.register_post_accumulate_grad_hook(self._note)
 
@@ -51,9 +51,8 @@ class Participation:
         """A bool for each row; None where no pass has said anything of what is in the gradient."""
         return self._rows
 
-    def _take(self, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        rows, leaf.grad = leaf.grad != 0, None
+    def _take(self, gradient: Tensor) -> None:
+        rows = gradient != 0
         this = torch._C._current_graph_task_id()
         with self._lock:
             if this in self._passes:
