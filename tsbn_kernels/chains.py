@@ -15,6 +15,7 @@ from tsbn_kernels import sites
 from tsbn_kernels.activations import FUNCTION_NAMES, Name, of_function, of_module
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.plain import CALL_HOOKS, has_hooks, is_plain, leaf_call
+from tsbn_kernels.task_specific import TaskSpecific
 
 _FUSED = "_tsbn_fused"  # the layers that apply what a block does not
 
@@ -111,7 +112,7 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (FusedTSigmaBN, _BatchNorm, FusedActivation)) or super().is_leaf_module(
+        return isinstance(m, (TaskSpecific, _BatchNorm, FusedActivation)) or super().is_leaf_module(
             m, module_qualified_name
         )
 

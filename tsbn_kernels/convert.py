@@ -20,6 +20,7 @@ from tsbn_kernels.chains import find_chains, fuse, unfuse
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.plain import carry_attributes, carry_hooks, copy_of, deviation, is_plain
 from tsbn_kernels.starts import Starts
+from tsbn_kernels.task_specific import TaskSpecific
 
 VARIANTS = ("ts_sigma_bn", "tsbn")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -201,24 +202,27 @@ def revert_model(model: nn.Module, task: int) -> nn.Module:
     layers: dict[nn.Module, nn.Module] = {
         module: plain_layer(module, name, task)
         for name, module in model.named_modules()
-        if isinstance(module, FusedTSigmaBN)
+        if isinstance(module, TaskSpecific)
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-specific layer to revert")
     return _replace(model, {**layers, **activations})
 
 
-def plain_layer(layer: FusedTSigmaBN, name: str, task: int) -> nn.Module:
-    """What :meth:`FusedTSigmaBN.task` gives, with the attributes and hooks that a user has put on the layer."""
-    ours = (*_LAYERS.values(), *_TIMM.values())
-    kind = next(base for base in type(layer).__mro__ if base in ours)
-    if type(layer).task is kind.task and (
-        why := deviation(layer, kind, ("forward", "_call", "__call__", "_call_impl"))
-    ):
+def plain_layer(layer: TaskSpecific, name: str, task: int) -> nn.Module:
+    """What :meth:`TaskSpecific.task` gives, with the attributes and hooks that a user has put on the layer.
+
+    Raises:
+        TypeError: the layer computes something else than the class whose ``task()`` it has.
+    """
+    kinds = type(layer).__mro__
+    kind = next(base for base in kinds if "task" in vars(base))
+    if why := deviation(layer, kind, ("forward", "_call", "__call__", "_call_impl")):
         raise TypeError(f"{name!r} {why}, which its plain layer would not have; give it its own task(), or remove that")
     plain = layer.task(task)
     inside = plain[0] if isinstance(plain, nn.Sequential) else plain  # without the activation
-    carry_attributes(layer, inside, known={*vars(FusedTSigmaBN(1, 1)), "weight", "bias", "_plain_class", "_tasks"})
+    first: Any = kinds[kinds.index(TaskSpecific) - 1]  # the class that users' classes and ours extend
+    carry_attributes(layer, inside, known={*vars(first(1, 1)), "weight", "bias", "_plain_class", "_tasks"})
     carry_hooks(layer, plain)
     return plain
 

@@ -23,6 +23,7 @@ from tsbn_kernels.convert import FusedTSigmaBNAct, FusedTSigmaBNAct2d, _replace,
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.multitask import MultiTaskModel
 from tsbn_kernels.plain import carry_hooks, copy_of, is_plain
+from tsbn_kernels.task_specific import TaskSpecific
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -110,7 +111,7 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
     elif isinstance(task, str):
         raise TypeError(f"{type(model).__name__} has no heads to be named, task must be an index, got {task!r}")
     else:
-        if not any(isinstance(module, FusedTSigmaBN) for module in model.modules()):
+        if not any(isinstance(module, TaskSpecific) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has no task-specific layer; convert it with convert_model()")
         if any(isinstance(module, MultiTaskModel) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has a MultiTaskModel inside; export that one")
@@ -148,7 +149,7 @@ def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = 
     """The plain network, and whether it is known to return ``[N, C]``; ``flat`` says that it is given that."""
     model = copy_of(model).eval()
     model = _replace(model, unfuse(model))
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, (FusedTSigmaBN, _BatchNorm))}
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, (TaskSpecific, _BatchNorm))}
     calls: list[_Call] = []
     if norms:
         try:
@@ -159,7 +160,7 @@ def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = 
                 f"{checks.some(map(repr, norms.values()))}: {type(error).__name__}: {error}"
             )
     replaced: dict[nn.Module, nn.Module] = {
-        norm: plain_layer(norm, name, task) for norm, name in norms.items() if isinstance(norm, FusedTSigmaBN)
+        norm: plain_layer(norm, name, task) for norm, name in norms.items() if isinstance(norm, TaskSpecific)
     }
     for norm, conv, extended in calls:
         if conv is not None:

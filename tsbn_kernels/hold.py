@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tsbn_kernels import checks
-from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.participation import Participation, local
 from tsbn_kernels.rows import Rows
 from tsbn_kernels.synchronized import GroupLike, group_of
+from tsbn_kernels.task_specific import TaskSpecific
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,9 +65,9 @@ def hold_absent_tasks(optimizer: torch.optim.Optimizer, model: nn.Module, proces
     if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
         process_group = model.process_group
     of_optimizer = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    layers: dict[Tensor, list[FusedTSigmaBN]] = {}
+    layers: dict[Tensor, list[TaskSpecific]] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, FusedTSigmaBN):
+        if not isinstance(layer, TaskSpecific):
             continue
         if is_parametrized(layer):
             raise ValueError(
@@ -95,7 +95,7 @@ class _Held:
         group: the ranks whose gradients are averaged, if there are others.
     """
 
-    def __init__(self, layers: dict[Tensor, list[FusedTSigmaBN]], group: ProcessGroup | None) -> None:
+    def __init__(self, layers: dict[Tensor, list[TaskSpecific]], group: ProcessGroup | None) -> None:
         self._watched: dict[Tensor, list[Participation]] = {}
         self._first: dict[Tensor, int] = {}  # task of a parameter's rows
         for parameter, users in layers.items():

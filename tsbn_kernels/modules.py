@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tsbn_kernels import capture, checks, participation, runs, synchronized
+from tsbn_kernels import checks, runs, synchronized
 from tsbn_kernels.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.functional import task_batch_norm, task_streams
 from tsbn_kernels.plain import leaf_call
+from tsbn_kernels.task_specific import TaskSpecific, whole
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
 VISIBLE = 1e-3  # clipping a scale by less is not worth a word
@@ -28,13 +29,17 @@ _LATER_OPTIONS = {
     "_process_group": None,
 }
 
-_DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in one call.
+
+# A _BatchNorm by class, for torch.optim.swa_utils.update_bn, FSDP's mixed precision and users' own loops look for that.
+class FusedTSigmaBN(TaskSpecific, _BatchNorm):
+    """Task-specific (sigmoid) batch normalisation of streams of any dimensions, all tasks in one call.
 
     ``y[t] = sigmoid(weight[t]) * (x[t] - mean[t]) / sqrt(var[t] + eps) + bias[t]`` per channel, with statistics of each
-    task's own (TS-sigma-BN, arXiv 2512.20420, eq. 3). Where it does not say otherwise it behaves as ``nn.{plain}``,
-    and its parameters and buffers have the same names with a leading task axis: ``weight``, ``bias``,
-    ``running_mean`` and ``running_var`` are ``[T, C]``, ``num_batches_tracked`` is ``[T]``. The state of a plain
-    ``nn.{plain}`` loads too: every task starts from it, with ``weight = logit(clip(plain weight))`` behind a sigmoid.
+    task's own (TS-sigma-BN, arXiv 2512.20420, eq. 3). Where it does not say otherwise it behaves as ``nn.BatchNorm2d``
+    (``nn.SyncBatchNorm`` where it has a process group), and its parameters and buffers have the same names with a
+    leading task axis: ``weight``, ``bias``, ``running_mean`` and ``running_var`` are ``[T, C]``,
+    ``num_batches_tracked`` is ``[T]``. The state of a plain layer loads too: every task starts from it, with
+    ``weight = logit(clip(plain weight))`` behind a sigmoid.
 
     Args:
         num_tasks: T.
@@ -59,17 +64,11 @@ _DOC = """Task-specific (sigmoid) batch normalisation of {streams}, all tasks in
         device, dtype: of the parameters and buffers.
 
     Shape:
-        {shape}, and the output likewise; with ``fan_out`` one stream in, T streams out.
+        ``[T*N, C, *]``, and the output likewise; with ``fan_out`` one stream in, T streams out.
     """
 
-
-# A _BatchNorm by class, for torch.optim.swa_utils.update_bn, FSDP's mixed precision and users' own loops look for that.
-class FusedTSigmaBN(_BatchNorm):
-    __doc__ = _DOC.format(streams="streams of any dimensions", plain="SyncBatchNorm", shape="``[T*N, C, *]``")
     _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
     _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
-    _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
-    _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer
 
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
@@ -180,11 +179,6 @@ class FusedTSigmaBN(_BatchNorm):
     def process_group(self, group: synchronized.GroupLike) -> None:
         self._process_group = group if group is None or group == "world" else synchronized.SharedGroup(group)
 
-    @property
-    def gates(self) -> Tensor:
-        """The factors of the normalised activation, ``[T, C]``: ``sigmoid(weight)``, or ``weight`` itself."""
-        return torch.sigmoid(self.weight) if self.gate == "sigmoid" else self.weight
-
     def task(self, index: int) -> nn.Module:
         """The plain ``nn.BatchNorm`` of one task, a copy with the same outputs, in the same mode.
 
@@ -195,9 +189,7 @@ class FusedTSigmaBN(_BatchNorm):
             IndexError: there is no such task.
             TypeError: ``index`` is no integer.
         """
-        index = checks.index("task", index)
-        if not -self.num_tasks <= index < self.num_tasks:
-            raise IndexError(f"task {index} is out of range for num_tasks={self.num_tasks}")
+        index = self._checked_task(index)
         plain: Any = self._plain(
             self.num_features,
             eps=self.eps,
@@ -210,12 +202,12 @@ class FusedTSigmaBN(_BatchNorm):
         if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
             plain.process_group = self.process_group
         with torch.no_grad():
-            plain.weight.copy_(_whole(self.gates)[index])
+            plain.weight.copy_(whole(self.gates)[index])
             if self.bias is not None:
-                plain.bias.copy_(_whole(self.bias)[index])
+                plain.bias.copy_(whole(self.bias)[index])
             for name in _STATISTICS:
                 if (buffer := getattr(self, name)) is not None:
-                    getattr(plain, name).copy_(_whole(buffer)[index])
+                    getattr(plain, name).copy_(whole(buffer)[index])
         plain.weight.requires_grad_(self.weight.requires_grad)
         plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
         if self.activation is not None:
@@ -286,19 +278,11 @@ class FusedTSigmaBN(_BatchNorm):
         fan_out = self.fan_out if fan_out is None else fan_out
         checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)
-        if isinstance(tasks, Tensor):
-            checks.check_tasks(tasks, self.num_tasks, self.weight)
-        elif tasks is not None:
-            tasks = self._indices(tasks)
         vectors = self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
-        if self._tasks is not None:
-            vectors, tasks = _own_rows(vectors), None if tasks is None else tasks - self._tasks.start
+        vectors, tasks = self._own_rows(vectors, tasks)
         rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
         weight, bias, running_mean, running_var, num_batches_tracked = rows
-        passes = None
-        if self._participation is not None and torch.is_grad_enabled():
-            passes = participation.of_call(normalize is task_streams)
-            weight = participation.take_part(weight, self._participation.leaf, tasks, passes)
+        weight, passes = self._take_part(weight, tasks, own_streams=normalize is task_streams)
         tracking = self.training and self.track_running_stats and not runs.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
@@ -334,23 +318,9 @@ class FusedTSigmaBN(_BatchNorm):
                     vector.index_copy_(0, tasks, rows)
         return result
 
-    def _indices(self, tasks: Sequence[int]) -> Tensor:
-        if not isinstance(tasks, Sequence) or isinstance(tasks, (str, bytes)):
-            raise TypeError(f"tasks must be a sequence of integers or an int64 tensor, got {tasks!r}")
-        indices = [checks.index("each of tasks", task) for task in tasks]
-        checks.check_indices(indices, self.num_tasks)
-        if self._tasks is not None and not set(indices) <= set(self._tasks):
-            raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={indices}")
-        return capture.task_indices(indices, self.weight)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from before the layer had all of its options."""
         super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes the state of a plain ``nn.BatchNorm`` too, and starts every task from it."""
-        self._expand_plain_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone."""
@@ -392,41 +362,38 @@ class FusedTSigmaBN(_BatchNorm):
         )
 
 
-def _own_rows(vectors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The rows of distributed vectors that this process has."""
-    return tuple(None if vector is None else vector.to_local() for vector in vectors)
-
-
-def _whole(vector: Any) -> Any:
-    """A vector of which processes have parts; all of them must ask for it."""
-    return vector.full_tensor() if hasattr(vector, "full_tensor") else vector
-
-
 def _rows(vector: Any, tasks: Tensor) -> Any:
     return None if vector is None else vector.index_select(0, tasks)
 
 
 class FusedTSigmaBN1d(FusedTSigmaBN):
-    __doc__ = _DOC.format(
-        streams="0 or 1-dimensional streams",
-        plain="BatchNorm1d",
-        shape="``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``",
-    )
+    """Task-specific (sigmoid) batch normalisation of 0 or 1-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``, and the output likewise.
+    """
+
     _stacked_dims = (2, 3)
     _plain = nn.BatchNorm1d
 
 
 class FusedTSigmaBN2d(FusedTSigmaBN):
-    __doc__ = _DOC.format(
-        streams="2-dimensional streams", plain="BatchNorm2d", shape="``[T*N, C, H, W]`` or ``[T, N, C, H, W]``"
-    )
+    """Task-specific (sigmoid) batch normalisation of 2-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C, H, W]`` or ``[T, N, C, H, W]``, and the output likewise.
+    """
+
     _stacked_dims = (4,)
     _plain = nn.BatchNorm2d
 
 
 class FusedTSigmaBN3d(FusedTSigmaBN):
-    __doc__ = _DOC.format(
-        streams="3-dimensional streams", plain="BatchNorm3d", shape="``[T*N, C, D, H, W]`` or ``[T, N, C, D, H, W]``"
-    )
+    """Task-specific (sigmoid) batch normalisation of 3-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C, D, H, W]`` or ``[T, N, C, D, H, W]``, and the output likewise.
+    """
+
     _stacked_dims = (5,)
     _plain = nn.BatchNorm3d

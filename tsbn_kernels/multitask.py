@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tsbn_kernels import capture, checks, participation, runs, structure
 from tsbn_kernels.features import has_function, of_each_task
-from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.recompute import recompute_outputs
+from tsbn_kernels.task_specific import TaskSpecific
 
 _WORDS = "size", "shape", "dimension"  # of errors that may come from a path around the first task-specific layer
 _OTHER_FORM = "give every task the input, and it runs stacked from the start: model(dict.fromkeys(model.heads, x))"
@@ -48,7 +48,7 @@ class MultiTaskModel(nn.Module):
             raise TypeError(f"heads must be modules by the name of their task, got {heads!r:.80}")
         for name, head in heads.items():
             checks.check_module(f"head {name!r}", head)
-        layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, FusedTSigmaBN)]
+        layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, TaskSpecific)]
         if not layers:
             raise ValueError(
                 f"backbone {type(backbone).__name__} has no task-specific layer; convert it with "

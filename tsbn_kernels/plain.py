@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection
+from inspect import getattr_static
 from itertools import chain
 from typing import Any
 
@@ -48,7 +48,7 @@ def deviation(module: nn.Module, kind: type[nn.Module], methods: Collection[str]
         methods: the names to compare; by default those of all methods that ``kind`` has, apart from harmless ones.
     """
     compared = set(methods or _methods(kind)) - _HARMLESS
-    own = [n for n in compared if inspect.getattr_static(type(module), n) is not inspect.getattr_static(kind, n)]
+    own = [n for n in compared if getattr_static(type(module), n, None) is not getattr_static(kind, n, None)]
     if own:
         return f"has a class with its own {', '.join(sorted(own))}"
     if own := [name for name in compared if name in vars(module)]:
@@ -76,7 +76,7 @@ def leaf_call(module: nn.Module, x: Any, *args: Any, **options: Any) -> Any:
 
 
 def _methods(kind: type[nn.Module]) -> frozenset[str]:
-    members = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
+    members = ((name, getattr_static(kind, name)) for name in dir(kind))
     return frozenset(name for name, member in members if callable(member) or hasattr(member, "__get__"))
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels.late import LateFanOut
-from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.multitask import MultiTaskModel
+from tsbn_kernels.task_specific import TaskSpecific
 
 if TYPE_CHECKING:  # importing the package loads no part of torch.distributed
     from torch.distributed import ProcessGroup
@@ -272,13 +272,13 @@ def _gradients(model: nn.Module) -> _Gradients:
     return found
 
 
-def _layers(model: nn.Module) -> list[FusedTSigmaBN]:
+def _layers(model: nn.Module) -> list[TaskSpecific]:
     """The task-specific layers, which must be all alike."""
     if any(isinstance(module, MultiTaskModel) for module in model.modules() if module is not model):
         raise ValueError(f"{type(model).__name__} has a MultiTaskModel inside; shard that one")
     if late := [name for name, module in model.named_modules() if isinstance(module, LateFanOut)]:
         raise TypeError(f"{late[0]!r} is a LateFanOut, which cannot be sharded; use a layer with fan_out=True")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedTSigmaBN)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskSpecific)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-specific layer; convert it with convert_model()")
     if sharded := [name for name, layer in layers.items() if any(_is_sharded(v) for _, v in _vectors(layer))]:
@@ -323,13 +323,13 @@ def _check_heads(model: MultiTaskModel, parts: list[range]) -> None:
                 )
 
 
-def _check_groups(layers: list[FusedTSigmaBN], mesh: DeviceMesh) -> None:
+def _check_groups(layers: list[TaskSpecific], mesh: DeviceMesh) -> None:
     """Statistics may be synchronised among ranks that have the same tasks."""
     from torch import distributed
 
     own = mesh.mesh.movedim((mesh.mesh_dim_names or ()).index(_TASKS), 0)[mesh.get_local_rank(_TASKS)]
     for layer in layers:
-        group = layer.process_group
+        group = getattr(layer, "process_group", None)
         if group is None:
             continue
         ranks = distributed.get_process_group_ranks(None if group == "world" else group)
@@ -348,7 +348,7 @@ def _leave_other_heads(model: MultiTaskModel, state_dict: dict[str, Any], prefix
                 del state_dict[key]
 
 
-def _take_own_rows(layer: FusedTSigmaBN, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _take_own_rows(layer: TaskSpecific, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lets a sharded layer load whole vectors."""
     for name, own in _vectors(layer):
         whole = state_dict.get(prefix + name)
@@ -357,7 +357,7 @@ def _take_own_rows(layer: FusedTSigmaBN, state_dict: dict[str, Any], prefix: str
             state_dict[prefix + name] = _shard(whole, layer._tasks, own.device_mesh)
 
 
-def _vectors(layer: FusedTSigmaBN) -> Iterator[tuple[str, Any]]:
+def _vectors(layer: TaskSpecific) -> Iterator[tuple[str, Any]]:
     yield from layer.named_parameters(recurse=False)
     yield from layer.named_buffers(recurse=False)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tsbn_kernels import checks
-from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.task_specific import TaskSpecific
 
 
 def expand_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def expand_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str,
     expanded = dict(state_dict)
     whole = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     for path, layer in whole.named_modules():
-        if isinstance(layer, FusedTSigmaBN):
+        if isinstance(layer, TaskSpecific):
             name = path.replace("_orig_mod.", "")  # of torch.compile, as distributed checkpoints leave it out
             layer._expand_plain_state(expanded, f"{name}." if name else "")
     return expanded
