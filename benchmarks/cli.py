@@ -14,7 +14,6 @@ COMMANDS = {
     "sweep": "benchmarks.cli_layers:sweep",
     "train": "benchmarks.cli_train:train",
     "profile": "benchmarks.cli_profile:profile",
-    "gpu-check": "benchmarks.cli_gpu_check:gpu_check",
     "gpu-day": "benchmarks.cli_gpu_day:gpu_day",
     "fit-plans": "benchmarks.cli_fit:fit_plans",
     "report": "benchmarks.cli_report:report",

@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.gpu_check.case import Setting
-from benchmarks.gpu_check.results import StepResult
 from benchmarks.gpu_day import archive, day, table
+from benchmarks.gpu_day.case import Setting
 from benchmarks.gpu_day.clocks import Clocks
+from benchmarks.gpu_day.results import StepResult
 from benchmarks.gpu_day.steps import STEPS
 from benchmarks.terminal import fail
 from tsbn_kernels.plan import DEVICES
@@ -39,8 +39,8 @@ def gpu_day(
     if compile_only is not None:
         _compile(compile_only)
         return
-    if device not in day.BACKENDS:
-        raise typer.BadParameter(f"expected one of {', '.join(day.BACKENDS)}, got {device!r}", param_hint="--device")
+    if device not in day.DEVICES:
+        raise typer.BadParameter(f"expected one of {', '.join(day.DEVICES)}, got {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch finds no GPU here; `--device cpu` goes through all", param_hint="--device")
     if device == "cpu":

@@ -20,6 +20,7 @@ from tsbn_kernels.backends import cpu
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("tests")
 
+pytest_plugins = ["gpu_check"]
 M_PERTURB = -6
 COMPILES_FOR_MINUTES = ("test_triton_gate.py", "test_wheel.py")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from epilogues import Call, backward, forward, make_call
+from on_gpu import kinds
+from on_gpu.calls import placed
 from triton.runtime import JITFunction
 
 from benchmarks.fake_driver import STREAM, Driver
-from benchmarks.gpu_check import kinds
-from benchmarks.gpu_check.calls import placed
 from tsbn_kernels import ops
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.backends.triton.launch import Launch

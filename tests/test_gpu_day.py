@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,26 @@ from typer.testing import CliRunner
 
 from benchmarks import cli, ncu
 from benchmarks.cases import Case
-from benchmarks.gpu_check.case import Setting, SkippedError
-from benchmarks.gpu_check.results import StepResult
-from benchmarks.gpu_day import archive, clocks, day, journal, kernels, network, race, ready, speed, table
+from benchmarks.gpu_day import (
+    archive,
+    checks,
+    clocks,
+    day,
+    journal,
+    kernels,
+    network,
+    race,
+    ready,
+    results,
+    sources,
+    speed,
+    table,
+)
+from benchmarks.gpu_day.case import Setting, SkippedError
 from benchmarks.gpu_day.race import Entrant
+from benchmarks.gpu_day.results import StepResult
 from benchmarks.gpu_day.risky import forget, risky
-from benchmarks.gpu_day.steps import STEPS, Step, for_backends
+from benchmarks.gpu_day.steps import STEPS, Step
 from benchmarks.network import task_specific_network
 from benchmarks.offline import compile_call, specialize
 from benchmarks.peers import Fused, Loop
@@ -63,9 +78,12 @@ def test_all_of_it_on_the_cpu(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, ["gpu-day", "--device", "cpu", "--seconds", "500", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = members(tmp_path)
-    steps = {name: json.loads(found[f"{name}.json"])["status"] for name in ("ready", "ceilings", "speed", "network")}
-    assert set(steps.values()) == {"passed"}
     lines = [json.loads(line) for line in found["records.jsonl"].splitlines()]
+    for step in ("ready", "ceilings", "speed", "network", "launches"):
+        cases = {line["case"]: line["status"] for line in lines if line["kind"] == "case" and line["step"] == step}
+        assert "passed" in cases.values(), step
+        assert {*cases.values()} <= {"passed", "skipped"}, step
+    assert "tests passed on cpu" in found["launches.md"].decode()
     assert {line["kind"] for line in lines} >= {"ceiling", "host", "speed", "layers", "network"}
     assert {line["entrant"] for line in lines if line["kind"] == "speed"} >= {"cpu", "loop", "folded"}
     assert result.output.rstrip().endswith("MiB")
@@ -77,14 +95,14 @@ import sys
 from pathlib import Path
 from benchmarks import cli_gpu_day
 from benchmarks.gpu_day.steps import Step
-cli_gpu_day.STEPS = [Step(name, f"gpu_check_steps:{name}", 60.0) for name in ("good", "hangs")]
+cli_gpu_day.STEPS = [Step(name, f"day_steps:{name}", 60.0) for name in ("good", "hangs")]
 cli_gpu_day.gpu_day(Path(sys.argv[1]), float(sys.argv[2]), "cpu", None)
 """
 
 
-def started(folder: Path, seconds: float) -> subprocess.Popen[str]:
+def started(folder: Path, seconds: float, program: str = PROGRAM) -> subprocess.Popen[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(seconds)]
+    command = [sys.executable, "-c", program, str(folder), str(seconds)]
     variables = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)}
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -97,49 +115,157 @@ def test_whenever_it_is_ended_the_archive_is_whole_and_a_later_call_goes_on(tmp_
     os.killpg(process.pid, how)
     said, _ = process.communicate(timeout=60)
     found = members(tmp_path)
-    assert json.loads(found["good.json"])["status"] == "passed"
+    done = [json.loads(line) for line in found["records.jsonl"].splitlines()]
+    assert {line["case"] for line in done if line.get("status") == "passed"} >= {"a", "b"}
     assert (f"{archive.NAME}: 0.00 MiB" in said) == ("table.txt" in found) == (how == signal.SIGTERM)
     said, _ = started(tmp_path, day.LEAST + 2).communicate(timeout=60)
-    assert "passed     good: 2 cases, as they should be, 2 of them by an earlier call" in said
-    assert json.loads(members(tmp_path)["hangs.json"])["summary"] == "1 of 3 cases done: its time was over"
+    assert "passed     good: 2 cases, 2 of them by an earlier call" in said
+    assert "incomplete hangs: 1 of 3 cases done: its time was over" in said
 
 
-def run(folder: Path, steps: list[Step]) -> list[StepResult]:
+def run(folder: Path, *steps: Step) -> list[StepResult]:
     return day.run(setting(folder), folder / archive.NAME, 100.0, steps, lambda _: None)
 
 
-def test_a_step_is_ended_with_all_that_it_has_started(tmp_path):
-    steps = [Step("hangs", "gpu_check_steps:hangs", 0.5), Step("good", "gpu_check_steps:good", 60.0)]
-    found = run(tmp_path, steps)
-    assert [step.status for step in found] == ["incomplete", "passed"]
-    assert sum(step.seconds for step in STEPS[:5]) < 600
+def step(name: str, seconds: float = 60.0, case_seconds: float = 30.0) -> Step:
+    return Step(name, f"day_steps:{name}", seconds, case_seconds)
+
+
+def statuses(result: StepResult) -> dict[str, str]:
+    return {name: case.status for name, case in result.cases.items()}
 
 
 def test_what_has_a_meaning_on_a_gpu_alone_is_named(tmp_path):
     steps = [step for step in STEPS if step.gpu]
-    for step in run(tmp_path, steps):
-        assert (step.status, step.summary) == ("skipped", f"{step.name} has a meaning on a GPU alone")
-    assert [step.name for step in for_backends(steps, ["a", "b"])] == [
-        "sweep-kernels",
-        "counters",
-        "memcheck-a",
-        "memcheck-b",
-    ]
+    assert [step.name for step in steps] == ["sweep-kernels", "checks", "counters", "memcheck"]
+    for found in run(tmp_path, *steps):
+        assert (found.status, found.summary) == ("skipped", f"{found.name} has a meaning on a GPU alone")
+    assert sum(step.seconds for step in STEPS[:6]) < 620
+
+
+def test_crashes_hangs_and_errors_are_failed_cases_and_the_others_go_on(tmp_path):
+    names = "good", "crashes", "hangs", "differs", "loses_the_device", "always_crashes", "broken", "dies_at_its_end"
+    steps = [step(name, case_seconds=0.2 if name == "hangs" else 30.0) for name in (*names, "left_out")]
+    found = {result.name: result for result in run(tmp_path, *steps)}
+    assert [result.status for result in found.values()] == ["passed"] + ["failed"] * 7 + ["skipped"]
+    assert "printed" in (tmp_path / "good.log").read_text()
+    for name, case, message in (
+        ("crashes", "abort", "was ended by SIGABRT: Fatal Python error: Aborted"),
+        ("hangs", "hang", "ended with status 1: Timeout (0:00:00.800000)!"),
+        ("differs", "dx", "AssertionError: dx differs in 3 of 9 values"),
+        ("loses_the_device", "illegal", "RuntimeError: an illegal memory access was encountered"),
+    ):
+        assert set(statuses(found[name]).values()) == {"passed", "failed"}
+        assert {each: result.message for each, result in found[name].failures.items()} == {case: message}
+        assert list(found[name].cases)[-1] == "after"
+    assert 'raise AssertionError("dx differs' in (tmp_path / "differs.log").read_text()
+    assert "in attempt" in (tmp_path / "hangs.log").read_text()  # where it hung
+    assert (tmp_path / "loses_the_device.log").read_text().count("---") == 2
+    assert len(found["always_crashes"].cases) == day.MOST_LOSSES
+    assert found["always_crashes"].problem == "given up after 5 crashes, 15 cases were not tried"
+    wrong = "the step's process ended with status"
+    assert found["broken"].problem == f"{wrong} 1: ValueError: the step itself is broken"
+    assert found["dies_at_its_end"].problem.startswith(f"{wrong} 7")
+    assert found["left_out"].summary == "the tool is missing"
+
+
+def test_a_step_is_ended_with_all_that_it_has_started(tmp_path):
+    lingering = run(tmp_path, step("lingers", seconds=1.5), step("good"))
+    assert [result.status for result in lingering] == ["incomplete", "passed"]
+    assert lingering[0].summary == "0 of 1 cases done: its time was over"
+    assert not any(_lives(int((tmp_path / name).read_text())) for name in ("worker", "child"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_stays_behind_where_the_day_is_killed(tmp_path):
+    program = PROGRAM.replace('("good", "hangs")', '("lingers",)')
+    process = started(tmp_path, 300, program)
+    found: list[Path] = []
+    while len(found) < 2:
+        time.sleep(0.05)
+        found = [path for name in ("worker", "child") for path in tmp_path.glob(f"*/{name}") if path.read_text()]
+    numbers = [int(path.read_text()) for path in found]
+    process.kill()  # it alone
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(_lives, numbers)):
+        assert time.monotonic() < end, f"of {numbers} some live"
+        time.sleep(0.1)
+
+
+def _lives(number: int) -> bool:
+    """Whether there is such a process, and not only what init has not yet taken note of."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_later_call_runs_what_failed_and_what_is_missing_and_all_of_other_sources(tmp_path, monkeypatch):
+    def runs() -> list[str]:
+        return (tmp_path / "runs").read_text().split()
+
+    assert run(tmp_path, step("counted"))[0].status == "failed"
+    assert runs() == ["first", "second", "third"]
+    (tmp_path / "mended").touch()
+    (found,) = run(tmp_path, step("counted"))
+    assert runs()[3:] == ["second"]
+    assert (found.status, found.summary) == ("passed", "3 cases, 2 of them by an earlier call")
+    assert run(tmp_path, step("counted"))[0].summary == "3 cases, 3 of them by an earlier call"
+    assert len(runs()) == 4
+    monkeypatch.setattr(sources, "SOURCES", ("Makefile",))
+    assert run(tmp_path, step("counted"))[0].summary == "3 cases"
+    assert len(runs()) == 7
+
+
+def test_a_case_that_was_cut_off_runs_again(tmp_path):
+    note = {"step": "good", "key": "k"}
+    journal.note(tmp_path, "step", **note)
+    journal.note(tmp_path, "step", **note, planned=["a", "b"])
+    journal.note(tmp_path, "case", **note, case="a", status="passed")
+    journal.note(tmp_path, "case", **note, case="b", status="begun")
+    found = results.read(tmp_path, "good", "k")
+    assert (found.status, found.summary, found.running) == ("incomplete", "1 of 2 cases done", "b")
+    journal.note(tmp_path, "step", **note)
+    assert statuses(results.read(tmp_path, "good", "k")) == {"a": "passed"}
+    assert results.read(tmp_path, "good", "other").cases == {}
+
+
+def test_the_tests_of_a_gpu_need_pytest_and_say_what_failed(tmp_path, monkeypatch):
+    with monkeypatch.context() as change:
+        change.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "xdist" else 1)
+        with pytest.raises(SkippedError, match="the tests need xdist, not installed here"):
+            checks.cases(setting(tmp_path))[0].run()
+
+    def ended(command: list[str], status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "memcheck.md").write_text("# The check\n\nWhat it says.\n")
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    with pytest.raises(SkippedError, match="compute-sanitizer is not on the PATH"):
+        checks.memcheck(setting(tmp_path))
+    monkeypatch.setattr(checks.shutil, "which", lambda name: name)
+    (memcheck,) = checks.memcheck(setting(tmp_path))
+    monkeypatch.setattr(checks.subprocess, "run", ended)
+    assert memcheck.run() == {"verdict": "What it says."}
+    monkeypatch.setattr(checks.subprocess, "run", partial(ended, status=1))
+    with pytest.raises(AssertionError, match="What it says"):
+        memcheck.run()
 
 
 def test_the_archive_stays_small(tmp_path):
     noise = torch.randint(0, 256, (20 << 20,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "step.log").write_bytes(noise[: 2 << 20])
     for name in ("other", "third", "fourth"):
-        (tmp_path / f"{name}.json").write_bytes(noise)
+        (tmp_path / f"{name}.csv").write_bytes(noise)
     journal.note(tmp_path, "ceiling", copy=1.0)
     home = tmp_path / archive.NAME
     archive.write(tmp_path, home)
     assert home.stat().st_size < 16 << 20
     found = members(tmp_path)
     assert found["records.jsonl"] == (tmp_path / "records.jsonl").read_bytes()
-    assert found["other.json"] == noise[-archive.MOST_OF_A_FILE :]
-    (tmp_path / "fourth.json").unlink()
+    assert found["other.csv"] == noise[-archive.MOST_OF_A_FILE :]
+    (tmp_path / "fourth.csv").unlink()
     archive.write(tmp_path, home)
     assert members(tmp_path)["step.log"] == noise[: 2 << 20][-archive.MOST_OF_A_LOG :]
 

@@ -60,7 +60,7 @@ class FusedTSigmaBNAct(FusedTSigmaBN):
 
 
 class FusedTSigmaBNAct2d(FusedTSigmaBNAct, FusedTSigmaBN2d):
-    __doc__ = FusedTSigmaBNAct.__doc__  # type: ignore[assignment]
+    __doc__ = FusedTSigmaBNAct.__doc__
 
 
 _LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class TaskSpecific(nn.Module):
     """
 
     num_tasks: int
-    stacking: str
-    gate: str
+    stacking: Literal["task_major", "sample_major"]
+    gate: Literal["sigmoid", "identity"]
     weight: nn.Parameter
     _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
     _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer

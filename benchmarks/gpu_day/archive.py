@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 NAME = "gpu_day.tar.gz"
-PATTERNS = ("*.jsonl", "table.txt", "*.json", "*.csv", "*.log")  # most valuable first
+PATTERNS = ("*.jsonl", "table.txt", "*.md", "*.csv", "*.log")  # most valuable first
 MOST = 15 << 20  # bytes before compression: so many come home whatever they are
 MOST_OF_A_FILE, MOST_OF_A_LOG = 6 << 20, 100 << 10
 

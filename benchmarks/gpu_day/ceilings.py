@@ -1,4 +1,4 @@
-"""Step: what this device can do at best, and whether our kernels work on it at all."""
+"""Step: what this device can do at best, and what a layer costs the host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import facts
-from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import journal, race
+from benchmarks.gpu_day.case import Case, Setting
+from benchmarks.gpu_day.facts import FACTS
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import measure, step_candidate, summarize, timer_for
 from tsbn_kernels import FusedTSigmaBN2d, use_backend
@@ -19,28 +19,12 @@ from tsbn_kernels import FusedTSigmaBN2d, use_backend
 BYTES, QUICK_BYTES = 4 << 30, 8 << 20
 
 
-def cases(setting: Setting) -> Cases:
-    """The machine; its ceilings; then the smallest call of every kind of launch of each backend, against float64."""
-    from benchmarks.gpu_check import families  # whose calls are the tests'
-
-    device = torch.device(setting.device)
-    found = [*facts.cases(setting).cases]
+def cases(setting: Setting) -> list[Case]:
+    """The machine; its ceilings; what a layer costs the host by each backend."""
+    found = [Case(name, partial(fact, setting.device)) for name, fact in FACTS.items()]
     found += [Case("memory", partial(memory, setting)), Case("empty kernel", partial(empty_kernel, setting))]
-    for entrant in race.ours(device):
-        mine = Setting(setting.device, setting.quick, setting.folder, entrant.backend)
-        found.append(Case(f"host, {entrant.backend}", partial(host, mine)))
-        found += [guarded(case, mine) for case in families.cases(mine).cases]
-    return Cases(found)
-
-
-def guarded(case: Case, setting: Setting, label: str = "") -> Case:
-    """Makes a case of a backend that leaves it alone after it has ended two processes."""
-
-    def run() -> dict[str, Any] | None:
-        with risky(setting.backend, setting.folder, torch.device(setting.device)):
-            return case.run()
-
-    return Case(f"{label or setting.backend}: {case.name}", run)
+    backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
+    return found + [Case(f"host, {backend}", partial(host, backend, setting)) for backend in backends]
 
 
 def memory(setting: Setting) -> dict[str, Any]:
@@ -76,20 +60,20 @@ def empty_kernel(setting: Setting) -> dict[str, Any]:
     return found
 
 
-def host(setting: Setting) -> dict[str, Any]:
+def host(backend: str, setting: Setting) -> dict[str, Any]:
     """Seconds that the host takes for a layer on a tiny tensor: what no kernel can make faster."""
     device = torch.device(setting.device)
     layer = FusedTSigmaBN2d(3, 8).to(device)
     x = torch.randn(12, 8, 4, 4, device=device, requires_grad=True)
     dy = torch.randn_like(x)
-    with use_backend(setting.backend), risky(setting.backend, setting.folder, device):
+    with use_backend(backend), risky(backend, setting.folder, device):
         found = {
             "forward": seconds_called(lambda: layer(x), device, setting.quick),
             "forward+backward": seconds_called(
                 lambda: torch.autograd.grad(layer(x), (x, layer.weight), dy), device, setting.quick
             ),
         }
-    journal.note(setting.folder, "host", entrant=setting.backend, **found)
+    journal.note(setting.folder, "host", entrant=backend, **found)
     return found
 
 

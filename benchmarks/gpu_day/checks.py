@@ -1,67 +1,62 @@
-"""Steps made of those of the check of a GPU: graphs, streams, determinism and large tensors; and memcheck, last."""
+"""Steps: the tests of a GPU, run by pytest: each kind of launch, then what only a GPU shows, then memcheck."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import importlib.util
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import torch
+from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.sources import ROOT
 
-from benchmarks.gpu_check import concurrency, graphs, large, repeats, sanitizer
-from benchmarks.gpu_check.case import Case, Cases, Setting, SkippedError
-from benchmarks.gpu_day import race
-from benchmarks.gpu_day.ceilings import guarded
-
-STEPS: dict[str, Callable[[Setting], Cases]] = {
-    "graphs": graphs.cases,
-    "streams": concurrency.cases,
-    "determinism": repeats.cases,
-    "large": large.cases,
-}
-
-
-def cases(setting: Setting) -> Cases:
-    """All cases of a backend; a step that has no meaning here is one skipped case.
-
-    Raises:
-        SkippedError: the backend is not available.
-    """
-    _need(setting)
-    return Cases(
-        [
-            guarded(case, setting, name)
-            for name, of in STEPS.items()
-            if name != "graphs" or setting.device != "cpu"
-            for case in _cases(of, setting)
-        ]
-    )
+SECONDS = {"launches": 60.0, "checks": 90.0, "memcheck": 120.0}  # of the steps
+BEGIN = 0.75  # of them, after which no test begins
+NEEDED = ("pytest", "xdist", "hypothesis")
+CHECKS = "graphs", "streams", "repeats", "large"
 
 
-def memcheck(setting: Setting) -> Cases:
+def launches(setting: Setting) -> list[Case]:
+    """The smallest call of every kind of launch of each backend, against float64."""
+    return [Case("tests", partial(run, "launches", ("launch_kinds",), setting))]
+
+
+def cases(setting: Setting) -> list[Case]:
+    """Graphs, streams, the same bits again and again, large tensors."""
+    return [Case("tests", partial(run, "checks", CHECKS, setting))]
+
+
+def memcheck(setting: Setting) -> list[Case]:
     """compute-sanitizer's memcheck alone, over one small call of each kind of launch.
 
     Raises:
-        SkippedError: the backend, or the tool, is not available.
+        SkippedError: the tool is not there.
     """
-    _need(setting)
-    return sanitizer.cases(replace(setting, quick=True))
+    if shutil.which("compute-sanitizer") is None:
+        raise SkippedError("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    return [Case("tests", partial(run, "memcheck", ("sanitizer",), setting, "-k", "memcheck"))]
 
 
-def _need(setting: Setting) -> None:
-    """The backend must be one of those that run here."""
-    if setting.backend not in [entrant.backend for entrant in race.ours(torch.device(setting.device))]:
-        raise SkippedError(f"the backend {setting.backend} is not available")
+def run(name: str, files: tuple[str, ...], setting: Setting, *options: str) -> dict[str, Any]:
+    """Runs files of tests/on_gpu; what has passed is recorded, from where a later call goes on.
 
-
-def _cases(of: Callable[[Setting], Cases], setting: Setting) -> list[Case]:
-    try:
-        return list(of(setting).cases)
-    except SkippedError as error:
-        return [Case("all", _skip(str(error)))]
-
-
-def _skip(reason: str) -> Callable[[], None]:
-    def skip() -> None:
-        raise SkippedError(reason)
-
-    return skip
+    Raises:
+        SkippedError: a package that the tests need is not installed.
+        AssertionError: a test failed, or some had no time; the log has pytest's output.
+    """
+    if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
+        raise SkippedError(f"the tests need {', '.join(missing)}, not installed here")
+    record = Path(setting.folder) / f"{name}.jsonl"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-n1", "--maxschedchunk=1", "--max-worker-restart=5",
+        f"--device={setting.device}", f"--seconds={BEGIN * SECONDS[name]}", f"--record={record}", *options,
+        *(str(ROOT / "tests" / "on_gpu" / f"test_{file}.py") for file in files),
+    ]  # fmt: skip
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    summary = record.with_suffix(".md")
+    verdict = summary.read_text().splitlines()[2] if summary.exists() else f"pytest ended with status {status}"
+    assert status == 0, verdict
+    return {"verdict": verdict}

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import ncu
 from benchmarks.cases import cases as layer_cases
-from benchmarks.gpu_check.case import Case, Cases, Setting, SkippedError
 from benchmarks.gpu_day import journal, race
+from benchmarks.gpu_day.case import Case, Setting, SkippedError
 from benchmarks.registry import PEERS
 from benchmarks.workloads import CELEBA
 from tsbn_kernels import use_backend
@@ -25,7 +25,7 @@ from tsbn_kernels import use_backend
 COUNTED = (("bn4", "contiguous"), ("bn2", "channels_last"), ("bn1", "contiguous"))
 
 
-def cases(setting: Setting) -> Cases:
+def cases(setting: Setting) -> list[Case]:
     """A forward and a backward pass of three layers, of each backend.
 
     Raises:
@@ -34,13 +34,11 @@ def cases(setting: Setting) -> Cases:
     if shutil.which("ncu") is None:
         raise SkippedError("ncu is not on the PATH; it comes with the CUDA toolkit")
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
-    return Cases(
-        [
-            Case(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
-            for layer, order in COUNTED
-            for backend in backends
-        ]
-    )
+    return [
+        Case(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
+        for layer, order in COUNTED
+        for backend in backends
+    ]
 
 
 def count(backend: str, layer: str, order: str, setting: Setting) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
-from benchmarks.gpu_check.results import ROOT
 from benchmarks.gpu_day import network, speed, sweep
+from benchmarks.gpu_day.sources import ROOT
 from benchmarks.network import task_specific_network
 from benchmarks.offline import Call, compile_call, recorded, specialize
 from benchmarks.peers import Fused
@@ -52,7 +52,7 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
 def planned(device: Device) -> list[Call]:
     """One call for each kernel that the steps launch."""
     sys.path += [str(ROOT / "tests")] * (str(ROOT / "tests") not in sys.path)  # whose calls the checks make
-    from benchmarks.gpu_check import calls, kinds, layers
+    from on_gpu import calls, kinds, steps
 
     with on_paper(device) as made:
         for case in speed.planned():
@@ -61,8 +61,8 @@ def planned(device: Device) -> list[Call]:
             _network(variant, memory_format)
         for spec in kinds.smallest(lambda spec: kinds.triton_kinds(spec, device)):
             calls.run(calls.moved(spec.call(), lambda tensor: tensor.to("meta")), "triton", spec.sums)
-        for name in layers.LAYERS:
-            layers.Step.of(name, "meta")()
+        for name in steps.LAYERS:
+            steps.Step.of(name, "meta")()
     return _distinct(made, device)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks import environment
 from benchmarks.cases import MEMORY_FORMATS
-from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import journal, race
+from benchmarks.gpu_day.case import Case, Setting
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import Effort, measure, step_candidate, summarize, timer_for
 from benchmarks.network import task_specific_network, train_step
@@ -44,7 +44,7 @@ class Autocast(nn.Module):
         return logits.float()
 
 
-def cases(setting: Setting) -> Cases:
+def cases(setting: Setting) -> list[Case]:
     """The loop at the largest batch that it can train; the main ones of ours at the same, and one at its largest."""
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
     first, rest = [], []
@@ -59,7 +59,7 @@ def cases(setting: Setting) -> Cases:
         for backend in backends[:1]:
             first.append(case(f"{BEST}, {backend}, largest batch", largest, BEST, backend))
             rest += [case(f"{variant}, {backend}", at_the_loops, variant, backend) for variant in OURS[2:]]
-    return Cases(first + rest)
+    return first + rest
 
 
 def at_the_loops(variant: str, backend: str, memory_format: str, setting: Setting) -> None:

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import environment, replay
 from benchmarks.cases import Case, Inputs
-from benchmarks.gpu_check.case import Setting, SkippedError
-from benchmarks.gpu_check.facts import KERNELS
 from benchmarks.gpu_day import journal
+from benchmarks.gpu_day.case import Setting, SkippedError
+from benchmarks.gpu_day.facts import KERNELS
 from benchmarks.gpu_day.risky import risky
 from benchmarks.layers import COPY, records_of
 from benchmarks.measure import (

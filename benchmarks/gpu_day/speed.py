@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.cases import Case as LayerCase
 from benchmarks.cases import cases as layer_cases
-from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import race
+from benchmarks.gpu_day.case import Case, Setting
 from benchmarks.gpu_day.race import Entrant
 from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 
@@ -21,20 +21,20 @@ DTYPES, FORMATS = ("bfloat16", "float32"), ("contiguous", "channels_last")
 COMPILED = ("compiled_folded", "compiled_reference")
 
 
-def celeba(setting: Setting) -> Cases:
+def celeba(setting: Setting) -> list[Case]:
     """Every layer of the CelebA network at full size."""
     device = torch.device(setting.device)
     return _races(_celeba(setting), [*race.ours(device), *race.peers(device)], setting, "speed")
 
 
-def compiled(setting: Setting) -> Cases:
+def compiled(setting: Setting) -> list[Case]:
     """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
     device = torch.device(setting.device)
     todo, names = (_celeba(setting)[:1], COMPILED[:1]) if setting.quick else (_celeba(setting)[:3], COMPILED)
     return _races(todo, race.peers(device, names), setting, "speed")
 
 
-def others(setting: Setting) -> Cases:
+def others(setting: Setting) -> list[Case]:
     """Layers of ResNet-50 and SegNet, where the host may take more time than the kernels."""
     device = torch.device(setting.device)
     return _races(_others(setting), [*race.ours(device), *race.peers(device)], setting, "layers")
@@ -86,7 +86,7 @@ def _cases(
     )
 
 
-def _races(todo: Iterable[LayerCase], entrants: list[Entrant], setting: Setting, kind: str) -> Cases:
+def _races(todo: Iterable[LayerCase], entrants: list[Entrant], setting: Setting, kind: str) -> list[Case]:
     gc.collect()
     gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
-    return Cases([Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo])
+    return [Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo]

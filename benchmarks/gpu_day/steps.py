@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from benchmarks.gpu_check.case import Setting
+from benchmarks.gpu_day import checks
+from benchmarks.gpu_day.case import Setting
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,14 @@ class Step:
         cases: ``module:function`` that gives its cases for a setting.
         seconds: after which its process is ended, with all that it has started.
         case_seconds: after which a case is taken to hang.
-        per_backend: there is one for each backend of ours.
         gpu: it has a meaning on a GPU alone.
-        backend: where there is one for each.
     """
 
     name: str
     cases: str
     seconds: float
     case_seconds: float = 40.0
-    per_backend: bool = False
     gpu: bool = False
-    backend: str = ""
 
     def why_not(self, setting: Setting) -> str:
         """Why the step is left out; empty where it is not."""
@@ -39,22 +35,14 @@ _HERE = "benchmarks.gpu_day"
 STEPS = (
     Step("ready", f"{_HERE}.ready:cases", 200.0, case_seconds=170.0),
     Step("ceilings", f"{_HERE}.ceilings:cases", 80.0),
+    Step("launches", f"{_HERE}.checks:launches", checks.SECONDS["launches"], checks.SECONDS["launches"]),
     Step("speed", f"{_HERE}.speed:celeba", 150.0, case_seconds=60.0),
     Step("network", f"{_HERE}.network:cases", 70.0),
     Step("compiled", f"{_HERE}.speed:compiled", 45.0, case_seconds=45.0),
     Step("layers", f"{_HERE}.speed:others", 30.0),
     Step("sweep-kernels", f"{_HERE}.ready:sweep", 60.0, case_seconds=60.0, gpu=True),
     Step("sweep", f"{_HERE}.sweeping:cases", 90.0),
-    Step("checks", f"{_HERE}.checks:cases", 45.0, per_backend=True),
+    Step("checks", f"{_HERE}.checks:cases", checks.SECONDS["checks"], checks.SECONDS["checks"], gpu=True),
     Step("counters", f"{_HERE}.counters:cases", 60.0, gpu=True),
-    Step("memcheck", f"{_HERE}.checks:memcheck", 60.0, case_seconds=60.0, per_backend=True, gpu=True),
+    Step("memcheck", f"{_HERE}.checks:memcheck", checks.SECONDS["memcheck"], checks.SECONDS["memcheck"], gpu=True),
 )
-
-
-def for_backends(steps: Sequence[Step], backends: Sequence[str]) -> list[Step]:
-    """The steps, those of each backend named ``checks-triton`` and so on."""
-    return [
-        replace(step, name=f"{step.name}-{backend}", backend=backend) if step.per_backend else step
-        for step in steps
-        for backend in (backends if step.per_backend else ("",))
-    ]

@@ -9,24 +9,22 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.gpu_check.case import Case, Cases, Setting
 from benchmarks.gpu_day import sweep
+from benchmarks.gpu_day.case import Case, Setting
 from benchmarks.measure import Timer, timer_for
 
 MOST_QUICK = 4
 
 
-def cases(setting: Setting) -> Cases:
+def cases(setting: Setting) -> list[Case]:
     """Most telling first."""
     device = torch.device(setting.device)
     found = sweep.candidates(environment.device_name(device))
     timer = timer_for(device)
-    return Cases(
-        [
-            Case(str(number), partial(run, candidate, timer, setting))
-            for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
-        ]
-    )
+    return [
+        Case(str(number), partial(run, candidate, timer, setting))
+        for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
+    ]
 
 
 def run(candidate: sweep.SweptPlan, timer: Timer, setting: Setting) -> None:

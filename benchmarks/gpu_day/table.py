@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ncu
-from benchmarks.gpu_check.results import StepResult
 from benchmarks.gpu_day import journal, sweep
+from benchmarks.gpu_day.results import StepResult
 from benchmarks.records import FORWARD, FORWARD_BACKWARD
 
 FILE = "table.txt"
@@ -45,11 +44,9 @@ def _ceilings(folder: Path) -> Iterator[str]:
     for line in {line["entrant"]: line for line in journal.read(folder, "host")}.values():
         forward, both = (1e6 * line[pass_] for pass_ in (FORWARD, FORWARD_BACKWARD))
         yield f"host us, {line['entrant']}: forward {forward:.0f}, both {both:.0f}"
-    try:
-        ready = json.loads((folder / "ready.json").read_text())
-        yield f"clusters: {ready['cases']['clusters']['details']['clusters']}"
-    except (OSError, ValueError, KeyError):
-        pass
+    for line in journal.read(folder, "case"):
+        if line["case"] == "clusters" and line["status"] == "passed":
+            yield f"clusters: {line['details']['clusters']}"
 
 
 def _layers(folder: Path) -> Iterator[str]:

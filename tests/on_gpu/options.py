@@ -1,11 +1,10 @@
-"""Step: every pair of options of the operators, in odd sizes and places, against the definition in float64."""
+"""Combinations of the operators' options, in odd sizes and places, against the definition in float64."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from epilogues import Call, make_call
 from support import BACKWARD, STATISTICS, Tolerance, assert_relative, assert_within
 from torch import Tensor
 
-from benchmarks.gpu_check.calls import PLACES, check, on_device
-from benchmarks.gpu_check.case import Case, Cases, Setting
+from on_gpu.calls import PLACES, check, on_device
 from tsbn_kernels import layout, ops, reference
 from tsbn_kernels.activations import ACTIVATIONS, NONE
 
@@ -49,25 +47,9 @@ WORDS = {
     "bias": ("no bias", "bias"),
     "wide_parameters": ("parameters as x", ""),
 }
-MOST, MOST_QUICK = 400, 6
+MOST = 400
 
 Options = Mapping[str, Any]
-
-
-def cases(setting: Setting) -> Cases:
-    """A covering array of all pairs, which is enough; then random combinations."""
-    chosen = combinations(FACTORS, MOST)
-    pairs = covering_length(FACTORS, chosen)
-    if setting.quick:
-        chosen, pairs = chosen[:MOST_QUICK], MOST_QUICK
-    found = [Case(name_of(options), partial(compare, options, setting)) for options in chosen]
-    dtypes = FACTORS["dtype"][: 1 if setting.quick else None]
-    halves = [
-        Case(f"statistics apart, {dtype}, {order}".replace("torch.", ""), partial(apart, dtype, order, setting))
-        for dtype, order in itertools.product(dtypes, FACTORS["memory_format"])
-    ]
-    about = "the first with every pair of options" if not setting.quick else ""
-    return Cases([*halves, *found], len(halves) + pairs, about)
 
 
 def name_of(options: Options) -> str:
@@ -76,19 +58,27 @@ def name_of(options: Options) -> str:
     return ", ".join(word.removeprefix("torch.") for word in words if word)
 
 
-def compare(options: Options, setting: Setting) -> None:
-    """One combination."""
+def compare(options: Options, backend: str, device: str) -> None:
+    """Runs one combination.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
     rest = dict(options)
     size, place, wide = SIZES[rest.pop("size")], rest.pop("place"), rest.pop("wide_parameters")
     call = make_call(*size, parameter_dtype=None if wide else options["dtype"], **rest)
-    check(call, setting.backend, setting.device, place)
+    check(call, backend, device, place)
 
 
-def apart(dtype: torch.dtype, memory_format: str, setting: Setting) -> None:
-    """The halves of a pass that a batch spread over processes takes: moments, and the gradient by given sums."""
+def apart(dtype: torch.dtype, memory_format: str, backend: str, device: str) -> None:
+    """Runs the halves of a pass that a batch spread over processes takes: moments, and the gradient by given sums.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
     options: dict[str, Any] = {"dtype": dtype, "memory_format": memory_format, "residual": True, "training": False}
     call = make_call(3, 4, 33, (6, 7), activation="silu", **options)
-    there, by = on_device(call, setting.device), ops.operators(setting.backend)
+    there, by = on_device(call, device), ops.operators(backend)
 
     mean, var = (vector.cpu() for vector in by.moments(there.p.x, call.p.num_tasks, call.p.stacking))
     exact_mean, exact_var = reference.moments(call.p.x, call.p.num_tasks, call.p.stacking)
@@ -98,7 +88,7 @@ def apart(dtype: torch.dtype, memory_format: str, setting: Setting) -> None:
 
     sums = torch.linspace(-0.1, 0.2, call.p.weight.numel(), dtype=call.p.weight.dtype).view_as(call.p.weight)
     wanted = _input_gradient(call.in_double(), (sums.double(), sums.double().flip(0)), reference)
-    got = _input_gradient(there, (sums.to(setting.device), sums.flip(0).to(setting.device)), by)
+    got = _input_gradient(there, (sums.to(device), sums.flip(0).to(device)), by)
     # A backend may compute the gradient in two passes, and round what is between them to the dtype.
     bound = Tolerance(max(BACKWARD[dtype].absolute, torch.finfo(dtype).eps), 1)
     for one, exact in zip(got, wanted, strict=True):

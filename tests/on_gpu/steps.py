@@ -1,4 +1,4 @@
-"""What several steps do with a layer: a training step of it, forward and backward, with random data."""
+"""Layers in training: a step, forward and backward, with random data, that several files of tests compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.calls import assert_all_same_bits
+from on_gpu.calls import assert_all_same_bits
 from tsbn_kernels import FusedTSigmaBN2d
 
 TASKS = 3
@@ -23,12 +23,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], torch.dtype, torch.memory_format, dict[
     "few slabs": ((TASKS * 8, 2, 96, 96), torch.float32, torch.contiguous_format, {}),
 }
 NAMES = ("y", "dx", "gradient of weight", "gradient of bias")
-QUICK_LAYERS = ("rows, relu", "columns")
-
-
-def chosen(quick: bool) -> list[str]:
-    """Names of those to be run."""
-    return list(QUICK_LAYERS if quick else LAYERS)
+FEW = ("rows, relu", "columns")  # which are enough in the suite of the CPU
 
 
 @dataclass

@@ -6,10 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from epilogues import Call, make_call
 
+from tsbn_kernels.backends import cuda
 from tsbn_kernels.layout import Family
 from tsbn_kernels.plan import Device, Work
 from tsbn_kernels.plan import cuda as cuda_rules
@@ -78,6 +81,12 @@ class Spec:
         return forward, backward
 
 
+def small(**options: Any) -> Spec:
+    """A call of rows that is over at once, to be changed by options."""
+    usual: dict[str, Any] = {"dtype": torch.float32, "columns": False, "fan_out": False, "activation": "none"}
+    return Spec(4, 2, 3, 49, **usual | {"residual": False, "training": True} | options)
+
+
 def specs() -> Iterator[Spec]:
     """All that are tried, the small ones first."""
     sizes = [
@@ -132,3 +141,15 @@ def smallest(kinds: Callable[[Spec], set[str]]) -> dict[Spec, set[str]]:
             found[spec] = new
             seen |= new
     return found
+
+
+def planned(backend: str, device: str) -> dict[Spec, set[str]]:
+    """The calls that reach every kind of a backend's launches on a device that is here, and the kinds of each."""
+    where = torch.empty(0, device=device).device  # with an index, as tensors have it
+    if backend == "triton":
+        from tsbn_kernels.backends.triton import ops
+
+        return smallest(partial(triton_kinds, device=ops._device(where)))
+    if backend == "cuda":
+        return smallest(partial(cuda_kinds, device=cuda._device(where), clusters=cuda._clusters(where)))
+    return smallest(layout_kinds)

@@ -1,4 +1,4 @@
-"""Step: what there is on this machine: the device, the versions, the backends, and whether a plain layer runs."""
+"""What there is on this machine: the device, the versions, the backends, and whether a plain layer runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import shutil
 import subprocess
 import warnings
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from benchmarks import environment
-from benchmarks.gpu_check.case import Case, Cases, Setting
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends import triton
 from tsbn_kernels.plan import devices
 
-DEVICE, VERSIONS, BACKENDS = "device", "versions", "backends"  # names of cases whose details the other steps depend on
 KERNELS = ("triton", "cuda", "cpu")  # backends with kernels of their own
 SETTINGS = ("TSBN_", "TRITON_", "CUDA_", "PYTORCH_", "TORCH")  # variables that change what runs
 SMI_FIELDS = (
@@ -29,19 +26,13 @@ SMI_FIELDS = (
 )  # fmt: skip
 
 
-def cases(setting: Setting) -> Cases:
-    """Each fact by itself, so that one that cannot be had hides no other."""
-    facts = {DEVICE: device, VERSIONS: versions, BACKENDS: usable_backends, "a layer as users call it": plain_layer}
-    return Cases([Case(name, partial(fact, setting)) for name, fact in facts.items()])
-
-
-def device(setting: Setting) -> dict[str, Any]:
+def device(name: str) -> dict[str, Any]:
     """Name, properties, free memory; and what nvidia-smi knows.
 
     Raises:
         ValueError: it cannot be used.
     """
-    where = environment.parse_device(setting.device)
+    where = environment.parse_device(name)
     facts: dict[str, Any] = {"name": environment.device_name(where), "cpu": environment.cpu_name()}
     facts["free GiB"] = round(environment.available_bytes(where) / 2**30, 2)
     if where.type != "cpu":
@@ -56,7 +47,7 @@ def device(setting: Setting) -> dict[str, Any]:
     return facts
 
 
-def versions(setting: Setting) -> dict[str, Any]:
+def versions(name: str) -> dict[str, Any]:
     """Of everything that changes results, and the variables that do."""
 
     def of(package: str) -> str:
@@ -81,37 +72,40 @@ def _output(*command: str) -> str:
     return (answer.stdout.strip() or answer.stderr.strip()) or f"nothing; status {answer.returncode}"
 
 
-def usable_backends(setting: Setting) -> dict[str, Any]:
-    """Which backends the other steps check, and why not the others.
+def usable_backends(name: str) -> dict[str, Any]:
+    """Which backends run on the device, and why not the others.
 
     Raises:
         AssertionError: there are no kernels for the device.
     """
-    kind = torch.device(setting.device).type
+    kind = torch.device(name).type
     found: dict[str, str] = {}
     missing: dict[str, str] = {}
     for backend in backends.backends():
         if not backend.runs_on(kind):
             continue
         (found if backend.available else missing)[backend.name] = backend.detail
-    reasons = "; ".join(f"{name}: {detail}" for name, detail in missing.items())
+    reasons = "; ".join(f"{backend}: {detail}" for backend, detail in missing.items())
     assert set(found) & set(KERNELS), f"no kernels for {kind}: {reasons}"
-    checked = [name for name in found if name in KERNELS or (kind == "cpu" and not setting.quick)]
-    return {"usable": found, "missing": missing, "checked": checked, "default": backends.select(kind)}
+    return {"usable": found, "missing": missing, "default": backends.select(kind)}
 
 
-def plain_layer(setting: Setting) -> dict[str, Any]:
+def plain_layer(name: str) -> dict[str, Any]:
     """A training step with nothing forced: it must not have to do without Triton.
 
     Raises:
         AssertionError: it does.
     """
-    layer = FusedTSigmaBN2d(2, 8).to(setting.device)
+    layer = FusedTSigmaBN2d(2, 8).to(name)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        y = layer(torch.randn(8, 8, 6, 6, device=setting.device))
+        y = layer(torch.randn(8, 8, 6, 6, device=name))
         y.backward(torch.randn_like(y))
     assert not (trouble := triton.health.broken or triton.health.failures), trouble
     assert layer.weight.grad is not None
     assert all(tensor.isfinite().all() for tensor in (y, layer.weight.grad)), "a result is not finite"
     return {"runs on": backends.select(y.device.type), "warnings": [str(warning.message) for warning in heard]}
+
+
+# Each by itself, so that one that cannot be had hides no other.
+FACTS = {"device": device, "versions": versions, "backends": usable_backends, "a layer as users call it": plain_layer}
