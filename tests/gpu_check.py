@@ -25,7 +25,7 @@ from benchmarks import environment
 from benchmarks.gpu_day import sources
 
 # What decides comes first, by names of files; the last adds to it as the time allows, and is not missed.
-ORDER = ("machine", "launch_kinds", "options", "large", "graphs", "streams", "repeats", "sanitizer", "random_options")
+ORDER = ("machine", "launch_kinds", "options", "graphs", "streams", "repeats", "large", "sanitizer", "random_options")
 SECONDS = 90.0  # after which a test is taken to hang, unless it is marked with its own "patience"
 CPU_PATIENCE = 4  # times as long there
 MOST_LINES, MOST_NAMES = 25, 5

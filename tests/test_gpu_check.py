@@ -79,15 +79,15 @@ class Said(NamedTuple):
         return [json.loads(line).partition("::")[2] for line in lines]
 
 
-Run = Callable[..., Said]
+@pytest.fixture(autouse=True)
+def _found_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
 
 
 def run(pytester: pytest.Pytester, program: str, *options: str, workers: int = 0) -> Said:
     """Runs a file of tests as the check does, in this process or one of its own."""
     pytester.makepyfile(test_it=program)
     folder = pytester.path
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    pytester._monkeypatch.setenv("PYTHONPATH", paths)
     ended = pytester.runpytest_inprocess(
         "-ra", "-pgpu_check", f"-n{workers}", "--device=cpu", f"--record={folder}/record.jsonl", *options, "test_it.py"
     )
@@ -157,7 +157,7 @@ def test_all_passed_and_nothing_runs_again_but_facts(pytester: pytest.Pytester) 
         assert (said.status, said.verdict) == (0, verdict)
         assert passed in said.output
         assert '"a": 1' in said.summary
-    assert said.passed == ["test_fact", "test_a", "test_b"]
+    assert said.passed == ["test_a", "test_b", "test_fact"]
 
 
 # ---- later calls -----------------------------------------------------------------------------------------------------
@@ -247,6 +247,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu_check.device_named(name)
     monkeypatch.setattr("torch.accelerator.current_accelerator", here("cuda"))
     assert [gpu_check.device_named(name) for name in ("auto", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+
+
+def test_a_device_that_raises_is_unusable() -> None:
+    assert gpu_check.is_usable(torch.device("cpu"))
+    assert not gpu_check.is_usable(torch.device("meta"))
 
 
 def test_a_device_without_kernels_fails(monkeypatch: pytest.MonkeyPatch) -> None:
