@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, TimeRemainingColumn
 
 from benchmarks.cli_options import OnDevice, machine_line, parse_device
-from benchmarks.cost import costs
+from benchmarks.cost import step_costs
 from benchmarks.data import DataError
 from benchmarks.fit import OnStep, ResumeError
 from benchmarks.measure import Effort
@@ -94,7 +94,7 @@ def train(
         with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
             bar = progress.add_task("what a step costs", total=len(todo))
             effort = QUICK_COST_EFFORT if quick else COST_EFFORT
-            measured = costs(methods, splits, kind.layout, batch, where, effort)
+            measured = step_costs(methods, splits, kind.layout, batch, where, effort)
 
             def notify(run: int) -> OnStep:
                 settings = todo[run]

@@ -24,7 +24,7 @@ NETWORKS = METHODS | {LOOP: loop_network}
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepCost:
     """Trainable parameters, seconds of a training step, and the most bytes during one above what lay there before."""
 
     parameters: int
@@ -32,9 +32,9 @@ class Cost:
     peak_bytes: int
 
 
-def costs(
+def step_costs(
     methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, effort: Effort
-) -> dict[str, Cost]:
+) -> dict[str, StepCost]:
     """Measures these methods, and :data:`LOOP`, on the first ``batch`` training images."""
     images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
     names = [*methods, LOOP]
@@ -47,7 +47,7 @@ def costs(
     steps = {name: _step(name, layout, images, labels, device) for name in names}
     candidates = {name: step_candidate(step) for name, (step, _) in steps.items()}
     times = summarize(measure(candidates, effort, timer_for(device)))
-    return {name: Cost(steps[name][1], times[name][0], peaks[name]) for name in names}
+    return {name: StepCost(steps[name][1], times[name][0], peaks[name]) for name in names}
 
 
 def peak_bytes(

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cost import LOOP, Cost
+from benchmarks.cost import LOOP, StepCost
 from benchmarks.methods import TS_SIGMA_BN
 from benchmarks.study import CLOSED, OPEN, MethodScores, verdict
 
 
-def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, Cost]) -> Table:
+def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:
     """A line for each method and multiplier, and one for the loop of BatchNorms."""
     table = Table(title="F1 in percent, mean over the tasks, on the test images after the best epoch by validation")
     table.add_column("method")
@@ -43,7 +43,7 @@ def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, Cost]) -
     return table
 
 
-def _cost_cells(cost: Cost) -> tuple[str, str, str]:
+def _cost_cells(cost: StepCost) -> tuple[str, str, str]:
     time = f"{1e3 * cost.step.median:.1f} ± {1e3 * cost.step.iqr:.1f}"
     return f"{cost.parameters:,}", time, f"{cost.peak_bytes / 2**20:.0f} MiB"
 
@@ -62,7 +62,7 @@ def gates_table(found: Mapping[str, MethodScores]) -> Table:
     return table
 
 
-def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str, Cost]) -> None:
+def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> None:
     """Prints everything that was found."""
     console.print(scores_table(found, costs))
     if any(summary.gates for summary in found.values()):

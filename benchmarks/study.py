@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.cost import Cost
+from benchmarks.cost import StepCost
 from benchmarks.data import Splits, celeba
 from benchmarks.digits import digits40
 from benchmarks.fit import Fit, OnStep, Settings, TrainRun
@@ -188,7 +188,7 @@ def verdict(found: Mapping[str, MethodScores]) -> Verdict | None:
 
 
 def write_json(
-    path: Path, splits: Splits, fits: Sequence[Fit], measured: Mapping[str, Cost], device: torch.device
+    path: Path, splits: Splits, fits: Sequence[Fit], measured: Mapping[str, StepCost], device: torch.device
 ) -> None:
     """Everything that was found, but the gates themselves; creates the folder."""
     runs = [

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 pytest.importorskip("mlxtend")
 
 from benchmarks import cli, cli_train, study
-from benchmarks.cost import Cost
+from benchmarks.cost import StepCost
 from benchmarks.data import Splits
 from benchmarks.measure import Effort
 from benchmarks.methods import METHODS
@@ -49,8 +49,8 @@ def invoke(monkeypatch, tmp_path, one_thread):
 @pytest.fixture
 def no_costs(monkeypatch):
     """Leaves out the step's time and memory, which take a process for each method."""
-    cost = Cost(1, Summary(1.0, 0.0, 1, 0, (1.0,)), 1)
-    monkeypatch.setattr(cli_train, "costs", lambda methods, *_: dict.fromkeys([*methods, "loop"], cost))
+    cost = StepCost(1, Summary(1.0, 0.0, 1, 0, (1.0,)), 1)
+    monkeypatch.setattr(cli_train, "step_costs", lambda methods, *_: dict.fromkeys([*methods, "loop"], cost))
 
 
 def test_a_run_trains_every_method_and_writes_results_and_pictures(invoke, tmp_path):
