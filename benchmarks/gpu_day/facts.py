@@ -48,7 +48,7 @@ def device(name: str) -> dict[str, Any]:
 
 
 def versions(name: str) -> dict[str, Any]:
-    """Of everything that changes results, and the variables that do."""
+    """Gives the versions of everything that changes results, and the variables that do."""
 
     def of(package: str) -> str:
         try:

@@ -11,7 +11,7 @@ SOURCES = ("tsbn_kernels/**/*.py", "tsbn_kernels/*.so", "benchmarks/**/*.py", "t
 
 
 def digest(**facts: object) -> str:
-    """Of the sources, compiled libraries included, and of what else the results depend on."""
+    """Hashes the sources, compiled libraries included, and what else the results depend on."""
     found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
