@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
@@ -10,12 +10,12 @@ from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.records import FORWARD, Record
 from benchmarks.settings import backend_of
 from benchmarks.workloads import ITEM_BYTES, activation_named
-from tsbn_kernels.plan import Plan
+from tsbn_kernels.plan import Device, Plan, Work
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
 from tsbn_kernels.plan.devices import by_driver
 
-RULES = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
+RULES: dict[str, Callable[[Work, Device], Plan]] = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
 
 
 def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:

@@ -42,13 +42,13 @@ def predictions(
     layers: Sequence[Layer], tasks: int, batch: int, dtypes: Sequence[str], formats: Sequence[str], device: Device
 ) -> list[tuple[str, str, str, Plan, Plan]]:
     """Layer, dtype and format of each pass, with its streaming plan and the one that the backend chooses."""
-    found = []
+    found: list[tuple[str, str, str, Plan, Plan]] = []
     for layer, dtype, memory_format, direction in product(layers, dtypes, formats, DIRECTIONS):
         flat = layer.size is None
         if flat and memory_format != formats[0]:
             continue
         work = work_of(layer.shape(tasks, batch), tasks, dtype, memory_format, direction)
-        both = rules.plan(work, device, "streaming"), rules.plan(work, device)
+        both = rules.plan(work, device, variant="streaming"), rules.plan(work, device)
         found.append((layer.name, dtype, NO_FORMAT if flat else memory_format, *both))
     return found
 

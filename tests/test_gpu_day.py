@@ -491,10 +491,10 @@ def test_the_table_tells_shares_of_the_copys_rate(tmp_path):
 
 def test_the_table_names_plans_that_beat_the_rules(tmp_path):
     case = {"layer": "bn1", "dtype": "bfloat16", "format": "contiguous", "pass": "forward", "backend": "cuda"}
-    plan = {"variant": "cluster", "parts": 8, "resident": 9, "cluster": 8}
+    plan = {"variant": "cluster", "tile": [1, 64], "resident": 9, "cluster": 8}
     measured = [("bn1", True, 1.0), ("bn1", False, 0.9), ("bn1", False, 1.1), ("bn2", True, 1.0), ("bn2", False, 0.99)]
     found = [
-        case | {"layer": layer, "by_rule": rule, "ms": ms, "plan": plan | {"threads": round(100 * ms)}}
+        case | {"layer": layer, "by_rule": rule, "ms": ms, "plan": plan | {"warps": round(100 * ms)}}
         for layer, rule, ms in measured
     ]
     found.append(case | {"by_rule": False, "failure": "it does not fit"})
@@ -502,7 +502,7 @@ def test_the_table_names_plans_that_beat_the_rules(tmp_path):
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     (said,) = table.text(tmp_path, []).splitlines()
     assert said.startswith("sweep: bn1 bfloat16 contiguous forward cuda: rule 1 ms, 0.9 by cluster")
-    assert "90 threads" in said
+    assert "90 warps" in said
 
 
 def test_the_table_tells_what_was_counted(tmp_path):

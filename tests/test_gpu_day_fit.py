@@ -17,7 +17,7 @@ from benchmarks.gpu_day import fit, sweep
 from benchmarks.gpu_day.constants import CONSTANTS, changed
 from benchmarks.gpu_day.sweep import SweptPlan
 from benchmarks.measure import HostTimer
-from tsbn_kernels.plan import DEVICES, Plan
+from tsbn_kernels.plan import DEVICES
 from tsbn_kernels.plan import cuda as cuda_rules
 
 H100 = DEVICES["H100"]
@@ -37,10 +37,9 @@ def records(backend: str, truth: Truth) -> list[dict[str, Any]]:
 
 def predicted(one: SweptPlan) -> float:
     """Milliseconds by the CUDA rules' own model; what they do not compare takes three times as long."""
-    assert isinstance(one.plan, cuda_rules.Launch)
-    problem = cuda_rules.dense(one.work)
-    compared = one.plan in list(cuda_rules.candidates(problem, H100))
-    return (1e3 if compared else 3e3) * cuda_rules.seconds(problem, one.plan, H100)
+    assert isinstance(one.plan, cuda_rules.CudaPlan)
+    compared = one.plan in list(cuda_rules.candidates(one.work, H100))
+    return (1e3 if compared else 3e3) * cuda_rules.seconds(one.plan)
 
 
 def constant(backend: str, name: str) -> Any:
@@ -98,7 +97,6 @@ def test_a_constant_is_found_by_the_times_that_it_predicts() -> None:
 
 def test_a_rule_is_wrong_where_no_constant_leads_to_what_is_fast(tmp_path: Path) -> None:
     def truth(one: SweptPlan) -> float:
-        assert isinstance(one.plan, Plan)
         return 1.0 if (one.case.layer.name, one.plan.warps) == ("bn1", 32) else 1.2
 
     sweep_of = records("triton", truth)

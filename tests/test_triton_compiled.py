@@ -197,7 +197,7 @@ def test_an_input_that_all_tasks_share(variant, memory_format):
     p = p._replace(x=p.x[:1].expand(p.x.shape))
     with compiled.machine(toy(variant, "sm_80"), 4) as done:
         support.assert_matches_definition(p, train(p))
-    assert all(plan.work.shared_input for plan in done.plans)
+    assert all(plan.work.expanded for plan in done.plans)
     assert_traffic(done, aligned=True)
 
 

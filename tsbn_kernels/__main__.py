@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,9 +19,8 @@ from tsbn_kernels.layout import Family
 from tsbn_kernels.plan import DEVICES, Work, devices
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
-from tsbn_kernels.plan.apart import bytes_apart, layer_alone
 from tsbn_kernels.plan.describe import table
-from tsbn_kernels.plan.work import Direction
+from tsbn_kernels.plan.unfused import layer_alone, unfused_bytes
 
 ITEM_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rules = cuda_rules if options.backend == "cuda" else triton_rules
         works = _works(options)
         plans = [rules.plan(work, options.device) for work in works]
-        apart = [bytes_apart(rules.plan(layer_alone(work), options.device), work) for work in works]
-        print(table(plans, options.bandwidth and options.bandwidth * 1e9, apart if works[0].fuses else None))
+        unfused = [unfused_bytes(rules.plan(layer_alone(work), options.device), work) for work in works]
+        print(table(plans, options.bandwidth and options.bandwidth * 1e9, unfused if works[0].fuses else None))
     else:
         _report()
 
@@ -73,16 +73,20 @@ def _works(options: argparse.Namespace) -> list[Work]:
     positions = math.prod(spatial)
     contiguous = options.format == "contiguous" or channels == 1
     family: Family = "rows" if positions > 1 and contiguous else "columns"
-    passes: list[tuple[Direction, bool]] = [("forward", True), ("backward", True), ("forward", False)]
-    return [
-        Work(
-            tasks, samples, channels, positions, ITEM_SIZES[options.dtype], family, direction, training,
-            shared_input=options.shared_input, activation=options.activation, residual=options.residual,
-            needs_dresidual=direction == "backward" and options.residual and options.activation != "none",
-            fan_out=options.fan_out,
-        )
-        for direction, training in passes
-    ]  # fmt: skip
+    work = Work(
+        tasks,
+        samples,
+        channels,
+        positions,
+        ITEM_SIZES[options.dtype],
+        family,
+        expanded=options.shared_input,
+        activation=options.activation,
+        residual=options.residual,
+        needs_dresidual=options.residual,
+        fan_out=options.fan_out,
+    )
+    return [work, replace(work, direction="backward"), replace(work, training=False)]
 
 
 def _accelerators() -> list[str]:

@@ -51,8 +51,8 @@ def changed(values: Mapping[Constant, float]) -> Iterator[None]:
         for constant, value in values.items():
             kind = type(getattr(constant.module, constant.name))
             stack.enter_context(mock.patch.object(constant.module, constant.name, kind(value)))
-        cuda.choose.cache_clear()
+        cuda.plan.cache_clear()
         try:
             yield
         finally:
-            cuda.choose.cache_clear()
+            cuda.plan.cache_clear()

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu_day.constants import CONSTANTS, Constant, changed
 from benchmarks.gpu_day.sweep import BACKENDS, describe, numbers_of, rule_of
 from benchmarks.predict import work_of
-from tsbn_kernels.plan import Device, Plan, Work
+from tsbn_kernels.plan import Device, Work
 from tsbn_kernels.plan import cuda as cuda_rules
 
 ALLOWED = 1.1  # times the fastest plan's: so slow may a rule's choice be
@@ -111,10 +111,7 @@ def choices(of: Iterable[MeasuredPass], values: Values) -> list[Choice]:
 
 def _choice(one: MeasuredPass) -> Choice:
     plan = rule_of(one.backend, one.work, one.device)
-    if isinstance(plan, Plan):
-        seconds = plan.seconds()
-    else:
-        seconds = cuda_rules.seconds(cuda_rules.dense(one.work), plan, one.device)
+    seconds = cuda_rules.seconds(plan) if isinstance(plan, cuda_rules.CudaPlan) else plan.seconds()
     name = describe(numbers_of(plan))
     return Choice(one, name, 1e3 * seconds, one.times.get(name))
 

@@ -52,12 +52,12 @@ class SweptPlan:
     case: Case
     direction: Direction
     device: Device
-    plan: Plan | cuda_rules.Launch
+    plan: Plan
     by_rule: bool
 
     @property
     def backend(self) -> str:
-        return "triton" if isinstance(self.plan, Plan) else "cuda"
+        return "cuda" if isinstance(self.plan, cuda_rules.CudaPlan) else "triton"
 
     def __str__(self) -> str:
         return f"{self.case} {self.direction}, {describe(self.numbers)}" + " (the rule's)" * self.by_rule
@@ -124,18 +124,16 @@ def case_work(case: Case, direction: Direction) -> Work:
     return work_of(case.shape, case.tasks, case.dtype, case.memory_format, direction)
 
 
-def numbers_of(plan: Plan | cuda_rules.Launch) -> dict[str, Any]:
+def numbers_of(plan: Plan) -> dict[str, Any]:
     """What a plan decides, and what follows from it."""
     return {name: value for name, value in asdict(plan).items() if name not in ("work", "device")}
 
 
 def describe(plan: Mapping[str, Any]) -> str:
     """A plan's numbers in a few words, which tell it from the other plans of its pass."""
-    tile = "x".join(map(str, plan.get("tile", ())))
-    names = ("variant", "warps", "splits", "registers") if tile else ("variant", "parts", "threads", "resident")
-    words = [f"{plan[name]} {name}" for name in names[1:] if name != "splits" or plan["variant"] == "split"]
-    cluster = [f"cluster of {plan['cluster']}"] if plan["cluster"] > 1 else []
-    return ", ".join([plan["variant"] + f" {tile}" * bool(tile), *words, *cluster])
+    names = ("warps", "splits", "cluster", "registers", "resident")
+    counts = [f"{plan[name]} {name}" for name in names if plan.get(name, 1) != 1]
+    return ", ".join([f"{plan['variant']} {'x'.join(map(str, plan['tile']))}", *counts])
 
 
 # ---- which plans ---------------------------------------------------------------------------------------------------
@@ -174,11 +172,9 @@ def _cases(layer: Layer, dtype: str, memory_format: str, where: torch.device, *,
 Plans = tuple[Any, list[Any], list[Any]]  # the rule's; what is near it, the rule's first; and what is not
 
 
-def rule_of(backend: str, work: Work, device: Device) -> Plan | cuda_rules.Launch:
+def rule_of(backend: str, work: Work, device: Device) -> Plan:
     """The plan that a call takes."""
-    if backend == "triton":
-        return triton_rules.plan(work, device)
-    return cuda_rules.choose(cuda_rules.dense(work), device)
+    return triton_rules.plan(work, device) if backend == "triton" else cuda_rules.plan(work, device)
 
 
 def triton_plans(work: Work, device: Device) -> Plans:
@@ -214,22 +210,21 @@ def _with_registers(plan: Plan) -> Iterator[Plan]:
 
 def cuda_plans(work: Work, device: Device) -> Plans:
     """The plans that the rules compare, with other numbers of threads too, by their predicted time."""
-    problem = cuda_rules.dense(work)
-    rule = cuda_rules.choose(problem, device)
-    found = dict.fromkeys([rule, *cuda_rules.candidates(problem, device)])
-    for launch, threads in product(list(found), (64, 128, 512)):
-        if launch.threads != threads <= launch.part_slots:
+    rule = cuda_rules.plan(work, device)
+    found = dict.fromkeys([rule, *cuda_rules.candidates(work, device)])
+    for plan, threads in product(list(found), (64, 128, 512)):
+        if plan.threads != threads <= plan.part_slots:
             limit = min(device.block_shared_memory, device.shared_memory // 2 - 1024)
-            options = {"shared_limit": max(launch.shared, limit), "threads": threads}
-            found[cuda_rules.lay_out(problem, launch.variant, launch.parts, **options)] = None
-    fitting = [launch for launch in found if launch.shared <= device.block_shared_memory]
-    fitting.sort(key=lambda launch: cuda_rules.seconds(problem, launch, device))
+            options = {"most_shared_bytes": max(plan.shared_bytes, limit), "threads": threads}
+            found[cuda_rules.lay_out(work, device, plan.variant, plan.parts, **options)] = None
+    fitting = [plan for plan in found if plan.shared_bytes <= device.block_shared_memory]
+    fitting.sort(key=cuda_rules.seconds)
     near = dict.fromkeys([rule, *_by_other_constants("cuda", work, device)])
     best: dict[tuple[str, int], Any] = {}
-    for launch in fitting:
-        best.setdefault((launch.variant, launch.cluster), launch)
+    for plan in fitting:
+        best.setdefault((plan.variant, plan.cluster), plan)
     near |= dict.fromkeys([*fitting[:NEAR], *best.values()])
-    return rule, list(near), [launch for launch in fitting if launch not in near]
+    return rule, list(near), [plan for plan in fitting if plan not in near]
 
 
 def _by_other_constants(backend: str, work: Work, device: Device) -> Iterator[Any]:
@@ -247,9 +242,9 @@ _PLANS: dict[str, Callable[[Work, Device], Plans]] = {"triton": triton_plans, "c
 
 
 @contextmanager
-def forced(plan: Plan | cuda_rules.Launch) -> Iterator[None]:
+def forced(plan: Plan) -> Iterator[None]:
     """The operators of the plan's backend are run by it, whatever the rules say."""
-    if isinstance(plan, Plan):
+    if not isinstance(plan, cuda_rules.CudaPlan):
         from tsbn_kernels.backends.triton import ops
 
         with mock.patch.multiple(ops, choose=lambda *_: plan, _forwards={}, _backwards={}):
@@ -257,7 +252,7 @@ def forced(plan: Plan | cuda_rules.Launch) -> Iterator[None]:
         return
     cuda_backend._prepare.cache_clear()
     try:
-        with mock.patch.object(cuda_backend, "_choose", return_value=plan):
+        with mock.patch.object(cuda_backend, "_choose", lambda work, *_: replace(plan, work=work)):
             yield
     finally:
         cuda_backend._prepare.cache_clear()

@@ -17,6 +17,7 @@ from tsbn_kernels.layout import Family
 from tsbn_kernels.plan import Device, Work
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
+from tsbn_kernels.plan.slots import pass_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TASKS, SAMPLES, CHANNELS = (1, 4, 40), (2, 16), (3, 64, 512)
@@ -76,7 +77,11 @@ class Spec:
             activation=self.activation, residual=self.residual, fan_out=self.fan_out,
         )  # fmt: skip
         backward = replace(
-            forward, direction="backward", bias=self.sums, needs_dweight=self.sums, needs_dresidual=self.residual
+            forward,
+            direction="backward",
+            needs_dweight=self.sums,
+            needs_dbias=self.sums,
+            needs_dresidual=self.residual,
         )
         return forward, backward
 
@@ -108,9 +113,9 @@ def triton_kind(work: Work, variant: str) -> str:
     return f"{work.family} {work.direction} {variant}" + ", fan-out" * work.fan_out
 
 
-def cuda_kind(problem: cuda_rules.Problem, launch: cuda_rules.Launch) -> str:
+def cuda_kind(plan: cuda_rules.CudaPlan) -> str:
     """Such as ``"columns backward_epilogue cluster"``: access, pass and variant of a CUDA C++ kernel."""
-    return f"{launch.kernel} {problem.kernels} {launch.variant}"
+    return f"{plan.cut.access} {pass_of(plan.work)} {plan.variant}"
 
 
 def triton_kinds(spec: Spec, device: Device) -> set[str]:
@@ -122,8 +127,7 @@ def cuda_kinds(
     spec: Spec, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper
 ) -> set[str]:  # fmt: skip
     """Those of both passes of a call, where so many clusters run at a time."""
-    problems = [cuda_rules.dense(work) for work in spec.works()]
-    return {cuda_kind(problem, cuda_rules.choose(problem, device, clusters)) for problem in problems}
+    return {cuda_kind(cuda_rules.plan(work, device, clusters)) for work in spec.works()}
 
 
 def layout_kinds(spec: Spec) -> set[str]:
@@ -151,5 +155,5 @@ def planned(backend: str, device: str) -> dict[Spec, set[str]]:
 
         return smallest(partial(triton_kinds, device=ops._device(where)))
     if backend == "cuda":
-        return smallest(partial(cuda_kinds, device=cuda._device(where), clusters=cuda._clusters(where)))
+        return smallest(lambda spec: cuda_kinds(spec, cuda._device(where), cuda._clusters(spec.dtype, where)))
     return smallest(layout_kinds)

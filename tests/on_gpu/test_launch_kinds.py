@@ -15,8 +15,9 @@ from on_gpu.calls import check
 from on_gpu.kinds import Spec
 from tsbn_kernels import layout, ops
 from tsbn_kernels.backends import cuda, triton
-from tsbn_kernels.plan import DEVICES
+from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan import cuda as cuda_rules
+from tsbn_kernels.plan.cuda import CudaPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,10 +59,10 @@ def _observe_cuda(spec: Spec) -> Iterator[Seen]:
     """By the launches that the backend chooses for the call: it chooses where it has not yet."""
     choose, reached = cuda._choose, set()
 
-    def observed(problem: Any, device: torch.device) -> Any:
-        launch = choose(problem, device)
-        reached.add(kinds.cuda_kind(problem, launch))
-        return launch
+    def observed(work: Work, dtype: torch.dtype, device: torch.device) -> CudaPlan:
+        plan = choose(work, dtype, device)
+        reached.add(kinds.cuda_kind(plan))
+        return plan
 
     cuda._prepare.cache_clear()
     cuda._choose = observed

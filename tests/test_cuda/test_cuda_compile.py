@@ -12,13 +12,14 @@ from cuda_machine import CSRC, source
 from ptxvm import find_nvcc
 from support import ROOT
 
-from tsbn_kernels.plan import DEVICES
+from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan import cuda as rules
+from tsbn_kernels.plan.slots import PASSES, pass_of
+from tsbn_kernels.plan.work import Direction
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 LIBRARY = ROOT / "tsbn_kernels" / "_cuda.so"
-KERNELS = len(rules.PASSES) * len(rules.DTYPE_CODES) * 3
-STRIDES = rules.Strides(0, 0, 0, 1)
+KERNELS = len(PASSES) * len(rules.DTYPE_CODES) * 3
 
 
 def tool(name: str) -> str:
@@ -67,13 +68,11 @@ def test_resources(architecture: int, cubins: dict[int, Path]) -> None:
     for name, registers, stack, shared, local in kernels:
         assert (stack, local) == ("0", "0"), name
         assert int(shared) <= 1024, name  # what CUDA keeps for itself: ours is dynamic
-        dy = STRIDES if "backward" in name else None
-        problem = rules.Problem(
-            "float64" if "f64" in name else "float32", 1, 2, 1, 2, STRIDES, STRIDES, dy,
-            activation="relu" if "epilogue" in name else "none", fan_out="fan_out" in name,
-        )  # fmt: skip
-        assert name.startswith(f"tsbn_{problem.kernels}_")
-        assert int(registers) <= problem.registers, name
+        direction: Direction = "backward" if "backward" in name else "forward"
+        fused = {"activation": "relu" if "epilogue" in name else "none", "fan_out": "fan_out" in name}
+        work = Work(1, 2, 1, 2, 8 if "f64" in name else 4, direction=direction, **fused)  # type: ignore[arg-type]
+        assert name.startswith(f"tsbn_{pass_of(work)}_")
+        assert int(registers) <= rules.register_budget(work), name
 
 
 @lru_cache
@@ -102,9 +101,7 @@ def test_accesses_are_16_bytes_wide(architecture: int, cubins: dict[int, Path]) 
 def test_planned_blocks_are_resident(device: str) -> None:
     """Three blocks of a forward kernel and two of a backward one, as far as their registers go."""
     hardware = DEVICES[device]
-    for backward, blocks in ((False, 3), (True, 2)):
-        problem = rules.Problem("bfloat16", 4, 64, 8, 4096, *(rules.Strides(1 << 21, 1 << 15, 1 << 12, 1),) * 2)
-        if backward:
-            problem = rules.Problem("bfloat16", 4, 64, 8, 4096, *(problem.x,) * 3)
-        launch = rules.lay_out(problem, "streaming")
-        assert rules.resident_blocks(problem, launch, hardware) == blocks
+    passes: list[tuple[Direction, int]] = [("forward", 3), ("backward", 2)]
+    for direction, blocks in passes:
+        plan = rules.lay_out(Work(4, 64, 8, 4096, 2, "rows", direction), hardware, "streaming")
+        assert plan.resident_programs == blocks

@@ -25,7 +25,8 @@ from support import (
 
 from tsbn_kernels import reference
 from tsbn_kernels.activations import ACTIVATIONS
-from tsbn_kernels.plan import cuda as rules
+from tsbn_kernels.plan import Work
+from tsbn_kernels.plan.slots import pass_of
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
@@ -83,7 +84,7 @@ def test_operands_of_other_addresses(memory_format: str) -> None:
     memory = torch.zeros(epilogue.residual.numel() + 1)
     off = memory.as_strided(epilogue.residual.shape, epilogue.residual.stride(), 1).copy_(epilogue.residual)
     result = check(p, epilogue._replace(residual=off), "resident")
-    assert result.plan.kernel == "scalar"
+    assert result.plan.cut.access == "scalar"
     gaps = in_memory_format(epilogue.residual.repeat_interleave(2, 0), p.stacking, memory_format)[::2]
     check(p, epilogue._replace(residual=gaps), "cluster", 2)
 
@@ -203,6 +204,5 @@ def test_bytes(variant: str, parts: int, options: dict[str, int], memory_format:
 
 def test_kernels_without_an_epilogue_are_the_plain_ones() -> None:
     p = problem()
-    plain = rules.Problem("float32", 3, 4, 5, 42, *(rules.Strides(840, 210, 42, 1),) * 3)
-    assert plain.kernels == "backward"
+    assert pass_of(Work(3, 4, 5, 42, 4, direction="backward")) == "backward"
     assert forward(p, "streaming", epilogue=Epilogue()).plan == forward(p, "streaming").plan

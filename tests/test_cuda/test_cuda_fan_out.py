@@ -13,7 +13,7 @@ from ptxvm import find_nvcc
 from support import DTYPES, FORMATS, FORWARD, STACKINGS, assert_same_bits, assert_within
 
 from tsbn_kernels.activations import ACTIVATIONS
-from tsbn_kernels.plan import DEVICES
+from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan import cuda as rules
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
@@ -146,23 +146,16 @@ def test_bytes_of_rows_that_do_not_fill_slots(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("device", ["H100", "RTX4090"])
 def test_plans(device: str, tasks: int, family: str) -> None:
     """Shared memory holds what a block keeps of each task, down to slabs of a few channels."""
-    x = rules.Strides(0, 64 * 256, 256, 1) if family == "rows" else rules.Strides(0, 64 * 256, 1, 64)
-    out = x._replace(t=32 * 64 * 256)
-    for described in (
-        rules.Problem("bfloat16", tasks, 32, 64, 256, x, out, rows=family == "rows", fan_out=True),
-        rules.Problem("bfloat16", tasks, 32, 64, 256, x, x, out, rows=family == "rows", fan_out=True),
-    ):
-        launch = rules.choose(described, DEVICES[device])
-        assert launch.shared <= DEVICES[device].block_shared_memory
-        tensor = tasks * 32 * 64 * 256 * 2
-        assert launch.bytes_read + launch.bytes_written < tensor * (1 + 7 / tasks) * 1.6
+    for direction in ("forward", "backward"):
+        work = Work(tasks, 32, 64, 256, 2, family, direction, fan_out=True)  # type: ignore[arg-type]
+        plan = rules.plan(work, DEVICES[device])
+        assert plan.shared_bytes <= DEVICES[device].block_shared_memory
+        assert plan.bytes_read + plan.bytes_written < work.activation_bytes * (1 + 7 / tasks) * 1.6
 
 
 def test_too_many_tasks() -> None:
-    x = rules.Strides(0, 64, 1, 1)
-    described = rules.Problem("float32", 1 << 16, 2, 64, 1, x, x._replace(t=128), fan_out=True)
     with pytest.raises(ValueError, match="has no room for 65536 tasks"):
-        rules.choose(described, DEVICES["H100"])
+        rules.plan(Work(1 << 16, 2, 64, 1, 4, fan_out=True), DEVICES["H100"])
 
 
 def test_nothing_of_a_backward_stays_on_chip() -> None:

@@ -31,7 +31,10 @@ from test_numerics import NONSTATIONARY
 from torch import Tensor
 
 from tsbn_kernels import reference
+from tsbn_kernels.layout import Family
+from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan import cuda as rules
+from tsbn_kernels.plan.work import Operands, Strides
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
@@ -351,15 +354,14 @@ def test_offsets_beyond_32_bits(variant: Any, memory_format: str) -> None:
     apart = memory._SPACING // x.element_size()
     near = p.x.stride()[1:3] if memory_format == "contiguous" else (p.x.stride(1), 1)
     step = 1 if memory_format == "contiguous" else 8
-    strides = rules.Strides(apart, *near, step)
-    described = rules.Problem(
-        "bfloat16", 2, 2, 8, 16, strides, strides._replace(t=4 * apart), rows=memory_format == "contiguous"
-    )
-    plan = rules.lay_out(described, variant, shared_limit=1 << 16)
-    numbers = rules.numbers(described, plan, plan.phases[0], True, (0, 8, 1, *(0,) * 9))
-    launch(
-        ptx(), f"tsbn_forward_bf16_{plan.kernel}", plan.blocks, plan.threads,
-        [Struct(f"13P2d{len(numbers)}q", *pointers, p.eps, 0.0, *numbers)], shared=plan.shared,
-    )  # fmt: skip
+    strides = Strides(apart, *near, step)
+    operands = Operands(strides, None, strides._replace(t=4 * apart))
+    family: Family = "rows" if memory_format == "contiguous" else "columns"
+    work = Work(2, 2, 8, 16, 2, family, strides=operands)
+    plan = rules.lay_out(work, DEVICES["H100"], variant, most_shared_bytes=1 << 16)
+    numbers = rules.numbers(plan, plan.phases[0], True, (0, 8, 1, *(0,) * 9))
+    struct = Struct(f"13P2d{len(numbers)}q", *pointers, p.eps, 0.0, *numbers)
+    kernel = f"tsbn_forward_bf16_{plan.cut.access}"
+    launch(ptx(), kernel, plan.programs, plan.threads, [struct], shared=plan.shared_bytes)
     got = torch.stack((first.array, last.array))
     assert_within(got, definition(p).y, FORWARD[torch.bfloat16])

@@ -70,7 +70,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.plan import DEVICES
-from tsbn_kernels.plan.cuda import PASSES
+from tsbn_kernels.plan.slots import PASSES
 from cuda_machine import POINTERS, dx_of_fan_out, ptx
 from ptxvm import Out, Struct, launch
 from support import BACKWARD, FORWARD, Results, assert_matches_definition, assert_within, problem

@@ -173,11 +173,12 @@ def test_the_backend_asks_for_what_it_would_launch(monkeypatch: pytest.MonkeyPat
     from tsbn_kernels.plan import DEVICES, Work
     from tsbn_kernels.plan import cuda as rules
 
-    def choice(answer: Callable[..., int]) -> rules.Launch:
+    def choice(answer: Callable[..., int]) -> rules.CudaPlan:
         monkeypatch.setattr(torch.ops.tsbn, "_cuda_active_clusters", answer, raising=False)
-        return rules.choose.__wrapped__(problem, DEVICES["H100"], cuda._clusters(torch.device("cuda", 3)))
+        clusters = cuda._clusters(torch.bfloat16, torch.device("cuda", 3))
+        return rules.plan.__wrapped__(Work(40, 256, 128, 1024, 2), DEVICES["H100"], clusters)
 
-    problem, asked = rules.dense(Work(40, 256, 128, 1024, 2)), []
+    asked = []
     assert choice(lambda numbers, index: asked.append((*numbers, index)) or 132 // numbers[5]).cluster > 1
     assert {numbers[5] for numbers in asked} == {2, 4, 8, 16}
     assert all(numbers[3] % numbers[5] == 0 and numbers[-1] == 3 for numbers in asked)

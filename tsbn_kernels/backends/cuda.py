@@ -15,8 +15,10 @@ from torch import Tensor
 from tsbn_kernels import layout, reference
 from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
+from tsbn_kernels.plan import Work, devices
 from tsbn_kernels.plan import cuda as rules
-from tsbn_kernels.plan import devices
+from tsbn_kernels.plan.slots import PASSES, pass_of
+from tsbn_kernels.plan.work import Operands, Strides
 from tsbn_kernels.reference import accumulate_dtype
 
 DISPATCH_KEY = "CUDA"
@@ -111,11 +113,11 @@ def _device(device: torch.device) -> devices.Device:
     return devices.of(device)
 
 
-def _strides(place: _Place | None, num_tasks: int, stacking: str) -> rules.Strides | None:
+def _strides(place: _Place | None, num_tasks: int, stacking: str) -> Strides | None:
     if place is None:
         return None
     t, n, c, s = layout.task_view(_like(place), num_tasks, stacking).stride()
-    return rules.Strides(t, n, c, s, place.residue)
+    return Strides(t, n, c, s, place.residue)
 
 
 def _like(place: _Place) -> Tensor:
@@ -146,55 +148,60 @@ def _prepare(
     x, dy, residual, out, dresidual = (_strides(place, *streams[one]) for place, one in zip(places, alone, strict=True))
     assert x is not None
     like = _like(places[0])
-    family = layout.family(like, streams[call.shared][1])
     _, N, C, S = layout.task_view(like, *streams[call.shared]).shape
     if call.shared:
         x, out = x._replace(t=0), out if out is None or not call.backward else out._replace(t=0)
-    problem = rules.Problem(
-        _name(dtype), call.num_tasks, N, C, S, x, out, dy, rows=family == "rows", training=call.training,
-        dweight=call.dweight, bias=call.bias, parameter_dtype=_name(vectors[0][0]), activation=call.activation,
-        residual=residual, dresidual=dresidual, reads_bias=call.backward and vectors[1] is not None,
+    work = Work(
+        call.num_tasks,
+        N,
+        C,
+        S,
+        dtype.itemsize,
+        layout.family(like, streams[call.shared][1]) or "columns",
+        "backward" if call.backward else "forward",
+        call.training,
+        bias=vectors[1] is not None,
+        needs_dx=out is not None,
+        needs_dweight=call.dweight,
+        needs_dbias=call.backward and call.bias,
+        parameter_size=vectors[0][0].itemsize,
+        activation=call.activation,
+        residual=residual is not None,
+        needs_dresidual=dresidual is not None,
         fan_out=call.shared,
-    )  # fmt: skip
-    launch = _choose(problem, device)
+        strides=Operands(x, dy, out, residual, dresidual),
+    )
+    plan = _choose(work, dtype, device)
     numbers = [
         number for v in vectors for number in ((0, 0, 0) if v is None else (rules.DTYPE_CODES[_name(v[0])], *v[1]))
     ]
     launches = tuple(
-        (_kernel(problem, launch), list(rules.numbers(problem, launch, phases, call.gate == "sigmoid", tuple(numbers))))
-        for phases in launch.phases
+        (_kernel(plan, dtype), list(rules.numbers(plan, phases, call.gate == "sigmoid", tuple(numbers))))
+        for phases in plan.phases
     )
-    return _Prepared(launches, (launch.partial_bytes, launch.staged_bytes))
+    return _Prepared(launches, (plan.partial_bytes, plan.staged_bytes))
 
 
-def _kernel(problem: rules.Problem, launch: rules.Launch) -> list[int]:
-    access = ("rows", "columns", "scalar").index(launch.kernel)
-    code = rules.DTYPE_CODES[problem.dtype]
-    return [
-        code,
-        access,
-        rules.PASSES.index(problem.kernels),
-        launch.blocks,
-        launch.threads,
-        launch.cluster,
-        launch.shared,
-    ]
+def _kernel(plan: rules.CudaPlan, dtype: torch.dtype) -> list[int]:
+    access = ("rows", "columns", "scalar").index(plan.cut.access)
+    code, pass_ = rules.DTYPE_CODES[_name(dtype)], PASSES.index(pass_of(plan.work))
+    return [code, access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
 
 
 @lru_cache(maxsize=64)
-def _clusters(device: torch.device) -> rules.Clusters:
-    """How many clusters of a launch run at a time: a driver knows which multiprocessors they would strand."""
+def _clusters(dtype: torch.dtype, device: torch.device) -> rules.Clusters:
+    """How many clusters of a plan run at a time: a driver knows which multiprocessors they would strand."""
 
-    def clusters(problem: rules.Problem, launch: rules.Launch, described: devices.Device) -> int:
-        if launch.cluster == 1:
-            return rules.clusters_on_paper(problem, launch, described)
-        return int(torch.ops.tsbn._cuda_active_clusters(_kernel(problem, launch), device.index or 0))
+    def clusters(plan: rules.CudaPlan) -> int:
+        if plan.cluster == 1:
+            return rules.clusters_on_paper(plan)
+        return int(torch.ops.tsbn._cuda_active_clusters(_kernel(plan, dtype), device.index or 0))
 
     return clusters
 
 
-def _choose(problem: rules.Problem, device: torch.device) -> rules.Launch:
-    return rules.choose(problem, _device(device), _clusters(device))
+def _choose(work: Work, dtype: torch.dtype, device: torch.device) -> rules.CudaPlan:
+    return rules.plan(work, _device(device), _clusters(dtype, device))
 
 
 def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:
@@ -214,7 +221,7 @@ def _run(call: _Call, tensors: _Tensors) -> None:
             if is_fatal(error):
                 raise
             own = "was not launched" in str(error) and "no kernel image" not in str(error)
-            raise KernelError(rules.PASSES[kernel[2]], summary(error), own) from error
+            raise KernelError(PASSES[kernel[2]], summary(error), own) from error
     health.proved = True
 
 

@@ -8,11 +8,11 @@ from typing import Literal
 from tsbn_kernels.plan.devices import Device
 from tsbn_kernels.plan.work import Work
 
-# resident: a slab stays on chip between its statistics and its result, each activation is read once.
-# streaming: one program (or cluster) a slab, which reads what does not stay on chip twice.
-# split: several programs a slab, two launches. elementwise: nothing to reduce.
+# resident: a slab stays on chip between its statistics and its result, each activation is read once; cluster: as far
+# as it fits, in several blocks. streaming: one program a slab, which reads what does not stay on chip twice.
+# split: several programs a slab, two launches. elementwise: nothing to reduce. evaluation: one pass, that may reduce.
+Variant = Literal["resident", "cluster", "streaming", "split", "elementwise", "evaluation"]
 Tile = tuple[int, int]
-Variant = Literal["resident", "streaming", "split", "elementwise"]
 
 LAUNCH_SECONDS = 3e-6  # of one kernel, from its start to the next one's: typical of CUDA devices
 
@@ -26,12 +26,10 @@ class Plan:
         tile: ``[A, B]`` values that a program holds at once, contiguous along B.
         tiles: of a slab.
         warps: of a program.
-        splits: programs that share a slab.
         registers: the budget a thread.
-        shared: the budget of shared memory a program, bytes.
+        shared_bytes: the budget of shared memory a program.
+        splits: programs that share a slab.
         cluster: blocks of a cluster.
-        kernels: that are launched one after the other, where the backend has others than the variant has by rule.
-        on_chip: the part of a slab's values that stays on chip between the two passes over it.
     """
 
     work: Work
@@ -42,18 +40,19 @@ class Plan:
     tiles: int
     warps: int
     registers: int
-    shared: int
+    shared_bytes: int
     splits: int = 1
     cluster: int = 1
-    on_chip: float = 0.0
-    kernels: int = 0
 
     @property
     def launches(self) -> int:
         """Kernels that are launched one after the other."""
-        if self.kernels:
-            return self.kernels
-        return 1 if self.variant != "split" else 3 if self._gathers else 2
+        return 2 if self.variant == "split" else 1
+
+    @property
+    def parts(self) -> int:
+        """Programs that work on one slab."""
+        return self.splits * self.cluster
 
     @property
     def programs(self) -> int:
@@ -66,89 +65,85 @@ class Plan:
         return -(-self.tiles // self.splits)
 
     @property
+    def threads(self) -> int:
+        """Threads of a program."""
+        return self.warps * self.device.warp
+
+    @property
     def resident_programs(self) -> int:
         """Programs that a multiprocessor holds at a time."""
-        threads = self.warps * self.device.warp
+        device, threads = self.device, self.threads
         granules = -(-self.registers // 8) * 8
-        by_shared = self.device.shared_memory // (self.shared + 1024) if self.shared else 32
-        return max(1, min(self.device.registers // (granules * threads), self.device.threads // threads, by_shared, 32))
+        by_shared = device.shared_memory // (self.shared_bytes + 1024) if self.shared_bytes else 32
+        return max(1, min(device.registers // (granules * threads), device.threads // threads, by_shared, 32))
+
+    # ---- what is moved: what the work must move, as often as the kernels of this plan move it ------------------------
+
+    @property
+    def on_chip(self) -> float:
+        """The part of a slab's values that stays on chip between the two passes over it."""
+        return float(self.variant == "resident")
 
     @property
     def activation_bytes_read(self) -> int:
         """Bytes of x, dy and residual that the kernels load."""
-        work = self.work
-        twice = work.training and (work.direction == "forward" or work.needs_dx)
-        if work.gathers:  # only x again, and what was gathered
-            return work.bytes_to_read + self._gathers * (work.input_bytes + self._gathered_bytes)
-        return work.bytes_to_read + round((1 - self.on_chip) * work.bytes_to_sum * twice)
+        if self._gathers:  # only x again, and what was gathered
+            return self.work.bytes_to_read + self.work.input_bytes + self.gathered_bytes
+        return self.work.bytes_to_read + self.bytes_read_again
 
     @property
     def activation_bytes_written(self) -> int:
         """Bytes of y, or of dx and dresidual, that the kernels store."""
-        return self.work.bytes_to_write + self._gathers * self._gathered_bytes
-
-    @property
-    def _gathers(self) -> bool:
-        """Whether a launch adds up the tasks' gradients of their input before dx can be complete."""
-        return self.work.gathers and self.work.training and self.work.needs_dx and self.variant == "split"
-
-    @property
-    def _gathered_bytes(self) -> int:
-        """Bytes of their sum, in the dtype of the arithmetic."""
-        return self.work.input_bytes // self.work.item_size * self.work.statistics_size
+        return self.work.bytes_to_write + self.gathered_bytes * self._gathers
 
     @property
     def bytes_read(self) -> int:
         """All that the kernels load, with the ``[T, C]`` vectors and the splits' partial sums."""
-        work = self.work
-        parameter, statistic = work.vectors * work.parameter_size, work.vectors * work.statistics_size
-        if work.direction == "backward":
-            vectors = 2 * statistic + parameter * (1 + work.reads_bias)
-        else:
-            vectors = parameter * (1 + work.reads_bias) + 2 * statistic * (not work.training)
-        if work.fan_out:
-            return self.activation_bytes_read + self._fan_out_vectors(vectors, statistic)
-        if work.direction == "backward":
-            vectors *= self.launches
-        elif self.variant == "split":
-            vectors += statistic  # the first split's mean again
-        return self.activation_bytes_read + self.parts * (vectors + self.parts * self._partials * statistic)
-
-    def _fan_out_vectors(self, vectors: int, statistic: int) -> int:
-        """Bytes of vectors and partial sums alone, where every tile of x meets all tasks."""
-        work = self.work
-        one, split = statistic // work.tasks, self.variant == "split"
-        ahead = self.tiles * vectors
-        if not work.gathers:
-            return ahead + (self.splits * (1 + 4 * self.splits) * one if split else 0)
-        if split:  # in the launch that adds the sums
-            ahead += vectors - work.vectors * work.parameter_size * work.reads_bias + self.splits * 2 * statistic
-        if work.training and work.needs_dx:  # x - mean again, and what each task adds
-            ahead += self.splits * (one + 2 * statistic * split)
-        return ahead
+        return self.activation_bytes_read + self.vector_bytes_read
 
     @property
     def bytes_written(self) -> int:
         """All that the kernels store."""
-        work = self.work
-        statistic = work.vectors * work.statistics_size
-        if work.direction == "backward":
-            vectors = work.vectors * work.parameter_size * (work.needs_dweight + work.bias)
-            vectors += 2 * statistic * self._gathers  # what each task adds to dx
-        else:
-            vectors = 2 * statistic * work.training
-            statistic = statistic // work.tasks * work.streams
-        return self.activation_bytes_written + vectors + self.parts * self._partials * statistic
+        return self.activation_bytes_written + self.vector_bytes_written
 
     @property
-    def parts(self) -> int:
-        """Programs that work on one slab."""
-        return self.splits * self.cluster
+    def bytes_read_again(self) -> int:
+        """Bytes of activations that are loaded again, because they did not stay on chip."""
+        return 0 if self.variant == "resident" else self.work.bytes_to_sum
 
     @property
-    def _partials(self) -> int:
-        """Values that a split leaves for each channel: mean, rest, squares and count, or two sums."""
-        return {"forward": 4, "backward": 2}[self.work.direction] if self.variant == "split" else 0
+    def gathered_bytes(self) -> int:
+        """Bytes of the sum of the tasks' gradients of their one input, in the dtype of the arithmetic."""
+        return self.work.input_bytes // self.work.item_size * self.work.statistics_size
+
+    @property
+    def vector_bytes_read(self) -> int:
+        """Bytes of vectors and partial sums that the kernels load: every program those of its slab."""
+        loads = self.parts * (self.launches if self.work.backward else 1)
+        return loads * self.work.vector_bytes_to_read + self.parts * self.partial_bytes
+
+    @property
+    def vector_bytes_written(self) -> int:
+        """Bytes of vectors and partial sums that the kernels store."""
+        return self.work.vector_bytes_to_write + self.partial_bytes
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes that the splits leave for the second launch: mean, rest, squares and count, or two sums a task."""
+        if self.variant != "split":
+            return 0
+        sums = 2 * self.work.tasks if self.work.backward else 4 * self.work.streams
+        return self.parts * sums * self.summed_channels * self.work.statistics_size
+
+    @property
+    def summed_channels(self) -> int:
+        """Channels that have partial sums."""
+        return self.work.channels
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether the tasks' gradients of their input are added up in memory before dx can be complete."""
+        return self.work.gathers and self.work.two_passes and self.variant != "resident"
 
     def seconds(self, bandwidth: float | None = None) -> float:
         """Predicted time at a bandwidth in bytes a second (the data sheet's by default): predicted, not measured."""

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from tsbn_kernels.plan.core import Plan
 
 
-def table(plans: Sequence[Plan], bandwidth: float | None = None, apart: Sequence[int] | None = None) -> str:
+def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequence[int] | None = None) -> str:
     """One column for each plan: what it launches, what it needs on chip, what it moves, how long that should take.
 
     Args:
         plans: of passes over one activation on one device.
         bandwidth: bytes a second; None for the data sheet's.
-        apart: bytes of the same without fusion, see :func:`tsbn_kernels.plan.apart.bytes_apart`.
+        unfused: bytes of the same without fusion, see :func:`tsbn_kernels.plan.unfused.unfused_bytes`.
     """
     rate = bandwidth or plans[0].device.bandwidth
     rows = {"": [_pass_name(plan) for plan in plans]}
-    for label, values in (_facts(plan, rate) for plan in plans):
-        for name, value in zip(label, values, strict=True):
+    for plan in plans:
+        for name, value in _facts(plan, rate).items():
             rows.setdefault(name, []).append(value)
-    if apart is not None:
-        rows["bytes unfused"] = [_spared(plan, count) for plan, count in zip(plans, apart, strict=True)]
+    if unfused is not None:
+        rows["bytes unfused"] = [_spared(plan, count) for plan, count in zip(plans, unfused, strict=True)]
     widths = [max(len(row[k]) for row in rows.values()) for k in range(len(plans))]
     lines = [
         f"{name:18}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -48,29 +48,28 @@ def _pass_name(plan: Plan) -> str:
     return f"{plan.work.direction} {'training' if plan.work.training else 'evaluation'}"
 
 
-def _facts(plan: Plan, rate: float) -> tuple[list[str], list[str]]:
-    threads = plan.warps * plan.device.warp
+def _facts(plan: Plan, rate: float) -> dict[str, str]:
     moved = plan.bytes_read + plan.bytes_written
-    facts = {
+    return {
         "variant": plan.variant,
         "launches": str(plan.launches),
         "programs": f"{plan.programs:,}",
-        "threads": f"{threads} ({plan.warps} warps)",
+        "threads": f"{plan.threads} ({plan.warps} warps)",
         "tile": f"{plan.tile[0]} x {plan.tile[1]}",
         "tiles of a slab": f"{plan.tiles:,}" + (f" in {plan.splits} splits" if plan.splits > 1 else ""),
+        "on chip": f"{plan.on_chip:.0%} between two passes",
         "registers": f"at most {plan.registers} a thread",
-        "shared memory": f"at most {plan.shared:,} B",
+        "shared memory": f"at most {plan.shared_bytes:,} B",
         "programs resident": f"{plan.resident_programs} a multiprocessor",
         "bytes read": _bytes(plan.bytes_read),
         "bytes written": _bytes(plan.bytes_written),
         "useful bytes": f"{_bytes(plan.work.useful_bytes)} ({plan.work.useful_bytes / moved:.0%})",
         "predicted time": f"{plan.seconds(rate) * 1e3:.3g} ms",
     }
-    return list(facts), list(facts.values())
 
 
-def _spared(plan: Plan, apart: int) -> str:
-    return f"{_bytes(apart)} (fused {1 - (plan.bytes_read + plan.bytes_written) / apart:.0%} fewer)"
+def _spared(plan: Plan, unfused: int) -> str:
+    return f"{_bytes(unfused)} (fused {1 - (plan.bytes_read + plan.bytes_written) / unfused:.0%} fewer)"
 
 
 def _bytes(count: int) -> str:

@@ -18,6 +18,43 @@ LINE, SECTOR = 128, 32  # bytes: what a warp's load should fill, and the least t
 TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs beside its loads
 
 
+class TritonPlan(Plan):
+    """A plan of the Triton kernels, and in what they differ from the rule of what is moved."""
+
+    @property
+    def launches(self) -> int:
+        """Kernels that are launched one after the other."""
+        return super().launches + self._gathers
+
+    @property
+    def bytes_read_again(self) -> int:
+        """Bytes that are loaded again: in a backward dresidual, where that is as good, instead of dy and residual."""
+        again = super().bytes_read_again
+        return 2 * self.work.activation_bytes if again and self.work.backward and self.work.keeps_gradient else again
+
+    @property
+    def vector_bytes_read(self) -> int:
+        """Bytes of vectors and partial sums that the kernels load; in a fan-out every tile of x meets all tasks."""
+        work, vectors, split = self.work, self.work.vector_bytes_to_read, self.variant == "split"
+        one = work.statistics_bytes // work.tasks
+        if not work.backward:  # of partial sums the first split's mean again
+            loads = self.tiles if work.fan_out else self.parts
+            return loads * vectors + self.parts * (self.partial_bytes + work.streams * one * split)
+        if not work.fan_out:
+            return super().vector_bytes_read
+        read = self.tiles * vectors
+        if split:  # in the launch that adds the sums
+            read += vectors - work.parameter_bytes * work.reads_bias + self.partial_bytes
+        if work.two_passes:  # x - mean again, and what each task adds
+            read += self.splits * (one + 2 * work.statistics_bytes * split)
+        return read
+
+    @property
+    def vector_bytes_written(self) -> int:
+        """Bytes of vectors and partial sums that the kernels store, with what each task adds to dx."""
+        return super().vector_bytes_written + 2 * self.work.statistics_bytes * self._gathers
+
+
 def plan(work: Work, device: Device) -> Plan:
     """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
     if work.fan_out:
@@ -93,8 +130,8 @@ def _values_per_thread(work: Work, variant: Variant) -> int:
     wide accesses there, and each value has an address and a mask of its own.
     """
     wide = work.family == "columns" or work.positions % 16 == 0
-    values = 32 if variant == "resident" and work.direction == "forward" and wide else 16
-    crowded = work.direction == "backward" and work.reads_residual and (not work.fan_out or _is_smooth(work))
+    values = 32 if variant == "resident" and not work.backward and wide else 16
+    crowded = work.backward and work.reads_residual and (not work.fan_out or _is_smooth(work))
     if crowded and work.family == "columns" and variant != "resident":
         values = 8  # of three activations, with the addresses of each
     return values * 4 // work.statistics_size
@@ -107,7 +144,7 @@ def limits_registers(plan: Plan) -> bool:
     with lanes that count, or a masked backward with something fused, the compiler spills where it is left to choose.
     """
     work = plan.work
-    measured = work.fuses if work.direction == "backward" else _counts(work, plan.variant)
+    measured = work.fuses if work.backward else _counts(work, plan.variant)
     told = measured or is_even(work, plan.tile)
     return told and work.statistics_size == 4 and plan.device.target.startswith("sm_")
 
@@ -172,7 +209,7 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
 
 def _counts(work: Work, variant: Variant) -> bool:
     """Whether, with masks, a lane of the first pass counts its values, in a register for each; columns share theirs."""
-    return work.direction == "forward" and work.family == "rows" and variant in ("streaming", "split")
+    return not work.backward and work.family == "rows" and variant in ("streaming", "split")
 
 
 def _is_smooth(work: Work) -> bool:
@@ -187,7 +224,7 @@ def _crowds(work: Work) -> bool:
     exponential, nor for a residual in float32. Backward x, dy and a residual leave none for those terms, nor for the
     addresses of columns.
     """
-    if work.direction == "forward":
+    if not work.backward:
         return _is_smooth(work) or (work.reads_residual and work.item_size == 4)
     return not work.gathers and work.reads_residual and (_is_smooth(work) or work.family == "columns")
 
@@ -205,7 +242,7 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
     if b < narrowest:
         return None
     # Where a thread holds twice the values, no register is left for masks, nor forward for float32's many addresses.
-    crowded = not is_even(work, (a, b)) or (work.direction == "forward" and work.item_size == 4)
+    crowded = not is_even(work, (a, b)) or (not work.backward and work.item_size == 4)
     return None if crowded and a * b > most // 2 else (a, b)
 
 
@@ -248,15 +285,12 @@ def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int =
     most = device.block_threads // 2 if work.family == "columns" else _most_threads(work, device)
     threads = warps * device.warp if warps else max(device.warp, min(a * b // _values_per_thread(work, variant), most))
     warps = threads // device.warp
-    return Plan(
-        work, device, variant, slabs, tile, tiles, warps,
-        registers=_registers(work, device, variant, tile, threads),
-        shared=max(
-            2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
-            32 * threads * work.gathers,  # where half precision and the sum in float32 change places between threads
-        ),
-        on_chip=1.0 if variant == "resident" else 0.0,
-    )  # fmt: skip
+    registers = _registers(work, device, variant, tile, threads)
+    shared_bytes = max(
+        2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
+        32 * threads * work.gathers,  # where half precision and the sum in float32 change places between threads
+    )
+    return TritonPlan(work, device, variant, slabs, tile, tiles, warps, registers, shared_bytes)
 
 
 def _split(plan: Plan, variant: Variant, splits: int) -> Plan:

@@ -1,14 +1,34 @@
-"""What is to be done: one pass over a task-stacked activation, seen as ``[T, N, C, S]``."""
+"""What is to be done: one pass over a task-stacked activation, seen as ``[T, N, C, S]``, and what it must move."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tsbn_kernels.activations import EPILOGUES, INVERSE, NONE
 from tsbn_kernels.layout import Family
 
 Direction = Literal["forward", "backward"]
+
+
+class Strides(NamedTuple):
+    """The strides of a ``[T, N, C, S]`` view, in values; ``residue`` is the address in values modulo 16 bytes."""
+
+    t: int
+    n: int
+    c: int
+    s: int
+    residue: int = 0
+
+
+class Operands(NamedTuple):
+    """Where the activations of a pass lie, None for those that it does not have; ``out`` is y, or dx."""
+
+    x: Strides
+    dy: Strides | None
+    out: Strides | None
+    residual: Strides | None = None
+    dresidual: Strides | None = None
 
 
 @dataclass(frozen=True)
@@ -20,14 +40,15 @@ class Work:
         item_size: bytes of a value of the activation.
         family: which of positions (rows) and channels (columns) are contiguous.
         training: statistics of the batch, not given ones.
-        shared_input: all tasks read the same x (a task stride of 0).
-        bias: whether the layer has one; in the backward, whether its gradient is asked for.
-        needs_dx, needs_dweight: which gradients are asked for.
+        expanded: all tasks read the same x, by a task stride of 0.
+        bias: whether the layer has one.
+        needs_dx, needs_dweight, needs_dbias: which gradients are asked for.
         parameter_size: bytes of a value of weight and bias.
         activation: what the pass ends in: one of :data:`tsbn_kernels.activations.EPILOGUES`.
         residual: whether a residual is added before the activation.
-        needs_dresidual: whether its gradient is asked for.
+        needs_dresidual: whether its gradient is asked for; without an activation that is dy itself.
         fan_out: x is one input for all tasks, read once for all of them.
+        strides: where the activations lie; None where they are dense and task-major.
     """
 
     tasks: int
@@ -38,15 +59,22 @@ class Work:
     family: Family = "rows"
     direction: Direction = "forward"
     training: bool = True
-    shared_input: bool = False
+    expanded: bool = False
     bias: bool = False
     needs_dx: bool = True
     needs_dweight: bool = True
+    needs_dbias: bool = False
     parameter_size: int = 4
     activation: str = "none"
     residual: bool = False
     needs_dresidual: bool = False
     fan_out: bool = False
+    strides: Operands | None = None
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are computed."""
+        return self.direction == "backward"
 
     @property
     def values(self) -> int:
@@ -66,22 +94,27 @@ class Work:
     @property
     def gathers(self) -> bool:
         """Whether the gradients of many tasks are added up to one of their input."""
-        return self.fan_out and self.direction == "backward"
+        return self.fan_out and self.backward
 
     @property
-    def elements(self) -> int:
-        """Values of the activation."""
-        return self.tasks * self.channels * self.values
+    def operands(self) -> Operands:
+        """Where the activations lie."""
+        if self.strides is not None:
+            return self.strides
+        rows = self.family == "rows"
+        slab = self.channels * self.positions
+        stacked = Strides(self.samples * slab, slab, self.positions if rows else 1, 1 if rows else self.channels)
+        x = stacked._replace(t=0) if self.expanded or self.fan_out else stacked
+        residual = stacked if self.reads_residual else None
+        if not self.backward:
+            return Operands(x, None, stacked, residual)
+        dx = (x if self.fan_out else stacked) if self.needs_dx else None
+        return Operands(x, stacked, dx, residual, stacked if self.writes_dresidual else None)
 
     @property
     def activation_bytes(self) -> int:
         """Bytes of the activation."""
-        return self.elements * self.item_size
-
-    @property
-    def vectors(self) -> int:
-        """Values of a ``[T, C]`` vector."""
-        return self.tasks * self.channels
+        return self.tasks * self.channels * self.values * self.item_size
 
     @property
     def statistics_size(self) -> int:
@@ -94,32 +127,52 @@ class Work:
         return self.activation_bytes // self.tasks if self.fan_out else self.activation_bytes
 
     @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the means, or variances, of all tasks."""
+        return self.tasks * self.channels * self.statistics_size
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of weight, or bias."""
+        return self.tasks * self.channels * self.parameter_size
+
+    @property
     def reduces(self) -> bool:
         """Whether the pass sums over its slabs."""
-        if self.direction == "forward":
-            return self.training
-        return (self.training and self.needs_dx) or self.needs_dweight or self.bias
+        if self.backward:
+            return self.two_passes or self.needs_dweight or self.needs_dbias
+        return self.training
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether y or dx needs those sums first."""
+        return self.training and (not self.backward or self.needs_dx)
 
     @property
     def recomputes(self) -> bool:
         """Whether a backward computes anew what went into the activation."""
-        return self.direction == "backward" and self.activation != NONE
+        return self.backward and self.activation != NONE
 
     @property
     def reads_residual(self) -> bool:
         """Whether the residual is read."""
-        return self.residual and (self.direction == "forward" or self.recomputes)
+        return self.residual and (not self.backward or self.recomputes)
+
+    @property
+    def writes_dresidual(self) -> bool:
+        """Whether the gradient of the residual is written."""
+        return self.needs_dresidual and self.recomputes
 
     @property
     def reads_bias(self) -> bool:
-        """Whether the bias itself is read (in a backward it is known of where its gradient is asked for)."""
-        return self.bias and (self.direction == "forward" or (self.recomputes and self.activation != INVERSE))
+        """Whether the bias itself is read."""
+        return self.bias and (not self.backward or (self.recomputes and self.activation != INVERSE))
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes of activations that must be read at least once: x; in a backward also dy, and x only for its values."""
         residual = self.activation_bytes * self.reads_residual
-        if self.direction == "forward":
+        if not self.backward:
             return self.input_bytes + residual
         return self.activation_bytes + residual + self.input_bytes * (self.reduces or self.recomputes)
 
@@ -130,21 +183,32 @@ class Work:
 
     @property
     def bytes_to_sum(self) -> int:
-        """Bytes of activations that must be read again once they have been summed, where they do not stay on chip."""
-        if not self.reduces:
+        """Bytes of activations that y or dx needs again once they have been summed, where they do not stay on chip."""
+        if not self.two_passes:
             return 0
-        if self.direction == "forward":
-            return self.input_bytes
-        return 2 * self.activation_bytes if self.keeps_gradient else self.bytes_to_read
+        return self.bytes_to_read if self.backward else self.input_bytes
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes of activations that must be written."""
-        if self.direction == "forward":
+        if not self.backward:
             return self.activation_bytes
-        return self.input_bytes * self.needs_dx + self.activation_bytes * self.needs_dresidual
+        return self.input_bytes * self.needs_dx + self.activation_bytes * self.writes_dresidual
 
     @property
     def useful_bytes(self) -> int:
         """What any implementation must move: forward x, residual and y; backward the same, dy, dx and dresidual."""
         return self.bytes_to_read + self.bytes_to_write
+
+    @property
+    def vector_bytes_to_read(self) -> int:
+        """Bytes of the ``[T, C]`` vectors that must be read: weight and bias, and the statistics that are given."""
+        given = self.backward or not self.training
+        return self.parameter_bytes * (1 + self.reads_bias) + 2 * self.statistics_bytes * given
+
+    @property
+    def vector_bytes_to_write(self) -> int:
+        """Bytes of those that must be written: the gradients of weight and bias, or the statistics."""
+        if self.backward:
+            return self.parameter_bytes * (self.needs_dweight + self.needs_dbias)
+        return 2 * self.statistics_bytes * self.training

@@ -140,9 +140,9 @@ def backward(
                 read[2], activation, slope, shared, need_dresidual,
             )  # fmt: skip
         work = work_of(
-            x, num_tasks, stacking, direction="backward", training=training, bias=need_dbias, needs_dx=need_dx,
-            needs_dweight=need_dweight, parameter_size=weight.element_size(), activation=activation,
-            residual=residual is not None, needs_dresidual=need_dresidual, fan_out=shared,
+            x, num_tasks, stacking, direction="backward", training=training, bias=bias is not None, needs_dx=need_dx,
+            needs_dweight=need_dweight, needs_dbias=need_dbias, parameter_size=weight.element_size(),
+            activation=activation, residual=residual is not None, needs_dresidual=need_dresidual, fan_out=shared,
         )  # fmt: skip
         options = dy, x, num_tasks, stacking, eps, gate, residual, slope
 

@@ -43,10 +43,10 @@ def work_of(x: Tensor, num_tasks: int, stacking: str, **details: Any) -> Work:
     axis = layout.channel_axis(stacking)
     positions = x.shape[axis + 1 :].numel()
     samples = x.numel() // ((1 if fan_out else num_tasks) * x.shape[axis] * positions)
-    shared = not fan_out and num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
+    expanded = not fan_out and num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
     family = layout.family(x, stacking) or "rows"
     sizes = num_tasks, samples, x.shape[axis], positions, x.element_size()
-    return Work(*sizes, family, shared_input=shared, **details)
+    return Work(*sizes, family, expanded=expanded, **details)
 
 
 def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
@@ -84,7 +84,7 @@ class Pass:
         index = tl.int64 if work.values >= 1 << 31 else tl.int32
         accumulate = tl.float64 if self.accumulate == torch.float64 else tl.float32
         even = rules.is_even(work, plan.tile)
-        kind = work.family == "columns", *plan.tile, even, work.shared_input, index, accumulate
+        kind = work.family == "columns", *plan.tile, even, work.expanded, index, accumulate
         end = activation, EPILOGUES[activation].exponential, slope
         fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
         return Tile(*fields)
