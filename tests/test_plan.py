@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from support import python
 
 from tsbn_kernels import __main__ as command
-from tsbn_kernels.activations import ACTIVATIONS
-from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
+from tsbn_kernels.activations import ACTIVATIONS, INVERSE
+from tsbn_kernels.plan import DEVICES, Device, Plan, Work, cuda, devices, triton
 from tsbn_kernels.plan.triton import alternatives, is_even, plan
 
 H100 = DEVICES["H100"]
@@ -157,6 +158,18 @@ def test_bytes_with_vectors_and_partials() -> None:
     vector = 2 * 4 * 4
     assert p.bytes_read == 2 * p.work.activation_bytes + p.splits * (3 * vector + 4 * p.splits * vector)
     assert p.bytes_written == p.work.activation_bytes + 2 * vector + 4 * p.splits * vector
+
+
+@pytest.mark.parametrize("rules", [triton.plan, cuda.plan])
+@pytest.mark.parametrize(("activation", "reads"), [("none", False), ("relu", True), (INVERSE, False)])
+def test_a_frozen_bias_is_read_where_z_is_computed_again(activation: str, reads: bool, rules: Any) -> None:
+    """Whether a gradient of it is asked for is another question, and changes what is written alone."""
+    without = Work(3, 4, 8, 49, 4, direction="backward", activation=activation)
+    frozen, learned = (dataclasses.replace(without, bias=True, needs_dbias=needed) for needed in (False, True))
+    moved = [rules(work, H100) for work in (without, frozen, learned)]
+    vector = 3 * 8 * 4
+    assert [p.bytes_read - moved[0].bytes_read for p in moved] == [0, reads * vector, reads * vector]
+    assert [p.bytes_written - moved[0].bytes_written for p in moved] == [0, 0, vector]
 
 
 def test_predicted_time() -> None:
