@@ -59,9 +59,15 @@ def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report
     arguments = [Out(v) if isinstance(v, Tensor) and id(v) in outputs else v for v in values]
     assert made.global_scratch_size == made.profile_scratch_size == 0
     return run_ptx(
-        compiled.asm["ptx"], made.name, call.launch.programs, made.num_warps * 32, [*arguments, None, None],
-        shared=made.shared, schedule=schedule, stores_may_collide=True,
-    )  # fmt: skip
+        compiled.asm["ptx"],
+        made.name,
+        call.launch.programs,
+        made.num_warps * 32,
+        [*arguments, None, None],
+        shared=made.shared,
+        schedule=schedule,
+        stores_may_collide=True,
+    )
 
 
 @contextmanager

@@ -339,8 +339,11 @@ def test_a_peer_that_is_wrong_or_too_large_is_left_out_and_the_rest_is_timed(tmp
     entrants = [Entrant("wrong"), Entrant("huge"), Entrant("fused", "cpu"), Entrant("loop")]
     race.run(LAYER, entrants, setting(tmp_path), "speed")
     assert [(line["entrant"], line["pass"]) for line in lines(tmp_path)] == [
-        ("cpu", "forward"), ("cpu", "forward+backward"), ("loop", "forward"), ("loop", "forward+backward"),
-    ]  # fmt: skip
+        ("cpu", "forward"),
+        ("cpu", "forward+backward"),
+        ("loop", "forward"),
+        ("loop", "forward+backward"),
+    ]
     assert all(line["verified"] and line["median_ms"] > 0 and line["copy_ms"] > 0 for line in lines(tmp_path))
     why = {line["entrant"]: line["why"] for line in lines(tmp_path, "left out")}
     assert why["huge"] == "out of memory"

@@ -122,8 +122,12 @@ def test_a_kernel_that_the_driver_does_not_launch(program: Program) -> None:
     """It alone is left to the reference, though it was the first of all."""
     first, second = "driver.set('launch_error', 1)", "driver.set('launch_error', 0)"
     assert program(FAILING.format(first=first, second=second)) == [
-        "reference", "RuntimeError: Triton Error [CUDA]: invalid argument", "triton", "no warning", "alive 3"
-    ]  # fmt: skip
+        "reference",
+        "RuntimeError: Triton Error [CUDA]: invalid argument",
+        "triton",
+        "no warning",
+        "alive 3",
+    ]
 
 
 def test_a_context_that_is_lost(program: Program) -> None:

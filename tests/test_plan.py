@@ -206,11 +206,17 @@ CARDS = {
 }
 UNTOLD = {  # the same by a driver that does not tell of the memory; None: not known on paper
     **dict.fromkeys(CARDS),
-    "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A100 80GB PCIe": "A100", "NVIDIA A100-SXM4-40GB": "A100 40GB",
-    "NVIDIA A100-PCIE-40GB": "A100 40GB", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe",
-    "NVIDIA H100 NVL": "H100 NVL", "NVIDIA H200": "H200", "NVIDIA B200": "B200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 NVL": "H100 NVL",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
     "NVIDIA GeForce RTX 3090": "RTX3090",
-}  # fmt: skip
+}
 # A part of a GPU: multiprocessors, GB, and the eighths of the whole's bandwidth.
 PARTS = {
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (16, 10.2, "H100", 1),
@@ -264,8 +270,16 @@ def test_parts_of_a_gpu(driver: Callable[..., Device], name: str) -> None:
 
 def test_a_device_of_no_known_name(driver: Callable[..., Device]) -> None:
     """What the driver tells is believed; what it does not is that of the same architecture, or the one before."""
-    device = driver(name="NVIDIA X", major=8, minor=6, multi_processor_count=28, L2_cache_size=3 << 20,
-                    memory_clock_rate=7_501_000, memory_bus_width=192, total_memory=12 << 30)  # fmt: skip
+    device = driver(
+        name="NVIDIA X",
+        major=8,
+        minor=6,
+        multi_processor_count=28,
+        L2_cache_size=3 << 20,
+        memory_clock_rate=7_501_000,
+        memory_bus_width=192,
+        total_memory=12 << 30,
+    )
     assert (device.target, device.multiprocessors, device.l2, device.warp) == ("sm_86", 28, 3 << 20, 32)
     assert (device.shared_memory, device.threads) == (100 << 10, 1536)  # not those of an H100
     assert device.bandwidth == pytest.approx(360e9, rel=0.001)
@@ -283,9 +297,16 @@ def test_devices_of_other_makers(driver: Callable[..., Device]) -> None:
     assert driver(name="AMD X", multi_processor_count=304, **told, **memory).bandwidth == pytest.approx(
         2.66e12, rel=0.01
     )
-    intel = driver("xpu", name="Intel(R) Arc(TM) B580 Graphics", gpu_subslice_count=20, max_work_group_size=1024,
-                   local_mem_size=128 << 10, last_level_cache_size=18 << 20, memory_clock_rate=9500,
-                   memory_bus_width=192)  # fmt: skip
+    intel = driver(
+        "xpu",
+        name="Intel(R) Arc(TM) B580 Graphics",
+        gpu_subslice_count=20,
+        max_work_group_size=1024,
+        local_mem_size=128 << 10,
+        last_level_cache_size=18 << 20,
+        memory_clock_rate=9500,
+        memory_bus_width=192,
+    )
     assert (intel.target, intel.multiprocessors, intel.l2) == ("xpu", 20, 18 << 20)
     assert intel.shared_memory == intel.block_shared_memory == 128 << 10
     assert intel.bandwidth == pytest.approx(456e9)

@@ -112,9 +112,15 @@ def test_conversions_of_others_are_refused_with_the_remedy(whose: str, num_tasks
 
 def encoder() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, C, 3), nn.BatchNorm2d(C), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, C, 3),
+        nn.BatchNorm2d(C),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def converted() -> Any:
@@ -267,9 +273,14 @@ def test_operations_counted_by_ptflops() -> None:
 
     def count(model: nn.Module, backend: str, **options: Any) -> int:
         macs: int = ptflops.get_model_complexity_info(
-            model, (3, 8, 8), as_strings=False, print_per_layer_stat=False, backend=backend,
-            input_constructor=lambda _: streams(), **options,
-        )[0]  # fmt: skip
+            model,
+            (3, 8, 8),
+            as_strings=False,
+            print_per_layer_stat=False,
+            backend=backend,
+            input_constructor=lambda _: streams(),
+            **options,
+        )[0]
         return macs
 
     known = count(converted(), "pytorch", custom_modules_hooks={FusedTSigmaBN2d: hook})

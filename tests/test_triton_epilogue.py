@@ -139,9 +139,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("variant", "family", "even", "dtype", "target", "epilogue"), COMPILED)
-def test_compiled(
-    variant: str, family: str, even: bool, dtype: torch.dtype, target: str, epilogue: Epilogue
-) -> None:  # fmt: skip
+def test_compiled(variant: str, family: str, even: bool, dtype: torch.dtype, target: str, epilogue: Epilogue) -> None:
     memory_format = "contiguous" if family == "rows" else "channels_last"
     sums = variant != "elementwise"
     # Where no gradient of the bias is asked for, a plan does not know of it.

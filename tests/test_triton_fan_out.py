@@ -82,9 +82,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("variant", "family", "even", "dtype", "target", "epilogue"), COMPILED)
-def test_compiled(
-    variant: str, family: str, even: bool, dtype: torch.dtype, target: str, epilogue: Epilogue
-) -> None:  # fmt: skip
+def test_compiled(variant: str, family: str, even: bool, dtype: torch.dtype, target: str, epilogue: Epilogue) -> None:
     memory_format = "contiguous" if family == "rows" else "channels_last"
     size = SIZES[variant, family, even]
     sums = variant != "elementwise"

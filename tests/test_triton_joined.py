@@ -43,9 +43,16 @@ def test_machine_code(memory_format: str, activation: str, monkeypatch: pytest.M
         monkeypatch.setattr(ops, name, {})
     monkeypatch.setattr(ops, "_device", lambda _: DEVICES["H100"])
     call = make_call(
-        3, 4, 64, (32, 32), activation=activation, residual=activation != "none", training=False,
-        memory_format=memory_format, dtype=torch.bfloat16,
-    )  # fmt: skip
+        3,
+        4,
+        64,
+        (32, 32),
+        activation=activation,
+        residual=activation != "none",
+        training=False,
+        memory_format=memory_format,
+        dtype=torch.bfloat16,
+    )
     with recorded() as calls:
         moments(call, ops)
         gradient(call, vectors(call), ops)

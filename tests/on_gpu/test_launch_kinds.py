@@ -16,8 +16,8 @@ from on_gpu.kinds import Spec
 from tsbn_kernels import layout, ops
 from tsbn_kernels.backends import cuda, triton
 from tsbn_kernels.plan import DEVICES, Work
-from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan.cuda import CudaPlan
+from tsbn_kernels.plan.slots import PASSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +102,7 @@ def test_the_calls_reach_every_kind_of_the_cuda_rules(name: str) -> None:
     found = kinds.smallest(lambda each: kinds.cuda_kinds(each, DEVICES[name]))
     reached = {tuple(kind.split()) for kind in set().union(*found.values())}
     accesses = {(access, passes) for access, passes, _ in reached}
-    assert accesses == set(itertools.product(("rows", "columns", "scalar"), cuda_rules.PASSES))
+    assert accesses == set(itertools.product(("rows", "columns", "scalar"), PASSES))
     for access, passes in accesses:
         variants = {variant for *which, variant in reached if tuple(which) == (access, passes)}
         on_chip = set() if passes == "backward_fan_out" else {"resident"}

@@ -19,9 +19,18 @@ from types import ModuleType
 _SOURCES = Path(__file__).parent / "core"
 # The core's results are IEEE's: no contraction to fma, no assumption about the rounding mode.
 _FLAGS = [
-    "-std=c++20", "-O2", "-ftree-vectorize", "-march=native", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-    "-ffp-contract=off", "-frounding-math", "-fno-math-errno",
-]  # fmt: skip
+    "-std=c++20",
+    "-O2",
+    "-ftree-vectorize",
+    "-march=native",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-frounding-math",
+    "-fno-math-errno",
+]
 
 
 def cache_directory() -> Path:

@@ -55,9 +55,13 @@ def compile_triton(kernel: Any, args: Sequence[Any], *, target: int = 80, **opti
 
 
 def launch_triton(
-    kernel: Any, grid: Dim | Callable[[Mapping[str, Any]], Dim], *args: Any,
-    target: int = 80, schedule: str | int = "forward", **options: Any,
-) -> Report:  # fmt: skip
+    kernel: Any,
+    grid: Dim | Callable[[Mapping[str, Any]], Dim],
+    *args: Any,
+    target: int = 80,
+    schedule: str | int = "forward",
+    **options: Any,
+) -> Report:
     """Compiles a `@triton.jit` function offline and runs its PTX: `launch_triton(f, (8,), x, Out(y), n, B=128)`.
 
     Triton lets threads that hold copies of a sum store it to the same place, though contraction to fma may have made
@@ -70,10 +74,17 @@ def launch_triton(
     scratch_sizes = (meta.global_scratch_size, meta.profile_scratch_size)
     scratch = [np.zeros(size * blocks, np.uint8) if size else None for size in scratch_sizes]
     return launch(
-        compiled.asm["ptx"], meta.name, sizes, meta.num_warps * 32, [*values.values(), *scratch], shared=meta.shared,
-        cooperative=meta.launch_cooperative_grid, schedule=schedule, stores_may_collide=True,
+        compiled.asm["ptx"],
+        meta.name,
+        sizes,
+        meta.num_warps * 32,
+        [*values.values(), *scratch],
+        shared=meta.shared,
+        cooperative=meta.launch_cooperative_grid,
+        schedule=schedule,
+        stores_may_collide=True,
         names=[*values, "global_scratch", "profile_scratch"],
-    )  # fmt: skip
+    )
 
 
 def find_nvcc() -> str | None:
@@ -107,8 +118,15 @@ def compile_cuda(source: str, *, target: int | str = 80, flags: Sequence[str] = 
 
 
 def launch_cuda(
-    source: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
-    target: int | str = 80, flags: Sequence[str] = (), **options: Any,
-) -> Report:  # fmt: skip
+    source: str,
+    name: str,
+    grid: Dim,
+    block: Dim,
+    args: Sequence[Any],
+    *,
+    target: int | str = 80,
+    flags: Sequence[str] = (),
+    **options: Any,
+) -> Report:
     """Compiles CUDA C++ with nvcc and runs one of its kernels; `options` are those of `launch`."""
     return launch(compile_cuda(source, target=target, flags=flags), name, grid, block, args, **options)

@@ -52,9 +52,13 @@ def encode(module: Module, kernel: Kernel) -> Encoded:
     constants = [(slot, value) for value, slot in slots if isinstance(value, int)]
     specials = [(slot, name) for name, slot in slots[registers:] if isinstance(name, str) and name != "_"]
     layout = {
-        "shared_size": shared_size, "local_size": local_size, "registers": registers, "slots": len(slots),
-        "constants": constants, "specials": specials,
-    }  # fmt: skip
+        "shared_size": shared_size,
+        "local_size": local_size,
+        "registers": registers,
+        "slots": len(slots),
+        "constants": constants,
+        "specials": specials,
+    }
     return Encoded(kernel, encoder.code, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
 
 

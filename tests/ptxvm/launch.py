@@ -28,9 +28,15 @@ class Violation(Exception):
     """A rule that a kernel broke, and where."""
 
     def __init__(
-        self, kind: str, message: str, at: Instruction | None = None, source: str = "",
-        block: tuple[int, ...] = (), thread: tuple[int, ...] = (), address: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        kind: str,
+        message: str,
+        at: Instruction | None = None,
+        source: str = "",
+        block: tuple[int, ...] = (),
+        thread: tuple[int, ...] = (),
+        address: int = 0,
+    ) -> None:
         super().__init__(message)
         self.kind, self.block, self.thread, self.address, self.source = kind, block, thread, address, source
         self.instruction, self.line = (at.text, at.line) if at else ("", 0)
@@ -90,10 +96,16 @@ def launch(
     if size > most:
         raise ValueError(f"a block of {module.target} has at most {most} bytes of shared memory, not {size}")
     options = encoded.layout | {
-        "shared_size": size, "dynamic_shared": shared, "cooperative": cooperative,
-        "explicit_cluster": cluster3 != (1, 1, 1), "stores_may_collide": stores_may_collide, "order": order,
-        "seed": seed, "patience": patience, "grid_workspace": _WORKSPACE,
-    }  # fmt: skip
+        "shared_size": size,
+        "dynamic_shared": shared,
+        "cooperative": cooperative,
+        "explicit_cluster": cluster3 != (1, 1, 1),
+        "stores_may_collide": stores_may_collide,
+        "order": order,
+        "seed": seed,
+        "patience": patience,
+        "grid_workspace": _WORKSPACE,
+    }
     allocations = sorted(memory.allocations, key=lambda a: a.base)
     start = time.perf_counter()
     regions = [a.argument() for a in allocations]
@@ -161,9 +173,18 @@ def _pack(param: Variable, arg: Any, label: str, memory: Memory) -> bytes:
 
 
 def _explain(
-    module: Module, kernel: Kernel, block: Sequence[int], grid: Sequence[int],
-    kind: str, message: str, inst: int, other: int, block_number: int, thread_number: int, address: int,
-) -> Violation:  # fmt: skip
+    module: Module,
+    kernel: Kernel,
+    block: Sequence[int],
+    grid: Sequence[int],
+    kind: str,
+    message: str,
+    inst: int,
+    other: int,
+    block_number: int,
+    thread_number: int,
+    address: int,
+) -> Violation:
     def place(number: int, sizes: Sequence[int]) -> tuple[int, int, int]:
         return number % sizes[0], number // sizes[0] % sizes[1], number // sizes[0] // sizes[1]
 

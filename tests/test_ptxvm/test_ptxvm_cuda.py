@@ -124,12 +124,16 @@ def run(name: str, ptx: str, **options: Any) -> Report:
         "vector_add": (8, 128, [X, X, Out(zeros(1000)), 1000]),
         "copy4": (2, 128, [X, Out(zeros(1000)), 250]),
         "tree_sum": (3, 128, [X, Out(zeros(3)), 1000]),
-        "normalise_rows": (4, 96, [torch.from_numpy(X).bfloat16(), Out(torch.empty(1000).bfloat16()), Out(zeros(4)), Out(zeros(4)), 250]),
+        "normalise_rows": (
+            4,
+            96,
+            [torch.from_numpy(X).bfloat16(), Out(torch.empty(1000).bfloat16()), Out(zeros(4)), Out(zeros(4)), 250],
+        ),
         "last_block_sum": (7, 32, [X, Out(zeros(7)), zeros(1, kind=np.uint32), Out(zeros(1)), 1000]),
         "reverse_through_grid_barrier": (4, 64, [Out(zeros(256)), Out(zeros(256)), 256]),
         "cluster_sum": (8, 32, [X, Out(zeros(8)), 500]),
         "chain": (9, 32, [zeros(9, kind=np.int32), Out(zeros(9, kind=np.int32))]),
-    }  # fmt: skip
+    }
     options.setdefault("shared", 512 if name == "tree_sum" else 0)
     options.setdefault("cooperative", name in ("reverse_through_grid_barrier", "chain"))
     return launch(ptx, name, *arguments[name], **options)

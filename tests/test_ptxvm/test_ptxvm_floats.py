@@ -316,12 +316,21 @@ def test_min_max_with_nan_and_three_operands() -> None:
 
 
 RELATIONS = {
-    "eq": lambda o, a, b: o and a == b, "ne": lambda o, a, b: o and a != b, "lt": lambda o, a, b: o and a < b,
-    "le": lambda o, a, b: o and a <= b, "gt": lambda o, a, b: o and a > b, "ge": lambda o, a, b: o and a >= b,
-    "equ": lambda o, a, b: not o or a == b, "neu": lambda o, a, b: not o or a != b, "ltu": lambda o, a, b: not o or a < b,
-    "leu": lambda o, a, b: not o or a <= b, "gtu": lambda o, a, b: not o or a > b, "geu": lambda o, a, b: not o or a >= b,
-    "num": lambda o, a, b: o, "nan": lambda o, a, b: not o,
-}  # fmt: skip
+    "eq": lambda o, a, b: o and a == b,
+    "ne": lambda o, a, b: o and a != b,
+    "lt": lambda o, a, b: o and a < b,
+    "le": lambda o, a, b: o and a <= b,
+    "gt": lambda o, a, b: o and a > b,
+    "ge": lambda o, a, b: o and a >= b,
+    "equ": lambda o, a, b: not o or a == b,
+    "neu": lambda o, a, b: not o or a != b,
+    "ltu": lambda o, a, b: not o or a < b,
+    "leu": lambda o, a, b: not o or a <= b,
+    "gtu": lambda o, a, b: not o or a > b,
+    "geu": lambda o, a, b: not o or a >= b,
+    "num": lambda o, a, b: o,
+    "nan": lambda o, a, b: not o,
+}
 
 
 @pytest.mark.parametrize("form", ["f16", "bf16", "f32", "f64"])

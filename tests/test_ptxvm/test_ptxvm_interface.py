@@ -41,21 +41,24 @@ def kernel(body: str, params: str = "") -> str:
     )
 
 
-@pytest.mark.parametrize(("body", "line", "message"), [
-    ("add.s32 %r, %r, 1;\nfoo.b32 %r, %r;", 7, "unknown instruction 'foo'"),
-    ("add.rn.s32 %r, %r, 1;", 6, "'add' is known, but not with these modifiers"),
-    ("add.f32.bogus %f, %f, %f;", 6, "'add' is known, but not with these modifiers"),
-    ("ld.global.L1::bogus.u32 %r, [%a];", 6, "not with these modifiers"),
-    ("add.s32 %r, %r;", 6, "takes 3 operands, not 2"),
-    ("ld.global.v4.u32 {%r, %r}, [%a];", 6, "takes 5 operands, not 3"),
-    ("add.s32 %r, %q, 1;", 6, "unknown special register %q"),
-    ("mov.u32 %r, nowhere;", 6, "unknown symbol 'nowhere'"),
-    ("bra NOWHERE;", 6, "unknown label 'NOWHERE'"),
-    ("@q trap;", 6, "register q is not declared"),
-    ("call.uni printf;", 6, "unknown instruction 'call'"),
-    (".bogus 1;", 6, "unknown directive '.bogus'"),
-    ("mov.u32 %r, %r", 6, "cannot read the operand"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "line", "message"),
+    [
+        ("add.s32 %r, %r, 1;\nfoo.b32 %r, %r;", 7, "unknown instruction 'foo'"),
+        ("add.rn.s32 %r, %r, 1;", 6, "'add' is known, but not with these modifiers"),
+        ("add.f32.bogus %f, %f, %f;", 6, "'add' is known, but not with these modifiers"),
+        ("ld.global.L1::bogus.u32 %r, [%a];", 6, "not with these modifiers"),
+        ("add.s32 %r, %r;", 6, "takes 3 operands, not 2"),
+        ("ld.global.v4.u32 {%r, %r}, [%a];", 6, "takes 5 operands, not 3"),
+        ("add.s32 %r, %q, 1;", 6, "unknown special register %q"),
+        ("mov.u32 %r, nowhere;", 6, "unknown symbol 'nowhere'"),
+        ("bra NOWHERE;", 6, "unknown label 'NOWHERE'"),
+        ("@q trap;", 6, "register q is not declared"),
+        ("call.uni printf;", 6, "unknown instruction 'call'"),
+        (".bogus 1;", 6, "unknown directive '.bogus'"),
+        ("mov.u32 %r, %r", 6, "cannot read the operand"),
+    ],
+)
 def test_errors_name_the_line(body: str, line: int, message: str) -> None:
     with pytest.raises(PTXError, match=message.replace("(", r"\(")) as caught:
         launch(kernel(body), "f", 1, 1, [])
@@ -153,19 +156,22 @@ def test_outputs_start_unwritten_and_inputs_may_be_read_only() -> None:
         launch(COPY, "copy", 3, 128, [X, Out(frozen), 300, 1])
 
 
-@pytest.mark.parametrize(("grid", "block", "args", "options", "error", "message"), [
-    (1, 32, [X], {}, TypeError, "takes 4 arguments, not 1"),
-    (1, 32, [X, X, 1 << 40, 1], {}, ValueError, "argument 2 = 1099511627776 does not fit"),
-    (1, 32, [X, X, "n", 1], {}, TypeError, "argument 2 is a str"),
-    (1, 32, [X, X, b"ab", 1], {}, ValueError, "has 2 bytes; parameter n has 4"),
-    (0, 32, [X, X, 1, 1], {}, ValueError, "grid .* is not within"),
-    ((1, 70000), 32, [X, X, 1, 1], {}, ValueError, "grid .* is not within"),
-    (1, (64, 32), [X, X, 1, 1], {}, ValueError, "at most 1024 threads"),
-    (1, 256, [X, X, 1, 1], {}, ValueError, "at most 128 threads a block"),
-    (3, 32, [X, X, 1, 1], {"cluster": 2}, ValueError, "not a multiple of cluster"),
-    (1, 32, [X, X, 1, 1], {"schedule": "sideways"}, ValueError, "schedule is"),
-    (1, 32, [torch.zeros(4, device="meta"), X, 1, 1], {}, TypeError, "on meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "block", "args", "options", "error", "message"),
+    [
+        (1, 32, [X], {}, TypeError, "takes 4 arguments, not 1"),
+        (1, 32, [X, X, 1 << 40, 1], {}, ValueError, "argument 2 = 1099511627776 does not fit"),
+        (1, 32, [X, X, "n", 1], {}, TypeError, "argument 2 is a str"),
+        (1, 32, [X, X, b"ab", 1], {}, ValueError, "has 2 bytes; parameter n has 4"),
+        (0, 32, [X, X, 1, 1], {}, ValueError, "grid .* is not within"),
+        ((1, 70000), 32, [X, X, 1, 1], {}, ValueError, "grid .* is not within"),
+        (1, (64, 32), [X, X, 1, 1], {}, ValueError, "at most 1024 threads"),
+        (1, 256, [X, X, 1, 1], {}, ValueError, "at most 128 threads a block"),
+        (3, 32, [X, X, 1, 1], {"cluster": 2}, ValueError, "not a multiple of cluster"),
+        (1, 32, [X, X, 1, 1], {"schedule": "sideways"}, ValueError, "schedule is"),
+        (1, 32, [torch.zeros(4, device="meta"), X, 1, 1], {}, TypeError, "on meta"),
+    ],
+)
 def test_bad_launches(
     grid: Any, block: Any, args: list[Any], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -181,16 +187,20 @@ def test_an_unknown_kernel_and_a_wrong_block() -> None:
 
 
 def test_structs_and_null() -> None:
-    ptx = kernel("ld.param.u64 %a, [s+8]; ld.param.u32 %r, [s]; st.global.u32 [%a], %r; ld.param.u64 %a, [p]; setp.ne.u64 %p, %a, 0; @%p trap;",
-                 ".param .align 8 .b8 s[16], .param .u64 p")  # fmt: skip
+    ptx = kernel(
+        "ld.param.u64 %a, [s+8]; ld.param.u32 %r, [s]; st.global.u32 [%a], %r; ld.param.u64 %a, [p]; setp.ne.u64 %p, %a, 0; @%p trap;",
+        ".param .align 8 .b8 s[16], .param .u64 p",
+    )
     y = np.zeros(1, np.uint32)
     launch(ptx, "f", 1, 1, [Struct("iP", 77, Out(y)), None])
     assert y[0] == 77
 
 
 def test_numbers_take_the_type_of_the_parameter() -> None:
-    ptx = kernel("ld.param.u64 %a, [y]; ld.param.f32 %f, [v]; st.global.f32 [%a], %f; ld.param.s8 %r, [k]; cvt.rn.f32.s32 %f, %r; st.global.f32 [%a+4], %f;",
-                 ".param .u64 y, .param .f32 v, .param .s8 k")  # fmt: skip
+    ptx = kernel(
+        "ld.param.u64 %a, [y]; ld.param.f32 %f, [v]; st.global.f32 [%a], %f; ld.param.s8 %r, [k]; cvt.rn.f32.s32 %f, %r; st.global.f32 [%a+4], %f;",
+        ".param .u64 y, .param .f32 v, .param .s8 k",
+    )
     y = np.zeros(2, np.float32)
     launch(ptx, "f", 1, 1, [Out(y), 3, -5])
     assert y.tolist() == [3, -5]
@@ -238,8 +248,14 @@ def test_reports_count_what_happened() -> None:
 def test_bank_conflicts(stride: int, bytes_each: int, conflicts: int) -> None:
     registers = "{%r, %r, %r, %r}" if bytes_each == 16 else "%r"
     kind = ".v4.u32" if bytes_each == 16 else f".u{8 * bytes_each}"
-    report = launch(kernel(f""".shared .align 16 .b8 s[4608]; {{ .reg .b32 %o; mov.u32 %o, %tid.x; mov.u32 %r, 0;
-    mad.lo.u32 %o, %o, {stride}, s; st.shared{kind} [%o], {registers}; }}"""), "f", 1, 32, [])  # fmt: skip
+    report = launch(
+        kernel(f""".shared .align 16 .b8 s[4608]; {{ .reg .b32 %o; mov.u32 %o, %tid.x; mov.u32 %r, 0;
+    mad.lo.u32 %o, %o, {stride}, s; st.shared{kind} [%o], {registers}; }}"""),
+        "f",
+        1,
+        32,
+        [],
+    )
     assert report.conflicts == conflicts
 
 

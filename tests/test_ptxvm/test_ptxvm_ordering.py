@@ -244,7 +244,7 @@ OTHER_RACES = {
     "a read before a store": "mov.u32 %e, tile; st.shared.u32 [%e], 5; bar.sync 0; ld.shared.u32 %d, [%e]; st.shared.u32 [%e], 5;",
     "a read after a store": "mov.u32 %e, tile; @%z st.shared.u32 [%e], 5; bar.sync 0; st.shared.u32 [%e], 5; ld.shared.u32 %d, [%e];",
     "global memory": "st.global.u32 [%m], %t;",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OTHER_RACES)
@@ -281,10 +281,16 @@ def test_constant_loads_of_memory_that_changes() -> None:
 
 
 ATOMICS = {
-    "add.u32": lambda m, v: (m + v) & 0xFFFFFFFF, "min.u32": min, "max.u32": max, "and.b32": lambda m, v: m & v, "or.b32": lambda m, v: m | v,
-    "xor.b32": lambda m, v: m ^ v, "exch.b32": lambda m, v: v, "inc.u32": lambda m, v: 0 if m >= v else m + 1,
+    "add.u32": lambda m, v: (m + v) & 0xFFFFFFFF,
+    "min.u32": min,
+    "max.u32": max,
+    "and.b32": lambda m, v: m & v,
+    "or.b32": lambda m, v: m | v,
+    "xor.b32": lambda m, v: m ^ v,
+    "exch.b32": lambda m, v: v,
+    "inc.u32": lambda m, v: 0 if m >= v else m + 1,
     "dec.u32": lambda m, v: v if m == 0 or m > v else m - 1,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("operation", ATOMICS)

@@ -109,10 +109,18 @@ def test_votes() -> None:
     assert run_warp("elect.sync %d|%p, -1; selp.u32 %d, 7, 8, %p;").tolist() == [7] + [8] * 31
 
 
-@pytest.mark.parametrize(("operation", "reduce"), [
-    ("add.u32", lambda v: v.sum() & 0xFFFFFFFF), ("min.u32", np.min), ("max.s32", lambda v: v.astype(np.int32).max()),
-    ("add.s32", lambda v: v.sum() & 0xFFFFFFFF), ("and.b32", np.bitwise_and.reduce), ("or.b32", np.bitwise_or.reduce), ("xor.b32", np.bitwise_xor.reduce),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("operation", "reduce"),
+    [
+        ("add.u32", lambda v: v.sum() & 0xFFFFFFFF),
+        ("min.u32", np.min),
+        ("max.s32", lambda v: v.astype(np.int32).max()),
+        ("add.s32", lambda v: v.sum() & 0xFFFFFFFF),
+        ("and.b32", np.bitwise_and.reduce),
+        ("or.b32", np.bitwise_or.reduce),
+        ("xor.b32", np.bitwise_xor.reduce),
+    ],
+)
 def test_integer_reductions(operation: str, reduce: Any) -> None:
     values = np.random.default_rng(1).integers(0, 2**32, 32, np.uint64).astype(np.uint32)
     assert set(run_warp(f"redux.sync.{operation} %d, %v, -1;", values).tolist()) == {
