@@ -55,7 +55,7 @@ class Fused:
 
 def fused(
     *size: Any, epilogue: Epilogue, shared: bool = False, training: bool = True, sums: bool = True, **options: Any
-) -> Fused:  # fmt: skip
+) -> Fused:
     """Random inputs; of a shared x, the first task's."""
     p = problem(*size, **options)
     streams = unstack(p.x, p.num_tasks, p.stacking)

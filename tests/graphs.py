@@ -71,9 +71,14 @@ class Calling(nn.Module):
 def model(**options: Any) -> nn.Module:
     """A backbone of two blocks for three tasks."""
     backbone = nn.Sequential(
-        nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, C, 1), nn.BatchNorm2d(C),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
+        nn.Conv2d(C, C, 1),
+        nn.BatchNorm2d(C),
+        nn.ReLU(),
+        nn.Conv2d(C, C, 1),
+        nn.BatchNorm2d(C),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     heads = {name: nn.Linear(C, 1 + index) for index, name in enumerate("abc")}
     return MultiTaskModel(convert_model(backbone, num_tasks=T), heads, **options)
 

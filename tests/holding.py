@@ -22,10 +22,19 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
     **{
         name: {"lr": 0.1, "weight_decay": 0.1}
         for name in (
-            "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Adafactor",
+            "Adam",
+            "AdamW",
+            "Adamax",
+            "NAdam",
+            "RAdam",
+            "Adagrad",
+            "Adadelta",
+            "RMSprop",
+            "ASGD",
+            "Adafactor",
         )
     },
-}  # fmt: skip
+}
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -80,9 +89,15 @@ SCHEDULE = [([0], "tasks"), ([1], "streams"), ([2, 0], "tasks"), ([1], "tasks"),
 
 def backbone() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
+        nn.Conv2d(3, C, 3),
+        nn.BatchNorm2d(C),
+        nn.ReLU(),
+        nn.Conv2d(C, C, 3),
+        nn.BatchNorm2d(C),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def multitask() -> MultiTaskModel:

@@ -120,15 +120,23 @@ FATAL = [
         RuntimeError(f"{who}{what}")
         for who in ("Triton Error [CUDA]: ", "tsbn: the CUDA kernel was not launched: ")
         for what in (
-            "out of memory", "an illegal memory access was encountered", "an illegal instruction was encountered",
-            "misaligned address", "operation not supported on global/shared address space", "invalid program counter",
-            "hardware stack error", "unspecified launch failure", "the launch timed out and was terminated",
-            "device-side assert triggered", "uncorrectable ECC error encountered", "context is destroyed",
+            "out of memory",
+            "an illegal memory access was encountered",
+            "an illegal instruction was encountered",
+            "misaligned address",
+            "operation not supported on global/shared address space",
+            "invalid program counter",
+            "hardware stack error",
+            "unspecified launch failure",
+            "the launch timed out and was terminated",
+            "device-side assert triggered",
+            "uncorrectable ECC error encountered",
+            "context is destroyed",
             "operation not permitted when stream is capturing",
             "operation failed due to a previous error during capture",
         )
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("error", FATAL, ids=str)

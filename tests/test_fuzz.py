@@ -75,6 +75,9 @@ for index in range(int(sys.argv[2]), int(sys.argv[3])):
 """
     outcomes = list(calls(0, 4, (sys.executable, "-c", worker)))
     assert [(index, text, outcome.kind) for index, text, outcome in outcomes] == [
-        (0, "call 0", "equal"), (1, "call 1", "crashed"), (2, "call 2", "equal"), (3, "call 3", "crashed"),
-    ]  # fmt: skip
+        (0, "call 0", "equal"),
+        (1, "call 1", "crashed"),
+        (2, "call 2", "equal"),
+        (3, "call 3", "crashed"),
+    ]
     assert outcomes[1][2].detail == "SIGABRT"

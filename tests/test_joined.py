@@ -85,9 +85,7 @@ def test_equal_the_definition(memory_format: str, dtype: torch.dtype, kernels: s
         size = (3, 5, 19, (4, 5)) if native else (2, 3, 3, (5,))
         options = {"stacking": stacking, "memory_format": memory_format, "dtype": dtype, "seed": index}
         options |= {"gate": ("sigmoid", "identity")[index % 2], "bias": index % 5 != 0, "away_from_kinks": False}
-        call = make_call(
-            *size, activation=activation, residual=residual, shared=shared, training=False, **options
-        )  # fmt: skip
+        call = make_call(*size, activation=activation, residual=residual, shared=shared, training=False, **options)
         assert_correct(without_kinks(call, given=vectors(call)[:2]))
 
 
@@ -116,8 +114,17 @@ def test_sizes(size: tuple[int, int, int, tuple[int, ...]], memory_format: str, 
 @pytest.mark.parametrize("shared", BOTH)
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_the_batchs_own_means_give_the_gradient_of_the_batch(activation: str, shared: bool, memory_format: str) -> None:
-    call = make_call(3, 4, 5, (6, 7), activation=activation, residual=True, shared=shared, dtype=torch.float64,
-                     memory_format=memory_format)  # fmt: skip
+    call = make_call(
+        3,
+        4,
+        5,
+        (6, 7),
+        activation=activation,
+        residual=True,
+        shared=shared,
+        dtype=torch.float64,
+        memory_format=memory_format,
+    )
     _, mean, var = forward(call)
     dx, _, _, dresidual = backward(call, mean, var)
     for got, wanted in zip(moments(call), (mean, var), strict=True):
@@ -204,8 +211,9 @@ def test_compositions_of_the_cuda_backend(dtype: torch.dtype, memory_format: str
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for shared, memory_format in itertools.product(BOTH, FORMATS):
-        call = make_call(2, 2, 3, (2, 2), activation="silu", residual=True, shared=shared, dtype=dtype,
-                         memory_format=memory_format)  # fmt: skip
+        call = make_call(
+            2, 2, 3, (2, 2), activation="silu", residual=True, shared=shared, dtype=dtype, memory_format=memory_format
+        )
         p = call.p
         torch.library.opcheck(ops.moments.default, (p.x, p.num_tasks, p.stacking, shared))
         arguments = p.dy, p.x, p.weight, *vectors(call), *p.options, p.bias, *call.epilogue

@@ -122,11 +122,16 @@ def trainer(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     monkeypatch.setattr(architecture, "TSSigmaBN", adapter.TSSigmaBN, raising=False)
     return adapter.Trainer(
         task_dict={task: {"metrics": [], "metrics_fn": None, "loss_fn": Labels(), "weight": []} for task in TASKS},
-        weighting="EW", architecture="TSSigmaBN", encoder_class=lambda: pretrained("celeba"),
-        decoders=nn.ModuleDict({task: nn.Linear(16, 1) for task in TASKS}), rep_grad=False, multi_input=False,
-        weight_args={}, arch_args={},
+        weighting="EW",
+        architecture="TSSigmaBN",
+        encoder_class=lambda: pretrained("celeba"),
+        decoders=nn.ModuleDict({task: nn.Linear(16, 1) for task in TASKS}),
+        rep_grad=False,
+        multi_input=False,
+        weight_args={},
+        arch_args={},
         **{"optim_param": {"optim": "sgd", "lr": 1e-3, "weight_decay": 1e-4}, "scheduler_param": None} | options,
-    )  # fmt: skip
+    )
 
 
 def test_the_trainer_makes_the_groups_and_the_schedule_drives_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,18 @@ def gradients(p: Problem, activation: str | None, slope: float, training: bool =
     given = (None, None) if training else (torch.zeros_like(p.weight) + 0.25, torch.ones_like(p.weight) * 0.5)
     bias = None if p.bias is None else inputs[2]
     y = task_batch_norm(
-        *inputs[:2], bias, *given, num_tasks=p.num_tasks, training=training, eps=p.eps, gate=p.gate,
-        stacking=p.stacking, activation=activation, negative_slope=slope, recover_input=True,
-    )  # fmt: skip
+        *inputs[:2],
+        bias,
+        *given,
+        num_tasks=p.num_tasks,
+        training=training,
+        eps=p.eps,
+        gate=p.gate,
+        stacking=p.stacking,
+        activation=activation,
+        negative_slope=slope,
+        recover_input=True,
+    )
     return list(torch.autograd.grad(y, inputs, p.dy))
 
 

@@ -72,13 +72,20 @@ def test_fuzz_arguments_of_any_kind_give_an_error_that_names_them(
 @pytest.mark.parametrize(
     ("tasks", "error"),
     [
-        ("01", TypeError), (1, TypeError), ([0.5], TypeError), ({0}, TypeError), ([0, 0], ValueError),
+        ("01", TypeError),
+        (1, TypeError),
+        ([0.5], TypeError),
+        ({0}, TypeError),
+        ([0, 0], ValueError),
         ([3], ValueError),
-        (torch.tensor([0, 0]), ValueError), (torch.tensor([3]), ValueError), (torch.tensor([-1]), ValueError),
-        (torch.tensor([0.0]), TypeError), (torch.tensor(0), ValueError),
+        (torch.tensor([0, 0]), ValueError),
+        (torch.tensor([3]), ValueError),
+        (torch.tensor([-1]), ValueError),
+        (torch.tensor([0.0]), TypeError),
+        (torch.tensor(0), ValueError),
         (torch.tensor([0], device="meta"), RuntimeError),
     ],
-)  # fmt: skip
+)
 def test_fuzz_tasks_given_as_a_tensor_are_checked_too(tasks: Any, error: type[Exception]) -> None:
     """A tensor that names a task twice was taken: one of its two updates of the statistics was lost."""
     layer = FusedTSigmaBN2d(3, 5)

@@ -74,9 +74,10 @@ def called(model: MultiTaskModel, x: Any, tasks: list[str]) -> dict[str, Tensor]
     if isinstance(x, dict):
         names = list(x)
         outputs = checkpoint(
-            lambda *batches: tuple(model(dict(zip(names, batches, strict=True)), tasks).values()), *x.values(),
+            lambda *batches: tuple(model(dict(zip(names, batches, strict=True)), tasks).values()),
+            *x.values(),
             use_reentrant=reentrant,
-        )  # fmt: skip
+        )
     else:
         outputs = checkpoint(lambda x: tuple(model(x, tasks).values()), x, use_reentrant=reentrant)
     return dict(zip(tasks, outputs, strict=True))

@@ -389,9 +389,16 @@ def test_errors_without_processes() -> None:
             new_layer(**options)
         with pytest.raises(ValueError, match="recover_input=True does not work with a process_group"):
             functional.task_batch_norm(
-                x, layer.weight, layer.bias, layer.running_mean, layer.running_var, num_tasks=T, training=False,
-                process_group="world", **options,
-            )  # fmt: skip
+                x,
+                layer.weight,
+                layer.bias,
+                layer.running_mean,
+                layer.running_var,
+                num_tasks=T,
+                training=False,
+                process_group="world",
+                **options,
+            )
 
 
 def errors() -> None:

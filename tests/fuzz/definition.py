@@ -153,9 +153,16 @@ def compare_output(name: str, actual: Tensor, wanted: Expected, num_tasks: int, 
 
 
 def compare_gradient(
-    name: str, actual: Tensor, wanted: Expected, num_tasks: int, stacking: str, dtype: torch.dtype, *, slack: float,
+    name: str,
+    actual: Tensor,
+    wanted: Expected,
+    num_tasks: int,
+    stacking: str,
+    dtype: torch.dtype,
+    *,
+    slack: float,
     shared: bool,
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Of x and residual (by slabs), or of weight and bias."""
     expected = wanted.gradients[name]
     if actual.shape != expected.shape:

@@ -144,9 +144,16 @@ def functional_call(rng: random.Random) -> Call:
 def check(arguments: dict[str, Any], y: Tensor, before: dict[str, Tensor], seed: int) -> str | None:
     """What is wrong with the result of a call of the functional form, its gradients and its statistics."""
     defaults = {
-        "training": True, "momentum": 0.1, "eps": 1e-5, "gate": "sigmoid", "stacking": "task_major",
-        "activation": None, "negative_slope": 0.01, "fan_out": False, "recover_input": False,
-    }  # fmt: skip
+        "training": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "gate": "sigmoid",
+        "stacking": "task_major",
+        "activation": None,
+        "negative_slope": 0.01,
+        "fan_out": False,
+        "recover_input": False,
+    }
     given = {**dict.fromkeys(TENSORS), **defaults, **arguments}
     x = given["x"]
     if y.device.type != "cpu":
@@ -241,9 +248,16 @@ def layer_call(rng: random.Random) -> Call:
 
 
 def step_arguments(
-    rng: random.Random, options: dict[str, Any], T: int, N: int, C: int, spatial: list[int], dtype: torch.dtype,
-    hostile: bool, inputs: list[Any],
-) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    rng: random.Random,
+    options: dict[str, Any],
+    T: int,
+    N: int,
+    C: int,
+    spatial: list[int],
+    dtype: torch.dtype,
+    hostile: bool,
+    inputs: list[Any],
+) -> tuple[dict[str, Any], bool]:
     """Arguments of one ``forward``, and whether the layer is in training mode."""
     shared = options["fan_out"] is True
     arguments: dict[str, Any] = {}
@@ -308,11 +322,13 @@ def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
     if problem or not tracked:
         return problem
     wanted = definition.define(
-        *(arguments[name] for name in TENSORS), None, **{
-            name: arguments[name] for name in
-            ("num_tasks", "training", "eps", "gate", "stacking", "activation", "negative_slope", "fan_out")
+        *(arguments[name] for name in TENSORS),
+        None,
+        **{
+            name: arguments[name]
+            for name in ("num_tasks", "training", "eps", "gate", "stacking", "activation", "negative_slope", "fan_out")
         },
-    )  # fmt: skip
+    )
     writes = layer.training and layer.track_running_stats
     others = [task for task in range(layer.num_tasks) if task not in indices]
     for name in ("running_mean", "running_var", "num_batches_tracked"):

@@ -67,17 +67,28 @@ def late_call(rng: random.Random) -> Call:
     """``LateFanOut`` against convolution, pooling and activation behind a layer that fans out."""
     T, N, C = rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 5)
     arguments: dict[str, Any] = {
-        "num_tasks": T, "num_features": C, "activation": rng.choice(HOMOGENEOUS),
-        "negative_slope": rng.choice([0.01, 0.3]), "stacking": rng.choice(["task_major", "sample_major"]),
+        "num_tasks": T,
+        "num_features": C,
+        "activation": rng.choice(HOMOGENEOUS),
+        "negative_slope": rng.choice([0.01, 0.3]),
+        "stacking": rng.choice(["task_major", "sample_major"]),
         "pool": rng.choice([None, nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)]),
         "conv": rng.choice([None, nn.Conv2d(C, 3, 3, padding=1), nn.Conv2d(C, 2, 1, bias=False)]),
-        "momentum": rng.choice([0.1, None]), "eps": rng.choice([1e-5, 1e-2]),
+        "momentum": rng.choice([0.1, None]),
+        "eps": rng.choice([1e-5, 1e-2]),
         "track_running_stats": rng.random() < 0.8,
-    }  # fmt: skip
+    }
     kinds = {
-        "num_tasks": "int", "num_features": "int", "activation": "str", "stacking": "str", "pool": "module",
-        "conv": "module", "eps": "float", "momentum": "float", "negative_slope": "float",
-    }  # fmt: skip
+        "num_tasks": "int",
+        "num_features": "int",
+        "activation": "str",
+        "stacking": "str",
+        "pool": "module",
+        "conv": "module",
+        "eps": "float",
+        "momentum": "float",
+        "negative_slope": "float",
+    }
     hostile = _spoil(rng, arguments, kinds)
     x: Any = normal(rng, (N, C, 6, 6)).float()
     if not hostile and rng.random() < 0.3:
@@ -118,10 +129,13 @@ def convert_call(rng: random.Random) -> Call:
     plain.eval() if rng.random() < 0.6 else plain.train()
     T, N = rng.randint(1, 4), rng.randint(2, 3)
     arguments: dict[str, Any] = {
-        "model": plain, "num_tasks": T, "variant": rng.choice(["ts_sigma_bn", "tsbn"]),
-        "stacking": rng.choice(["task_major", "sample_major"]), "fuse_activation": rng.random() < 0.7,
+        "model": plain,
+        "num_tasks": T,
+        "variant": rng.choice(["ts_sigma_bn", "tsbn"]),
+        "stacking": rng.choice(["task_major", "sample_major"]),
+        "fuse_activation": rng.random() < 0.7,
         "exclude": rng.choice([(), "1", ["4"], ()]),
-    }  # fmt: skip
+    }
     kinds = {"model": "module", "num_tasks": "int", "variant": "str", "stacking": "str", "exclude": "str"}
     hostile = _spoil(rng, arguments, kinds)
     after: dict[str, Any] = {"task": rng.randrange(T)}
@@ -181,8 +195,12 @@ def groups_call(rng: random.Random) -> Call:
     """``parameter_groups``: every parameter once, the gates apart."""
     model = tsbn_kernels.convert_model(_network(rng), 2)
     arguments: dict[str, Any] = {
-        "model": model, "lr": 0.1, "gate_lr_multiplier": 10.0, "layer_norm_lr_multiplier": 3.0, "weight_decay": 0.1,
-    }  # fmt: skip
+        "model": model,
+        "lr": 0.1,
+        "gate_lr_multiplier": 10.0,
+        "layer_norm_lr_multiplier": 3.0,
+        "weight_decay": 0.1,
+    }
     kinds = dict.fromkeys(("lr", "gate_lr_multiplier", "layer_norm_lr_multiplier", "weight_decay"), "float")
     hostile = _spoil(rng, arguments, {"model": "module", **kinds})
 
@@ -283,7 +301,4 @@ def _quietly(make: Callable[[random.Random], Call]) -> Callable[[random.Random],
     return call
 
 
-MODEL_CALLS = [
-    _quietly(make)
-    for make in (late_call, convert_call, fold_call, groups_call, multitask_call, small_call)
-]  # fmt: skip
+MODEL_CALLS = [_quietly(make) for make in (late_call, convert_call, fold_call, groups_call, multitask_call, small_call)]
