@@ -364,6 +364,7 @@ def test_plan_of_what_is_fused(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shape", "40,x,3"], "is not T,N,C"),
         (["--shape", "40,0,3"], "with sizes of 1 and more"),
         (["--shape", "4,4,4", "--device", "V100"], "unknown device 'V100'"),
+        (["--shape", "4,4,4", "--device", "MI300X", "--backend", "cuda"], "NVIDIA's GPUs alone, not on MI300X"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

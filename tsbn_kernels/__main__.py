@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "plan":
         rules = cuda_rules if options.backend == "cuda" else triton_rules
+        if options.backend == "cuda" and not options.device.target.startswith("sm_"):
+            parser.error(f"the CUDA C++ kernels run on NVIDIA's GPUs alone, not on {options.device.name}; try triton")
         works = _works(options)
         plans = [rules.plan(work, options.device) for work in works]
         unfused = [unfused_bytes(rules.plan(layer_alone(work), options.device), work) for work in works]
