@@ -213,6 +213,23 @@ def case_broadcast(variant: Any, on_meta: bool) -> Any:
     return plain.state_dict(), get_model_state_dict(model, options=FULL)
 
 
+def case_broadcast_as_it_is(on_meta: bool) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    model = fully_shard(convert_model(plain, 2 * distributed.get_world_size(), pretrained=False))
+    if on_meta:
+        model.to("meta")
+    state = plain.state_dict() if distributed.get_rank() == 0 else {}
+    with pytest.raises(ValueError, match=r"1\.running_mean.* plain layer, and .*1\.weight.* is not.*expand_state_dict"):
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_plain_checkpoint_whose_shapes_fit_by_chance_is_refused(on_meta: bool, world_size: int) -> None:
+    """PyTorch has written a vector to the rows of all tasks then, whose gates are no sigmoids of it."""
+    ranks.run(case_broadcast_as_it_is, world_size, on_meta)
+
+
 @pytest.mark.parametrize("on_meta", [False, True])
 @pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
 def test_a_plain_checkpoint_of_the_first_rank_is_broadcast(variant: str, on_meta: bool) -> None:

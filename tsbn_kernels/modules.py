@@ -323,10 +323,22 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
 
     def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone."""
-        entries = [state_dict[prefix + name] for name in ("weight", "running_mean") if prefix + name in state_dict]
-        if not any(entry.dim() == 1 for entry in entries):
+        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone.
+
+        Raises:
+            ValueError: some entries are of a plain layer and others are not.
+        """
+        names = [prefix + name for name in ("weight", "bias", *_STATISTICS[:2]) if prefix + name in state_dict]
+        entries = [state_dict[name] for name in names]
+        plain = [name for name in names if state_dict[name].dim() == 1]
+        if not plain:
             return
+        if others := [name for name in names if name not in plain]:
+            raise ValueError(
+                f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
+                f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
+                f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain one"
+            )
         like: dict[str, Any] = {"device": entries[0].device, "dtype": self.weight.dtype}
         state = {"weight": torch.ones(self.num_features, **like)}  # of affine=False
         if self.bias is not None:
