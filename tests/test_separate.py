@@ -120,6 +120,22 @@ def test_what_the_backbone_has_saved_must_not_be_changed(last: Any, how: str) ->
         outputs["b"].sum().backward()
 
 
+def test_a_detached_output_must_not_be_changed_where_its_memory_is_saved() -> None:
+    class Two(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, y.detach()
+
+    model = build(nn.Tanh())
+    model.backbone.__class__ = Two
+    for task in TASKS:
+        model.heads[task] = nn.Identity()
+    y, detached = model(torch.randn(N, 3, 4, 4))["b"]
+    detached.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_outputs_that_share_memory_are_not_changed_in_silence() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

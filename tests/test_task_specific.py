@@ -33,7 +33,8 @@ class TaskLayerNorm(TaskSpecific):
         self.stacking, self.gate = "task_major", "sigmoid"
         self.weight = nn.Parameter(torch.randn(num_tasks, num_features, dtype=torch.float64))
 
-    def forward(self, input: Tensor, *, tasks: Any = None, fan_out: bool = False) -> Tensor:
+    def forward(self, input: Tensor, *, tasks: Any = None, fan_out: bool | None = None) -> Tensor:
+        tasks, fan_out = self._route(input, tasks, fan_out)
         (weight,), rows = self._own_rows((self.weight,), tasks)
         weight, _ = self._take_part(weight if rows is None else weight[rows], rows, own_streams=False)
         normalised = functional.layer_norm(input, (self.num_features,))

@@ -24,6 +24,7 @@ from tsbn_kernels.task_specific import TaskSpecific
 
 VARIANTS = ("ts_sigma_bn", "tsbn")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_OWN = "_plain_class", "_tasks", "_participation", "_routers"  # attributes that only some layers have
 
 
 class FusedTSigmaBNAct(FusedTSigmaBN):
@@ -222,7 +223,7 @@ def plain_layer(layer: TaskSpecific, name: str, task: int) -> nn.Module:
     plain = layer.task(task)
     inside = plain[0] if isinstance(plain, nn.Sequential) else plain  # without the activation
     first: Any = kinds[kinds.index(TaskSpecific) - 1]  # the class that users' classes and ours extend
-    carry_attributes(layer, inside, known={*vars(first(1, 1)), "weight", "bias", "_plain_class", "_tasks"})
+    carry_attributes(layer, inside, known={*vars(first(1, 1)), "weight", "bias", *_OWN})
     carry_hooks(layer, plain)
     return plain
 

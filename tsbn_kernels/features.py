@@ -25,7 +25,9 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
         ValueError: a tensor is neither a batch of each task, nor known to be none.
         TypeError: there is no tensor, or something that may hold some.
     """
-    found = [features] if isinstance(features, Tensor) else structure.tensors(features)
+    if isinstance(features, Tensor) and _is_stacked(features, run, None):
+        return list(separate([features], run.count, run)[0]), []
+    found = structure.tensors(features)
     if not found:
         raise TypeError(
             f"the backbone must return a tensor, or a dict, list, tuple or dataclass with one, got "
@@ -42,8 +44,6 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
         shared = [[tensor, *(tensor.clone() for _ in range(run.count - 1))] for tensor in every]
     else:
         shared = [[tensor] * run.count for tensor in every]
-    if isinstance(features, Tensor):
-        return list((*streams, *shared)[0]), every
 
     def of(task: int) -> Any:
         def put(tensor: Tensor) -> Tensor:

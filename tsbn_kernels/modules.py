@@ -275,6 +275,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             if normalize is not task_batch_norm:
                 checks.check_tensor("input", x)
             return leaf_call(self, x, residual=residual, tasks=tasks, fan_out=fan_out)
+        tasks, fan_out = self._route(x, tasks, fan_out)
         fan_out = self.fan_out if fan_out is None else fan_out
         checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)

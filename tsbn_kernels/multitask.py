@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import capture, checks, participation, runs, structure
+from tsbn_kernels import capture, checks, runs, structure
 from tsbn_kernels.features import has_function, of_each_task
 from tsbn_kernels.recompute import recompute_outputs
 from tsbn_kernels.task_specific import TaskSpecific
@@ -66,7 +66,17 @@ class MultiTaskModel(nn.Module):
         self.tasks = tuple(heads)
         self._router = _Router()
         for _, layer in layers:
-            layer.register_forward_pre_hook(self._router.route, with_kwargs=True)
+            layer._routers = (*layer._routers, self._router)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes pickles from when hooks told the layers whose streams they get."""
+        super().__setstate__(state)
+        for layer in self.backbone.modules():
+            if isinstance(layer, TaskSpecific) and self._router not in layer._routers:
+                layer._routers = (*layer._routers, self._router)
+                for key, hook in list(layer._forward_pre_hooks.items()):
+                    if getattr(hook, "__self__", None) is self._router:
+                        del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
 
     def forward(self, inputs: Tensor | Mapping[str, Tensor], tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Runs the tasks, and gives what their heads return, by task name.
@@ -86,16 +96,12 @@ class MultiTaskModel(nn.Module):
             checks.check_tensor(name, batch)
             if batch.dim() == 0:
                 raise ValueError(f"{name} must have a batch dimension [N, ...], got shape []")
+        heads = self.heads
+        every_task = list(heads)
         if tasks is None:
-            tasks = list(self.heads) if isinstance(inputs, Tensor) else list(inputs)
-        if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
-            raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
-        if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(self.tasks):
-            raise ValueError(
-                f"tasks must be different ones of {', '.join(self.tasks)}, got {', '.join(tasks) or 'none'}"
-            )
-        if elsewhere := [task for task in tasks if task not in self.heads]:
-            raise ValueError(f"{', '.join(elsewhere)} runs on other ranks; this one has {', '.join(self.heads)}")
+            tasks = every_task if isinstance(inputs, Tensor) else list(inputs)
+        if tasks is not every_task:
+            self._check(tasks)
         if isinstance(inputs, Tensor):
             rows, every = self._streams(inputs, tasks, shared=True)
             streams = dict(zip(tasks, rows, strict=True))
@@ -109,9 +115,20 @@ class MultiTaskModel(nn.Module):
                 streams.update(zip(group, rows, strict=True))
                 every += common
         if len(tasks) == 1 or not every or torch.compiler.is_compiling():
-            return {task: self.heads[task](streams[task]) for task in tasks}
+            return {task: heads[task](streams[task]) for task in tasks}
         with _unchanged(every):
-            return {task: self.heads[task](streams[task]) for task in tasks}
+            return {task: heads[task](streams[task]) for task in tasks}
+
+    def _check(self, tasks: Sequence[str]) -> None:
+        if not isinstance(tasks, Sequence) or not all(isinstance(task, str) for task in tasks):
+            raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
+        if not tasks or len(set(tasks)) != len(tasks) or not set(tasks) <= set(self.tasks):
+            raise ValueError(
+                f"tasks must be different ones of {', '.join(self.tasks)}, got {', '.join(tasks) or 'none'}"
+            )
+        if elsewhere := set(tasks) - set(self.heads):
+            names, own = ", ".join(sorted(elsewhere)), ", ".join(self.heads)
+            raise ValueError(f"{names} runs on other ranks; this one has {own}")
 
     def _streams(self, x: Tensor, tasks: Sequence[str], *, shared: bool) -> tuple[list[Any], list[Tensor]]:
         """The features of each task, and those that all have; ``x`` is one batch for all of them, or theirs stacked."""
@@ -122,7 +139,7 @@ class MultiTaskModel(nn.Module):
         run = runs.Run(self._router, indices, count, x.shape[0] if shared else x.shape[0] // count, shared)
         runs.enter(run)
         try:
-            with recompute_outputs() if self.recompute else nullcontext(), participation.of_model() as passes:
+            with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
         except (RuntimeError, ValueError) as error:
             if shared and run.fanned_out and not torch.compiler.is_compiling():
@@ -131,10 +148,10 @@ class MultiTaskModel(nn.Module):
         finally:
             runs.leave(run)
         streams, every = of_each_task(features, run, self.backbone)
-        if passes is not None and passes.asked:
+        if run.passes is not None:
             for index, stream in enumerate(streams):
                 own = structure.tensors(stream)
-                passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
+                run.passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
 
 
@@ -172,14 +189,14 @@ def _unchanged(every: Sequence[Tensor]) -> Iterator[None]:
 
 
 class _Router:
-    """Tells the layers of a backbone, through a hook on each, whose streams they get. It does nothing between runs."""
+    """Tells the layers of a backbone whose streams they get, while the backbone runs."""
 
-    def route(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def route(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, bool] | None:
+        """The tasks of a call, None for all, and whether it fans out; None where no run of the model calls."""
         run, repeated = runs.current(self)
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if run is None or not isinstance(x, Tensor) or x.dim() == 0:
+        if run is None or x.dim() == 0:
             return None
-        return args, {**kwargs, "tasks": run.indices, "fan_out": _fans_out(layer, x, run, repeated)}
+        return run.indices, _fans_out(layer, x, run, repeated)
 
 
 def _fans_out(layer: nn.Module, x: Tensor, run: runs.Run, repeated: bool) -> bool:

@@ -8,15 +8,15 @@ several threads, behind checkpoints, and inside of compiled graphs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
 from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tsbn_kernels import runs
 
 
 class Participation:
@@ -90,14 +90,9 @@ def local(tensor: Any) -> Tensor:
 
 
 class Passes:
-    """Which of the streams of a call the last backward pass came from; of a model's, where it runs several layers.
-
-    Attributes:
-        asked: whether a layer that is watched has run.
-    """
+    """Which of the streams of a call the last backward pass came from; of a model's, where it runs several layers."""
 
     def __init__(self) -> None:
-        self.asked = False
         self._last: dict[int, int] = {}
 
     def watch(self, index: int, tensors: Iterable[Tensor]) -> None:
@@ -116,22 +111,6 @@ class Passes:
         return like.new_tensor([float(self._last.get(index) == this) for index in range(len(like))])
 
 
-_running: ContextVar[Passes | None] = ContextVar("running", default=None)
-
-
-@contextmanager
-def of_model() -> Iterator[Passes | None]:
-    """The layers that run inside have the streams of one model, whose outputs tell where a backward pass comes from."""
-    if torch.compiler.is_compiling():
-        yield None
-        return
-    token = _running.set(passes := Passes())
-    try:
-        yield passes
-    finally:
-        _running.reset(token)
-
-
 def of_call(own_streams: bool) -> Passes | None:
     """What tells which of the streams of a layer's call take part: themselves, or the model's that runs it.
 
@@ -139,10 +118,12 @@ def of_call(own_streams: bool) -> Passes | None:
     """
     if torch.compiler.is_compiling():
         return None
-    passes = _running.get()
-    if passes is None:
+    run = runs.innermost()
+    if run is None:
         return Passes() if own_streams else None
-    passes.asked = True
+    if run.passes is None:
+        run.passes = Passes()
+    passes: Passes = run.passes
     return passes
 
 

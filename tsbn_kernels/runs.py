@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -34,14 +34,32 @@ class Run:
         fanned_out: a layer has done so.
         flattened: numbers of rows, other than ``batch``, that such layers got: tokens or windows of the shared input.
         first, last: sequence numbers of the nodes of its graph.
+        passes: which of its streams a backward pass comes from (``participation.Passes``), where a layer is watched
+            that has run.
     """
+
+    fanned_out = False
+    flattened: tuple[int, ...] = ()
+    outer: Run | None = None
+    backward = first = last = -1
+    passes: Any = None
 
     def __init__(self, owner: Any, indices: Tensor | None, count: int, batch: int, shared: bool) -> None:
         self.owner, self.indices, self.count, self.batch, self.shared = owner, indices, count, batch, shared
-        self.fanned_out = False
-        self.flattened: tuple[int, ...] = ()
-        self.outer: Run | None = None
-        self.backward = self.first = self.last = -1
+
+
+class Router(Protocol):
+    """Tells the layers of a backbone whose streams they get."""
+
+    def route(self, layer: nn.Module, x: Tensor) -> tuple[Tensor | None, bool] | None:
+        """The tasks of a call, and whether it fans out; None where nothing is known of it."""
+
+
+class Graph(Protocol):
+    """The graph of a run, by the nodes that its outputs come from; it lives as long as the graph."""
+
+    run: Run
+    last: Sequence[Any]
 
 
 class _Running(threading.local):
@@ -50,7 +68,12 @@ class _Running(threading.local):
 
 
 _running = _Running()
-_graphs: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the last node of each run, as long as anybody has it
+_graphs: set[ref[Graph]] = set()  # those that are alive
+
+
+def innermost() -> Run | None:
+    """What this thread runs, if it runs anything."""
+    return _running.run
 
 
 def enter(run: Run) -> None:
@@ -68,10 +91,9 @@ def leave(run: Run) -> None:
         run.last = torch._C._autograd._get_sequence_nr()
 
 
-def remember(run: Run, node: Any) -> None:
-    """Lets the run be found by what the graph below ``node`` repeats, as long as that graph lives."""
-    node.run = run
-    _graphs[id(node)] = node
+def remember(graph: Graph) -> None:
+    """Lets the run of a graph be found by what that repeats, as long as it lives."""
+    _graphs.add(ref(graph, _graphs.discard))
 
 
 def current(owner: Any) -> tuple[Run | None, bool]:
@@ -95,11 +117,11 @@ def _repeated(owner: Any) -> Run | None:
     doubtful = False
     for node in _executing():
         number = node._sequence_nr()
-        for reference in _graphs.valuerefs():
-            last = reference()
-            if last is not None and last.run.owner is owner and last.run.first <= number < last.run.last:
-                if _leads_to(last, node):
-                    return last.run  # type: ignore[no-any-return]
+        for reference in list(_graphs):
+            graph = reference()
+            if graph is not None and graph.run.owner is owner and graph.run.first <= number < graph.run.last:
+                if _leads_to(graph.last, node):
+                    return graph.run
                 doubtful = True
     if doubtful and is_repetition():
         raise RuntimeError(
@@ -122,9 +144,9 @@ def _executing() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def _leads_to(node: Any, wanted: Any) -> bool:
+def _leads_to(nodes: Sequence[Any], wanted: Any) -> bool:
     """Whether a graph holds a node; what a node gets its gradient from was made after it."""
-    number, waiting, seen = wanted._sequence_nr(), [node], {node}
+    number, waiting, seen = wanted._sequence_nr(), [*nodes], {*nodes}
     while waiting:
         node = waiting.pop()
         if node is wanted:

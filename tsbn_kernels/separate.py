@@ -1,8 +1,9 @@
 """The streams of a stack as tensors of their own: over its memory, and yet each may be changed in place.
 
 Views of one stack are not that: autograd forbids to write to what ``unbind`` returns, and a write to one view counts as
-a change of all the others. These are no views. Each has a version counter of its own, so that a head which writes in
-place disturbs no other; what a stack's own operators have saved of it is checked when its gradient arrives.
+a change of all the others. What ``unsafe_chunk`` returns are no views. Each part has a version counter of its own, so
+that a head which writes in place disturbs no other. PyTorch's function leaves one thing to its users: what the stack's
+own operators have saved of it is checked here, before the gradient of any part goes on to them.
 """
 
 from __future__ import annotations
@@ -26,18 +27,16 @@ def separate(stacks: Sequence[Tensor], count: int, run: runs.Run | None = None) 
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         rows = [stack.unflatten(0, (count, stack.shape[0] // count)).unbind() for stack in stacks]
         return [[part.clone() for part in row] if row[0].requires_grad else row for row in rows]
-    differentiable = [stack for stack in stacks if stack.requires_grad] if torch.is_grad_enabled() else []
-    if not differentiable:
-        return [_cut(stack, count) for stack in stacks]
-    parts = Separate.apply(count, run, *differentiable)
-    if len(stacks) == 1:
-        return [parts]
-    rest = iter([parts[first : first + count] for first in range(0, len(parts), count)])
-    return [next(rest) if stack.requires_grad else _cut(stack, count) for stack in stacks]
-
-
-def _cut(stack: Tensor, count: int) -> list[Tensor]:
-    return aliases(stack.detach().unflatten(0, (count, stack.shape[0] // count)))
+    rows = [stack.unsafe_chunk(count) for stack in stacks]
+    nodes = [row[0].grad_fn for row in rows if row[0].grad_fn is not None]
+    if nodes:
+        cut = _Cut([(stack, *row) for stack, row in zip(stacks, rows, strict=True)])
+        for node in nodes:
+            node.register_prehook(cut)
+        if run is not None:
+            cut.run, cut.last = run, [stack.grad_fn for stack in stacks if stack.grad_fn is not None]
+            runs.remember(cut)
+    return rows
 
 
 def aliases(stack: Tensor) -> list[Tensor]:
@@ -45,48 +44,37 @@ def aliases(stack: Tensor) -> list[Tensor]:
     return [part.data for part in stack.unbind()]
 
 
-def _counter(tensor: Tensor, nothing: Tensor) -> Tensor:
-    """A tensor without memory that has the version counter of another."""
-    counter = tensor.detach()
-    counter.data = nothing
-    return counter
+def _counters(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors without memory that have the version counters of others."""
+    nothing = tensors[0].new_empty(0)
+    counters = [tensor.detach() for tensor in tensors]
+    for counter in counters:
+        counter.data = nothing
+    return counters
 
 
-class Separate(torch.autograd.Function):
-    """Cuts stacks into parts; the gradients of the parts are put together again in one copy."""
+class _Cut:
+    """A hook of the nodes that cut stacks: a stack counts as changed in place where one of its parts has been.
 
-    @staticmethod
-    def forward(ctx: Any, count: int, run: runs.Run | None, *stacks: Tensor) -> tuple[Tensor, ...]:
-        """Returns the parts of the first stack, then those of the second, and so on."""
-        ctx.set_materialize_grads(False)
-        ctx.count = count
-        ctx.counters, parts = [], []
-        for stack in stacks:
-            row, nothing = _cut(stack, count), stack.new_empty(0)
-            ctx.counters.append((_counter(stack, nothing), [_counter(part, nothing) for part in row]))
-            parts += row
-        ctx.overlap = len(stacks) > 1 and len({s.untyped_storage().data_ptr() for s in stacks}) < len(stacks)
-        if run is not None:
-            runs.remember(run, ctx)
-        return tuple(parts)
+    Args:
+        rows: each stack and its parts.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        for stack, parts in ctx.counters:
+    run: runs.Run
+    last: Sequence[Any]
+
+    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        self._counters = [_counters(row) for row in rows if not row[0].is_inference()]
+        differentiable = [row[0] for row in rows if row[0].requires_grad]
+        memory = {stack.untyped_storage().data_ptr() for stack in differentiable} if len(differentiable) > 1 else ()
+        self._overlap = len(differentiable) > len(memory) > 0
+
+    def __call__(self, _: tuple[Tensor, ...]) -> None:
+        for stack, *parts in self._counters:
             if any(part._version for part in parts):
-                if ctx.overlap:
+                if self._overlap:
                     raise RuntimeError(
                         "a head has changed its stream in place, and other outputs of the backbone share its memory; "
                         "let the backbone return a clone() of one of them"
                     )
                 torch.autograd.graph.increment_version(stack)  # what saved the stack in the backbone gets an error
-        stacks = [gradients[first : first + ctx.count] for first in range(0, len(gradients), ctx.count)]
-        return None, None, *map(_together, stacks)
-
-
-def _together(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """One stack of the parts' gradients, zero where there is none."""
-    if all(gradient is None for gradient in gradients):
-        return None
-    like = next(gradient for gradient in gradients if gradient is not None)
-    return torch.cat([torch.zeros_like(like) if gradient is None else gradient for gradient in gradients])

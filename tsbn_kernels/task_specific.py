@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels import capture, checks, participation
+from tsbn_kernels import capture, checks, participation, runs
 
 
 class TaskSpecific(nn.Module):
@@ -17,8 +17,8 @@ class TaskSpecific(nn.Module):
     Conversion back, sharding, export, parameter groups, checkpoints of plain models and
     :class:`~tsbn_kernels.MultiTaskModel` take any layer of this class. A subclass sets the attributes, has
     :meth:`task` and :meth:`_expand_plain_state`, and takes ``num_tasks`` and ``num_features`` as its first two
-    arguments. Its ``forward`` takes ``tasks`` (:meth:`_own_rows`) and ``fan_out`` (whether x is one input for all of
-    them), and lets the optimiser know what ran (:meth:`_take_part`).
+    arguments. Its ``forward`` asks whose streams it gets (:meth:`_route`), takes their rows (:meth:`_own_rows`) and
+    lets the optimiser know what ran (:meth:`_take_part`).
 
     Attributes:
         num_tasks: T.
@@ -33,6 +33,7 @@ class TaskSpecific(nn.Module):
     weight: nn.Parameter
     _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
     _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer
+    _routers: tuple[runs.Router, ...] = ()  # of the models that it is in the backbone of
 
     @property
     def gates(self) -> Tensor:
@@ -55,6 +56,15 @@ class TaskSpecific(nn.Module):
         if not -self.num_tasks <= index < self.num_tasks:
             raise IndexError(f"task {index} is out of range for num_tasks={self.num_tasks}")
         return index
+
+    def _route(
+        self, x: Tensor, tasks: Sequence[int] | Tensor | None, fan_out: bool | None
+    ) -> tuple[Sequence[int] | Tensor | None, bool | None]:
+        """The tasks of a call and whether it fans out: as asked for, or as the model says that runs the layer."""
+        for router in self._routers:
+            if (found := router.route(self, x)) is not None:
+                tasks, fan_out = found
+        return tasks, fan_out
 
     def _own_rows(
         self, vectors: tuple[Any, ...], tasks: Sequence[int] | Tensor | None
