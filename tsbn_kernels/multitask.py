@@ -70,7 +70,7 @@ class MultiTaskModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from when hooks told the layers whose streams they get."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for layer in self.backbone.modules():
             if isinstance(layer, TaskSpecific) and self._router not in layer._routers:
                 layer._routers = (*layer._routers, self._router)
