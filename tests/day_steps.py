@@ -48,11 +48,16 @@ def differs(setting: Setting) -> list[Case]:
 
 
 def loses_the_device(setting: Setting) -> list[Case]:
+    worker = sys.modules["__main__"]
+
     def lose() -> None:
-        sys.modules["__main__"].is_usable = lambda _: False  # type: ignore[attr-defined]
+        worker.is_usable = lambda _: False  # type: ignore[attr-defined]
         raise RuntimeError("an illegal memory access was encountered")
 
-    return [Case("illegal", lose), Case("after", lambda: None)]
+    def works() -> None:
+        assert worker.is_usable("cpu")
+
+    return [Case("illegal", lose), Case("after", works)]
 
 
 def dies_at_its_end(setting: Setting) -> list[Case]:
