@@ -27,7 +27,7 @@ report: $(VENV)/installed
 # On a machine with a GPU, everything for real within ten minutes, then a verdict; a second call goes on where the first
 # one stopped: make gpu-check GPU_CHECK_ARGS="--seconds=1200 --fresh"
 gpu-check: $(VENV)/installed
-	$(BIN)/python -m pytest tests/on_gpu -q -n1 --maxschedchunk=1 --max-worker-restart=20 --device=auto --seconds=600 --record=results/gpu-check.jsonl $(GPU_CHECK_ARGS)
+	$(BIN)/python -m pytest tests/on_gpu tests/test_modules.py -q -n1 --maxschedchunk=1 --max-worker-restart=20 --device=auto --seconds=600 --record=results/gpu-check.jsonl $(GPU_CHECK_ARGS)
 
 # Fails where a hot path takes more instructions than its baseline; and makes those of now the baseline of machines like
 # this one. What a shared machine's time tells: python -m benchmarks compare A.json B.json

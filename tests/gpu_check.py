@@ -25,7 +25,18 @@ from benchmarks import environment
 from benchmarks.gpu_day import sources
 
 # What decides comes first, by names of files; the last adds to it as the time allows, and is not missed.
-ORDER = ("machine", "launch_kinds", "options", "graphs", "streams", "repeats", "large", "sanitizer", "random_options")
+ORDER = (
+    "machine",
+    "launch_kinds",
+    "options",
+    "modules",
+    "graphs",
+    "streams",
+    "repeats",
+    "large",
+    "sanitizer",
+    "random_options",
+)
 SECONDS = 90.0  # after which a test is taken to hang, unless it is marked with its own "patience"
 CPU_PATIENCE = 4  # times as long there
 MOST_LINES, MOST_NAMES = 25, 5
@@ -74,6 +85,13 @@ def device_named(name: str) -> str:
 def device(request: pytest.FixtureRequest) -> str:
     """For tests that run on any device: that of ``--device``, or else the CPU."""
     return request.config.option.device or "cpu"
+
+
+@pytest.fixture
+def on_device(device: str) -> Iterator[None]:
+    """Lets the test make its tensors on the device, where it does not say otherwise."""
+    with torch.device(device):
+        yield
 
 
 class Check:

@@ -57,6 +57,7 @@ def assert_same_statistics(layer: Any, oracles: list[Any]) -> None:
 
 
 @layers
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -87,6 +88,7 @@ def test_several_steps_equal_plain_layers(
 
 
 @layers
+@pytest.mark.usefixtures("on_device")
 def test_leading_task_axis(fused: Any, plain: Any, spatial: tuple[int, ...]) -> None:
     """[T, N, C, *] is read whatever the stacking of flat batches; [T, N, C] would look like [T*N, C, L]."""
     if not spatial:
