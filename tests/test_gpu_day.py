@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, python_output
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -228,6 +228,20 @@ def test_a_case_that_was_cut_off_runs_again(tmp_path):
     journal.note(tmp_path, "step", **note)
     assert statuses(results.read(tmp_path, "good", "k")) == {"a": "passed"}
     assert results.read(tmp_path, "good", "other").cases == {}
+
+
+WITHOUT_PYTEST = """
+import sys
+sys.modules["pytest"] = sys.modules["hypothesis"] = sys.modules["xdist"] = None
+from benchmarks import cli
+from benchmarks.gpu_day import ceilings, checks, counters, kernels, network, ready, speed, sweeping, worker
+from on_gpu import calls, kinds, steps
+print("imported")
+"""
+
+
+def test_measuring_needs_no_pytest():
+    assert python_output(WITHOUT_PYTEST).split() == ["imported"]
 
 
 def test_the_tests_of_a_gpu_need_pytest_and_say_what_failed(tmp_path, monkeypatch):
