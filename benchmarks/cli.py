@@ -28,8 +28,8 @@ COMMANDS = {
 class OnDemand(TyperGroup):
     """Imports the module of a command for that command alone; for the list of all, every one."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"commands": dict(COMMANDS)})  # for the list, and for what a wrong name may mean
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
