@@ -130,7 +130,8 @@ def bars(axes: Axes, groups: Bars, base: float = 1.0, line: float = 1.0, label: 
         if any(errors):
             axes.errorbar(left, heights, errors, fmt="none", ecolor="black", elinewidth=0.8)
         if name == FUSED or len(groups) * len(series) <= _LABELLED:
-            axes.bar_label(drawn, [f"{height:.2g}" for height in heights], fontsize=7, padding=2)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # a whisker does not strike a value out
+            axes.bar_label(drawn, [f"{height:.2g}" for height in heights], fontsize=7, padding=2, bbox=box, zorder=4)
     axes.axhline(line, color="black", linewidth=1, linestyle="--" if label else "-", label=label)
     axes.margins(y=0.12)
     axes.set_xticks(range(len(groups)), [tick(group) for group in groups])
