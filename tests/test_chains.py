@@ -160,6 +160,11 @@ def test_activations(act: nn.Module, activation: str | None) -> None:
     assert repr(revert_model(model, 0)) == repr(plain)
 
 
+def _keep(model: Any, x: Tensor) -> Tensor:
+    model.kept = {"features": [model.norm(x)]}
+    return model.act(model.kept["features"][0])  # type: ignore[no-any-return]
+
+
 WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[str], set[str]]] = {
     "twice": (lambda m, x: m.act(m.norm(m.act(m.norm(x)))), {"norm"}, {"act"}),
     "identity between": (lambda m, x: m.act(m.nothing(m.norm(x))), {"norm"}, {"act"}),
@@ -168,6 +173,7 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[str], set[str]]] = {
     "only evaluation": (lambda m, x: m.act(m.norm(x) if m.training else m.other(x)), {"norm", "other"}, {"act"}),
     "skip": (lambda m, x: (y := m.norm(x)) + m.act(y), set(), set()),
     "in place, of what is read": (_in_place, set(), set()),
+    "kept as an attribute": (_keep, set(), set()),
     "drop between": (lambda m, x: m.act(m.drop(m.norm(x))), set(), set()),
     "addition between": (lambda m, x: m.act(m.norm(x) + x), set(), set()),
     "one of two calls": (lambda m, x: m.norm(m.act(m.norm(x))), set(), set()),
@@ -196,6 +202,8 @@ def test_only_what_an_activation_alone_follows_is_fused(inplace: bool, way: str)
     x = torch.randn(T * N, 3, 4, 4, dtype=torch.float64)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), unfused(x))
+    torch.testing.assert_close(getattr(model, "kept", None), getattr(unfused, "kept", None))
+    vars(model).pop("kept", None), vars(unfused).pop("kept", None)
     back, expected = revert_model(model, 1), revert_model(unfused, 1)
     assert repr(back) == repr(expected)
     assert list(back.state_dict()) == list(expected.state_dict())

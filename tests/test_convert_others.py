@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,13 +190,17 @@ class Holder(nn.Module):
             "nested": {"norms": (1, [norm])},
             "method": norm.forward,
             "closure": lambda x: norm(x),  # noqa: PLW0108
+            "set": {norm},
+            "object": SimpleNamespace(norm=deque([norm])),
+            "partial": partial(norm.__call__),
         }[way]
         self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
         held = self.held
         norm = held[0] if self.way == "list" else held["norms"][1][0] if self.way == "nested" else held
-        return norm(self.conv(x))
+        norm = next(iter(held)) if self.way == "set" else held.norm[0] if self.way == "object" else norm
+        return norm(self.conv(x))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -212,10 +219,20 @@ def test_a_layer_stands_wherever_its_plain_layer_did(way: str, inplace: bool) ->
     torch.testing.assert_close(back(x[N : 2 * N]), converted(x)[N : 2 * N], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fuse_activation", [True, False])
 @pytest.mark.parametrize("inplace", [True, False])
-def test_a_normalisation_that_is_called_from_a_closure_is_named(inplace: bool) -> None:
+@pytest.mark.parametrize("way", ["closure", "set", "object", "partial"])
+@pytest.mark.filterwarnings("ignore:activations stay unfused")
+def test_a_normalisation_that_is_called_from_elsewhere_is_named(way: str, inplace: bool, fuse_activation: bool) -> None:
     with pytest.warns(UserWarning, match=r"'norm' is called by the model as an object of its own.* stays plain"):
-        convert_model(Holder("closure"), T, inplace=inplace)
+        convert_model(Holder(way), T, inplace=inplace, fuse_activation=fuse_activation)
+
+
+def test_a_model_that_holds_itself_and_much_more_converts_without_a_word() -> None:
+    model = Holder("list")
+    model.owner, model.rows = [model], list(range(200_000))
+    model.note = lambda: model
+    assert isinstance(convert_model(model, T).norm, FusedTSigmaBN2d)
 
 
 class FrozenBatchNorm2d(nn.Module):

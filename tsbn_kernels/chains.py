@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsbn_kernels import sites
 from tsbn_kernels.activations import FUNCTION_NAMES, Name, of_function, of_module
+from tsbn_kernels.held import held
 from tsbn_kernels.modules import FusedTSigmaBN
 from tsbn_kernels.plain import CALL_HOOKS, has_hooks, is_plain, leaf_call
 from tsbn_kernels.task_specific import TaskSpecific
@@ -161,6 +162,7 @@ def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: Collecti
         tracer = Tracer()
         graph = tracer.trace(twin, concrete_args=defaults)
         unknown += tracer.unknown
+        kept_nodes = {proxy.node for proxy in held(twin, lambda value: isinstance(value, fx.Proxy))}
         called = {node: twin.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
         modules = {node: own[module] for node, module in called.items()}
         inner = {part for module in modules.values() for part in module.modules() if part is not module}
@@ -171,7 +173,8 @@ def find_chains(model: nn.Module, norms: Mapping[nn.Module, str], kept: Collecti
         for node, norm in modules.items():
             if norm in norms:
                 nodes = _follow(node, modules)
-                behind[norm].append(nodes[-1] if calls[nodes[-1]].activation and not _watched(nodes, model) else None)
+                watched = _watched(nodes, model) or not kept_nodes.isdisjoint(nodes[:-1])
+                behind[norm].append(nodes[-1] if calls[nodes[-1]].activation and not watched else None)
     return _choose(norms, behind, calls)._replace(unknown=list(dict.fromkeys(unknown)))
 
 

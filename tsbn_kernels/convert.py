@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tsbn_kernels import checks
 from tsbn_kernels.activations import of_module
 from tsbn_kernels.chains import find_chains, fuse, unfuse
+from tsbn_kernels.held import held
 from tsbn_kernels.modules import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.plain import carry_attributes, carry_hooks, copy_of, deviation, is_plain
 from tsbn_kernels.starts import Starts
@@ -161,9 +162,10 @@ def convert_model(
         raise ValueError(
             f"{type(model).__name__} has no batch normalisation to convert, apart from what is excluded{found}"
         )
-    called = {module: name for name, module in model.named_modules()}
+    names_of: dict[Any, str] = {model.get_submodule(name): name for name in classes}
     if not inplace:
         model = copy_of(model)
+        names_of |= {model.get_submodule(name): name for name in classes}
     starts = Starts(variant, pretrained)
     layers = {
         (norm := model.get_submodule(name)): _task_specific(
@@ -177,9 +179,17 @@ def convert_model(
             f"{checks.some(shared)} stay shared by all tasks: they are none of PyTorch's or timm's BatchNorms"
         )
     activations: dict[nn.Module, nn.Module] = {}
+    unknown: list[nn.Module] = []
     if fuse_activation:
-        activations = _fuse(model, layers, _modules_under(model, names), called, complaints)
+        activations = _fuse(model, layers, _modules_under(model, names), unknown, complaints)
     model = _replace(model, {**layers, **activations})
+    unknown += held(model, lambda value: isinstance(value, _BatchNorm) and value in names_of)
+    if unknown:
+        places = dict.fromkeys(repr(names_of.get(module, module)) for module in unknown)
+        complaints.append(
+            f"{checks.some(places)} is called by the model as an object of its own, from a closure, a set, an "
+            f"object or the like, and stays plain and shared by all tasks; call it as a module of the model"
+        )
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return model
@@ -258,7 +268,7 @@ def _fuse(
     model: nn.Module,
     layers: dict[nn.Module, FusedTSigmaBN],
     excluded: set[nn.Module],
-    called: dict[nn.Module, str],
+    unknown: list[nn.Module],
     complaints: list[str],
 ) -> dict[nn.Module, nn.Module]:
     """Gives the layers the activations that follow them; returns what takes the place of these.
@@ -267,7 +277,7 @@ def _fuse(
         model: the model.
         layers: those that take the place of its normalisation.
         excluded: modules that stay.
-        called: the names of the modules of the model that the user has.
+        unknown: gets the normalisation that the model calls and that is none of its modules.
         complaints: gets what the user is to be told.
     """
     norms: dict[nn.Module, str] = {}
@@ -294,12 +304,7 @@ def _fuse(
             f"them calls them elsewhere too, or its code cannot be read; a module of its own for each place, such as "
             f"nn.ReLU, would be fused"
         )
-    if chains.unknown:
-        unknown = [repr(called[module]) if module in called else repr(module) for module in chains.unknown]
-        complaints.append(
-            f"{checks.some(unknown)} is called by the model as an object of its own, from a closure or the "
-            f"like, and stays plain and shared by all tasks; call it as a module of the model"
-        )
+    unknown += chains.unknown
     return fuse(chains, layers)
 
 
