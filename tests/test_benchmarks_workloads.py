@@ -72,11 +72,22 @@ def records_of(layer: Layer) -> list[Record]:
     median = {"fused": 1.0, "loop": 1.0 + layer.times}
     return [
         Record(
-            case.record_name, layer.name, case.shape, case.dtype, case.memory_format, "forward", impl, time, 0.0, 1.0,
-            2 * case.tensor_bytes, 1 / time, *rest,
+            case.record_name,
+            layer.name,
+            case.shape,
+            case.dtype,
+            case.memory_format,
+            "forward",
+            impl,
+            time,
+            0.0,
+            1.0,
+            2 * case.tensor_bytes,
+            1 / time,
+            *rest,
         )
         for impl, time in median.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_shapes_are_parsed():

@@ -20,10 +20,20 @@ SIZES = (1, 2, 3, 4, 5, 8, 16, 17, 33)
 ACTIVATIONS = (None, None, *TABLE)
 INVERTIBLE = (None, *(name for name, row in TABLE.items() if row.invertible))
 KINDS = {
-    "num_tasks": "int", "training": "bool", "momentum": "float", "eps": "float", "gate": "str", "stacking": "str",
-    "activation": "str", "negative_slope": "float", "fan_out": "bool", "recover_input": "bool", "num_features": "int",
-    "bias": "bool", "track_running_stats": "bool",
-}  # fmt: skip
+    "num_tasks": "int",
+    "training": "bool",
+    "momentum": "float",
+    "eps": "float",
+    "gate": "str",
+    "stacking": "str",
+    "activation": "str",
+    "negative_slope": "float",
+    "fan_out": "bool",
+    "recover_input": "bool",
+    "num_features": "int",
+    "bias": "bool",
+    "track_running_stats": "bool",
+}
 TENSORS = ("x", "weight", "bias", "running_mean", "running_var", "residual")
 
 
@@ -312,12 +322,22 @@ def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
     if momentum is None and tracked:
         momentum = 1 / (rows["num_batches_tracked"].double() + 1)[:, None]
     arguments = {
-        "x": x, "weight": rows["weight"], "bias": None if bias is None else rows["bias"],
-        "running_mean": rows.get("running_mean"), "running_var": rows.get("running_var"),
-        "residual": step.get("residual"), "num_tasks": len(indices), "training": batch, "momentum": momentum,
-        "eps": layer.eps, "gate": layer.gate, "stacking": stacking, "activation": layer.activation,
-        "negative_slope": layer.negative_slope, "fan_out": fan_out,
-    }  # fmt: skip
+        "x": x,
+        "weight": rows["weight"],
+        "bias": None if bias is None else rows["bias"],
+        "running_mean": rows.get("running_mean"),
+        "running_var": rows.get("running_var"),
+        "residual": step.get("residual"),
+        "num_tasks": len(indices),
+        "training": batch,
+        "momentum": momentum,
+        "eps": layer.eps,
+        "gate": layer.gate,
+        "stacking": stacking,
+        "activation": layer.activation,
+        "negative_slope": layer.negative_slope,
+        "fan_out": fan_out,
+    }
     problem = check(arguments, y.detach(), {}, seed)
     if problem or not tracked:
         return problem

@@ -58,10 +58,20 @@ def _encoded(text: str, name: str) -> Encoded:
 
 
 def launch(
-    ptx: str, name: str, grid: Dim, block: Dim, args: Sequence[Any], *,
-    cluster: Dim | None = None, shared: int = 0, cooperative: bool = False, schedule: str | int = "forward",
-    stores_may_collide: bool = False, names: Sequence[str] | None = None, patience: int = 50_000_000,
-) -> Report:  # fmt: skip
+    ptx: str,
+    name: str,
+    grid: Dim,
+    block: Dim,
+    args: Sequence[Any],
+    *,
+    cluster: Dim | None = None,
+    shared: int = 0,
+    cooperative: bool = False,
+    schedule: str | int = "forward",
+    stores_may_collide: bool = False,
+    names: Sequence[str] | None = None,
+    patience: int = 50_000_000,
+) -> Report:
     """Runs a kernel and returns what it did; a broken rule raises Violation.
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.

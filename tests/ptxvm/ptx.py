@@ -227,9 +227,20 @@ class _Parser:
         guard, second = (self.resolve(name) if name else None for name in (found["guard"], also))
         negated, guard_negated = any(o[0] == "!" for o in texts), found["negated"] == "!"
         plain = " ".join(text.split()) + ";"
-        kernel.instructions.append(Instruction(
-            line, plain, found["opcode"], tuple(operands), offset, negated, guard, guard_negated, second, self.location
-        ))  # fmt: skip
+        kernel.instructions.append(
+            Instruction(
+                line,
+                plain,
+                found["opcode"],
+                tuple(operands),
+                offset,
+                negated,
+                guard,
+                guard_negated,
+                second,
+                self.location,
+            )
+        )
 
     def resolve(self, name: str) -> str:
         """The unique name of a register; other names are returned as they are."""

@@ -22,11 +22,17 @@ H100, A100 = DEVICES["H100"], DEVICES["A100"]
 NVIDIA = [device for device in DEVICES.values() if device.target.startswith("sm_")]
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 33, 49, 64, 255, 1000, 4096, 70001])
 WORKS = st.builds(
-    Work, st.sampled_from([1, 3, 40]), SIZES, SIZES, SIZES, st.sampled_from([2, 4, 8]),
-    st.sampled_from(["rows", "columns"]), st.sampled_from(["forward", "backward"]), st.booleans(), st.booleans(),
-    st.booleans(), st.booleans(), st.booleans(), st.booleans(), activation=st.sampled_from([NONE, *ACTIVATIONS]),
-    residual=st.booleans(), needs_dresidual=st.booleans(), fan_out=st.booleans(),
-)  # fmt: skip
+    Work,
+    st.sampled_from([1, 3, 40]),
+    SIZES,
+    SIZES,
+    SIZES,
+    item_size=st.sampled_from([2, 4, 8]),
+    family=st.sampled_from(["rows", "columns"]),
+    direction=st.sampled_from(["forward", "backward"]),
+    activation=st.sampled_from([NONE, *ACTIVATIONS]),
+    **{field.name: st.booleans() for field in dataclasses.fields(Work) if field.type == "bool"},
+)
 CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 
 

@@ -73,8 +73,19 @@ def test_text_that_ends_too_early() -> None:
 
 
 def test_literals() -> None:
-    values = {"12": 12, "-7": -7, "0x1F": 31, "0b101": 5, "017": 15, "5U": 5, "0f3F800000": 0x3F800000, "0d3FF0000000000000": 0x3FF0000000000000,
-              "1.5": 0x3FF8000000000000, "%r1": None, "x": None}  # fmt: skip
+    values = {
+        "12": 12,
+        "-7": -7,
+        "0x1F": 31,
+        "0b101": 5,
+        "017": 15,
+        "5U": 5,
+        "0f3F800000": 0x3F800000,
+        "0d3FF0000000000000": 0x3FF0000000000000,
+        "1.5": 0x3FF8000000000000,
+        "%r1": None,
+        "x": None,
+    }
     assert {text: literal(text) for text in values} == values
 
 

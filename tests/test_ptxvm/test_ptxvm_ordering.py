@@ -49,14 +49,25 @@ MESSAGE = """@!%z exit;
 SOUND = {
     "release and acquire": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "system scope": ("st.release.sys.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
-    "fences": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", "fence.acq_rel.gpu;"),
-    "a narrow fence and a wide one": ("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];",
-                                      "fence.acq_rel.cta; fence.acq_rel.gpu;"),
+    "fences": (
+        "fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;",
+        "ld.relaxed.gpu.global.u32 %d, [%m+4];",
+        "fence.acq_rel.gpu;",
+    ),
+    "a narrow fence and a wide one": (
+        "fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%m+4], 1;",
+        "ld.relaxed.gpu.global.u32 %d, [%m+4];",
+        "fence.acq_rel.cta; fence.acq_rel.gpu;",
+    ),
     "old fences": ("membar.gl; st.volatile.global.u32 [%m+4], 1;", "ld.volatile.global.u32 %d, [%m+4];", "membar.sys;"),
     "atomics": ("atom.acq_rel.gpu.global.add.u32 %d, [%m+4], 1;", "atom.acq_rel.gpu.global.or.b32 %d, [%m+4], 0;", ""),
     "a reduction": ("red.release.gpu.global.max.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
-    "a release sequence": ("st.release.gpu.global.u32 [%m+4], 0; red.relaxed.gpu.global.add.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
-}  # fmt: skip
+    "a release sequence": (
+        "st.release.gpu.global.u32 [%m+4], 0; red.relaxed.gpu.global.add.u32 [%m+4], 1;",
+        "ld.acquire.gpu.global.u32 %d, [%m+4];",
+        "",
+    ),
+}
 UNSOUND = {
     "no release": ("st.relaxed.gpu.global.u32 [%m+4], 1;", "ld.acquire.gpu.global.u32 %d, [%m+4];", ""),
     "no acquire": ("st.release.gpu.global.u32 [%m+4], 1;", "ld.relaxed.gpu.global.u32 %d, [%m+4];", ""),
