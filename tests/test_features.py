@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tsbn_kernels import MultiTaskModel, convert_model, revert_model
 
@@ -40,6 +41,13 @@ class Output(OrderedDict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         super().__setattr__(key, value)
+
+
+class Checked(Pair):
+    """Takes one argument, and computes the other."""
+
+    def __new__(cls, low: Tensor) -> Checked:
+        return super().__new__(cls, low, low * 2)
 
 
 class Rows(list[Any]):
@@ -99,6 +107,7 @@ STRUCTURES: dict[str, Callable[[Any, Tensor], Any]] = {
     "list": lambda _, y: [y, [y.mean((2, 3))]],
     "named tuple": lambda _, y: Pair(y, y[..., ::2]),
     "typed tuple": lambda _, y: Typed(y),
+    "named tuple with a constructor of its own": lambda _, y: Checked(y),
     "what max returns": lambda _, y: y.flatten(2).max(2),
     "dict": lambda _, y: {"low": y, "more": {"high": y * 2, 3: None}},
     "ordered dict": lambda _, y: OrderedDict(low=y, high=[y * 2]),
@@ -207,6 +216,11 @@ def test_what_may_be_either_is_an_error() -> None:
     [
         (lambda _, y: SimpleNamespace(y=y), TypeError, "returned a SimpleNamespace, and it is not known"),
         (lambda _, y: {y}, TypeError, "returned a set"),
+        (
+            lambda _, y: pack_padded_sequence(y.flatten(2), [16] * len(y), batch_first=True),
+            TypeError,
+            "returned a PackedSequence, and it is not known",
+        ),
         (lambda _, y: len(y), TypeError, "must return a tensor, or a dict, list, tuple or dataclass with one, got int"),
         (lambda _, y: [None], TypeError, "must return a tensor, .* got list"),
         (lambda _, y: (y, y[:4]), ValueError, "2 samples for each of 3 tasks, got a tensor of shape"),

@@ -219,6 +219,11 @@ def test_all_modes_of_differentiation() -> None:
         tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(primal, torch.ones_like(primal)))).tangent
     torch.testing.assert_close(tangent, torch.func.jvp(function, (primal,), (torch.ones_like(primal),))[1])
     torch.func.vmap(function)(torch.stack([primal, primal]))
+    scale = torch.ones(C, dtype=torch.float64, requires_grad=True)  # as the parameters of a backbone are
+    jacobians = [
+        transform(lambda x: function(x * scale))(primal) for transform in (torch.func.jacfwd, torch.func.jacrev)
+    ]
+    torch.testing.assert_close(*jacobians)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -24,9 +24,10 @@ def separate(stacks: Sequence[Tensor], count: int, run: runs.Run | None = None) 
     The graph of the streams says what ``run`` it belongs to. In graphs of ``torch.compile``, in forward mode and under
     the transforms of ``torch.func`` they are copies, which the compiler leaves out where nobody writes.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed or torch.compiler.is_compiling():
         rows = [stack.unflatten(0, (count, stack.shape[0] // count)).unbind() for stack in stacks]
-        return [[part.clone() for part in row] if row[0].requires_grad else row for row in rows]
+        return [[part.clone() for part in row] if transformed or row[0].requires_grad else row for row in rows]
     rows = [stack.unsafe_chunk(count) for stack in stacks]
     nodes = [row[0].grad_fn for row in rows if row[0].grad_fn is not None]
     if nodes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 _PLAIN = (Number, str, bytes, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt)
 
@@ -35,7 +36,7 @@ def replaced(value: Any, put: Callable[[Tensor], Any]) -> Any:
         return value
     if isinstance(value, Mapping):
         return _mapping(value, {key: replaced(entry, put) for key, entry in value.items()})
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):  # whose rows are no samples
         return _sequence(value, [replaced(entry, put) for entry in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
@@ -57,7 +58,7 @@ def _mapping(like: Any, items: dict[Any, Any]) -> Any:
 def _sequence(like: Any, entries: list[Any]) -> Any:
     if isinstance(like, list):
         return entries if type(like) is list else _filled(like, enumerate(entries))
-    return type(like)(*entries) if hasattr(like, "_fields") else type(like)(entries)
+    return like._make(entries) if hasattr(like, "_make") else type(like)(entries)
 
 
 def _filled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
