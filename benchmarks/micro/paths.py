@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.host import stubbed_launches
-from tsbn_kernels import FusedTSigmaBN2d
+from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model
 from tsbn_kernels.backends import triton
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.ops import operators
@@ -118,12 +118,24 @@ def _backward() -> Callable[[], object]:
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
+def _model() -> Callable[[], object]:
+    """A step of a model that routes its streams."""
+    samples, channels, height, width = TINY
+    layers = [module for _ in range(2) for module in (nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))]
+    heads = {str(task): nn.Linear(channels * height * width, 1) for task in range(TASKS)}
+    model = MultiTaskModel(convert_model(nn.Sequential(*layers, nn.Flatten()), TASKS, pretrained=False), heads)
+    x, dys = torch.randn(TINY), [torch.randn(samples, 1) for _ in range(TASKS)]
+    leaves = list(model.parameters())
+    return lambda: torch.autograd.grad([*model(x).values()], leaves, dys)
+
+
 def _host() -> Iterator[HotPath]:
     yield HotPath("host: module, training", partial(_module, True))
     yield HotPath("host: module, evaluation", partial(_module, False))
     yield HotPath("host: functional", _functional)
     yield HotPath("host: operator", partial(_kernel, "forward", TINY))
     yield HotPath("host: backward", _backward)
+    yield HotPath("host: model, step", _model)
     if triton.available:  # what precedes a launch on a GPU: the call of a backend whose kernels do not run
         yield HotPath("host: Triton forward, launch stubbed", partial(_module, True), stubbed_launches)
         yield HotPath("host: Triton backward, launch stubbed", _backward, stubbed_launches)
