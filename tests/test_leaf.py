@@ -9,7 +9,7 @@ import torch
 from networks import look_trained
 from torch import Tensor, fx, nn
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, convert_model, revert_model
+from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, revert_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +53,26 @@ def test_late_fan_out_is_a_leaf() -> None:
     late = nn.Sequential(LateFanOut(T, 4, pool=nn.MaxPool2d(2), conv=nn.Conv2d(4, 6, 1)))
     x = torch.randn(N, 4, 6, 6)
     torch.testing.assert_close(fx.symbolic_trace(late)(x), late(x))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.model = MultiTaskModel(convert_model(encoder(), T), {"a": nn.Flatten(), "b": nn.Flatten()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.model(self.stem(x), tasks=["b"])
+        return outputs["b"] * 2  # type: ignore[no-any-return]
+
+
+def test_a_model_is_a_leaf() -> None:
+    model = Around()
+    traced = fx.symbolic_trace(model)
+    x = torch.randn(N, 3, 6, 6)
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(TypeError, match="cannot trace MultiTaskModel '' by itself: take a tracer"):
+        fx.symbolic_trace(model.model)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):

@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tsbn_kernels import capture, checks, runs, structure
 from tsbn_kernels.features import has_function, of_each_task
+from tsbn_kernels.plain import leaf_call
 from tsbn_kernels.recompute import recompute_outputs
 from tsbn_kernels.task_specific import TaskSpecific
 
@@ -91,6 +92,8 @@ class MultiTaskModel(nn.Module):
             ValueError: a task is unknown, named twice, or has no input; or there is none.
             TypeError: an input is no tensor, or ``tasks`` no sequence of names.
         """
+        if isinstance(inputs, fx.Proxy):
+            return leaf_call(self, inputs, tasks=tasks)  # type: ignore[no-any-return]
         batches = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
         for name, batch in batches.items():
             checks.check_tensor(name, batch)
