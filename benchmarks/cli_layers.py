@@ -221,10 +221,15 @@ def _sweep(
         case
         for count in counts
         for case in cases(
-            sizes, tasks=count, batch=batch, dtypes=dtypes, memory_formats=formats, device=device,
+            sizes,
+            tasks=count,
+            batch=batch,
+            dtypes=dtypes,
+            memory_formats=formats,
+            device=device,
             workload=SERIES[series],
         )
-    ]  # fmt: skip
+    ]
 
 
 def _measure(

@@ -77,9 +77,20 @@ def profile(
     last = profiles[variants[-1]]
     if last.kernels:
         program = [
-            "python", "-m", "benchmarks", "profile", "--nvtx", "--variant", variants[-1], "--tasks", str(tasks),
-            "--batch", str(batch), "--device", str(where),
-        ]  # fmt: skip
+            "python",
+            "-m",
+            "benchmarks",
+            "profile",
+            "--nvtx",
+            "--variant",
+            variants[-1],
+            "--tasks",
+            str(tasks),
+            "--batch",
+            str(batch),
+            "--device",
+            str(where),
+        ]
         table = output / "ncu.csv"
         console.print("\nNsight Compute, and the table of what it finds:", highlight=False)
         console.print(ncu.command(last.kernels, table, program), highlight=False, soft_wrap=True)

@@ -31,14 +31,14 @@ def _kinds(records: Sequence[Record], pass_: str) -> dict[str, list[Record]]:
     }
 
 
-Values = dict[str, tuple[float, float]]  # of bars, with half of a whisker
+BarValues = dict[str, tuple[float, float]]  # of bars, with half of a whisker
 
 
 def _by_layer(
-    records: Sequence[Record], pass_: str, values: Callable[[Mapping[str, Record]], Values]
-) -> dict[str, dict[str, Values]]:
+    records: Sequence[Record], pass_: str, values: Callable[[Mapping[str, Record]], BarValues]
+) -> dict[str, dict[str, BarValues]]:
     """Groups of bars for each layer that has some, a panel for each dtype and memory format."""
-    found: dict[str, dict[str, Values]] = {}
+    found: dict[str, dict[str, BarValues]] = {}
     for kind, of in _kinds(records, pass_).items():
         layers: dict[str, dict[str, Record]] = {}
         for record in of:
@@ -79,7 +79,7 @@ def time_in_copies(records: Sequence[Record]) -> Figure:
 def speedups(records: Sequence[Record], pass_: str) -> Figure | None:
     """How many times as long each peer takes, by layer; None where there is no peer of the fused layer."""
 
-    def over(row: Mapping[str, Record]) -> Values:
+    def over(row: Mapping[str, Record]) -> BarValues:
         fused = row.get(FUSED)
         if fused is None:
             return {}
@@ -92,7 +92,7 @@ def speedups(records: Sequence[Record], pass_: str) -> Figure | None:
 
 def mean_speedups(rows: Sequence[Means]) -> Figure | None:
     """The geometric means over the layers and their intervals, a panel for each pass; None where there are no peers."""
-    found: dict[str, dict[str, Values]] = {}
+    found: dict[str, dict[str, BarValues]] = {}
     for row in rows:
         widths = {name: interval.half_width for name, interval in row.intervals.items()}
         values = {name: (ratio, ratio * widths.get(name, 0.0)) for name, ratio in row.over.items()}
@@ -104,7 +104,7 @@ def mean_speedups(rows: Sequence[Means]) -> Figure | None:
 def copy_fractions(records: Sequence[Record], pass_: str) -> Figure | None:
     """Useful bytes a second over the copy's, by layer: of the fused layer, and of the best peer of each layer."""
 
-    def fractions(row: Mapping[str, Record]) -> Values:
+    def fractions(row: Mapping[str, Record]) -> BarValues:
         if FUSED not in row:
             return {}
         found = {name: record.fraction_of_copy_bandwidth or math.nan for name, record in row.items()}

@@ -9,26 +9,30 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 
 
-def good(setting: Setting) -> list[Case]:
-    return [Case("a", lambda: None), Case("b", partial(print, "printed"))]
+def good(setting: Setting) -> list[Measurement]:
+    return [Measurement("a", lambda: None), Measurement("b", partial(print, "printed"))]
 
 
-def crashes(setting: Setting) -> list[Case]:
-    return [Case("before", lambda: None), Case("abort", os.abort), Case("after", lambda: None)]
+def crashes(setting: Setting) -> list[Measurement]:
+    return [Measurement("before", lambda: None), Measurement("abort", os.abort), Measurement("after", lambda: None)]
 
 
-def always_crashes(setting: Setting) -> list[Case]:
-    return [Case(f"abort {index}", os.abort) for index in range(20)]
+def always_crashes(setting: Setting) -> list[Measurement]:
+    return [Measurement(f"abort {index}", os.abort) for index in range(20)]
 
 
-def hangs(setting: Setting) -> list[Case]:
-    return [Case("before", lambda: None), Case("hang", partial(time.sleep, 600)), Case("after", lambda: None)]
+def hangs(setting: Setting) -> list[Measurement]:
+    return [
+        Measurement("before", lambda: None),
+        Measurement("hang", partial(time.sleep, 600)),
+        Measurement("after", lambda: None),
+    ]
 
 
-def lingers(setting: Setting) -> list[Case]:
+def lingers(setting: Setting) -> list[Measurement]:
     """Starts a program and waits; their numbers are in files."""
 
     def linger() -> None:
@@ -37,17 +41,17 @@ def lingers(setting: Setting) -> list[Case]:
             (Path(setting.folder) / name).write_text(str(number))
         child.wait()
 
-    return [Case("linger", linger)]
+    return [Measurement("linger", linger)]
 
 
-def differs(setting: Setting) -> list[Case]:
+def differs(setting: Setting) -> list[Measurement]:
     def wrong() -> None:
         raise AssertionError("dx differs in 3 of 9 values\nand more")
 
-    return [Case("right", lambda: None), Case("dx", wrong), Case("after", lambda: None)]
+    return [Measurement("right", lambda: None), Measurement("dx", wrong), Measurement("after", lambda: None)]
 
 
-def loses_the_device(setting: Setting) -> list[Case]:
+def loses_the_device(setting: Setting) -> list[Measurement]:
     worker = sys.modules["__main__"]
 
     def lose() -> None:
@@ -57,24 +61,24 @@ def loses_the_device(setting: Setting) -> list[Case]:
     def works() -> None:
         assert worker.is_usable("cpu")
 
-    return [Case("illegal", lose), Case("after", works)]
+    return [Measurement("illegal", lose), Measurement("after", works)]
 
 
-def dies_at_its_end(setting: Setting) -> list[Case]:
+def dies_at_its_end(setting: Setting) -> list[Measurement]:
     import atexit
 
-    return [Case("registers", lambda: atexit.register(os._exit, 7) and None)]
+    return [Measurement("registers", lambda: atexit.register(os._exit, 7) and None)]
 
 
-def broken(setting: Setting) -> list[Case]:
+def broken(setting: Setting) -> list[Measurement]:
     raise ValueError("the step itself is broken")
 
 
-def left_out(setting: Setting) -> list[Case]:
+def left_out(setting: Setting) -> list[Measurement]:
     raise SkippedError("the tool is missing")
 
 
-def counted(setting: Setting) -> list[Case]:
+def counted(setting: Setting) -> list[Measurement]:
     """Three cases that note their runs; the second fails until there is a file "mended"."""
 
     def note(name: str) -> None:
@@ -82,4 +86,4 @@ def counted(setting: Setting) -> list[Case]:
             file.write(f"{name}\n")
         assert name != "second" or (Path(setting.folder) / "mended").exists()
 
-    return [Case(name, partial(note, name)) for name in ("first", "second", "third")]
+    return [Measurement(name, partial(note, name)) for name in ("first", "second", "third")]

@@ -22,7 +22,7 @@ class Setting:
     folder: str
 
 
-class Case(NamedTuple):
+class Measurement(NamedTuple):
     """Something to be measured: ``run`` raises where it fails, and may give details for the record."""
 
     name: str

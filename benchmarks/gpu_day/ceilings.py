@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Case, Setting
+from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.facts import FACTS
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import measure, step_candidate, summarize, timer_for
@@ -19,12 +19,15 @@ from tsbn_kernels import FusedTSigmaBN2d, use_backend
 BYTES, QUICK_BYTES = 4 << 30, 8 << 20
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """The machine; its ceilings; what a layer costs the host by each backend."""
-    found = [Case(name, partial(fact, setting.device)) for name, fact in FACTS.items()]
-    found += [Case("memory", partial(memory, setting)), Case("empty kernel", partial(empty_kernel, setting))]
+    found = [Measurement(name, partial(fact, setting.device)) for name, fact in FACTS.items()]
+    found += [
+        Measurement("memory", partial(memory, setting)),
+        Measurement("empty kernel", partial(empty_kernel, setting)),
+    ]
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
-    return found + [Case(f"host, {backend}", partial(host, backend, setting)) for backend in backends]
+    return found + [Measurement(f"host, {backend}", partial(host, backend, setting)) for backend in backends]
 
 
 def memory(setting: Setting) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.sources import ROOT
 
 SECONDS = {"launches": 60.0, "checks": 90.0, "memcheck": 120.0}  # of the steps
@@ -19,17 +19,17 @@ NEEDED = ("pytest", "xdist", "hypothesis")
 CHECKS = "graphs", "streams", "repeats", "large"
 
 
-def launches(setting: Setting) -> list[Case]:
+def launches(setting: Setting) -> list[Measurement]:
     """The smallest call of every kind of launch of each backend, against float64."""
-    return [Case("tests", partial(run, "launches", ("launch_kinds",), setting))]
+    return [Measurement("tests", partial(run, "launches", ("launch_kinds",), setting))]
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """Graphs, streams, the same bits again and again, large tensors."""
-    return [Case("tests", partial(run, "checks", CHECKS, setting))]
+    return [Measurement("tests", partial(run, "checks", CHECKS, setting))]
 
 
-def memcheck(setting: Setting) -> list[Case]:
+def memcheck(setting: Setting) -> list[Measurement]:
     """compute-sanitizer's memcheck alone, over one small call of each kind of launch.
 
     Raises:
@@ -37,7 +37,7 @@ def memcheck(setting: Setting) -> list[Case]:
     """
     if shutil.which("compute-sanitizer") is None:
         raise SkippedError("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
-    return [Case("tests", partial(run, "memcheck", ("sanitizer",), setting, "-k", "memcheck"))]
+    return [Measurement("tests", partial(run, "memcheck", ("sanitizer",), setting, "-k", "memcheck"))]
 
 
 def run(name: str, files: tuple[str, ...], setting: Setting, *options: str) -> dict[str, Any]:
@@ -51,10 +51,19 @@ def run(name: str, files: tuple[str, ...], setting: Setting, *options: str) -> d
         raise SkippedError(f"the tests need {', '.join(missing)}, not installed here")
     record = Path(setting.folder) / f"{name}.jsonl"
     command = [
-        sys.executable, "-m", "pytest", "-q", "-n1", "--maxschedchunk=1", "--max-worker-restart=5",
-        f"--device={setting.device}", f"--seconds={BEGIN * SECONDS[name]}", f"--record={record}", *options,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n1",
+        "--maxschedchunk=1",
+        "--max-worker-restart=5",
+        f"--device={setting.device}",
+        f"--seconds={BEGIN * SECONDS[name]}",
+        f"--record={record}",
+        *options,
         *(str(ROOT / "tests" / "on_gpu" / f"test_{file}.py") for file in files),
-    ]  # fmt: skip
+    ]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     summary = record.with_suffix(".md")
     verdict = summary.read_text().splitlines()[2] if summary.exists() else f"pytest ended with status {status}"

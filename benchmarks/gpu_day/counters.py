@@ -17,7 +17,7 @@ import torch
 from benchmarks import ncu
 from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.registry import PEERS
 from benchmarks.workloads import CELEBA
 from tsbn_kernels import use_backend
@@ -25,7 +25,7 @@ from tsbn_kernels import use_backend
 COUNTED = (("bn4", "contiguous"), ("bn2", "channels_last"), ("bn1", "contiguous"))
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """A forward and a backward pass of three layers, of each backend.
 
     Raises:
@@ -35,7 +35,7 @@ def cases(setting: Setting) -> list[Case]:
         raise SkippedError("ncu is not on the PATH; it comes with the CUDA toolkit")
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
     return [
-        Case(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
+        Measurement(f"{backend}, {layer} {order}", partial(count, backend, layer, order, setting))
         for layer, order in COUNTED
         for backend in backends
     ]

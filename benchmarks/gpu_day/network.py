@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import environment
 from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Case, Setting
+from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.risky import risky
 from benchmarks.measure import Effort, measure, step_candidate, summarize, timer_for
 from benchmarks.network import task_specific_network, train_step
@@ -44,14 +44,14 @@ class Autocast(nn.Module):
         return logits.float()
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """The loop at the largest batch that it can train; the main ones of ours at the same, and one at its largest."""
     backends = [entrant.backend for entrant in race.ours(torch.device(setting.device))]
     first, rest = [], []
     for memory_format in ("channels_last", "contiguous"):
 
-        def case(name: str, run: Callable[..., Any], *arguments: Any, order: str = memory_format) -> Case:
-            return Case(f"{name}, {order}", partial(run, *arguments, order, setting))
+        def case(name: str, run: Callable[..., Any], *arguments: Any, order: str = memory_format) -> Measurement:
+            return Measurement(f"{name}, {order}", partial(run, *arguments, order, setting))
 
         first.append(case(f"{LOOP}, largest batch", largest, LOOP, ""))
         for backend in backends:

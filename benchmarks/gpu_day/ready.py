@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.sources import ROOT
 
 LIBRARIES = ("_native", "_cuda")
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """The libraries, Triton's kernels, and a program that asks how many clusters the device holds."""
     found = {"libraries": build, "Triton's kernels": compile_kernels, "clusters": clusters}
-    return [Case(name, partial(run, setting)) for name, run in found.items()]
+    return [Measurement(name, partial(run, setting)) for name, run in found.items()]
 
 
 def build(setting: Setting) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def capability(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability(torch.device(device))
 
 
-def sweep(setting: Setting) -> list[Case]:
+def sweep(setting: Setting) -> list[Measurement]:
     """The kernels of the sweep's plans, which are many."""
-    return [Case("Triton's kernels", partial(compile_kernels, setting, "swept"))]
+    return [Measurement("Triton's kernels", partial(compile_kernels, setting, "swept"))]
 
 
 def compile_kernels(setting: Setting, which: str = "planned") -> dict[str, Any]:

@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import Case as LayerCase
+from benchmarks.cases import Case
 from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_day import race
-from benchmarks.gpu_day.case import Case, Setting
+from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.race import Entrant
 from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 
@@ -21,32 +21,32 @@ DTYPES, FORMATS = ("bfloat16", "float32"), ("contiguous", "channels_last")
 COMPILED = ("compiled_folded", "compiled_reference")
 
 
-def celeba(setting: Setting) -> list[Case]:
+def celeba(setting: Setting) -> list[Measurement]:
     """Every layer of the CelebA network at full size."""
     device = torch.device(setting.device)
     return _races(_celeba(setting), [*race.ours(device), *race.peers(device)], setting, "speed")
 
 
-def compiled(setting: Setting) -> list[Case]:
+def compiled(setting: Setting) -> list[Measurement]:
     """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
     device = torch.device(setting.device)
     todo, names = (_celeba(setting)[:1], COMPILED[:1]) if setting.quick else (_celeba(setting)[:3], COMPILED)
     return _races(todo, race.peers(device, names), setting, "speed")
 
 
-def others(setting: Setting) -> list[Case]:
+def others(setting: Setting) -> list[Measurement]:
     """Layers of ResNet-50 and SegNet, where the host may take more time than the kernels."""
     device = torch.device(setting.device)
     return _races(_others(setting), [*race.ours(device), *race.peers(device)], setting, "layers")
 
 
-def planned() -> list[LayerCase]:
+def planned() -> list[Case]:
     """All layers at full size, on no device."""
     setting = Setting("meta", False, "")
     return _celeba(setting) + _others(setting)
 
 
-def _celeba(setting: Setting) -> list[LayerCase]:
+def _celeba(setting: Setting) -> list[Case]:
     layers = sorted(CELEBA.layers, key=lambda layer: ORDER.index(layer.name))
     if setting.quick:
         layers = [layers[0], layers[-1]]  # small ones are all alike
@@ -59,7 +59,7 @@ def _celeba(setting: Setting) -> list[LayerCase]:
     return list(dict.fromkeys(found))  # 1-d layers have no memory format
 
 
-def _others(setting: Setting) -> list[LayerCase]:
+def _others(setting: Setting) -> list[Case]:
     found = []
     for workload in (RESNET50[0], SEGNET):
         layers = sorted(workload.layers, key=lambda layer: -layer.elements * layer.times)
@@ -67,9 +67,7 @@ def _others(setting: Setting) -> list[LayerCase]:
     return found
 
 
-def _cases(
-    workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting
-) -> list[LayerCase]:
+def _cases(workload: Workload, layers: Iterable[Layer], dtype: str, memory_format: str, setting: Setting) -> list[Case]:
     """The layers at full size, or with ``quick`` small."""
     tasks, batch = workload.tasks, workload.batch
     if setting.quick:
@@ -86,7 +84,7 @@ def _cases(
     )
 
 
-def _races(todo: Iterable[LayerCase], entrants: list[Entrant], setting: Setting, kind: str) -> list[Case]:
+def _races(todo: Iterable[Case], entrants: list[Entrant], setting: Setting, kind: str) -> list[Measurement]:
     gc.collect()
     gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
-    return [Case(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo]
+    return [Measurement(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo]

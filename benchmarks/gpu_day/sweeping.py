@@ -10,19 +10,19 @@ import torch
 
 from benchmarks import environment
 from benchmarks.gpu_day import sweep
-from benchmarks.gpu_day.case import Case, Setting
+from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.measure import Timer, timer_for
 
 MOST_QUICK = 4
 
 
-def cases(setting: Setting) -> list[Case]:
+def cases(setting: Setting) -> list[Measurement]:
     """Most telling first."""
     device = torch.device(setting.device)
     found = sweep.candidates(environment.device_name(device))
     timer = timer_for(device)
     return [
-        Case(str(number), partial(run, candidate, timer, setting))
+        Measurement(str(number), partial(run, candidate, timer, setting))
         for number, candidate in enumerate(found[: MOST_QUICK if setting.quick else None])
     ]
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 
 from benchmarks.gpu_day import journal, results
-from benchmarks.gpu_day.case import Case, Setting, SkippedError
+from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.results import CaseResult
 
 DEVICE_LOST = 3  # exit status: a kernel has left the device unusable to this process
@@ -39,7 +39,7 @@ def main(name: str, cases: str, key: str, seconds: str, where: str) -> None:
     note = partial(journal.note, setting.folder, step=name, key=key)
     module, _, function = cases.partition(":")
     try:
-        planned: list[Case] = getattr(importlib.import_module(module), function)(setting)
+        planned: list[Measurement] = getattr(importlib.import_module(module), function)(setting)
     except SkippedError as error:
         note("step", left_out=str(error))
         return
@@ -58,7 +58,7 @@ def main(name: str, cases: str, key: str, seconds: str, where: str) -> None:
             sys.exit(DEVICE_LOST)
 
 
-def attempt(case: Case, device: str) -> CaseResult:
+def attempt(case: Measurement, device: str) -> CaseResult:
     """What becomes of a case; an error of a kernel is that of the case that launched it."""
     started = time.perf_counter()
     status, message, details = "passed", "", None
