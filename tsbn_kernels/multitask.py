@@ -93,7 +93,7 @@ class MultiTaskModel(nn.Module):
             TypeError: an input is no tensor, or ``tasks`` no sequence of names.
         """
         if isinstance(inputs, fx.Proxy):
-            return leaf_call(self, inputs, tasks=tasks)  # type: ignore[no-any-return]
+            return leaf_call(self, inputs, tasks=tasks)
         batches = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
         for name, batch in batches.items():
             checks.check_tensor(name, batch)
