@@ -24,6 +24,7 @@ from benchmarks.offline import COMPILER, Call, Resources, compile_call, fingerpr
 from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
 from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
+from tsbn_kernels.options import Gradients, Options, Saved
 from tsbn_kernels.plan import DEVICES, Device, Plan
 from tsbn_kernels.plan import triton as rules
 
@@ -117,20 +118,20 @@ class LaidOut:
 
     def plan(self, pass_: str, device: Device) -> Plan:
         """The plan of one of its passes."""
-        activation, residual, fan_out = self.fused
-        back = pass_ == "backward"
+        back, residual = pass_ == "backward", self.fused.residual
         work = work_of(
-            self.activation(fan_out=fan_out),
-            self.shape[0],
-            self.stacking,
+            self.activation(fan_out=self.fused.fan_out),
+            self.options(),
             direction="backward" if back else "forward",
             training=pass_ != "eval",
-            activation=activation,
             residual=residual,
             needs_dresidual=back and residual,
-            fan_out=fan_out,
         )
         return rules.plan(work, device)
+
+    def options(self) -> Options:
+        """What a call of it is asked for."""
+        return Options(self.shape[0], 1e-5, "sigmoid", self.stacking, self.fused.activation, fan_out=self.fused.fan_out)
 
     def calls(self, plan: Plan) -> list[Call]:
         """The launches of such a plan."""
@@ -138,15 +139,15 @@ class LaidOut:
         y, x = self.activation(), self.activation(fan_out=fan_out)
         vector = torch.empty((self.shape[0], self.shape[2]), device="meta")
         bias, added = vector if activation != "none" else None, y if residual else None
-        options = self.shape[0], self.stacking, 1e-5, "sigmoid", added
+        options, saved = (self.options(), added), Saved(x, vector, bias, added, vector, vector)
         with recorded() as calls:
             if plan.work.direction == "backward":
                 gradients = (FanOutBackward if fan_out else Backward)(plan, y, x, *options)
                 dx, dresidual = gradients.input_like(x), gradients.stacked_like(y) if residual else None
-                gradients(y, x, vector, bias, vector, vector, added, dx, vector, None, dresidual)
+                gradients(y, saved, Gradients(dx, vector, None, dresidual))
             else:
                 values = (FanOutForward if fan_out else Forward)(plan, x, *options)
-                values(x, values.stacked_like(x), vector, bias, vector, vector, added)
+                values(saved, values.stacked_like(x))
         return calls
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from benchmarks.cases import DTYPES, Case, Inputs
 from benchmarks.workloads import NO_ACTIVATION
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, activations, reference
+from tsbn_kernels.options import Options
 
 MOMENTUM = 0.1
 EPS = 1e-5
@@ -230,8 +231,8 @@ class _Functional(Peer):
 
 
 def _reference_step(x: Tensor, gamma: Tensor, running_mean: Tensor, running_var: Tensor, activation: str) -> Tensor:
-    options = gamma.shape[0], EPS, "sigmoid", "task_major", None, activation, SLOPE
-    y, mean, var = reference.forward_training(x, gamma, None, *options)
+    options = Options(gamma.shape[0], EPS, "sigmoid", "task_major", activation, SLOPE)
+    y, mean, var = reference.forward_training(x, gamma, None, None, options)
     count = x.numel() // gamma.numel()
     with torch.no_grad():
         running_mean.lerp_(mean.detach(), MOMENTUM)

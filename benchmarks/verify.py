@@ -14,7 +14,8 @@ from benchmarks.cases import DTYPES, Case, Inputs
 from benchmarks.peers import EPS, MOMENTUM, SLOPE, Outcome, Peer
 from benchmarks.records import OURS
 from tsbn_kernels import reference
-from tsbn_kernels.activations import EPILOGUES
+from tsbn_kernels.activations import EPILOGUES, NONE
+from tsbn_kernels.options import Needs, Options, Saved
 
 
 class MismatchError(Exception):
@@ -83,18 +84,18 @@ class Expected:
                 x, dy, y_part, dx_part = (tensor[task, :, channels] for tensor in tensors)
                 x64, dy64 = x.double(), dy.double()
                 gamma64 = inputs.gamma[task : task + 1, channels].double()
-                options = 1, EPS, "sigmoid", "task_major"
-                epilogue = None, case.activation, SLOPE
-                result, mean, var = reference.forward_training(x64, gamma64, None, *options, *epilogue)
+                options = Options(1, EPS, "sigmoid", "task_major", case.activation, SLOPE)
+                result, mean, var = reference.forward_training(x64, gamma64, None, None, options)
+                saved, needs = Saved(x64, gamma64, None, None, mean, var), Needs(True, True, False, False)
                 if kinks := EPILOGUES[case.activation].kinks:
-                    z = reference.normalize(x64, gamma64, None, mean, var, *options)
+                    linear = options._replace(activation=NONE)
+                    z = reference.forward_eval(saved, linear)
                     for kink in kinks:
                         dy64.masked_fill_((z - kink).abs() < KINK, 0.0)
                     dy.copy_(dy64)
-                flags = True, True, True, False  # training; gradients of x and gamma, there is no bias
-                gradient, gate_gradient, *_ = reference.backward(
-                    dy64, x64, gamma64, mean, var, *options, *flags, None, *epilogue
-                )
+                gradient, gate_gradient, *_ = reference.backward(dy64, saved, True, needs, options)
+                assert gradient is not None
+                assert gate_gradient is not None
                 y_part.copy_(result)
                 dx_part.copy_(gradient)
                 dgamma[task, channels] = gate_gradient[0]

@@ -14,6 +14,7 @@ from support import (
     assert_relative,
     assert_same_bits,
     assert_within,
+    defined,
     in_double,
     problem,
     threads,
@@ -21,7 +22,6 @@ from support import (
 )
 from torch import Tensor
 
-from tsbn_kernels import reference
 from tsbn_kernels.activations import ACTIVATIONS, EPILOGUES
 
 ops = torch.ops.tsbn
@@ -89,7 +89,7 @@ def without_kinks(call: Call, given: tuple[Tensor, Tensor] | None = None) -> Cal
     kinks = EPILOGUES[call.activation].kinks
     plain = call._replace(activation="none", given=call.given if given is None else given)
     for _ in range(50):
-        z = forward(plain.in_double(), reference)[0] if kinks else torch.empty(0)
+        z = forward(plain.in_double(), defined)[0] if kinks else torch.empty(0)
         near = near_kinks(z, call.activation, KINK)
         if not near.any():
             return call
@@ -137,7 +137,7 @@ def run(call: Call, by: Any = ops) -> Outcome:
 
 def assert_correct(call: Call, got: Outcome, slack: float = 1.0) -> None:
     """Against the definition in float64 on the same rounded input; ``slack`` widens all but the last units."""
-    dtype, wanted = call.p.x.dtype, run(call.in_double(), reference)
+    dtype, wanted = call.p.x.dtype, run(call.in_double(), defined)
 
     def scale(tensor: Tensor) -> float:
         return slack * max(1.0, float(tensor.abs().max()) / 4) if tensor.numel() else 1.0

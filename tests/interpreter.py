@@ -34,10 +34,10 @@ from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.triton import launch, ops
 from tsbn_kernels.backends.triton import passes as backend_passes
 from tsbn_kernels.backends.triton.passes import Pass
+from tsbn_kernels.ops import flat
 from tsbn_kernels.plan import Device
 
 PACKAGE = "tsbn_kernels.backends.triton"
-OPERATORS = ("forward_training", "forward_eval", "backward", "moments", "input_gradient")
 
 
 # ---- the interpreter -------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def dispatched(device: Device, overflow: bool = False) -> Iterator[None]:
     library = torch.library.Library("tsbn", "IMPL")
     with interpreted(device, overflow):
         try:
-            for name in OPERATORS:
-                library.impl(name, backend.operator(name), "CPU", allow_override=True)
+            for name, operator in flat(ops)._asdict().items():
+                library.impl(name, operator, "CPU", allow_override=True)
             yield
         finally:
             library._destroy()

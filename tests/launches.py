@@ -16,9 +16,10 @@ from benchmarks.fake_driver import STREAM, Driver
 from tsbn_kernels import ops
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.backends.triton.launch import Launch
+from tsbn_kernels.options import Saved
 from tsbn_kernels.plan import DEVICES
 
-TRITON = ops.operators("triton")
+TRITON = ops.flat(ops.operators("triton"))
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
 Place = tuple[int, ...]
 
@@ -150,7 +151,7 @@ def far_apart() -> None:
         run.x = (stride, *run.x[1:])
         run.slab._run = None
         for _ in range(2):
-            run(call.p.x, torch.empty_like(call.p.x), call.p.weight, call.p.bias, mean, var)
+            run(Saved(call.p.x, call.p.weight, call.p.bias, None, mean, var), torch.empty_like(call.p.x))
 
 
 def main(driver: Driver) -> dict[str, Any]:

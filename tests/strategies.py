@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from support import BACKWARD, DTYPES, FORWARD, GATES, STACKINGS, Tolerance, assert_within
+from support import BACKWARD, DTYPES, FORWARD, GATES, STACKINGS, Tolerance, assert_within, defined
 from torch import Tensor
 
-from tsbn_kernels import layout, reference
+from tsbn_kernels import layout
 from tsbn_kernels.functional import task_batch_norm
 
 NEEDS = [needs for needs in itertools.product((True, False), repeat=3) if any(needs)]
@@ -108,11 +108,11 @@ def assert_equals_the_definition(call: Call) -> None:
     assert exact_weight is not None
     options = call.num_tasks, call.eps, call.gate, call.stacking
     if call.training:
-        mean, var = reference.statistics(exact_x, call.num_tasks, call.stacking)
+        mean, var = defined.moments(exact_x, call.num_tasks, call.stacking)
     else:
         mean, var = (vector.double() for vector in statistics)
-    expected = reference.normalize(exact_x, exact_weight, exact_bias, mean, var, *options)
-    exact = reference.backward(
+    expected = defined.forward_eval(exact_x, exact_weight, exact_bias, mean, var, *options)
+    exact = defined.backward(
         call.dy.double(), exact_x, exact_weight, mean, var, *options, call.training, True, True, True
     )
     # Few values may lie close together, far from zero: then (x - mean) / std has fewer digits than x.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout, memory, reference
+from tsbn_kernels import layout, memory, ops, reference
 from tsbn_kernels.backends import cpu, triton
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -22,6 +22,7 @@ STACKINGS = layout.STACKINGS
 FORMATS = ("contiguous", "channels_last")
 GATES = ("sigmoid", "identity")
 BACKENDS = ("native", "triton") if triton.available else ("native",)
+defined = ops.flat(reference)  # the definition, as functions of flat arguments
 ROOT = Path(__file__).parent.parent
 
 
@@ -203,9 +204,9 @@ def run(p: Problem) -> Results:
 def definition(p: Problem) -> Results:
     """The same from the reference in float64."""
     p = in_double(p)
-    y, mean, var = reference.forward_training(p.x, p.weight, p.bias, *p.options)
+    y, mean, var = defined.forward_training(p.x, p.weight, p.bias, *p.options)
     return Results(
-        y, mean, var, *reference.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)[:3]
+        y, mean, var, *defined.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)[:3]
     )
 
 

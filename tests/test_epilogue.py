@@ -25,13 +25,13 @@ from support import (
     STACKINGS,
     assert_same_bits,
     assert_within,
+    defined,
     fill_cache_with_nan,
     in_memory_format,
     problem,
 )
 from torch import Tensor
 
-from tsbn_kernels import reference
 from tsbn_kernels.activations import ACTIVATIONS, TABLE, as_module
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -104,7 +104,7 @@ def test_leaky_relu_inverted_on_load(training: bool, memory_format: str, dtype: 
     options = (*p.options, training, True, True, True, None, None, "inverse_leaky_relu", SLOPE)
     got = ops.backward(p.dy, p.x, p.weight, p.bias, var, *options)
     wide = [tensor.double() for tensor in (p.dy, p.x, p.weight, p.bias, var)]
-    for actual, wanted in zip(got, reference.backward(*wide, *options), strict=True):
+    for actual, wanted in zip(got, defined.backward(*wide, *options), strict=True):
         scale = max(1.0, float(wanted.abs().max())) * 4 if wanted.numel() else 1.0
         assert_within(actual, wanted, BACKWARD[dtype], scale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from support import assert_matches_definition, problem, run
 
 from tsbn_kernels import backends, use_backend
 from tsbn_kernels.backends.fallback import Health, KernelError, guarded
+from tsbn_kernels.ops import flat
+from tsbn_kernels.options import Options
 
 Operator = Callable[..., Any]
 
@@ -274,9 +277,9 @@ def test_only_a_kernel_proves_a_backend(launches: Any) -> None:
 
     p = problem(2, 2, 1, (2,))
     with interpreted(device(threads=64)):
-        triton.operator("forward_training")(p.x[:0], p.weight, p.bias, *p.options)
+        triton.operator("forward_training")(p.x[:0], p.weight, p.bias, None, Options(*p.options))
         assert not triton.health.proved
-        triton.operator("forward_training")(p.x, p.weight, p.bias, *p.options)
+        triton.operator("forward_training")(p.x, p.weight, p.bias, None, Options(*p.options))
         assert triton.health.proved
 
 
@@ -296,9 +299,10 @@ def test_an_operator_of_which_one_kernel_fails(launches: Any, broken: str, monke
         function = property(lambda self: too_large if self.kernel == broken else whole.fget(self))
         patch.setattr(launches.Launch, "function", function)
         try:
-            for name in ("forward_training", "forward_eval", "backward"):
-                chain = guarded(triton.health, name, triton.operator, getattr(last, name))
-                library.impl(name, chain, "CPU", allow_override=True)
+            names = ("forward_training", "forward_eval", "backward")
+            chains = {name: guarded(triton.health, name, triton.operator, getattr(last, name)) for name in names}
+            for name, operator in flat(SimpleNamespace(**chains))._asdict().items():
+                library.impl(name, operator, "CPU", allow_override=True)
             assert len(messages(lambda: [assert_matches_definition(p, run(p)) for _ in range(3)])) == 1
         finally:
             library._destroy()

@@ -18,6 +18,7 @@ from benchmarks.gpu_day import sweep
 from benchmarks.gpu_day.constants import CONSTANTS, changed
 from benchmarks.measure import HostTimer
 from tsbn_kernels.backends import cuda, triton
+from tsbn_kernels.options import Needs, Options, Saved
 from tsbn_kernels.plan import DEVICES
 from tsbn_kernels.plan import cuda as cuda_rules
 
@@ -119,11 +120,13 @@ def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({one.plan.variant for one in some}) > 2
     for one in some:
         x, dy, gamma, var = sweep._inputs(one.case)[0]
+        options = Options(3, 1e-5, "sigmoid", "task_major")
+        saved = Saved(x, gamma, None, None, gamma, var)
         with sweep.forced(one.plan):
             if one.direction == "forward":
-                cuda.forward_training(x, gamma, None, 3, 1e-5, "sigmoid", "task_major")
+                cuda.forward_training(x, gamma, None, None, options)
             else:
-                cuda.backward(dy, x, gamma, gamma, var, 3, 1e-5, "sigmoid", "task_major", True, True, True, False)
+                cuda.backward(dy, saved, True, Needs(True, True, False, False), options)
         plan = one.plan
         assert isinstance(plan, cuda_rules.CudaPlan)
         assert [kernel[3:] for kernel in told] == [

@@ -20,6 +20,7 @@ from support import (
     assert_relative,
     assert_same_bits,
     assert_within,
+    defined,
     fill_cache_with_nan,
     in_memory_format,
     threads,
@@ -30,6 +31,7 @@ from torch._subclasses import FakeTensorMode
 from tsbn_kernels import reference
 from tsbn_kernels.activations import ACTIVATIONS
 from tsbn_kernels.backends import cuda
+from tsbn_kernels.ops import flat, operators
 
 ops = torch.ops.tsbn
 BOTH = (False, True)
@@ -62,11 +64,11 @@ def assert_correct(call: Call, by: Any = ops) -> None:
     """Against the definition in float64, and the fake kernels' strides."""
     dtype, tasks = call.p.x.dtype, call.p.num_tasks if call.shared else 1
     mean, var = moments(call, by)
-    exact_mean, exact_var = moments(call.in_double(), reference)
+    exact_mean, exact_var = moments(call.in_double(), defined)
     assert_within(mean, exact_mean, Tolerance(STATISTICS[dtype], 1), torch.maximum(exact_mean.abs(), exact_var.sqrt()))
     assert_relative(var, exact_var, STATISTICS[dtype])
     given = vectors(call)
-    wanted = gradient(call.in_double(), tuple(vector.double() for vector in given), reference)
+    wanted = gradient(call.in_double(), tuple(vector.double() for vector in given), defined)
     for result, exact in zip(gradient(call, given, by), wanted, strict=True):
         scale = max(1.0, float(exact.abs().max())) if exact.numel() else 1.0
         assert_within(result, exact, BACKWARD[dtype], scale * tasks**0.5)
@@ -175,7 +177,9 @@ def test_nothing_of_nothing(shared: bool, backend_name: str) -> None:
     by: Any = ops
     if backend_name == "triton":
         pytest.importorskip("triton")
-        from tsbn_kernels.backends.triton import ops as by
+        from tsbn_kernels.backends.triton import ops as triton_operators
+
+        by = flat(triton_operators)
     for stacking in STACKINGS:
         call = make_call(2, 2, 3, (4,), activation="relu", shared=shared, stacking=stacking)
         dy = call.p.dy[:, :0] if stacking == "task_axis" else call.p.dy[:0]
@@ -194,8 +198,8 @@ def on_cuda_fallback(wanted: bool = True) -> Iterator[Any]:
     """The CUDA backend's compositions, of operators that run here."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("forward_training", "forward_eval", "backward"):
-            patch.setattr(cuda, name, getattr(ops, name))
-        yield cuda if wanted else None
+            patch.setattr(cuda, name, getattr(operators("cpu"), name))
+        yield flat(cuda) if wanted else None
 
 
 @formats
@@ -266,6 +270,6 @@ def test_joined_moments_lose_nothing(memory_format: str, offset: float, backend:
     mean, var = (torch.stack(rows) for rows in zip(*(ops.moments(p, 1, "task_major") for p in parts), strict=True))
     counts = torch.tensor([20.0 * len(part) for part in parts], dtype=torch.float64)[:, None, None]
     for joined, exact in zip(
-        reference.join_moments(mean, var, counts), reference.moments(whole, 1, "task_major"), strict=True
+        reference.join_moments(mean, var, counts), defined.moments(whole, 1, "task_major"), strict=True
     ):
         assert_within(joined, exact, Tolerance(1e-6, 2))

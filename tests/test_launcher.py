@@ -53,6 +53,7 @@ def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
 BROKEN = """
 import launches
 from epilogues import forward, make_call
+from tsbn_kernels.options import Saved
 launches.Judge(driver)
 call = make_call(2, 6, 4, (4, 8))
 _, mean, var = forward(call, launches.TRITON)
@@ -62,7 +63,7 @@ for change in {changes!r}:
     x, view, programs, options = call.p.x, run.x, slab.programs, dict(slab.options)
     exec(change)
     try:
-        run(x, call.p.dy, call.p.weight, call.p.bias, mean, var)
+        run(Saved(x, call.p.weight, call.p.bias, None, mean, var), call.p.dy)
         print("wrong" if change else "right")
     except AssertionError as error:
         print("found" if change else "wrong")
@@ -91,12 +92,13 @@ import warnings, torch
 from tsbn_kernels import reference
 from tsbn_kernels.backends import triton
 from tsbn_kernels.backends.fallback import guarded
+from tsbn_kernels.options import Options
 
 chain = guarded(triton.health, "forward_training", triton.operator, reference.forward_training)
 
 def train(*size):
     x, w = torch.randn(size), torch.zeros(2, size[1])
-    arguments = x, w, None, 2, 1e-5, "sigmoid", "task_major"
+    arguments = x, w, None, None, Options(2, 1e-5, "sigmoid", "task_major")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         y = chain(*arguments)[0]

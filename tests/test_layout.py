@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FORMATS, STACKINGS, in_memory_format, stack, unstack
+from support import FORMATS, STACKINGS, defined, in_memory_format, stack, unstack
 from torch import Tensor
 
-from tsbn_kernels import layout, reference
+from tsbn_kernels import layout
+from tsbn_kernels.options import Options
 
 SPATIAL = [(), (7,), (3, 4), (2, 3, 4)]
 
@@ -122,7 +123,7 @@ def reference_strides(x: Tensor, num_tasks: int, stacking: str) -> tuple[int, ..
     parameters = torch.zeros(num_tasks, x.shape[layout.channel_axis(stacking)])
     ones = parameters + 1
     return tuple(
-        reference.normalize(x, parameters, None, parameters, ones, num_tasks, 1e-5, "sigmoid", stacking).stride()
+        defined.forward_eval(x, parameters, None, parameters, ones, num_tasks, 1e-5, "sigmoid", stacking).stride()
     )
 
 
@@ -211,4 +212,7 @@ def test_a_single_channel_is_read_in_every_format() -> None:
     x, dy = torch.randn(4, 1, 10)[:, :, ::2], torch.randn(4, 1, 5)
     assert layout.family(x, "task_major") == "columns"
     assert layout.family(dy, "task_major") == "rows"
-    assert all(read is given for read, given in zip(layout.readable(x, "task_major", False, dy), (x, dy), strict=True))
+    assert all(
+        read is given
+        for read, given in zip(layout.readable(x, Options(2, 1e-5, "sigmoid", "task_major"), dy), (x, dy), strict=True)
+    )

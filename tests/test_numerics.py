@@ -20,6 +20,7 @@ from support import (
     assert_matches_definition,
     assert_relative,
     assert_within,
+    defined,
     definition,
     fill_cache_with_nan,
     in_memory_format,
@@ -29,7 +30,7 @@ from support import (
 from torch import Tensor
 
 from benchmarks.environment import available_bytes
-from tsbn_kernels import memory, reference
+from tsbn_kernels import memory
 from tsbn_kernels.backends import cpu
 
 ops = torch.ops.tsbn
@@ -330,11 +331,11 @@ def test_evaluation(gate: str, memory_format: str, dtype: torch.dtype, kernels: 
     statistics = [tensor.to(p.weight.dtype) for tensor in (mean, var)]
     rounded = [tensor.double() for tensor in statistics]
     y = ops.forward_eval(p.x, p.weight, p.bias, *statistics, *p.options)
-    expected = reference.forward_eval(*wide[:3], *rounded, *p.options)
+    expected = defined.forward_eval(*wide[:3], *rounded, *p.options)
     assert_within(y, expected, FORWARD[dtype], scale=max(1.0, float(expected.abs().max()) / 4))
     flags = (False, True, True, True)
     got = ops.backward(p.dy, p.x, p.weight, *statistics, *p.options, *flags)
-    wanted = reference.backward(wide[3], wide[0], wide[1], *rounded, *p.options, *flags)
+    wanted = defined.backward(wide[3], wide[0], wide[1], *rounded, *p.options, *flags)
     for actual, exact, size in zip(got[:3], wanted[:3], (3.0, 20.0, 20.0), strict=True):
         assert_within(actual, exact, BACKWARD[dtype], scale=size)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import BACKWARD, DTYPES, FORMATS, Problem, Tolerance, assert_within, in_double, problem
+from support import BACKWARD, DTYPES, FORMATS, Problem, Tolerance, assert_within, defined, in_double, problem
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tsbn_kernels import FusedTSigmaBN2d, recovery, reference
+from tsbn_kernels import FusedTSigmaBN2d, recovery
 from tsbn_kernels.activations import TABLE
 from tsbn_kernels.functional import task_batch_norm
+from tsbn_kernels.options import Options
 
 SLOPE = 0.125
 EPILOGUES = ((None, 0.0), ("leaky_relu", SLOPE))
@@ -41,11 +42,11 @@ def gradients(p: Problem, activation: str | None, slope: float, training: bool =
 def exact(p: Problem, activation: str | None, slope: float, training: bool = True) -> list[Tensor]:
     """The same by the definition, from the input, in float64."""
     q = in_double(p)
-    mean, var = reference.statistics(q.x, q.num_tasks, q.stacking)
+    mean, var = defined.moments(q.x, q.num_tasks, q.stacking)
     if not training:
         mean, var = torch.zeros_like(mean) + 0.25, torch.ones_like(var) * 0.5
     flags = training, True, True, True, q.bias, None, activation or "none", slope
-    return list(reference.backward(q.dy, q.x, q.weight, mean, var, *q.options, *flags)[:3])
+    return list(defined.backward(q.dy, q.x, q.weight, mean, var, *q.options, *flags)[:3])
 
 
 def assert_exact(p: Problem, activation: str | None, slope: float, training: bool = True) -> None:
@@ -87,8 +88,7 @@ def test_gates_too_small_to_invert(activation: str | None, slope: float) -> None
     bias[1, 4] = 1.0
     q = p._replace(weight=weight, bias=bias)
     assert_exact(q, activation, slope)
-    options = *q.options, activation or "none", slope, False
-    channels, kept = recovery.keep(q.x, weight, bias, options[:4], options[4:])
+    channels, kept = recovery.keep(q.x, weight, bias, Options(*q.options, activation or "none", slope))
     assert {1, 3, 4} <= set(channels.tolist())
     assert 5 not in channels.tolist() or float(bias[0, 5].abs()) > 8 * 0.8
     assert torch.equal(kept, q.x[:, channels])
@@ -103,12 +103,12 @@ def test_the_bound_on_xhat(activation: str | None, slope: float, dtype: torch.dt
     weight = torch.logspace(-7, 1, 33, dtype=torch.float64).expand(4, 33)
     bias = (p.bias * weight * 6).clamp(-7.9 * weight, 7.9 * weight)
     like = torch.empty(0, dtype=dtype)
-    mean, var = reference.statistics(p.x, p.num_tasks, p.stacking)
-    xhat = reference.normalize(p.x, torch.ones_like(weight), None, mean, var, *p.options[:2], "identity", p.stacking)
-    z = reference.normalize(p.x, weight, bias, mean, var, *p.options)
+    mean, var = defined.moments(p.x, p.num_tasks, p.stacking)
+    xhat = defined.forward_eval(p.x, torch.ones_like(weight), None, mean, var, *p.options[:2], "identity", p.stacking)
+    z = defined.forward_eval(p.x, weight, bias, mean, var, *p.options)
     y = (z if activation is None else torch.where(z > 0, z, z * slope)).to(dtype)
-    epilogue = activation or "none", slope, False
-    channels, _ = recovery.keep(p.x.to(dtype), weight, bias, (*p.options[:2], "identity", p.stacking), epilogue)
+    options = Options(p.num_tasks, p.eps, "identity", p.stacking, activation or "none", slope)
+    channels, _ = recovery.keep(p.x.to(dtype), weight, bias, options)
     v = y.double() if activation is None else torch.where(y > 0, y.double(), y.double() / slope)
     spread = [vector.repeat_interleave(50, 0)[:, :, None] for vector in (weight, bias)]
     error = ((v - spread[1]) / spread[0] - xhat).abs()

@@ -6,11 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from support import FORMATS, GATES, STACKINGS, problem, stack, unstack
+from support import FORMATS, GATES, STACKINGS, defined, problem, stack, unstack
 from torch import Tensor
 from torch.nn.functional import batch_norm
-
-from tsbn_kernels import reference
 
 
 def loop(
@@ -41,22 +39,22 @@ def test_equals_a_loop_of_batch_norms(training: bool, bias: bool, gate: str, sta
     gradients = torch.autograd.grad(expected, leaves, p.dy)
 
     if training:
-        y, mean, var = reference.forward_training(p.x, p.weight, p.bias, *p.options)
+        y, mean, var = defined.forward_training(p.x, p.weight, p.bias, *p.options)
     else:
-        y = reference.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
+        y = defined.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
     torch.testing.assert_close(y, expected.detach(), rtol=1e-10, atol=1e-10)
     assert y.stride() == p.x.stride()
 
     needed = (True, True, bias)
     for got, wanted in zip(
-        reference.backward(p.dy, p.x, p.weight, mean, var, *p.options, training, *needed), gradients, strict=False
+        defined.backward(p.dy, p.x, p.weight, mean, var, *p.options, training, *needed), gradients, strict=False
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_statistics_are_the_biased_moments_of_each_task() -> None:
     p = problem(dtype=torch.float64)
-    mean, var = reference.statistics(p.x, 3, "task_major")
+    mean, var = defined.moments(p.x, 3, "task_major")
     for t, stream in enumerate(p.x.chunk(3)):
         torch.testing.assert_close(mean[t], stream.mean(dim=(0, 2, 3)))
         torch.testing.assert_close(var[t], stream.var(dim=(0, 2, 3), correction=0))
@@ -71,8 +69,8 @@ def test_first_and_second_derivative(training: bool, bias: bool, gate: str) -> N
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if training:
-            return reference.forward_training(x, weight, bias, *p.options)[0]
-        return reference.forward_eval(x, weight, bias, mean, var, *p.options)
+            return defined.forward_training(x, weight, bias, *p.options)[0]
+        return defined.forward_eval(x, weight, bias, mean, var, *p.options)
 
     inputs = [tensor.requires_grad_() for tensor in (p.x, p.weight, p.bias) if tensor is not None]
     assert torch.autograd.gradcheck(forward, inputs)
@@ -83,7 +81,7 @@ def test_first_and_second_derivative(training: bool, bias: bool, gate: str) -> N
 def test_backward_can_be_differentiated(training: bool) -> None:
     """The formula of the first derivative has the right derivative: it serves create_graph."""
     p = problem(2, 2, 2, (3,), dtype=torch.float64)
-    mean, var = reference.statistics(p.x, 2, "task_major")
+    mean, var = defined.moments(p.x, 2, "task_major")
     if not training:
         mean, var = mean + 0.3, var + 0.1
     backward = partial(_backward, p.options, mean, var, training)
@@ -99,28 +97,28 @@ def _backward(
     x: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, ...]:
-    return reference.backward(dy, x, weight, mean, var, *options, training, True, True, True)
+    return defined.backward(dy, x, weight, mean, var, *options, training, True, True, True)
 
 
 def test_half_inputs_are_computed_in_float32() -> None:
     p = problem(dtype=torch.bfloat16)
-    y, mean, var = reference.forward_training(p.x, p.weight, p.bias, *p.options)
+    y, mean, var = defined.forward_training(p.x, p.weight, p.bias, *p.options)
     assert (y.dtype, mean.dtype, var.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    wide = reference.forward_training(p.x.float(), p.weight, p.bias, *p.options)[0]
+    wide = defined.forward_training(p.x.float(), p.weight, p.bias, *p.options)[0]
     assert torch.equal(y, wide.bfloat16())
 
 
 def test_gradients_not_needed_are_empty() -> None:
     p = problem()
-    mean, var = reference.statistics(p.x, 3, "task_major")
-    gradients = reference.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, False, False, False)
+    mean, var = defined.moments(p.x, 3, "task_major")
+    gradients = defined.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, False, False, False)
     assert [gradient.numel() for gradient in gradients] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stacking", STACKINGS)
 def test_empty_batch(stacking: str) -> None:
     x = stack(torch.zeros(3, 0, 5, 2, 2), stacking)
-    y, mean, var = reference.forward_training(x, torch.zeros(3, 5), None, 3, 1e-5, "sigmoid", stacking)
+    y, mean, var = defined.forward_training(x, torch.zeros(3, 5), None, 3, 1e-5, "sigmoid", stacking)
     assert y.shape == x.shape
     assert torch.equal(mean, torch.zeros(3, 5))
     assert torch.equal(var, torch.zeros(3, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tsbn_kernels import FusedTSigmaBN2d, streams
 from tsbn_kernels.functional import task_batch_norm, task_streams
+from tsbn_kernels.options import Gradients, Needs, Options, Saved
 
 T, N, C = 4, 3, 5
 
@@ -19,16 +21,16 @@ T, N, C = 4, 3, 5
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tasks each backward operator was asked for."""
     asked: list[int] = []
-    plain = streams.backward_operator
+    plain = streams.differentiable_twice
 
-    def counting(backend: str | None) -> object:
-        def call(*arguments: object) -> object:
-            asked.append(int(arguments[5]))  # type: ignore[call-overload]
-            return plain(backend)(*arguments)
+    def counting(backend: str | None) -> SimpleNamespace:
+        def call(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+            asked.append(options.num_tasks)
+            return plain(backend).backward(dy, saved, training, needs, options)
 
-        return call
+        return SimpleNamespace(backward=call)
 
-    monkeypatch.setattr(streams, "backward_operator", counting)
+    monkeypatch.setattr(streams, "differentiable_twice", counting)
     return asked
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import FORMATS, GATES, STACKINGS, Problem, in_double, problem
+from support import FORMATS, GATES, STACKINGS, Problem, defined, in_double, problem
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jacfwd, jacrev, stack_module_state, vmap
 
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, reference
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
 from tsbn_kernels.functional import task_batch_norm
 
 T, N, C = 2, 3, 4
@@ -87,7 +87,7 @@ def test_hessian_in_both_orders() -> None:
         return loss(lambda x, w: task_batch_norm(x, w, num_tasks=T), weight)
 
     def plain(weight: Tensor) -> Tensor:
-        return loss(lambda x, w: reference.forward_training(x, w, None, T, 1e-5, "sigmoid", "task_major"), weight)
+        return loss(lambda x, w: defined.forward_training(x, w, None, T, 1e-5, "sigmoid", "task_major"), weight)
 
     expected = hessian(plain)(p.weight)
     for transform in (lambda f: jacfwd(jacrev(f)), lambda f: jacrev(jacrev(f)), lambda f: jacrev(jacfwd(f))):

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from tsbn_kernels.backends.fallback import KernelError
 from tsbn_kernels.backends.triton import autotune
+from tsbn_kernels.options import Needs, Options, Saved
 from tsbn_kernels.plan import DEVICES, Plan, Work
 from tsbn_kernels.plan.triton import alternatives, plan
 
@@ -181,6 +182,7 @@ def test_plans_are_timed_on_the_device_of_the_tensors(monkeypatch: pytest.Monkey
     with interpreted(device(threads=64)):
         monkeypatch.setattr(ops, "_on", on)
         monkeypatch.setattr(ops, "choose", choose)
-        _, mean, var = backend.operator("forward_training")(p.x, p.weight, p.bias, *p.options)
-        backend.operator("backward")(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)
+        _, mean, var = backend.operator("forward_training")(p.x, p.weight, p.bias, None, Options(*p.options))
+        saved, needs = Saved(p.x, p.weight, None, None, mean, var), Needs(True, True, True, False)
+        backend.operator("backward")(p.dy, saved, True, needs, Options(*p.options))
     assert len(timed) == 2

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from interpreter import device, dispatched, passes
 
 from tsbn_kernels.backends.triton.passes import Forward
+from tsbn_kernels.options import Options
 from tsbn_kernels.plan.triton import plan
 
 ops = torch.ops.tsbn
@@ -127,7 +128,7 @@ def test_empty_inputs(shape: tuple[int, ...]) -> None:
 def test_too_many_programs() -> None:
     huge = plan(Work(1 << 20, 1, 1 << 12, 1, 4, "rows"), DEVICES["H100"])
     with pytest.raises(ValueError, match=r"4294967296 programs are too many for one launch; the most are 2\^31 - 1"):
-        Forward(huge, torch.empty(1, 1, 1), 1, "task_major", 1e-5, "sigmoid")
+        Forward(huge, torch.empty(1, 1, 1), Options(1, 1e-5, "sigmoid", "task_major"))
 
 
 # ---- processes of their own ------------------------------------------------------------------------------------------

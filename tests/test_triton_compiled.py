@@ -19,7 +19,7 @@ import pytest
 import support
 import torch
 from ptxvm.launch import Violation
-from support import BACKWARD, DTYPES, FORWARD, GATES, STACKINGS, Problem, Results, assert_within, problem
+from support import BACKWARD, DTYPES, FORWARD, GATES, STACKINGS, Problem, Results, assert_within, defined, problem
 from torch import Tensor
 
 from benchmarks.workloads import CELEBA40
@@ -126,14 +126,14 @@ def test_compiled_kernels(variant, family, even, dtype, target, schedule, stacki
 def evaluate(p: Problem) -> None:
     """y and dx by given statistics, which need no sum."""
     q = support.in_double(p)
-    _, mean, var = reference.forward_training(q.x, q.weight, q.bias, *q.options)
+    _, mean, var = defined.forward_training(q.x, q.weight, q.bias, *q.options)
     mean, var = (v.to(reference.accumulate_dtype(p.x.dtype)) for v in (mean, var))
     y = ops.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
-    expected = reference.normalize(q.x, q.weight, q.bias, mean.double(), var.double(), *q.options)
+    expected = defined.forward_eval(q.x, q.weight, q.bias, mean.double(), var.double(), *q.options)
     assert_within(y, expected, FORWARD[p.x.dtype], scale=max(1.0, float(expected.abs().max()) / 4))
     needs = False, True, False, False
     dx, dweight, dbias, _ = ops.backward(p.dy, p.x, p.weight, mean, var, *p.options, *needs)
-    expected, *_ = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, *needs)
+    expected, *_ = defined.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, *needs)
     assert_within(dx, expected, BACKWARD[p.x.dtype], scale=max(1.0, float(expected.abs().max()) / 4))
     assert dweight.numel() == dbias.numel() == 0
 
@@ -182,7 +182,7 @@ def test_backward_in_evaluation(variant, memory_format):
     with compiled.machine(toy(variant, "sm_100"), "reversed") as done:
         mean, var = (v.float() for v in statistics)
         got = ops.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, True, True)
-    expected = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, False, True, True, True)
+    expected = defined.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, False, True, True, True)
     for value, wanted in zip(got[:3], expected[:3], strict=True):
         assert_within(value, wanted, BACKWARD[value.dtype], scale=max(1.0, float(wanted.abs().max())))
     assert done.plans[0].variant == variant

@@ -8,7 +8,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from support import BACKWARD, FORMATS, STACKINGS, assert_within, in_double, problem
+from support import BACKWARD, FORMATS, STACKINGS, assert_within, defined, in_double, problem
 
 pytest.importorskip("triton")
 import compiled
@@ -17,7 +17,6 @@ from interpreter import device, interpreted, kernels, passes
 from test_triton_compiled import SIZES, assert_traffic, toy
 
 from tsbn_kernels import activations as reference_activations
-from tsbn_kernels import reference
 from tsbn_kernels.activations import ACTIVATIONS, activation_slope
 from tsbn_kernels.backends.triton import activations, ops
 from tsbn_kernels.plan import DEVICES, Work
@@ -77,7 +76,7 @@ def test_an_output_in_the_place_of_the_input(memory_format: str, training: bool)
             got = ops.backward(p.dy, v, p.weight, mean, var, *p.options, *needs, *end)
         q = in_double(p._replace(x=v))
         end = q.bias, None, "inverse_leaky_relu", 0.25
-        wanted = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, *needs, *end)
+        wanted = defined.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *q.options, *needs, *end)
         for actual, expected in zip(got, wanted, strict=True):
             assert actual.shape == expected.shape
             if expected.numel():
@@ -117,7 +116,7 @@ def test_the_dresidual_alone() -> None:
             assert [kept.plan.variant for kept in passes()] == ["elementwise"]
         q = in_double(p)
         options = *p.options, False, False, False, False, q.bias, q.dy / 2, "silu", 0.0, False, True
-        *_, wanted = reference.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *options)
+        *_, wanted = defined.backward(q.dy, q.x, q.weight, mean.double(), var.double(), *options)
         assert_within(got, wanted, BACKWARD[torch.float32])
         assert [other.numel() for other in others] == [0, 0, 0]
 

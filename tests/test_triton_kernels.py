@@ -20,6 +20,7 @@ from support import (
     assert_relative,
     assert_same_bits,
     assert_within,
+    defined,
     in_double,
     problem,
     run,
@@ -31,7 +32,6 @@ import triton.language as tl  # noqa: E402
 from interpreter import Function, device, dispatched, interpreted, passes  # noqa: E402
 from ptxvm import compile_triton  # noqa: E402
 
-from tsbn_kernels import reference  # noqa: E402
 from tsbn_kernels.backends.triton.passes import Pass  # noqa: E402
 from tsbn_kernels.plan import Device  # noqa: E402
 
@@ -88,12 +88,12 @@ def assert_evaluation_matches_definition(p: Problem) -> None:
     exact = in_double(p)
     vectors = exact.weight, mean.double(), var.double()
     y = torch.ops.tsbn.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
-    expected = reference.forward_eval(exact.x, vectors[0], exact.bias, *vectors[1:], *p.options)
+    expected = defined.forward_eval(exact.x, vectors[0], exact.bias, *vectors[1:], *p.options)
     assert_within(y, expected, FORWARD[p.x.dtype], scale=max(1.0, float(expected.abs().max()) / 4))
     for parameters in (True, False):
         needs = False, True, parameters, parameters
         got = torch.ops.tsbn.backward(p.dy, p.x, p.weight, mean, var, *p.options, *needs)
-        wanted = reference.backward(exact.dy, exact.x, *vectors, *p.options, *needs)
+        wanted = defined.backward(exact.dy, exact.x, *vectors, *p.options, *needs)
         for actual, gradient in zip(got, wanted, strict=True):
             if gradient.numel():
                 size = max(1.0, float(gradient.abs().max()) / 4)

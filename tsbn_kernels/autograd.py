@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, recovery, reference
-from tsbn_kernels.activations import activation_slope
-from tsbn_kernels.ops import library, operators
+from tsbn_kernels.activations import NONE, activation_slope
+from tsbn_kernels.ops import SIGNATURES, eager_operators, library, operators
+from tsbn_kernels.options import Backend, Gradients, Needs, Normalized, Options, Saved
 
-_TENSORS, INPUTS = 6, 15  # of forward: those that may be tensors, and all
+_NEEDS = {flags: Needs(*flags) for flags in product((False, True), repeat=4)}
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
-def backward_operator(backend: str | None) -> Callable[..., tuple[Tensor, ...]]:
-    """The fused one; the reference's formula, which can be differentiated again, under ``create_graph=True``."""
-    return reference.backward if torch.is_grad_enabled() else operators(backend).backward
+def differentiable_twice(backend: str | None) -> Backend:
+    """The operators of a backend; the reference, whose gradients can be differentiated, under ``create_graph=True``."""
+    return reference if torch.is_grad_enabled() else operators(backend)
 
 
-def gradients(ctx: Any, dy: Tensor | None, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of what is ``needed`` of x, weight, bias and residual, from what ``setup_context`` saved."""
-    if dy is None or not any(needed):
-        return (None,) * 4
-    activation = ctx.epilogue[0]
-    compute = backward_operator(ctx.backend)
+def gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
+    """Gradients of what is needed of x, weight, bias and residual, from what ``setup_context`` saved."""
+    if dy is None or not any(needs):
+        return Gradients()
+    options: Options = ctx.options
+    plain = options.activation == NONE
+    wanted = needs._replace(dresidual=False) if plain and needs.dresidual else needs
+    compute = differentiable_twice(ctx.backend)
     if ctx.recover_input:
-        grads = recovery.backward(compute, dy, ctx.saved_tensors, ctx.options, ctx.epilogue, ctx.training, needed)
+        found = recovery.backward(compute, dy, recovery.Kept._make(ctx.saved_tensors), ctx.training, wanted, options)
     else:
-        x, weight, bias, residual, mean, var = ctx.saved_tensors
-        flags = ctx.training, *needed[:3]
-        grads = compute(
-            dy, x, weight, mean, var, *ctx.options, *flags, bias, residual, *ctx.epilogue,
-            needed[3] and activation != "none",
-        )  # fmt: skip
-    if activation == "none":
-        grads = *grads[:3], dy  # of the residual
-    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+        found = compute.backward(dy, Saved._make(ctx.saved_tensors), ctx.training, wanted, options)
+    return found._replace(dresidual=dy) if plain and needs.dresidual else found
+
+
+def _normalize(
+    compute: Backend,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    options: Options,
+) -> Normalized:
+    """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
+    if mean is None or var is None:
+        return compute.forward_training(x, weight, bias, residual, options)
+    y = compute.forward_eval(Saved(x, weight, bias, residual, mean, var), options)
+    return Normalized(y, mean.detach(), var.detach())
 
 
 class TaskBatchNorm(torch.autograd.Function):
@@ -49,69 +62,51 @@ class TaskBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        num_tasks: int,
-        eps: float,
-        gate: str,
-        stacking: str,
-        activation: str,
-        slope: float,
-        shared: bool,
-        recover_input: bool,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
-        compute = operators(backend)
-        options = num_tasks, eps, gate, stacking, residual, activation, slope, shared
-        if mean is None or var is None:
-            y, mean, var = compute.forward_training(x, weight, bias, *options)
-            return y, mean, var
-        return compute.forward_eval(x, weight, bias, mean, var, *options), mean.detach(), var.detach()
+    def forward(*inputs: Any) -> Normalized:
+        """Takes what :func:`_normalize` does, whether to recover the input, and the name of a backend or None."""
+        *operands, _, backend = inputs
+        return _normalize(eager_operators(backend), *operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, given_mean, _, *options, ctx.recover_input, ctx.backend = inputs
+        x, weight, bias, residual, given_mean, _, options, recover_input, backend = inputs
         y, mean, var = output
-        ctx.options, ctx.epilogue = options[:4], options[4:]
+        ctx.options, ctx.recover_input, ctx.backend = options, recover_input, backend
         ctx.training = given_mean is None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        if ctx.epilogue[0] == "none":  # its derivative does not depend on them
+        if options.activation == NONE:  # its derivative does not depend on them
             residual = None
-            bias = bias if ctx.recover_input else None
-        if ctx.recover_input:
-            kept = recovery.keep(x, weight, bias, ctx.options, ctx.epilogue)
-            ctx.save_for_backward(y, weight, bias, mean, var, *kept)
+            bias = bias if recover_input else None
+        if recover_input:
+            ctx.save_for_backward(y, weight, bias, mean, var, *recovery.keep(x, weight, bias, options))
         else:
             ctx.save_for_backward(x, weight, bias, residual, mean, var)
             ctx.save_for_forward(x, weight, bias, residual, mean, var)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *gradients(ctx, dy, ctx.needs_input_grad[:4]), *(None,) * (INPUTS - 4)
+        x, weight, bias, residual, *_ = ctx.needs_input_grad
+        return *gradients(ctx, dy, _NEEDS[x, weight, bias, residual]), None, None, None, None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
         """E models of T tasks are one model of E*T tasks: still one call."""
-        models = info.batch_size
-        num_tasks, eps, gate, stacking, activation, slope, shared, *rest = inputs[_TENSORS:]
+        *tensors, options, recover_input, backend = inputs
+        models, num_tasks, stacking = info.batch_size, options.num_tasks, options.stacking
 
-        def batched(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        def batched(tensor: Any, dim: int | None) -> Any:
             if tensor is None:
                 return None
             return tensor.expand(models, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-        x, weight, bias, residual, mean, var = map(batched, inputs[:_TENSORS], in_dims[:_TENSORS])
-        assert x is not None
-        if shared:
+        def vector(tensor: Any) -> Any:
+            return None if tensor is None else tensor.flatten(0, 1)
+
+        x, weight, bias, residual, mean, var = map(batched, tensors, in_dims)
+        if options.fan_out:
             x = x.unsqueeze(1).expand(-1, num_tasks, *(-1,) * (x.dim() - 1))
         else:
             x = layout.streams(x, num_tasks, stacking, dim=1)
@@ -119,12 +114,11 @@ class TaskBatchNorm(torch.autograd.Function):
         if residual is not None:
             residual = layout.streams(residual, num_tasks, stacking, dim=1).flatten(0, 1)
             residual = layout.in_family(residual, layout.family(x, "task_axis"), "task_axis")
-        vectors = [None if vector is None else vector.flatten(0, 1) for vector in (weight, bias, mean, var)]
-        results = apply(
-            x, *vectors[:2], residual, *vectors[2:], models * num_tasks, eps, gate, "task_axis", activation, slope,
-            False, *rest,
-        )  # fmt: skip
-        y, *statistics = (result.unflatten(0, (models, -1)) for result in results)
+        of_all = options._replace(num_tasks=models * num_tasks, stacking="task_axis", fan_out=False)
+        vectors = vector(weight), vector(bias), residual, vector(mean), vector(var)
+        y, *statistics = (
+            result.unflatten(0, (models, -1)) for result in apply(x, *vectors, of_all, recover_input, backend)
+        )
         return (layout.stacked(y, stacking, dim=1), *statistics), (0, 0, 0)
 
     @staticmethod
@@ -137,35 +131,35 @@ class TaskBatchNorm(torch.autograd.Function):
         if ctx.recover_input:
             raise RuntimeError("recover_input=True has no forward-mode derivative: the input is not kept; set it False")
         dx, dweight, dbias, dresidual, *_ = tangents
-        x, weight, bias, residual, mean, var = ctx.saved_tensors
-        num_tasks, eps, gate, stacking = ctx.options
-        activation, slope, shared = ctx.epilogue
+        saved, options = Saved._make(ctx.saved_tensors), ctx.options
+        x, weight, *_ = saved
 
         def normalized(weight: Tensor, bias: Tensor | None, gate: str, residual: Tensor | None) -> Tensor:
-            m, v = reference.statistics(x, num_tasks, stacking, shared) if ctx.training else (mean, var)
-            epilogue = residual, "none", 0.0, shared
-            return reference.normalize(x, weight, bias, m, v, num_tasks, eps, gate, stacking, *epilogue)
+            m, v = reference.statistics(x, options) if ctx.training else (saved.mean, saved.var)
+            linear = options._replace(gate=gate, activation=NONE)
+            return reference.forward_eval(Saved(x, weight, bias, residual, m, v), linear)
 
         parts = []
         if dx is not None:
-            order = "task_axis" if shared else stacking
-            if shared:
-                x_of_all, dx = (t.expand(num_tasks, *t.shape) for t in (x, dx))
-            else:
-                x_of_all = x
-            options = num_tasks, eps, gate, order, ctx.training
-            part, *_ = reference.backward(dx, x_of_all, weight, mean, var, *options, True, False, False)
-            parts.append(layout.stacked(part, stacking) if shared else part)
+            plain, of_all = options._replace(activation=NONE), saved
+            if options.fan_out:
+                dx, x_of_all = (t.expand(options.num_tasks, *t.shape) for t in (dx, x))
+                plain, of_all = plain._replace(stacking="task_axis", fan_out=False), saved._replace(x=x_of_all)
+            found = reference.backward(dx, of_all, ctx.training, Needs(True, False, False, False), plain)
+            assert found.dx is not None
+            parts.append(layout.stacked(found.dx, options.stacking) if options.fan_out else found.dx)
         if dweight is not None or dbias is not None:
-            change = reference.gate_slope(weight, gate) * (torch.zeros_like(weight) if dweight is None else dweight)
+            slope = reference.gate_slope(weight, options.gate)
+            change = slope * (torch.zeros_like(weight) if dweight is None else dweight)
             parts.append(normalized(change, dbias, "identity", None))
         if dresidual is not None:
             parts.append(dresidual)
         if not parts:
             return None, None, None
         tangent = sum(parts[1:], parts[0])
-        if activation != "none":
-            tangent = tangent * activation_slope(normalized(weight, bias, gate, residual), activation, slope)
+        if options.activation != NONE:
+            z = normalized(weight, saved.bias, options.gate, saved.residual)
+            tangent = tangent * activation_slope(z, options.activation, options.slope)
         return tangent, None, None
 
 
@@ -176,7 +170,7 @@ class EagerTaskBatchNorm(TaskBatchNorm):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> Normalized:
         output = TaskBatchNorm.forward(*inputs)
         TaskBatchNorm.setup_context(ctx, inputs, output)
         return output
@@ -185,19 +179,26 @@ class EagerTaskBatchNorm(TaskBatchNorm):
 
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
-    transforms = torch._C._are_functorch_transforms_active()
-    if not torch.compiler.is_compiling():
-        if transforms and torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
+    """Applies the layer, differentiable; takes and returns what :meth:`TaskBatchNorm.forward` does."""
+    function: type[TaskBatchNorm] = EagerTaskBatchNorm
+    if torch._C._are_functorch_transforms_active():
+        if torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
             return _below_functionalize(*inputs)
-        y, mean, var = (TaskBatchNorm if transforms else EagerTaskBatchNorm).apply(*inputs)
-        return y, mean, var
-    # A graph holds the operators themselves, which bring their derivatives along: an autograd.Function would be cut off
-    # by torch.export, and Dynamo does not take one that has a forward mode. The transforms of torch.func do not know
-    # these derivatives, but they know those of the reference.
-    if transforms:
-        inputs = *inputs[:-1], "reference"
-    y, mean, var = TaskBatchNorm.forward(*inputs)
+        function = TaskBatchNorm
+    outputs: tuple[Tensor, Tensor, Tensor] = function.apply(*inputs)
+    return outputs
+
+
+def apply_in_graph(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies the layer in a graph that is traced, where no input is recovered.
+
+    The graph holds the operators themselves, which bring their derivatives along: an ``autograd.Function`` would be cut
+    off by ``torch.export``, and Dynamo does not take one that has a forward mode. The transforms of ``torch.func`` do
+    not know these derivatives, but they know those of the reference.
+    """
+    *operands, _, backend = inputs
+    compute = operators("reference" if torch._C._are_functorch_transforms_active() else backend)
+    y, mean, var = _normalize(compute, *operands)
     return y, mean.detach(), var.detach()
 
 
@@ -222,27 +223,28 @@ def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 # ---- the derivatives of the operators --------------------------------------------------------------------------------
 
 
-def _register(name: str, statistics: int) -> None:
-    """Makes an operator differentiable; its arguments are x, weight, bias, this many statistics, and the options."""
-    count, residual = 11 + statistics, 7 + statistics
+def _register(name: str) -> None:
+    """Makes an operator of the forward pass differentiable."""
+    signature = SIGNATURES[name]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, *options = inputs
-        given, options = options[:statistics] or (None, None), options[statistics:]
-        results = (output, *given) if statistics else output
-        ordered = x, weight, bias, options[4], *given, *options[:4], *options[5:], False, None
-        TaskBatchNorm.setup_context(ctx, ordered, results)
+        given, options = signature.read(inputs)
+        mean, var = given.pop("mean", None), given.pop("var", None)
+        TaskBatchNorm.setup_context(
+            ctx,
+            (given["x"], given["weight"], given["bias"], given["residual"], mean, var, options, False, None),
+            output if mean is None else (output, mean, var),
+        )
 
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        needed = *needed[:3], len(needed) > residual and needed[residual]  # defaults are left out
-        dx, dweight, dbias, dresidual = gradients(ctx, dy, needed)
-        result: list[Tensor | None] = [dx, dweight, dbias, *(None,) * (count - 3)]
-        result[residual] = dresidual
-        return tuple(result)
+        needed = dict(zip(signature.names, ctx.needs_input_grad, strict=False))  # defaults are left out
+        needs = Needs(needed["x"], needed["weight"], needed["bias"], needed.get("residual", False))
+        dx, dweight, dbias, dresidual = gradients(ctx, dy, needs)
+        found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual}
+        return tuple(found.get(argument) for argument in signature.names)
 
     torch.library.register_autograd(f"tsbn::{name}", backward, setup_context=setup_context, lib=library)
 
 
-_register("forward_training", statistics=0)
-_register("forward_eval", statistics=2)
+_register("forward_training")
+_register("forward_eval")

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, recovery
-from tsbn_kernels.activations import ACTIVATIONS, NONE, TABLE
+from tsbn_kernels.activations import ACTIVATIONS, EPILOGUES, NONE, TABLE
+from tsbn_kernels.options import Options, of_input
 
 GATES = ("sigmoid", "identity")
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LARGEST: Any = sys.float_info.max
+_PLAIN = {int, float, bool, str, type(None)}  # settings that keep nothing alive
+_DENSE = torch.strided
+_MOST = 1024  # calls that are remembered
+
+
+class Checked(NamedTuple):
+    """A call that is in order: its options, and the values of each task and channel in training."""
+
+    options: Options
+    channels: int
+    values: int
+
+
+_known: dict[Hashable, Checked] = {}
 
 
 def some(names: Iterable[str]) -> str:
@@ -50,8 +66,7 @@ def number(name: str, value: Any, least: float | None = None) -> float:
     """``value`` as a finite float, of ``least`` or more; raises TypeError or ValueError."""
     if type(value) is not float and not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    largest: Any = sys.float_info.max
-    if not abs(value) <= largest or (least is not None and float(value) < least):
+    if not abs(value) <= _LARGEST or (least is not None and float(value) < least):
         bound = "" if least is None else f" of {least} or more"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r:.40}")
     return float(value)
@@ -130,39 +145,114 @@ def check_recovery(activation: str | None, negative_slope: float, with_more: boo
         )
 
 
-def check_input(x: Tensor, num_tasks: int, stacking: str, fan_out: bool, training: bool) -> None:
+def checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Checked:
+    """Checks what :func:`check_call` does, once for the settings, sizes, dtypes and devices; raises what it does."""
+    num_tasks, training, _, _, _, _, _, fan_out, recover_input, _, _ = settings
+    key: Hashable = None
+    try:
+        types = type(num_tasks), type(training), type(fan_out), type(recover_input)  # 1 == True == 1.0
+        statistics = running_mean is None or _kind(running_mean), running_var is None or _kind(running_var)
+        more = bias is None or _kind(bias), residual is None or _kind(residual)
+        key = settings, types, _kind(x), _kind(weight), statistics, more
+        known = _known.get(key)
+        if known is not None:
+            return known
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or sizes that are symbols
+        pass
+    call = check_call(x, weight, bias, running_mean, running_var, residual, *settings)
+    tensors = x, weight, bias, running_mean, running_var, residual
+    sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape]
+    if all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[key] = call
+    return call
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout is _DENSE
+
+
+def check_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Checked:
+    """Checks all of a call but what may change in a tensor that stays.
+
+    The settings are those of :func:`functional.task_batch_norm`, whether there is a process group, and whether the
+    batch is that of this process alone.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: something does not fit.
+    """
+    num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input, *groups = settings
+    grouped, alone = groups
+    num_tasks = count("num_tasks", num_tasks)
+    check_options(gate, stacking, activation)
+    for name, flag in (("training", training), ("fan_out", fan_out), ("recover_input", recover_input)):
+        check_flag(name, flag)
+    eps, negative_slope = eps_value(eps, training), number("negative_slope", negative_slope)
+    name = activation or NONE
+    slope = negative_slope if EPILOGUES[name].sloped else 0.0
+    options = Options(num_tasks, eps, gate, stacking, name, slope, fan_out)
+    check_input(x, options, training and alone)
+    channels = x.shape[layout.channel_axis(of_input(options).stacking)]
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
+        if vector is not None or name == "weight":
+            check_vector(name, vector, x, num_tasks, channels)
+        elif not training and name.startswith("running"):
+            raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
+    if recover_input:
+        check_recovery(activation, negative_slope, fan_out or residual is not None, grouped)
+    if residual is not None:
+        check_residual(residual, x, options)
+    values = x.numel() // (of_input(options).num_tasks * channels) if training and x.numel() > 0 else 0
+    return Checked(options, channels, values)
+
+
+def check_input(x: Tensor, options: Options, training: bool) -> None:
     """Raises TypeError for a dtype, ValueError for a shape."""
     check_tensor("x", x)
     if x.dtype not in _FLOATING:
         raise TypeError(f"x must be float32, float64, float16 or bfloat16, got {x.dtype}; convert it with x.float()")
-    axis = layout.channel_axis(layout.input_stacking(stacking, fan_out))
+    own = of_input(options)
+    axis = layout.channel_axis(own.stacking)
     if x.dim() <= axis:
-        shape = "[N, C, ...]" if fan_out else "[T, N, C, ...]" if axis == 2 else "[T*N, C, ...]"
+        shape = "[N, C, ...]" if options.fan_out else "[T, N, C, ...]" if axis == 2 else "[T*N, C, ...]"
         raise ValueError(f"x must have at least {axis + 1} dimensions {shape}, got shape {list(x.shape)}")
-    if fan_out:
-        streams = 1
-    elif stacking == "task_axis":
-        streams = num_tasks
-        if x.shape[0] != num_tasks:
+    if own.stacking == "task_axis":
+        if x.shape[0] != own.num_tasks:
             raise ValueError(
                 f"x of shape {list(x.shape)} has {x.shape[0]} tasks along its first dimension, expected "
-                f"num_tasks={num_tasks}; for a stacked batch pass stacking='task_major' or 'sample_major'"
+                f"num_tasks={own.num_tasks}; for a stacked batch pass stacking='task_major' or 'sample_major'"
             )
-    else:
-        streams = num_tasks
-        if x.shape[0] % num_tasks:
-            raise ValueError(
-                f"the first dimension of x, {x.shape[0]}, is not a multiple of num_tasks={num_tasks}; "
-                f"stack one batch of equal size for each task"
-            )
-    if training and x.numel() == streams * x.shape[axis] > 0:
+    elif x.shape[0] % own.num_tasks:
+        raise ValueError(
+            f"the first dimension of x, {x.shape[0]}, is not a multiple of num_tasks={own.num_tasks}; "
+            f"stack one batch of equal size for each task"
+        )
+    if training and x.numel() == own.num_tasks * x.shape[axis] > 0:
         raise ValueError(
             f"Expected more than 1 value per task and channel when training, got input size {list(x.shape)} with "
-            f"num_tasks={num_tasks}; use a larger batch or eval()"
+            f"num_tasks={options.num_tasks}; use a larger batch or eval()"
         )
 
 
-def check_vector(name: str, vector: Tensor, x: Tensor, num_tasks: int, channels: int) -> None:
+def check_vector(name: str, vector: Any, x: Tensor, num_tasks: int, channels: int) -> None:
     """Raises ValueError, TypeError or RuntimeError where a ``[T, C]`` vector does not fit x."""
     check_tensor(name, vector)
     if vector.shape != (num_tasks, channels):
@@ -177,8 +267,8 @@ def check_vector(name: str, vector: Tensor, x: Tensor, num_tasks: int, channels:
 
 def check_written(name: str, running: Tensor) -> None:
     """Raises ValueError or RuntimeError where running statistics cannot be updated in place."""
-    if torch.compiler.is_compiling() or _is_plain_buffer(running):
-        return
+    if running.is_contiguous() and not running.requires_grad and not running.is_inference():
+        return  # the usual case: nothing of it needs a closer look
     if running.requires_grad and running.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name} is updated in training and must not require a gradient; pass it detached")
     if _overlaps(running):
@@ -202,13 +292,10 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _is_plain_buffer(running: Tensor) -> bool:
-    """The usual case: nothing of it needs a closer look."""
-    return running.is_contiguous() and not running.requires_grad and not running.is_inference()
-
-
 def momentum_value(momentum: Any, x: Tensor, num_tasks: int, channels: int) -> float | Tensor:
     """A finite float, or a tensor that broadcasts over ``[T, C]``; raises ValueError, TypeError or RuntimeError."""
+    if type(momentum) is float and abs(momentum) <= _LARGEST:  # the usual case
+        return momentum
     if not isinstance(momentum, Tensor):
         return number("momentum", momentum)
     check_tensor("momentum", momentum)
@@ -244,10 +331,10 @@ def check_indices(tasks: Sequence[int], num_tasks: int) -> None:
         raise ValueError(f"tasks must be different indices below num_tasks={num_tasks}, got {list(tasks)}")
 
 
-def check_residual(residual: Tensor, x: Tensor, num_tasks: int, stacking: str, fan_out: bool) -> None:
+def check_residual(residual: Tensor, x: Tensor, options: Options) -> None:
     """Raises ValueError, TypeError or RuntimeError where a residual does not fit the output."""
     check_tensor("residual", residual)
-    expected = layout.output_shape(x, num_tasks, stacking, fan_out)
+    expected = layout.output_shape(x, options)
     if residual.shape != torch.Size(expected):
         raise ValueError(f"residual must have the shape of the output, {list(expected)}, got {list(residual.shape)}")
     if residual.dtype not in _FLOATING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from types import MethodType
 from typing import Any, Literal, cast
@@ -39,11 +39,12 @@ class FusedTSigmaBNAct(FusedTSigmaBN):
     drop: nn.Module
     act: nn.Module
 
-    def _call(self, normalize: Callable[..., Any], *args: Any) -> Any:
-        result = super()._call(normalize, *args)
-        if self.activation is not None or isinstance(result, fx.Proxy):  # a call of the whole layer
-            return result
-        return tuple(map(self.activate, result)) if isinstance(result, tuple) else self.activate(result)
+    def _call(self, *args: Any) -> Any:
+        results = super()._call(*args)
+        whole = self.activation is not None or any(
+            isinstance(y, fx.Proxy) for y in results
+        )  # a call of the whole layer
+        return results if whole else tuple(map(self.activate, results))
 
     def activate(self, y: Tensor) -> Tensor:
         """``act(drop(y))``."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels import autograd, backends, capture, checks, layout, recompute, runs, streams, synchronized
-from tsbn_kernels.activations import EPILOGUES, NONE
+from tsbn_kernels.options import Saved, of_input
 
 
 def task_batch_norm(
@@ -79,8 +80,8 @@ def task_batch_norm(
             a second derivative is asked for.
     """
     y: Tensor
-    (y,) = _call(
-        autograd.apply, x, weight, bias, running_mean, running_var, residual, num_tasks=num_tasks, training=training,
+    (y,) = normalize(
+        False, x, weight, bias, running_mean, running_var, residual, num_tasks=num_tasks, training=training,
         momentum=momentum, eps=eps, gate=gate, stacking=stacking, activation=activation,
         negative_slope=negative_slope, fan_out=fan_out, recover_input=recover_input, process_group=process_group,
     )  # fmt: skip
@@ -98,13 +99,11 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
     Raises:
         ValueError: also where ``recover_input`` is set.
     """
-    if options.get("recover_input"):
-        raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
-    return tuple(_call(streams.apply, x, weight, *tensors, **options))
+    return tuple(normalize(True, x, weight, *tensors, **options))
 
 
-def _call(
-    differentiable: Callable[..., tuple[Tensor, ...]],
+def normalize(
+    as_streams: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -123,80 +122,91 @@ def _call(
     fan_out: bool = False,
     recover_input: bool = False,
     process_group: synchronized.GroupLike = None,
-) -> list[Tensor]:
-    num_tasks = checks.count("num_tasks", num_tasks)
-    checks.check_options(gate, stacking, activation)
-    for name, flag in (("training", training), ("fan_out", fan_out), ("recover_input", recover_input)):
-        checks.check_flag(name, flag)
-    eps, negative_slope = checks.eps_value(eps, training), checks.number("negative_slope", negative_slope)
-    group = synchronized.group_of(process_group) if training else None
-    checks.check_input(x, num_tasks, stacking, fan_out, training and group is None)
-    order = layout.input_stacking(stacking, fan_out)
-    channels = x.shape[layout.channel_axis(order)]
-    vectors: dict[str, Any] = {
-        "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
-    }  # fmt: skip
-    for name, vector in vectors.items():
-        if vector is not None or name == "weight":
-            checks.check_vector(name, vector, x, num_tasks, channels)
-            if training and name.startswith("running"):
-                checks.check_written(name, vector)
-        elif not training and name.startswith("running"):
-            raise ValueError(f"evaluation needs {name}; pass it, or training=True to use the batch's statistics")
-    momentum = checks.momentum_value(momentum, x, num_tasks, channels)
-    if recover_input:
-        checks.check_recovery(activation, negative_slope, fan_out or residual is not None, process_group is not None)
-    if residual is not None:
-        checks.check_residual(residual, x, num_tasks, stacking, fan_out)
+    repeated: bool | None = None,
+) -> Sequence[Tensor]:
+    """Computes :func:`task_batch_norm`, and returns y alone, or the streams of its tasks.
+
+    ``repeated``: whether activation checkpointing repeats the pass, where that is known.
+    """
+    compiling = torch.compiler.is_compiling()
+    if recover_input and as_streams:
+        raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
+    group = None
+    if process_group is not None:
+        checks.check_flag("training", training)
+        group = synchronized.group_of(process_group) if training else None
+    options, channels, values = (checks.check_call if compiling else checks.checked)(
+        x, weight, bias, running_mean, running_var, residual, num_tasks, training, eps, gate, stacking, activation,
+        negative_slope, fan_out, recover_input, process_group is not None, group is None,
+    )  # fmt: skip
+    if training and not compiling:
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            if running is not None:
+                checks.check_written(name, running)
+    momentum = checks.momentum_value(momentum, x, options.num_tasks, channels)
+    if residual is None:
+        x = layout.supported(x, of_input(options).stacking)
+    else:
         if residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        x, residual = layout.readable(x, stacking, fan_out, residual)
-    else:
-        x = layout.supported(x, order)
+        x, residual = layout.readable(x, options, residual)
 
     if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
-        recover_input = not torch.compiler.is_compiling() and not capture.is_capturing()
-    given = (None, None) if training else (running_mean, running_var)
-    name = activation or NONE
-    slope = negative_slope if EPILOGUES[name].sloped else 0.0
-    options = num_tasks, eps, gate, stacking, name, slope, fan_out
-    backend = backends.override(x.device.type)
-    tracked = training and not runs.is_repetition()
+        recover_input = not compiling and not capture.is_capturing()
+    backend = backends.override(x.device.type) if backends.is_forced() else None
+    tracked = training and not (runs.is_repetition() if repeated is None else repeated)
+    outputs: Sequence[Tensor]
     if group is not None:
-        y, mean, var, values = synchronized.apply(x, weight, bias, residual, *options, group, backend)
-        outputs = [y] if differentiable is autograd.apply else [*streams.of_a_stack(y, num_tasks, stacking)]
+        y, mean, var, count = synchronized.apply(x, weight, bias, residual, options, group, backend)
+        outputs = streams.of_a_stack(y, options) if as_streams else (y,)
         if tracked:
-            momentum = momentum * (values > 0).to(values.dtype)  # an empty batch leaves the running statistics alone
-            _track(running_mean, running_var, mean, var * (values / (values - 1).clamp_min(1)), momentum)
+            momentum = momentum * (count > 0).to(count.dtype)  # an empty batch leaves the running statistics alone
+            unbiased = var * (count / (count - 1).clamp_min(1))
+            _track(running_mean, running_var, mean, unbiased, momentum, compiling)
     else:
-        *outputs, mean, var = differentiable(x, weight, bias, residual, *given, *options, recover_input, backend)
-        if tracked and x.numel() > 0:
-            count = x.numel() // (channels if fan_out else weight.numel())
-            _track(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
-    if recompute.wanted() and not recover_input:
+        function = streams if as_streams else autograd
+        apply = function.apply_in_graph if compiling else function.apply
+        given = (None, None) if training else (running_mean, running_var)
+        *outputs, mean, var = apply(x, weight, bias, residual, *given, options, recover_input, backend)
+        if tracked and values > 0:
+            share = values / (values - 1)
+            unbiased = var * (_constant(share, var.dtype) if type(var) is Tensor and not compiling else share)
+            _track(running_mean, running_var, mean, unbiased, momentum, compiling)
+    if not compiling and recompute.wanted() and not recover_input:
+        saved = Saved(x, weight, bias, residual, mean, var)
         if group is not None:
-            weight, bias, mean, var = synchronized.coefficients(weight, bias, mean, var, eps, gate, x.dtype)
-            options = num_tasks, eps, "identity", *options[3:]
-        recompute.offer(outputs, backend, x, weight, bias, residual, mean, var, *options)
+            saved, options = synchronized.coefficients(saved, options)
+        recompute.offer(outputs, saved, options, backend)
     return outputs
 
 
+@lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor, by which PyTorch multiplies at half the cost on the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def _track(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float | Tensor
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor,
+    compiling: bool,
 ) -> None:
-    if running_mean is not None:
-        _update(running_mean, mean, momentum)
-    if running_var is not None:
-        _update(running_var, var, momentum)
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        if running is None:
+            continue
+        if running.dtype == batch.dtype and type(momentum) is float and not compiling:  # the usual case
+            running.lerp_(batch, momentum)
+        else:
+            _update(running, batch, momentum, compiling)
 
 
-def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+def _update(running: Tensor, batch: Tensor, momentum: float | Tensor, compiling: bool) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, rounded once where ``running`` is the narrower."""
-    compiling = torch.compiler.is_compiling()
-    if running.dtype == batch.dtype and not compiling and not isinstance(momentum, Tensor):  # the usual case
-        running.lerp_(batch, momentum)
-        return
     dtype = torch.promote_types(running.dtype, batch.dtype)
     before, batch = running.to(dtype), batch.to(dtype)
     if isinstance(momentum, Tensor):

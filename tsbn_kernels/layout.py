@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tsbn_kernels.options import Options, of_input
+
 Stacking = Literal["task_major", "sample_major", "task_axis"]
 STACKINGS: tuple[str, ...] = get_args(Stacking)
 
@@ -101,12 +103,12 @@ def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:
     return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
-def readable(x: Tensor, stacking: str, shared: bool, *stacked: Tensor | None) -> tuple[Any, ...]:
+def readable(x: Tensor, options: Options, *stacked: Tensor | None) -> tuple[Any, ...]:
     """``x`` and what is ``stacked`` like y, all in one family: themselves, or copies where strides are of none."""
-    order = input_stacking(stacking, shared)
+    order = of_input(options).stacking
     x = supported(x, order)
     wanted = family(x, order) if any(tensor is not None for tensor in stacked) else None
-    return x, *(None if tensor is None else in_family(tensor, wanted, stacking) for tensor in stacked)
+    return x, *(None if tensor is None else in_family(tensor, wanted, options.stacking) for tensor in stacked)
 
 
 def dense_strides(x: Tensor, stacking: str) -> tuple[int, ...]:
@@ -136,32 +138,27 @@ def _family_strides(shape: Sequence[int], family: Family | None, channel: int) -
     return tuple(result)
 
 
-def input_stacking(stacking: str, shared: bool) -> str:
-    """How the input itself is stacked: a shared one ``[N, C, *]`` is the batch of one task."""
-    return "task_major" if shared else stacking
-
-
-def output_shape(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[int, ...]:
-    """Shape of y: that of x; of a shared x, T streams stacked."""
-    if not shared:
+def output_shape(x: Tensor, options: Options) -> tuple[int, ...]:
+    """Shape of y: that of x; of an x that all tasks share, T streams stacked."""
+    if not options.fan_out:
         return tuple(x.shape)
     N, *rest = x.shape
-    return (num_tasks, N, *rest) if stacking == "task_axis" else (num_tasks * N, *rest)
+    return (options.num_tasks, N, *rest) if options.stacking == "task_axis" else (options.num_tasks * N, *rest)
 
 
-def output_sizes(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of y: those of a dense x; of a shared x, dense ones in its family's memory format."""
-    shape = output_shape(x, num_tasks, stacking, shared)
-    if not shared:
-        return shape, dense_strides(x, stacking)
-    return shape, _family_strides(shape, family(x, "task_major"), channel_axis(stacking))
+def output_sizes(x: Tensor, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of y: those of a dense x; with fan-out dense ones in the memory format of x's family."""
+    shape = output_shape(x, options)
+    if not options.fan_out:
+        return shape, dense_strides(x, options.stacking)
+    return shape, _family_strides(shape, family(x, "task_major"), channel_axis(options.stacking))
 
 
-def empty_output(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> Tensor:
+def empty_output(x: Tensor, options: Options) -> Tensor:
     """Fresh memory for y."""
-    return torch.empty_strided(*output_sizes(x, num_tasks, stacking, shared), dtype=x.dtype, device=x.device)
+    return torch.empty_strided(*output_sizes(x, options), dtype=x.dtype, device=x.device)
 
 
-def empty_like(x: Tensor, stacking: str) -> Tensor:
-    """Fresh memory for an output like ``x``, in its memory format and dense."""
-    return torch.empty_strided(x.shape, dense_strides(x, stacking), dtype=x.dtype, device=x.device)
+def empty_input(x: Tensor, options: Options) -> Tensor:
+    """Fresh memory for dx, in the memory format of ``x`` and dense."""
+    return torch.empty_strided(x.shape, dense_strides(x, of_input(options).stacking), dtype=x.dtype, device=x.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsbn_kernels import checks, runs, synchronized
 from tsbn_kernels.activations import EPILOGUES, NONE, Name, as_module
-from tsbn_kernels.functional import task_batch_norm, task_streams
+from tsbn_kernels.functional import normalize
 from tsbn_kernels.plain import leaf_call
 from tsbn_kernels.task_specific import TaskSpecific, whole
 
@@ -21,6 +21,7 @@ GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS,
 VISIBLE = 1e-3  # clipping a scale by less is not worth a word
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_VECTORS = ("weight", "bias", *_STATISTICS)
 _LATER_OPTIONS = {
     "activation": None,
     "negative_slope": 0.01,
@@ -245,7 +246,8 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
                 all T in their order.
             fan_out: overrides the module's own for this call.
         """
-        y: Tensor = self._call(task_batch_norm, input, residual, tasks, fan_out)
+        y: Tensor
+        (y,) = self._call(False, input, residual, tasks, fan_out)
         return y
 
     def streams(
@@ -260,64 +262,68 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
 
         A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
         """
-        streams: tuple[Tensor, ...] = self._call(task_streams, input, residual, tasks, fan_out)
-        return streams
+        return tuple(self._call(True, input, residual, tasks, fan_out))
 
     def _call(
         self,
-        normalize: Callable[..., Any],
+        as_streams: bool,
         x: Tensor,
         residual: Tensor | None,
         tasks: Sequence[int] | Tensor | None,
         fan_out: bool | None,
     ) -> Any:
         if not isinstance(x, Tensor):
-            if normalize is not task_batch_norm:
+            if as_streams:
                 checks.check_tensor("input", x)
-            return leaf_call(self, x, residual=residual, tasks=tasks, fan_out=fan_out)
-        tasks, fan_out = self._route(x, tasks, fan_out)
-        fan_out = self.fan_out if fan_out is None else fan_out
-        checks.check_flag("fan_out", fan_out)
+            return (leaf_call(self, x, residual=residual, tasks=tasks, fan_out=fan_out),)
+        if self._routers:
+            tasks, fan_out = self._route(x, tasks, fan_out)
+        if fan_out is None:
+            fan_out = self.fan_out
+        else:
+            checks.check_flag("fan_out", fan_out)
         stacking = self._stacking_of(x, fan_out)
-        vectors = self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
-        vectors, tasks = self._own_rows(vectors, tasks)
+        vectors = self._vectors()
+        if tasks is not None or self._tasks is not None:
+            vectors, tasks = self._own_rows(vectors, tasks)
         rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
         weight, bias, running_mean, running_var, num_batches_tracked = rows
-        weight, passes = self._take_part(weight, tasks, own_streams=normalize is task_streams)
-        tracking = self.training and self.track_running_stats and not runs.is_repetition()
+        passes = None
+        if self._participation is not None:
+            weight, passes = self._take_part(weight, tasks, own_streams=as_streams)
+        training = self.training
+        tracking = training and self.track_running_stats and not runs.is_repetition()
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if tracking and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
             if self.momentum is None:  # cumulative average
                 momentum = 1.0 / num_batches_tracked.unsqueeze(1)
-        keeps_statistics = not self.training or tracking
+        if training and not tracking:
+            running_mean = running_var = None
         result = normalize(
-            x,
-            weight,
-            bias,
-            running_mean if keeps_statistics else None,
-            running_var if keeps_statistics else None,
-            residual,
-            num_tasks=len(weight),
-            training=self.training or running_mean is None,
-            momentum=momentum,
-            eps=self.eps,
-            gate=self.gate,
-            stacking=stacking,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            fan_out=fan_out,
-            recover_input=self.recover_input,
-            process_group=self.process_group if self.training else None,
-        )
-        if passes is not None and normalize is task_streams:
+            as_streams, x, weight, bias, running_mean, running_var,
+            residual, num_tasks=weight.shape[0], training=training or running_mean is None, momentum=momentum,
+            eps=self.eps, gate=self.gate, stacking=stacking, activation=self.activation,
+            negative_slope=self.negative_slope, fan_out=fan_out, recover_input=self.recover_input,
+            process_group=self.process_group if training else None, repeated=not tracking,
+        )  # fmt: skip
+        if passes is not None and as_streams:
             for index, stream in enumerate(result):
                 passes.watch(index, [stream])
         if tracking and tasks is not None:
-            for vector, rows in zip(vectors[2:], (running_mean, running_var, num_batches_tracked), strict=True):
+            _, _, *statistics = vectors
+            for vector, changed in zip(statistics, (running_mean, running_var, num_batches_tracked), strict=True):
                 if vector is not None:
-                    vector.index_copy_(0, tasks, rows)
+                    vector.index_copy_(0, tasks, changed)
         return result
+
+    def _vectors(self) -> tuple[Any, ...]:
+        """Parameters and statistics ``[T, C]``; a module's own way to its attributes costs as much as a small layer."""
+        own, buffers = self._parameters, self._buffers
+        if "weight" in own and "bias" in own and "running_mean" in buffers:
+            statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            return own["weight"], own["bias"], *statistics
+        return tuple(getattr(self, name) for name in _VECTORS)  # pruned, parametrized, frozen, or taken by FSDP
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from before the layer had all of its options."""
@@ -346,7 +352,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             state["bias"] = torch.zeros(self.num_features, **like)
         if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
             state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=like["device"])
-        for name in ("weight", "bias", *_STATISTICS):
+        for name in _VECTORS:
             if prefix + name in state_dict:
                 state[name] = state_dict[prefix + name]
         if self.gate == "sigmoid":

@@ -7,16 +7,16 @@ layer saves itself. The output follows from that and the ``[T, C]`` vectors in o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels.ops import operators
+from tsbn_kernels.options import Options, Saved
 
 
 @dataclass(frozen=True)
@@ -82,31 +82,21 @@ def recompute_outputs() -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Whether outputs are to be offered."""
-    return not torch.compiler.is_compiling() and _outputs.get() is not None
+    """Whether outputs are to be offered, outside of ``torch.compile``."""
+    return _outputs.get() is not None
 
 
-def offer(
-    streams: list[Tensor],
-    backend: str | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *options: Any,
-) -> None:
+def offer(streams: Sequence[Tensor], saved: Saved, options: Options, backend: str | None) -> None:
     """Says how to compute an output again; what is saved of it from now on need not be kept.
 
     The output is one tensor, or views of one: the streams of its tasks.
     """
     outputs = _outputs.get()
     assert outputs is not None
-    weight, bias = weight.clone(), None if bias is None else bias.clone()  # FSDP frees its own between the passes
-    tensors = [None if t is None else t.detach() for t in (x, weight, bias, residual, mean, var)]
+    # FSDP frees its own parameters between the passes.
+    copies = saved._replace(weight=saved.weight.clone(), bias=None if saved.bias is None else saved.bias.clone())
+    tensors = [None if t is None else t.detach() for t in copies]
     versions = [None if t is None else t._version for t in tensors]
-    num_tasks, eps, gate, stacking, activation, slope, shared = options
 
     def again() -> Tensor:
         if versions != [None if t is None else t._version for t in tensors]:
@@ -114,12 +104,7 @@ def offer(
                 "an input of a fused layer was changed in place after the forward pass, and its output is to be "
                 "computed again from it (recompute_outputs); change a copy, or after the backward pass"
             )
-        x, weight, bias, residual, mean, var = tensors
-        plain = num_tasks, eps, gate, stacking
-        y: Tensor = operators(backend).forward_eval(
-            x, weight, bias, mean, var, *plain, residual, activation, slope, shared
-        )
-        return y
+        return operators(backend).forward_eval(Saved._make(tensors), options)
 
     y = streams[0]
     if y.requires_grad:

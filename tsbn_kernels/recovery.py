@@ -12,14 +12,14 @@ Channels where ``|bias| > 8 * gate``, or where y may be subnormal, keep their in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels import layout, reference
 from tsbn_kernels.activations import EPILOGUES, INVERSE
+from tsbn_kernels.options import Backend, Gradients, Needs, Options, Saved
 
 MOST_BIAS = 8.0  # in gates: what is lost of xhat where the bias hides it
 
@@ -30,39 +30,40 @@ def invertible(activation: str, slope: float) -> bool:
     return row.invertible and not (row.sloped and slope <= 0)
 
 
-def _slope(activation: str, slope: float) -> float:
+def _slope(options: Options) -> float:
     """That of negative values, as a leaky ReLU has it."""
-    return slope if EPILOGUES[activation].sloped else 1.0
+    return options.slope if EPILOGUES[options.activation].sloped else 1.0
 
 
-def keep(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Sequence[Any], epilogue: Sequence[Any]
-) -> tuple[Tensor, Tensor]:
+class Kept(NamedTuple):
+    """What a backward pass reads beside dy: y, vectors ``[T, C]``, and the part of x that y does not tell."""
+
+    y: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    channels: Tensor  # [K]: those that some task cannot recover
+    part: Tensor  # their values of x
+
+
+def keep(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """Channels that some task cannot recover, ``[K]``, and their part of x. On a GPU this waits for their number."""
-    gates = reference.gate_values(weight.to(reference.accumulate_dtype(x.dtype)), options[2]).abs()
-    activation, slope, _ = epilogue
+    gates = reference.gate_values(weight.to(reference.accumulate_dtype(x.dtype)), options.gate).abs()
     info = torch.finfo(x.dtype)
     subnormal = info.smallest_normal * info.eps
-    smallest = subnormal / (info.eps / 2) / min(_slope(activation, slope), 1.0)
+    smallest = subnormal / (info.eps / 2) / min(_slope(options), 1.0)
     smallest = max(smallest, torch.finfo(gates.dtype).tiny ** 0.5)  # its square is the variance of what is inverted
     lost = ~(gates > smallest)
     if bias is not None:
         lost |= ~(bias.abs() <= MOST_BIAS * gates)
     channels = lost.any(0).nonzero().squeeze(1)
-    axis = layout.channel_axis(options[3])
+    axis = layout.channel_axis(options.stacking)
     return channels, x.index_select(axis, channels) if len(channels) else x.new_empty(0)
 
 
-def backward(
-    compute: Callable[..., tuple[Tensor, ...]],
-    dy: Tensor,
-    saved: Sequence[Tensor | None],
-    options: Sequence[Any],
-    epilogue: Sequence[Any],
-    training: bool,
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias and residual from y and from the channels that :func:`keep` kept.
+def backward(compute: Backend, dy: Tensor, kept: Kept, training: bool, needs: Needs, options: Options) -> Gradients:
+    """Gradients of x, weight and bias from y and from the channels that :func:`keep` chose.
 
     Raises:
         RuntimeError: a second derivative is asked for, which needs the input.
@@ -72,50 +73,33 @@ def backward(
             "recover_input=True keeps the output in place of the input, which a second derivative (create_graph=True) "
             "needs; build the layer with recover_input=False"
         )
-    y, weight, bias, mean, var, channels, kept = saved
-    assert y is not None
-    assert weight is not None
-    assert var is not None
-    assert channels is not None
-    assert kept is not None
-    num_tasks, eps, gate, stacking = options
-    activation, slope, _ = epilogue
+    y, weight, bias, mean, var, channels, part = kept
 
     # xhat = (v - bias) / gate is the normalisation of v by mean = bias and var = gate^2. The gate of it makes
     # gate' / |gate| the factor gate * rstd of dx; dweight is that of xhat itself.
     wide = reference.accumulate_dtype(y.dtype)
-    gates = reference.gate_values(weight.to(wide), gate)
+    gates = reference.gate_values(weight.to(wide), options.gate)
     size = gates.abs().clamp_min(torch.finfo(wide).tiny ** 0.5)
     centre = torch.zeros_like(size) if bias is None else bias.to(wide)
-    factor = gates * torch.rsqrt(var.to(wide) + eps) * size
-    need = bool(needed[0]), bool(needed[1]), bool(needed[2])
-    virtual = num_tasks, 0.0, "identity", stacking, training, *need
-    dx, dweight, dbias, _ = compute(
-        dy,
-        y,
-        factor,
-        centre,
-        size.square(),
-        *virtual,
-        None,
-        None,
-        INVERSE,
-        _slope(activation, slope),
-        False,
-        False,
-    )
-    if need[1]:
-        dweight = (dweight * gates.sign() * reference.gate_slope(weight.to(wide), gate)).to(weight.dtype)
-    if need[2]:
+    factor = gates * torch.rsqrt(var.to(wide) + options.eps) * size
+    inverse = options._replace(eps=0.0, gate="identity", activation=INVERSE, slope=_slope(options))
+    virtual = Saved(y, factor, None, None, centre, size.square())
+    dx, dweight, dbias, _ = compute.backward(dy, virtual, training, needs, inverse)
+    if dweight is not None:
+        dweight = (dweight * gates.sign() * reference.gate_slope(weight.to(wide), options.gate)).to(weight.dtype)
+    if dbias is not None:
         dbias = dbias.to(weight.dtype)
+    found = Gradients(dx, dweight, dbias)
     if len(channels):
-        axis = layout.channel_axis(stacking)
-        rows = [None if v is None else v.index_select(1, channels) for v in (weight, mean, var, bias)]
-        again = compute(
-            dy.index_select(axis, channels), kept, *rows[:3], *options, training, *need, rows[3], None, activation,
-            slope, False, False,
-        )  # fmt: skip
-        for whole, part, dim, wanted in zip((dx, dweight, dbias), again, (axis, 1, 1), need, strict=False):
-            if wanted:
-                whole.index_copy_(dim, channels, part)
-    return dx, dweight, dbias, dy
+        axis = layout.channel_axis(options.stacking)
+        rows = (None if vector is None else vector.index_select(1, channels) for vector in (weight, bias, mean, var))
+        own_weight, own_bias, own_mean, own_var = rows
+        assert own_weight is not None
+        assert own_mean is not None
+        assert own_var is not None
+        saved = Saved(part, own_weight, own_bias, None, own_mean, own_var)
+        again = compute.backward(dy.index_select(axis, channels), saved, training, needs, options)
+        for whole, own, dim in zip(found, again, (axis, 1, 1, 0), strict=True):
+            if whole is not None and own is not None:
+                whole.index_copy_(dim, channels, own)
+    return found

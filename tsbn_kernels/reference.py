@@ -8,8 +8,8 @@ the ``[T, N, C, S]`` view, with the epilogue that follows it in a network::
     y         = act(g(weight[t,c]) * xhat + bias[t,c] + residual)
 
 with ``g = sigmoid`` (TS-sigma-BN) or the identity (TSBN). float16 and bfloat16 are computed in float32. Where
-``shared`` is set, x is one input ``[N, C, *]`` for all tasks, and y, residual and dy are stacked. Every other backend
-is compared with these functions, which have the signatures of the operators in :mod:`tsbn_kernels.ops`.
+``fan_out`` is set, x is one input ``[N, C, *]`` for all tasks, and y, residual and dy are stacked. Every other backend
+is compared with these functions, which are a :class:`tsbn_kernels.options.Backend`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from tsbn_kernels import layout
 from tsbn_kernels.activations import INVERSE, NONE, activate, activation_slope, invert_leaky_relu
 from tsbn_kernels.layout import task_view
+from tsbn_kernels.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,33 +38,30 @@ def gate_slope(weight: Tensor, gate: str) -> Tensor:
     return torch.sigmoid(weight) * torch.sigmoid(-weight) if gate == "sigmoid" else torch.ones_like(weight)
 
 
-def _wide_view(x: Tensor, num_tasks: int, stacking: str) -> Tensor:
-    return task_view(x, num_tasks, stacking).to(accumulate_dtype(x.dtype))
-
-
-def _input_view(x: Tensor, num_tasks: int, stacking: str, shared: bool) -> Tensor:
-    """``[T, N, C, S]``, or ``[1, N, C, S]`` of a shared input."""
-    return _wide_view(x, 1 if shared else num_tasks, layout.input_stacking(stacking, shared))
+def _wide_view(x: Tensor, options: Options) -> Tensor:
+    return task_view(x, options.num_tasks, options.stacking).to(accumulate_dtype(x.dtype))
 
 
 def _spread(vector: Tensor) -> Tensor:
     return vector[:, None, :, None]
 
 
-def statistics(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+def statistics(x: Tensor, options: Options) -> Moments:
     """Mean and biased variance per task and channel, each ``[T, C]``."""
-    view = _input_view(x, num_tasks, stacking, shared)
+    view = _wide_view(x, of_input(options))
     if view.numel() == 0:
-        zeros = view.new_zeros(num_tasks, view.shape[2])
-        return zeros, zeros.clone()
+        zeros = view.new_zeros(options.num_tasks, view.shape[2])
+        return Moments(zeros, zeros.clone())
     mean = view.mean(dim=(1, 3))
     var = (view - _spread(mean)).square().mean(dim=(1, 3))
-    return (mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)) if shared else (mean, var)
+    if options.fan_out:
+        mean, var = mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1)
+    return Moments(mean, var)
 
 
-def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, options: Options) -> Moments:
     """Mean and variance as :func:`statistics`, in float64: a part's, to be joined with those of other parts."""
-    return statistics(x.double(), num_tasks, stacking, shared)
+    return statistics(x.double(), options)
 
 
 def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,90 +76,32 @@ def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tens
     return joined, ((var + (mean - joined).square()) * share).sum(0)
 
 
-def _affine(
-    view: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor, rstd: Tensor, gate: str
-) -> Tensor:
-    """``g(weight) * xhat + bias + residual``, of views and of vectors in the accumulate dtype."""
-    z = (view - _spread(mean)) * _spread(gate_values(weight, gate) * rstd)
-    if bias is not None:
-        z = z + _spread(bias)
-    return z if residual is None else z + residual
+def _affine(view: Tensor, saved: Saved, options: Options) -> Tensor:
+    """``g(weight) * xhat + bias + residual`` in the accumulate dtype, of the view of x in it."""
+    dtype = view.dtype
+    mean, rstd = saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
+    z = (view - _spread(mean)) * _spread(gate_values(saved.weight.to(dtype), options.gate) * rstd)
+    if saved.bias is not None:
+        z = z + _spread(saved.bias.to(dtype))
+    return z if saved.residual is None else z + _wide_view(saved.residual, options)
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-) -> Tensor:
+def forward_eval(saved: Saved, options: Options) -> Tensor:
     """``act(g(weight) * (x - mean) / sqrt(var + eps) + bias + residual)`` in the dtype and memory format of ``x``."""
-    dtype = accumulate_dtype(x.dtype)
-    z = _affine(
-        _input_view(x, num_tasks, stacking, shared),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        None if residual is None else _wide_view(residual, num_tasks, stacking),
-        mean.to(dtype),
-        torch.rsqrt(var.to(dtype) + eps),
-        gate,
-    )
-    y = activate(z, activation, slope).to(x.dtype)
-    return layout.from_task_view(y, *layout.output_sizes(x, num_tasks, stacking, shared), stacking)
+    z = _affine(_wide_view(saved.x, of_input(options)), saved, options)
+    return _stacked(activate(z, options.activation, options.slope), saved.x, options)
 
 
 def forward_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> Normalized:
     """Normalises by the batch's own statistics. Returns y, mean ``[T, C]`` and biased variance ``[T, C]``."""
-    mean, var = statistics(x, num_tasks, stacking, shared)
-    epilogue = residual, activation, slope, shared
-    return normalize(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, *epilogue), mean, var
+    mean, var = statistics(x, options)
+    return Normalized(forward_eval(Saved(x, weight, bias, residual, mean, var), options), mean, var)
 
 
-forward_eval = normalize
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    training: bool,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual; an empty tensor for each that is not needed.
+def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+    """Gradients of x, weight, bias and residual, those that are needed.
 
     In training the statistics are functions of x, so they are computed anew: the result can be differentiated again
     with respect to dy, x, weight, bias and residual.
@@ -169,88 +109,65 @@ def backward(
     With ``activation="inverse_leaky_relu"`` the operand x is the leaky ReLU of what takes its place: an output that was
     kept instead of the input. Its mean and variance are then those given.
     """
-    if training and activation != INVERSE:
-        mean, var = statistics(x, num_tasks, stacking, shared)
-    epilogue = bias, residual, activation, slope, shared
-    dz, xhat, scale = _before_activation(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *epilogue)
+    x, weight = saved.x, saved.weight
+    if training and options.activation != INVERSE:
+        mean, var = statistics(x, options)
+        saved = saved._replace(mean=mean, var=var)
+    dz, xhat, scale = _before_activation(dy, saved, options)
     total, dot = dz.sum(dim=(1, 3)), (dz * xhat).sum(dim=(1, 3))
 
-    nothing = x.new_empty(0)
-    dx, dweight, dbias, dresidual = nothing, weight.new_empty(0), weight.new_empty(0), nothing
-    if need_dresidual:
-        dresidual = _stacked(dz, x, num_tasks, stacking, shared)
-    if need_dx:
+    dx = dweight = dbias = dresidual = None
+    if needs.dresidual:
+        dresidual = _stacked(dz, x, options)
+    if needs.dx:
         if training:
             positions = max(1, dz.shape[1] * dz.shape[3])
             dz = _centred(dz, xhat, total / positions, dot / positions)
-        dx = _of_input(dz * _spread(scale), x, stacking, shared)
-    if need_dweight:
-        dweight = (gate_slope(weight.to(dot.dtype), gate) * dot).to(weight.dtype)
-    if need_dbias:
+        dx = _of_input(dz * _spread(scale), x, options)
+    if needs.dweight:
+        dweight = (gate_slope(weight.to(dot.dtype), options.gate) * dot).to(weight.dtype)
+    if needs.dbias:
         dbias = total.to(weight.dtype)
-    return dx, dweight, dbias, dresidual
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    dz_mean: Tensor,
-    dz_xhat_mean: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+) -> Gradients:
     """Gradients of x and residual where x is a part of the batch, which has the statistics ``mean`` and ``var``.
 
-    The means ``[T, C]`` of ``dz = dy * act'(z)`` and of ``dz * xhat`` are those over the whole batch, too. An empty
-    tensor for the residual's where it is not needed.
+    The means ``[T, C]`` of ``dz = dy * act'(z)`` and of ``dz * xhat`` are those over the whole batch, too.
     """
-    epilogue = bias, residual, activation, slope, shared
-    dz, xhat, scale = _before_activation(dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *epilogue)
-    dresidual = _stacked(dz, x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
+    dz, xhat, scale = _before_activation(dy, saved, options)
+    dresidual = _stacked(dz, saved.x, options) if needs_dresidual else None
     centred = _centred(dz, xhat, dz_mean.to(dz.dtype), dz_xhat_mean.to(dz.dtype))
-    return _of_input(centred * _spread(scale), x, stacking, shared), dresidual
+    return Gradients(_of_input(centred * _spread(scale), saved.x, options), dresidual=dresidual)
 
 
-def _before_activation(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, bias: Tensor | None, residual: Tensor | None, activation: str, slope: float, shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``dz = dy * act'(z)`` and xhat as views in the accumulate dtype, and ``g(weight) * rstd``, ``[T, C]``."""
-    dtype = accumulate_dtype(x.dtype)
-    view, dz = _input_view(x, num_tasks, stacking, shared), _wide_view(dy, num_tasks, stacking)
-    raw, mean, rstd = weight.to(dtype), mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
-    if activation == INVERSE:
-        dz = dz * activation_slope(view, activation, slope)
-        view = invert_leaky_relu(view, slope)
-    elif activation != NONE:
-        added = None if residual is None else _wide_view(residual, num_tasks, stacking)
-        z = _affine(view, raw, None if bias is None else bias.to(dtype), added, mean, rstd, gate)
-        dz = dz * activation_slope(z, activation, slope)
-    return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, gate) * rstd
+    dtype = accumulate_dtype(saved.x.dtype)
+    view, dz = _wide_view(saved.x, of_input(options)), _wide_view(dy, options)
+    raw, mean, rstd = saved.weight.to(dtype), saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
+    if options.activation == INVERSE:
+        dz = dz * activation_slope(view, options.activation, options.slope)
+        view = invert_leaky_relu(view, options.slope)
+    elif options.activation != NONE:
+        dz = dz * activation_slope(_affine(view, saved, options), options.activation, options.slope)
+    return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, options.gate) * rstd
 
 
 def _centred(dz: Tensor, xhat: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor) -> Tensor:
     return dz - _spread(dz_mean) - xhat * _spread(dz_xhat_mean)
 
 
-def _stacked(view: Tensor, x: Tensor, num_tasks: int, stacking: str, shared: bool) -> Tensor:
+def _stacked(view: Tensor, x: Tensor, options: Options) -> Tensor:
     """A view of all tasks as y is stacked."""
-    return layout.from_task_view(view.to(x.dtype), *layout.output_sizes(x, num_tasks, stacking, shared), stacking)
+    return layout.from_task_view(view.to(x.dtype), *layout.output_sizes(x, options), options.stacking)
 
 
-def _of_input(view: Tensor, x: Tensor, stacking: str, shared: bool) -> Tensor:
-    """A view of all tasks as x is stacked; of a shared x, their sum."""
-    order = layout.input_stacking(stacking, shared)
-    wide = view.sum(0, keepdim=True) if shared else view
+def _of_input(view: Tensor, x: Tensor, options: Options) -> Tensor:
+    """A view of all tasks as x is stacked; of an x that they share, their sum."""
+    order = of_input(options).stacking
+    wide = view.sum(0, keepdim=True) if options.fan_out else view
     return layout.from_task_view(wide.to(x.dtype), x.shape, layout.dense_strides(x, order), order)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import autograd, capture, layout
-from tsbn_kernels.autograd import INPUTS, TaskBatchNorm, backward_operator
+from tsbn_kernels.autograd import TaskBatchNorm, differentiable_twice
+from tsbn_kernels.options import Gradients, Needs, Options, Saved
 from tsbn_kernels.separate import aliases, separate
 
 
@@ -20,70 +21,90 @@ class TaskStreams(TaskBatchNorm):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Returns the T streams and the statistics."""
         y, mean, var = TaskBatchNorm.forward(*inputs)
-        num_tasks, _, _, stacking = inputs[6:10]
-        return *aliases(layout.streams(y, num_tasks, stacking)), mean, var
+        *_, options, _, _ = inputs
+        return *aliases(layout.streams(y, options.num_tasks, options.stacking)), mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        TaskBatchNorm.setup_context(ctx, inputs, (output[0], *output[-2:]))
+        first, *_, mean, var = output
+        TaskBatchNorm.setup_context(ctx, inputs, (first, mean, var))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        num_tasks, eps, gate, stacking = ctx.options
-        activation, slope, shared = ctx.epilogue
-        x, weight, bias, residual, mean, var = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        tasks = [task for task in range(num_tasks) if gradients[task] is not None]
-        if not tasks or not any(needed):
-            return (None,) * INPUTS
-        index = None if len(tasks) == num_tasks else capture.task_indices(tasks, x)
-
-        def rows(stack: Tensor | None) -> Tensor | None:
-            """The rows of the tasks that a gradient came for; one task's, and all, are a view."""
-            if stack is None or index is None:
-                return stack
-            return stack[tasks[0]].unsqueeze(0) if len(tasks) == 1 else stack.index_select(0, index)
-
-        def streams(stack: Tensor | None) -> Tensor | None:
-            return None if stack is None else rows(layout.streams(stack, num_tasks, stacking))
-
-        def spread(part: Tensor) -> Tensor:
-            """Zero for the other tasks."""
-            if index is None:
-                return part
-            return part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
-
-        present: list[Any] = [gradients[task] for task in tasks]
-        dy = torch.stack(present) if len(present) > 1 else present[0].unsqueeze(0)
-        own: Any = x if shared else streams(x)
-        plain = activation == "none"
-        dx, dweight, dbias, dresidual = backward_operator(ctx.backend)(
-            dy, own, rows(weight), rows(mean), rows(var), len(tasks), eps, gate, "task_axis", ctx.training, *needed[:3],
-            rows(bias), streams(residual), activation, slope, shared, needed[3] and not plain,
-        )  # fmt: skip
-        return (
-            (dx if shared else layout.stacked(spread(dx), stacking)) if needed[0] else None,
-            spread(dweight) if needed[1] else None,
-            spread(dbias) if needed[2] else None,
-            layout.stacked(spread(dy if plain else dresidual), stacking) if needed[3] else None,
-            *(None,) * (INPUTS - 4),
-        )
+        given = {task: dy for task, dy in enumerate(gradients) if dy is not None}
+        x, weight, bias, residual, *_ = ctx.needs_input_grad
+        found = Gradients()
+        if given and (x or weight or bias or residual):
+            found = _gradients(ctx, given, Needs(x, weight, bias, residual))
+        return *found, None, None, None, None, None
 
     @staticmethod
     def vmap(*_: Any) -> Any:
         raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
 
 
-def of_a_stack(y: Tensor, num_tasks: int, stacking: str) -> Sequence[Tensor]:
+def _gradients(ctx: Any, given: dict[int, Tensor], needs: Needs) -> Gradients:
+    """What is needed of the gradients, from those of some tasks' streams."""
+    options: Options = ctx.options
+    num_tasks, stacking, plain = options.num_tasks, options.stacking, options.activation == "none"
+    saved, tasks = Saved._make(ctx.saved_tensors), list(given)
+    index = None if len(tasks) == num_tasks else capture.task_indices(tasks, saved.x)
+
+    def rows(stack: Any) -> Any:
+        """The rows of the tasks that a gradient came for; one task's, and all, are a view."""
+        if stack is None or index is None:
+            return stack
+        return stack[tasks[0]].unsqueeze(0) if len(tasks) == 1 else stack.index_select(0, index)
+
+    def streams(stack: Any) -> Any:
+        return None if stack is None else rows(layout.streams(stack, num_tasks, stacking))
+
+    def spread(part: Tensor | None) -> Tensor | None:
+        """Zero for the other tasks."""
+        if part is None or index is None:
+            return part
+        return part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
+
+    def stacked(part: Tensor | None) -> Tensor | None:
+        part = spread(part)
+        return None if part is None else layout.stacked(part, stacking)
+
+    dys = list(given.values())
+    dy = torch.stack(dys) if len(dys) > 1 else dys[0].unsqueeze(0)
+    own = Saved(
+        saved.x if options.fan_out else streams(saved.x),
+        rows(saved.weight),
+        rows(saved.bias),
+        streams(saved.residual),
+        rows(saved.mean),
+        rows(saved.var),
+    )
+    dx, dweight, dbias, dresidual = differentiable_twice(ctx.backend).backward(
+        dy,
+        own,
+        ctx.training,
+        needs._replace(dresidual=needs.dresidual and not plain),
+        options._replace(num_tasks=len(tasks), stacking="task_axis"),
+    )
+    if plain and needs.dresidual:
+        dresidual = dy
+    return Gradients(dx if options.fan_out else stacked(dx), spread(dweight), spread(dbias), stacked(dresidual))
+
+
+def of_a_stack(y: Tensor, options: Options) -> Sequence[Tensor]:
     """The streams of an output that is there already, as tensors of their own."""
-    return separate([layout.streams(y, num_tasks, stacking).flatten(0, 1)], num_tasks)[0]
+    streams = layout.streams(y, options.num_tasks, options.stacking)
+    return separate([streams.flatten(0, 1)], options.num_tasks)[0]
 
 
 def apply(*inputs: Any) -> tuple[Tensor, ...]:
     """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
-    if torch.compiler.is_compiling():  # a graph has one backward pass, of all tasks
-        y, mean, var = autograd.apply(*inputs)
-        num_tasks, _, _, stacking = inputs[6:10]
-        return *of_a_stack(y, num_tasks, stacking), mean, var
     outputs: tuple[Tensor, ...] = TaskStreams.apply(*inputs)
     return outputs
+
+
+def apply_in_graph(*inputs: Any) -> tuple[Tensor, ...]:
+    """Applies the layer in a graph that is traced: it has one backward pass, of all tasks."""
+    y, mean, var = autograd.apply_in_graph(*inputs)
+    *_, options, _, _ = inputs
+    return *of_a_stack(y, options), mean, var

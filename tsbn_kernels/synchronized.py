@@ -18,11 +18,11 @@ from torch import Tensor, distributed
 
 from tsbn_kernels import layout, reference
 from tsbn_kernels.ops import operators
+from tsbn_kernels.options import Gradients, Needs, Options, Saved, of_input
 
 Group = Any  # a ProcessGroup; PyTorch has none where it is built without distributed
 GroupLike = Group | Literal["world"] | None
 
-_INPUTS = 13  # of SynchronizedTaskBatchNorm.forward
 _all_gather = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
 
 
@@ -72,31 +72,29 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, mean, var, count
 
 
-def coefficients(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, gate: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gate values, bias, mean and variance for the operators, with ``gate="identity"`` and x of ``dtype``.
+def coefficients(saved: Saved, options: Options) -> tuple[Saved, Options]:
+    """What the operators take for a joined batch: gate values, and statistics of their dtype.
 
-    What the operators' dtype cannot hold of the joined mean goes into the bias.
+    What that dtype cannot hold of the joined mean goes into the bias.
     """
-    wide = reference.accumulate_dtype(dtype)
-    gates, narrow = reference.gate_values(weight.to(wide), gate), mean.to(wide)
-    shift = (narrow - mean) * (gates * torch.rsqrt(var + eps))
-    return gates, (shift if bias is None else shift + bias).to(wide), narrow, var.to(wide)
+    wide = reference.accumulate_dtype(saved.x.dtype)
+    gates, narrow = reference.gate_values(saved.weight.to(wide), options.gate), saved.mean.to(wide)
+    shift = (narrow - saved.mean) * (gates * torch.rsqrt(saved.var + options.eps))
+    bias = (shift if saved.bias is None else shift + saved.bias).to(wide)
+    given = saved._replace(weight=gates, bias=bias, mean=narrow, var=saved.var.to(wide))
+    return given, options._replace(gate="identity")
 
 
-def joined_moments(
-    x: Tensor, num_tasks: int, stacking: str, shared: bool, group: Group, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def joined_moments(x: Tensor, options: Options, group: Group, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance, float64 ``[T, C]``, of all ranks' parts, and how many values a task and channel has.
 
     Raises:
         RuntimeError: another rank has another number of tasks or channels, as far as this can be seen: on the CPU.
     """
-    tasks, order = (1 if shared else num_tasks), layout.input_stacking(stacking, shared)  # a shared x has one row
-    mean, var = operators(backend).moments(x, tasks, order)
-    own = x.numel() // max(1, mean.numel()), num_tasks, mean.shape[1]
-    numbers = [mean.new_full((1,), number) for number in own]
+    num_tasks = options.num_tasks
+    mean, var = operators(backend).moments(x, of_input(options))  # with fan-out of one row
+    values, sizes = x.numel() // max(1, mean.numel()), (num_tasks, mean.shape[1])
+    numbers = [mean.new_full((1,), number) for number in (values, *sizes)]
     message = torch.cat((*numbers, mean.flatten(), var.flatten()))
     ranks = distributed.get_world_size(group)
     gathered = message.new_empty(ranks * len(message))
@@ -104,11 +102,11 @@ def joined_moments(
     _all_gather(gathered, message, group=group)
     gathered = gathered.view(ranks, -1)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_sizes(gathered[:, 1:3], own[1:])
+        _check_sizes(gathered[:, 1:3], sizes)
     counts, _, _, moments = gathered.split((1, 1, 1, 2 * mean.numel()), dim=1)
     means, variances = moments.view(ranks, 2, *mean.shape).unbind(1)
     mean, var = reference.join_moments(means, variances, counts.unsqueeze(2))
-    if shared:
+    if options.fan_out:
         mean, var = mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
     return mean, var, counts.sum()
 
@@ -131,45 +129,38 @@ class SynchronizedTaskBatchNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
-        num_tasks: int,
-        eps: float,
-        gate: str,
-        stacking: str,
-        activation: str,
-        slope: float,
-        shared: bool,
+        options: Options,
         group: Group,
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns y, mean and variance of the joined batch in float64, and how many values a task and channel has."""
-        mean, var, count = joined_moments(x, num_tasks, stacking, shared, group, backend)
-        gates, shift, *statistics = coefficients(weight, bias, mean, var, eps, gate, x.dtype)
-        y = operators(backend).forward_eval(
-            x, gates, shift, *statistics, num_tasks, eps, "identity", stacking, residual, activation, slope, shared
-        )
-        return y, mean, var, count
+        mean, var, count = joined_moments(x, options, group, backend)
+        given, plain = coefficients(Saved(x, weight, bias, residual, mean, var), options)
+        return operators(backend).forward_eval(given, plain), mean, var, count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, *ctx.options, ctx.group, ctx.backend = inputs
+        x, weight, bias, residual, ctx.options, ctx.group, ctx.backend = inputs
         _, *statistics = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
-        if ctx.options[4] == "none":  # its derivative does not depend on them
+        if ctx.options.activation == "none":  # its derivative does not depend on them
             bias = residual = None
         ctx.save_for_backward(x, weight, bias, residual, *statistics)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None or not any(ctx.needs_input_grad[:4]):
-            return (None,) * _INPUTS
-        with torch.no_grad():
-            gradients = _gradients(ctx, dy)
-        if torch.is_grad_enabled():
-            present = [gradient for gradient in gradients if gradient is not None]
-            once = iter(FirstDerivative.apply(dy, *ctx.saved_tensors[:4], *present))
-            gradients = tuple(None if gradient is None else next(once) for gradient in gradients)
-        return *gradients, *(None,) * (_INPUTS - 4)
+        x, weight, bias, residual, *_ = ctx.needs_input_grad
+        needs, gradients = Needs(x, weight, bias, residual), Gradients()
+        if dy is not None and any(needs):
+            *tensors, count = ctx.saved_tensors
+            saved = Saved(*tensors)
+            with torch.no_grad():
+                gradients = _gradients(ctx, dy, saved, count, needs)
+            if torch.is_grad_enabled():
+                inputs = saved.x, saved.weight, saved.bias, saved.residual
+                gradients = Gradients(*FirstDerivative.apply(dy, *inputs, *gradients))
+        return *gradients, None, None, None
 
     @staticmethod
     def vmap(*_: Any) -> Any:
@@ -188,43 +179,38 @@ class WithoutForwardMode(SynchronizedTaskBatchNorm):
         )
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and residual, where they are needed."""
-    needs_dx, needs_dweight, needs_dbias, needs_dresidual = ctx.needs_input_grad[:4]
-    x, weight, bias, residual, mean, var, count = ctx.saved_tensors
-    num_tasks, eps, gate, stacking, activation, slope, shared = ctx.options
-    compute, plain = operators(ctx.backend), activation == "none"
-    dy = layout.in_family(dy, layout.family(x, layout.input_stacking(stacking, shared)), stacking)
-    gates, shift, *statistics = coefficients(weight, bias, mean, var, eps, gate, x.dtype)
-    options = num_tasks, eps, "identity", stacking
-    epilogue = shift, residual, activation, slope, shared
-    dresidual = needs_dresidual and not plain
-    _, dot, total, dz = compute.backward(
-        dy, x, gates, *statistics, *options, False, False, needs_dx or needs_dweight, needs_dx or needs_dbias,
-        *epilogue, dresidual and not needs_dx,
-    )  # fmt: skip
-    dx = None
-    if needs_dx:
+def _gradients(ctx: Any, dy: Tensor, saved: Saved, count: Tensor, needs: Needs) -> Gradients:
+    options, compute, plain = ctx.options, operators(ctx.backend), ctx.options.activation == "none"
+    dy = layout.in_family(dy, layout.family(saved.x, of_input(options).stacking), options.stacking)
+    given, identity = coefficients(saved, options)
+    wanted = Needs(
+        dx=False,
+        dweight=needs.dx or needs.dweight,
+        dbias=needs.dx or needs.dbias,
+        dresidual=needs.dresidual and not plain and not needs.dx,
+    )
+    _, dot, total, dresidual = compute.backward(dy, given, False, wanted, identity)
+    dx = dweight = dbias = None
+    if needs.dx and total is not None and dot is not None:
         sums = torch.stack((total, dot))
         distributed.all_reduce(sums, group=ctx.group)
-        means = (sums / count.clamp_min(1).to(sums.dtype)).unbind()
-        dx, dz = compute.input_gradient(dy, x, gates, *statistics, *means, *options, *epilogue, dresidual)
-    slopes = reference.gate_slope(weight.to(gates.dtype), gate)
-    return (
-        dx,
-        (slopes * dot).to(weight.dtype) if needs_dweight else None,
-        total.to(weight.dtype) if needs_dbias else None,
-        (dy if plain else dz) if needs_dresidual else None,
-    )
+        mean, dot_mean = (sums / count.clamp_min(1).to(sums.dtype)).unbind()
+        dx, *_, dresidual = compute.input_gradient(dy, given, mean, dot_mean, needs.dresidual and not plain, identity)
+    if needs.dweight and dot is not None:
+        dweight = (reference.gate_slope(saved.weight.to(given.weight.dtype), options.gate) * dot).to(saved.weight.dtype)
+    if needs.dbias and total is not None:
+        dbias = total.to(saved.weight.dtype)
+    return Gradients(dx, dweight, dbias, dy if plain and needs.dresidual else dresidual)
 
 
 class FirstDerivative(torch.autograd.Function):
     """Gradients as they are, with a clear error where they are to be differentiated again."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """What the gradients depend on, five tensors or None, and the gradients; returns these."""
-        return tuple(gradient.view_as(gradient) for gradient in inputs[5:])
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
+        """Takes what the gradients depend on, five tensors or None, and the gradients or None; returns these."""
+        _, _, _, _, _, *gradients = inputs
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

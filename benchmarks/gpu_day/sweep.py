@@ -29,6 +29,8 @@ from benchmarks.measure import Timer, rotating_buffers
 from benchmarks.predict import DIRECTIONS, work_of
 from benchmarks.workloads import CELEBA, Layer
 from tsbn_kernels.backends import cuda as cuda_backend
+from tsbn_kernels.ops import operators
+from tsbn_kernels.options import Needs, Options, Saved
 from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
 from tsbn_kernels.plan import cuda as cuda_rules
 from tsbn_kernels.plan import triton as triton_rules
@@ -260,15 +262,13 @@ def forced(plan: Plan) -> Iterator[None]:
 
 def _pass(case: Case, direction: Direction, backend: str, x: Tensor, dy: Tensor, gamma: Tensor, var: Tensor) -> object:
     """One pass; ``gamma`` stands for the means too."""
-    operators: Any = cuda_backend
-    if case.device.type == "cpu" and x.device.type == "cpu":
-        operators = torch.ops.tsbn
-    elif backend == "triton":
-        from tsbn_kernels.backends.triton import ops as operators
-    options = case.tasks, 1e-5, "sigmoid", "task_major"
+    on_cpu = case.device.type == "cpu" and x.device.type == "cpu"
+    by = operators("cpu" if on_cpu else backend)
+    options = Options(case.tasks, 1e-5, "sigmoid", "task_major")
     if direction == "forward":
-        return operators.forward_training(x, gamma, None, *options)
-    return operators.backward(dy, x, gamma, gamma, var, *options, True, True, True, False)
+        return by.forward_training(x, gamma, None, None, options)
+    saved, needs = Saved(x, gamma, None, None, gamma, var), Needs(True, True, False, False)
+    return by.backward(dy, saved, True, needs, options)
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model
 from tsbn_kernels.backends import triton
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.ops import operators
+from tsbn_kernels.options import Needs, Options, Saved
 
 Make = Callable[[], Callable[[], object]]
 
@@ -58,14 +59,14 @@ def _kernel(
     x = _tensor((samples if fan_out else TASKS * samples, *shape[1:]), dtype, memory_format)
     dy = _tensor((TASKS * samples, *shape[1:]), dtype, memory_format)
     weight, bias = torch.randn(TASKS, channels), torch.randn(TASKS, channels)
-    options, epilogue = (TASKS, EPS, "sigmoid", "task_major"), (None, activation, 0.0, fan_out)
+    options = Options(TASKS, EPS, "sigmoid", "task_major", activation, fan_out=fan_out)
     fused = operators(None)
-    _, mean, var = fused.forward_training(x, weight, bias, *options, *epilogue)
-    flags = True, True, True, True  # training, and all three gradients
+    _, mean, var = fused.forward_training(x, weight, bias, None, options)
+    saved, needs = Saved(x, weight, bias, None, mean, var), Needs(True, True, True, False)
     calls: dict[str, Callable[[], object]] = {
-        "forward": lambda: fused.forward_training(x, weight, bias, *options, *epilogue),
-        "eval": lambda: fused.forward_eval(x, weight, bias, mean, var, *options, *epilogue),
-        "backward": lambda: fused.backward(dy, x, weight, mean, var, *options, *flags, bias, *epilogue),
+        "forward": lambda: fused.forward_training(x, weight, bias, None, options),
+        "eval": lambda: fused.forward_eval(saved, options),
+        "backward": lambda: fused.backward(dy, saved, True, needs, options),
     }
     return calls[kind]
 

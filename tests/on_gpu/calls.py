@@ -49,7 +49,7 @@ def on_device(call: Call, device: str) -> Call:
 
 def placed(call: Call, place: str) -> Call:
     """The call with its activations at another place in memory, on their device."""
-    p, x_order = call.p, layout.input_stacking(call.p.stacking, call.shared)
+    p, x_order = call.p, "task_major" if call.shared else call.p.stacking
     x, dy = _placed(p.x, place, x_order), _placed(p.dy, place, p.stacking)
     residual = None if call.residual is None else _placed(call.residual, place, p.stacking)
     return call._replace(p=p._replace(x=x, dy=dy), residual=residual)
@@ -71,7 +71,7 @@ def run(call: Call, backend: str, sums: bool = True) -> Outcome:
 
     ``sums``: whether gradients of weight and bias are asked for; else theirs are empty.
     """
-    by = ops.operators(backend)
+    by = ops.flat(ops.operators(backend))
     with poisoned_memory():
         y, mean, var = forward(call, by)
         return Outcome(y, mean, var, *backward(call, mean, var, (True, sums, sums, True), by))

@@ -57,9 +57,10 @@ def change(monkeypatch: pytest.MonkeyPatch) -> Change:
 
     def apply(name: str, index: int, wrong: Callable[[Tensor], Tensor]) -> None:
         def call(*arguments: Any) -> Any:
-            results = list(getattr(real, name)(*arguments))
+            found = getattr(real, name)(*arguments)
+            results = list(found)
             results[index] = wrong(results[index])
-            return tuple(results)
+            return found._make(results)
 
         monkeypatch.setattr(ops, "_dispatched", real._replace(**{name: call}))
 

@@ -12,6 +12,7 @@ from benchmarks import environment
 from on_gpu.calls import run
 from on_gpu.conftest import Change
 from tsbn_kernels import reference
+from tsbn_kernels.ops import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,13 +50,14 @@ def compare(memory_format: str, shared: bool, size: tuple[int, int, int, int, in
     problem = Problem(x, dy, weight, bias, T, "sigmoid", "task_major")
     got = run(Call(problem, None, "none", shared, None), backend)
 
+    defined = flat(reference)
     for channels in (slice(0, 1), slice(C - 1, C)):
         # A task's dx is that of all where x is shared: then all tasks are compared.
         for tasks in [slice(0, T)] if shared else [slice(0, 1), slice(T - 1, T)]:
             part = _part(problem, tasks, channels, shared)
             count = part.num_tasks
-            y, mean, var = reference.forward_training(part.x, part.weight, part.bias, *part.options, shared=shared)
-            dx, dweight, dbias, _ = reference.backward(
+            y, mean, var = defined.forward_training(part.x, part.weight, part.bias, *part.options, shared=shared)
+            dx, dweight, dbias, _ = defined.backward(
                 part.dy, part.x, part.weight, mean, var, *part.options, True, True, True, True, part.bias, shared=shared
             )
             where = tasks, slice(None), channels

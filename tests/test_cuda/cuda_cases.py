@@ -14,6 +14,7 @@ from support import (
     Problem,
     Tolerance,
     assert_within,
+    defined,
     in_double,
     in_memory_format,
     problem,
@@ -21,7 +22,6 @@ from support import (
 )
 from torch import Tensor
 
-from tsbn_kernels import reference
 from tsbn_kernels.activations import EPILOGUES, as_module
 
 SLOPE = 0.125
@@ -41,14 +41,14 @@ class Exact(NamedTuple):
 def exact(p: Problem, epilogue: Epilogue, given: tuple[Tensor, Tensor] | None = None) -> Exact:
     """The definition: z and its gradient by the reference's formulas, the activation and its slope by autograd."""
     wide, shared = in_double(p), p.x.shape != p.dy.shape
-    mean, var = reference.statistics(wide.x, p.num_tasks, p.stacking, shared) if given is None else given
-    z = reference.normalize(wide.x, wide.weight, wide.bias, mean.double(), var.double(), *p.options, shared=shared)
+    mean, var = defined.moments(wide.x, p.num_tasks, p.stacking, shared) if given is None else given
+    z = defined.forward_eval(wide.x, wide.weight, wide.bias, mean.double(), var.double(), *p.options, shared=shared)
     z = z if epilogue.residual is None else z + epilogue.residual.double()
     z.requires_grad_()
     y = as_module(epilogue.activation, SLOPE)(z)
     (g,) = torch.autograd.grad(y, z, wide.dy)
     needs = True, True, True
-    gradients = reference.backward(
+    gradients = defined.backward(
         g, wide.x, wide.weight, mean.double(), var.double(), *p.options, given is None, *needs, shared=shared
     )[:3]
     kinks = EPILOGUES[epilogue.activation].kinks

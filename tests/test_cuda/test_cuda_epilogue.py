@@ -18,6 +18,7 @@ from support import (
     Tolerance,
     assert_same_bits,
     assert_within,
+    defined,
     in_double,
     in_memory_format,
     problem,
@@ -134,8 +135,8 @@ def test_inverse_leaky_relu(variant: str, parts: int, memory_format: str, dtype:
     wide = in_double(p)
     v = torch.where(wide.x > 0, wide.x, wide.x / SLOPE)
     g = torch.where(wide.x > 0, wide.dy, wide.dy * SLOPE)
-    mean, var = reference.statistics(v, p.num_tasks, p.stacking)
-    gradients = reference.backward(g, v, wide.weight, mean, var, *p.options, True, True, True, True)[:3]
+    mean, var = defined.moments(v, p.num_tasks, p.stacking)
+    gradients = defined.backward(g, v, wide.weight, mean, var, *p.options, True, True, True, True)[:3]
     narrow = (vector.to(reference.accumulate_dtype(dtype)) for vector in (mean, var))
     back = backward(p, *narrow, variant, parts, epilogue=Epilogue("inverse_leaky_relu", None, SLOPE))
     check_gradients(p, back, Exact(g, mean, var, *gradients, g, 1.0))

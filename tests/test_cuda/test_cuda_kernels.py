@@ -23,6 +23,7 @@ from support import (
     assert_relative,
     assert_same_bits,
     assert_within,
+    defined,
     definition,
     in_memory_format,
     problem,
@@ -30,7 +31,6 @@ from support import (
 from test_numerics import NONSTATIONARY
 from torch import Tensor
 
-from tsbn_kernels import reference
 from tsbn_kernels.layout import Family
 from tsbn_kernels.plan import DEVICES, Work
 from tsbn_kernels.plan import cuda as rules
@@ -205,11 +205,11 @@ def test_evaluation(gate: str, memory_format: str, dtype: torch.dtype) -> None:
     p = problem(3, 5, 16, (4, 5), dtype=dtype, memory_format=memory_format, gate=gate)
     mean, var = torch.randn(3, 16, dtype=p.weight.dtype), torch.rand(3, 16, dtype=p.weight.dtype) + 0.5
     wide = [tensor.double() for tensor in (p.x, p.weight, p.bias, mean, var) if tensor is not None]
-    expected = reference.forward_eval(*wide, *p.options)
+    expected = defined.forward_eval(*wide, *p.options)
     for parts in (1, 3):
         there = forward(p, "evaluation", parts, given=(mean, var))
         assert_within(there.y, expected, FORWARD[dtype], scale=max(1.0, float(expected.abs().max()) / 4))
-    wanted = reference.backward(p.dy.double(), wide[0], wide[1], wide[3], wide[4], *p.options, False, True, True, True)[
+    wanted = defined.backward(p.dy.double(), wide[0], wide[1], wide[3], wide[4], *p.options, False, True, True, True)[
         :3
     ]
     for variant, parts in (("evaluation", 1), ("split", 3), ("cluster", 2)):

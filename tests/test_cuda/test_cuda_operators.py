@@ -73,9 +73,10 @@ from tsbn_kernels.plan import DEVICES
 from tsbn_kernels.plan.slots import PASSES
 from cuda_machine import POINTERS, dx_of_fan_out, ptx
 from ptxvm import Out, Struct, launch
-from support import BACKWARD, FORWARD, Results, assert_matches_definition, assert_within, problem
-from tsbn_kernels import reference
+from support import BACKWARD, FORWARD, Results, assert_matches_definition, assert_within, defined, problem
+from tsbn_kernels import ops
 
+flat = ops.flat(cuda)
 cuda._device = lambda _: DEVICES[{device!r}]
 notes = ctypes.CDLL(str(cuda._LIBRARY))
 names = ("rows", "columns", "scalar"), PASSES, ("f32", "f64", "f16", "bf16")
@@ -114,16 +115,16 @@ for size, dtype, memory_format, stacking in itertools.product(
     {sizes!r}, (torch.float32, torch.bfloat16), ("contiguous", "channels_last"), ("task_major", "sample_major")
 ):
     p = problem(*size, dtype=dtype, memory_format=memory_format, stacking=stacking)
-    y, mean, var = cuda.forward_training(p.x, p.weight, p.bias, *p.options)
+    y, mean, var = flat.forward_training(p.x, p.weight, p.bias, *p.options)
     kinds = obey((p.x, p.weight, p.bias), (y, mean, var))
-    gradients = cuda.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)[:3]
+    gradients = flat.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)[:3]
     kinds += obey((p.x, p.dy, p.weight, mean, var), gradients)
     assert_matches_definition(p, Results(y, mean, var, *gradients))
     assert y.stride() == p.x.stride()
-    z = cuda.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
+    z = flat.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
     kinds += obey((p.x, p.weight, p.bias, mean, var), (z,))
     assert (z.double() - y.double()).abs().max() < 0.05
-    dx, nothing, dbias, _ = cuda.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, False, True)
+    dx, nothing, dbias, _ = flat.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, False, True)
     kinds += obey((p.x, p.dy, p.weight, mean, var), (dx, dbias))
     assert nothing.numel() == 0 and dx.isfinite().all()
     print(*kinds)
@@ -135,20 +136,20 @@ for shared, activation, stacking in itertools.product((False, True), ("none", "s
     x = x if shared else p.x
     epilogue = residual, activation, 0.25, shared
     wide = x.double(), p.weight.double(), p.bias.double()
-    y, mean, var = cuda.forward_training(x, p.weight, p.bias, *p.options, *epilogue)
+    y, mean, var = flat.forward_training(x, p.weight, p.bias, *p.options, *epilogue)
     kinds = obey((x, p.weight, p.bias, residual), (y, mean, var))
-    exact = reference.forward_training(*wide, *p.options, residual.double(), *epilogue[1:])
+    exact = defined.forward_training(*wide, *p.options, residual.double(), *epilogue[1:])
     assert_within(y, exact[0], FORWARD[y.dtype], 2.0)
-    z = cuda.forward_eval(x, p.weight, p.bias, mean, var, *p.options, *epilogue)
+    z = flat.forward_eval(x, p.weight, p.bias, mean, var, *p.options, *epilogue)
     obey((x, p.weight, p.bias, mean, var, residual), (z,))
     assert_within(z, exact[0], FORWARD[y.dtype], 2.0)
     for training in (True, False):
         need = True, True, True, True
-        got = cuda.backward(
+        got = flat.backward(
             p.dy, x, p.weight, mean, var, *p.options, training, *need[:3], p.bias, *epilogue, activation != "none"
         )
         kinds += obey((x, p.dy, p.weight, p.bias, mean, var, residual), [t for t in got if t.numel()])
-        wanted = reference.backward(
+        wanted = defined.backward(
             p.dy.double(), *wide[:2], *exact[1:], *p.options, training, *need[:3], wide[2], residual.double(),
             *epilogue[1:], activation != "none",
         )
@@ -180,10 +181,12 @@ def test_launches_of_the_operators(package: Path, device: str, sizes: list[objec
 def test_empty_input_launches_nothing(package: Path) -> None:
     program = """
 import ctypes, torch
+from tsbn_kernels import ops
 from tsbn_kernels.backends import cuda
+flat = ops.flat(cuda)
 x, w = torch.empty(0, 3, 2), torch.ones(2, 3)
-y, mean, var = cuda.forward_training(x, w, None, 2, 1e-5, "sigmoid", "task_major")
-dx, dw, db, _ = cuda.backward(x, x, w, mean, var, 2, 1e-5, "sigmoid", "task_major", True, True, True, True)
+y, mean, var = flat.forward_training(x, w, None, 2, 1e-5, "sigmoid", "task_major")
+dx, dw, db, _ = flat.backward(x, x, w, mean, var, 2, 1e-5, "sigmoid", "task_major", True, True, True, True)
 print(y.shape == dx.shape == x.shape, mean.abs().sum() + dw.abs().sum() + db.abs().sum() == 0)
 print(ctypes.CDLL(str(cuda._LIBRARY)).take_note(None))
 """
@@ -240,6 +243,7 @@ import ctypes, warnings, torch
 from tsbn_kernels import reference
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.fallback import Health, guarded
+from tsbn_kernels.options import Options
 from tsbn_kernels.plan import DEVICES
 cuda._device = lambda _: DEVICES["H100"]
 def broken(name):
@@ -249,7 +253,7 @@ call = guarded(Health("Triton"), "forward_training", broken, call)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        call(torch.ones(4, 3, 8), torch.ones(2, 3), None, 2, 1e-5, "sigmoid", "task_major")
+        call(torch.ones(4, 3, 8), torch.ones(2, 3), None, None, Options(2, 1e-5, "sigmoid", "task_major"))
 notes, raw, count = ctypes.CDLL(str(cuda._LIBRARY)), ctypes.create_string_buffer(1 << 12), 0
 while notes.take_note(raw):
     count += 1

@@ -34,9 +34,10 @@ extern "C" void* dlopen(const char* name, int flags) {
 PROGRAM = """
 import torch
 from tsbn_kernels.backends import cuda
+from tsbn_kernels.options import Options
 from tsbn_kernels.plan import DEVICES
 cuda._device = lambda _: DEVICES["A100"]
-cuda.forward_training(torch.ones(4, 3, 8), torch.ones(2, 3), None, 2, 1e-5, "sigmoid", "task_major")
+cuda.forward_training(torch.ones(4, 3, 8), torch.ones(2, 3), None, None, Options(2, 1e-5, "sigmoid", "task_major"))
 """
 
 

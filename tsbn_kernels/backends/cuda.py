@@ -15,6 +15,7 @@ from torch import Tensor
 from tsbn_kernels import layout, reference
 from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
+from tsbn_kernels.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 from tsbn_kernels.plan import Work, devices
 from tsbn_kernels.plan import cuda as rules
 from tsbn_kernels.plan.slots import PASSES, pass_of
@@ -75,17 +76,11 @@ class _Prepared(NamedTuple):
 class _Call(NamedTuple):
     """What a call is asked for, beside its tensors."""
 
-    num_tasks: int
-    eps: float
-    gate: str
-    stacking: str
+    options: Options
     training: bool
     backward: bool = False
     dweight: bool = True
     bias: bool = False
-    activation: str = "none"
-    slope: float = 0.0
-    shared: bool = False
 
 
 class _Tensors(NamedTuple):
@@ -113,10 +108,10 @@ def _device(device: torch.device) -> devices.Device:
     return devices.of(device)
 
 
-def _strides(place: _Place | None, num_tasks: int, stacking: str) -> Strides | None:
+def _strides(place: _Place | None, options: Options) -> Strides | None:
     if place is None:
         return None
-    t, n, c, s = layout.task_view(_like(place), num_tasks, stacking).stride()
+    t, n, c, s = layout.task_view(_like(place), options.num_tasks, options.stacking).stride()
     return Strides(t, n, c, s, place.residue)
 
 
@@ -136,28 +131,28 @@ def _prepare(
     vectors: tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...],
     device: torch.device,
 ) -> _Prepared:
-    if call.gate not in ("sigmoid", "identity"):
-        raise ValueError(f"unknown gate {call.gate!r}")
-    if call.activation not in rules.ACTIVATION_CODES:
-        raise ValueError(f"unknown activation {call.activation!r}")
+    options = call.options
+    if options.gate not in ("sigmoid", "identity"):
+        raise ValueError(f"unknown gate {options.gate!r}")
+    if options.activation not in rules.ACTIVATION_CODES:
+        raise ValueError(f"unknown activation {options.activation!r}")
     assert places[0] is not None
     assert vectors[0] is not None
-    # A shared x, and the gradient of one, are the batch of one task.
-    streams = {True: (1, "task_major"), False: (call.num_tasks, call.stacking)}
-    alone = (call.shared, False, False, call.shared and call.backward, False)
-    x, dy, residual, out, dresidual = (_strides(place, *streams[one]) for place, one in zip(places, alone, strict=True))
+    own = of_input(options)  # as x, and the gradient of it, are read
+    orders = own, options, options, own if call.backward else options, options
+    x, dy, residual, out, dresidual = map(_strides, places, orders)
     assert x is not None
     like = _like(places[0])
-    _, N, C, S = layout.task_view(like, *streams[call.shared]).shape
-    if call.shared:
+    _, N, C, S = layout.task_view(like, own.num_tasks, own.stacking).shape
+    if options.fan_out:
         x, out = x._replace(t=0), out if out is None or not call.backward else out._replace(t=0)
     work = Work(
-        call.num_tasks,
+        options.num_tasks,
         N,
         C,
         S,
         dtype.itemsize,
-        layout.family(like, streams[call.shared][1]) or "columns",
+        layout.family(like, own.stacking) or "columns",
         "backward" if call.backward else "forward",
         call.training,
         bias=vectors[1] is not None,
@@ -165,10 +160,10 @@ def _prepare(
         needs_dweight=call.dweight,
         needs_dbias=call.backward and call.bias,
         parameter_size=vectors[0][0].itemsize,
-        activation=call.activation,
+        activation=options.activation,
         residual=residual is not None,
         needs_dresidual=dresidual is not None,
-        fan_out=call.shared,
+        fan_out=options.fan_out,
         strides=Operands(x, dy, out, residual, dresidual),
     )
     plan = _choose(work, dtype, device)
@@ -176,7 +171,7 @@ def _prepare(
         number for v in vectors for number in ((0, 0, 0) if v is None else (rules.DTYPE_CODES[_name(v[0])], *v[1]))
     ]
     launches = tuple(
-        (_kernel(plan, dtype), list(rules.numbers(plan, phases, call.gate == "sigmoid", tuple(numbers))))
+        (_kernel(plan, dtype), list(rules.numbers(plan, phases, options.gate == "sigmoid", tuple(numbers))))
         for phases in plan.phases
     )
     return _Prepared(launches, (plan.partial_bytes, plan.staged_bytes))
@@ -209,14 +204,15 @@ def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:
 
 
 def _run(call: _Call, tensors: _Tensors) -> None:
-    x, dy, residual = layout.readable(tensors.x, call.stacking, call.shared, tensors.dy, tensors.residual)
+    x, dy, residual = layout.readable(tensors.x, call.options, tensors.dy, tensors.residual)
     tensors = tensors._replace(x=x, dy=dy, residual=residual)
-    vectors = tuple(_vector(v) for v in tensors[5:9])
-    prepared = _prepare(call, x.dtype, tuple(_place(tensor) for tensor in tensors[:5]), vectors, x.device)
+    places = _place(x), _place(dy), _place(residual), _place(tensors.out), _place(tensors.dresidual)
+    vectors = tuple(_vector(v) for v in (tensors.weight, tensors.bias, tensors.mean, tensors.var))
+    prepared = _prepare(call, x.dtype, places, vectors, x.device)
     buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in prepared.buffers]
     for kernel, numbers in prepared.launches:
         try:
-            torch.ops.tsbn._cuda_launch(kernel, numbers, call.eps, call.slope, *tensors, *buffers)
+            torch.ops.tsbn._cuda_launch(kernel, numbers, call.options.eps, call.options.slope, *tensors, *buffers)
         except RuntimeError as error:
             if is_fatal(error):
                 raise
@@ -229,149 +225,77 @@ def _run(call: _Call, tensors: _Tensors) -> None:
 
 
 def forward_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> Normalized:
     """See :func:`tsbn_kernels.reference.forward_training`."""
-    y = layout.empty_output(x, num_tasks, stacking, shared)
+    y = layout.empty_output(x, options)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     if x.numel() == 0:
-        return y, mean.zero_(), var.zero_()
-    call = _Call(
-        num_tasks, eps, gate, stacking, True, bias=bias is not None, activation=activation, slope=slope, shared=shared
-    )
+        return Normalized(y, mean.zero_(), var.zero_())
+    call = _Call(options, True, bias=bias is not None)
     _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var))
-    return y, mean, var
+    return Normalized(y, mean, var)
 
 
-def forward_eval(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-) -> Tensor:
+def forward_eval(saved: Saved, options: Options) -> Tensor:
     """See :func:`tsbn_kernels.reference.forward_eval`."""
-    y = layout.empty_output(x, num_tasks, stacking, shared)
+    x, weight, bias, residual, mean, var = saved
+    y = layout.empty_output(x, options)
     if x.numel() > 0:
-        call = _Call(
-            num_tasks, eps, gate, stacking, False, bias=bias is not None, activation=activation, slope=slope,
-            shared=shared,
-        )  # fmt: skip
+        call = _Call(options, False, bias=bias is not None)
         _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var))
     return y
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    training: bool,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
     """See :func:`tsbn_kernels.reference.backward`."""
-    dx = layout.empty_like(x, layout.input_stacking(stacking, shared)) if need_dx else None
-    dresidual = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else None
+    x, weight, bias, residual, mean, var = saved
+    dx = layout.empty_input(x, options) if needs.dx else None
+    dresidual = layout.empty_output(x, options) if needs.dresidual else None
     dweight, dbias = (
-        weight.new_empty(weight.shape) if needed else None for needed in (need_dweight, need_dbias)
+        weight.new_empty(weight.shape) if needed else None for needed in (needs.dweight, needs.dbias)
     )  # contiguous: new_empty does not keep strides
     if x.numel() == 0:
         for vector in (dweight, dbias):
             if vector is not None:
                 vector.zero_()
-    elif need_dx or need_dweight or need_dbias or need_dresidual:
-        if activation in (NONE, INVERSE):
+    elif any(needs):
+        if options.activation in (NONE, INVERSE):
             bias = None  # z is not computed again
-        if activation == "none":
+        if options.activation == NONE:
             residual = None
-        call = _Call(
-            num_tasks, eps, gate, stacking, training, True, need_dweight, need_dbias, activation, slope, shared
-        )
+        call = _Call(options, training, True, needs.dweight, needs.dbias)
         _run(call, _Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias))
-    nothing, empty = x.new_empty(0), weight.new_empty(0)
-    return (
-        nothing if dx is None else dx,
-        empty if dweight is None else dweight,
-        empty if dbias is None else dbias,
-        nothing if dresidual is None else dresidual,
-    )
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
-def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, options: Options) -> Moments:
     """See :func:`tsbn_kernels.reference.moments`.
 
     There is no kernel of its own: y is computed too, and dropped; and the digits are those of the statistics' dtype.
     """
-    tasks, order = 1 if shared else num_tasks, layout.input_stacking(stacking, shared)
-    weight = x.new_ones((tasks, x.shape[layout.channel_axis(order)]), dtype=accumulate_dtype(x.dtype))
-    _, mean, var = forward_training(x, weight, None, tasks, 1.0, "identity", order)
-    mean, var = mean.double(), var.double()
-    return (mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)) if shared else (mean, var)
+    own = Options(of_input(options).num_tasks, 1.0, "identity", of_input(options).stacking)
+    shape = own.num_tasks, x.shape[layout.channel_axis(own.stacking)]
+    _, mean, var = forward_training(x, x.new_ones(shape, dtype=accumulate_dtype(x.dtype)), None, None, own)
+    repeats = options.num_tasks if options.fan_out else 1
+    return Moments(mean.double().repeat(repeats, 1), var.double().repeat(repeats, 1))
 
 
 def input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    dz_mean: Tensor,
-    dz_xhat_mean: Tensor,
-    num_tasks: int,
-    eps: float,
-    gate: str,
-    stacking: str,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    slope: float = 0.0,
-    shared: bool = False,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+) -> Gradients:
     """See :func:`tsbn_kernels.reference.input_gradient`. There is no kernel of its own.
 
     ``dx = gate * rstd * dz - gate * rstd * (dz_mean + xhat * dz_xhat_mean)``: the first term is the gradient by given
     statistics, the second a normalisation of x, to which the first is the residual. Half precision rounds it twice.
     """
-    dx, _, _, dresidual = backward(
-        dy, x, weight, mean, var, num_tasks, eps, gate, stacking, False, True, False, False, bias, residual,
-        activation, slope, shared, need_dresidual,
-    )  # fmt: skip
-    scale = -reference.gate_values(weight.to(var.dtype), gate) * torch.rsqrt(var + eps)
+    found = backward(dy, saved, False, Needs(True, False, False, needs_dresidual), options)
+    x, weight, _, _, mean, var = saved
+    scale = -reference.gate_values(weight.to(var.dtype), options.gate) * torch.rsqrt(var + options.eps)
     slopes, offsets = scale * dz_xhat_mean, scale * dz_mean
-    if shared:
+    if options.fan_out:
         slopes, offsets = slopes.sum(0, keepdim=True), offsets.sum(0, keepdim=True)
-        mean, var, num_tasks, stacking = mean[:1], var[:1], 1, layout.input_stacking(stacking, shared)
-    dx = forward_eval(x, slopes, offsets, mean, var, num_tasks, eps, "identity", stacking, dx)
-    return dx, dresidual
+        mean, var = mean[:1], var[:1]
+    own = of_input(options)
+    plain = Options(own.num_tasks, own.eps, "identity", own.stacking)
+    return found._replace(dx=forward_eval(Saved(x, slopes, offsets, found.dx, mean, var), plain))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tsbn_kernels import reference
 from tsbn_kernels.backends.fallback import Health
 
 DISPATCH_KEYS = ("CUDA", "XPU")  # ROCm devices are CUDA devices to PyTorch
@@ -40,6 +41,7 @@ def detail() -> str:
 
 @cache
 def operator(name: str) -> Callable[..., Any]:
-    """The operator ``forward_training``, ``forward_eval`` or ``backward`` by Triton's kernels."""
-    function: Callable[..., Any] = getattr(importlib.import_module("tsbn_kernels.backends.triton.ops"), name)
+    """An operator of :class:`tsbn_kernels.options.Backend` by Triton's kernels, or the reference's."""
+    operators = importlib.import_module("tsbn_kernels.backends.triton.ops")
+    function: Callable[..., Any] = getattr(operators, name, getattr(reference, name))
     return function

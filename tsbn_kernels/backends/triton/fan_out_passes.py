@@ -6,28 +6,23 @@ from torch import Tensor
 
 from tsbn_kernels.backends.triton.passes import Pass, view_of
 from tsbn_kernels.backends.triton.tiles import View
+from tsbn_kernels.options import Gradients, Options, Saved
 from tsbn_kernels.plan import Plan
 
 
 class FanOutForward(Pass):
     """Statistics of x and every task's y, or y by the tasks' given statistics."""
 
-    def __init__(
-        self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
-        residual: Tensor | None = None, slope: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, x, num_tasks, stacking, slope)
-        self.x, _, self.residual, self.y = self.views(num_tasks, stacking, x, residual)
-        sigmoid = gate == "sigmoid"
-        self.slab = self.launch("fan_out_slab", eps, sigmoid)
+    def __init__(self, plan: Plan, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
+        super().__init__(plan, x, options)
+        self.x, _, self.residual, self.y = self.views(x, residual)
+        self.slab = self.launch("fan_out_slab", *self.formula)
         self.first = self.launch("forward_partial")
-        self.apply = self.launch("fan_out_apply", eps, sigmoid)
+        self.apply = self.launch("fan_out_apply", *self.formula)
 
-    def __call__(
-        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
-        residual: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def __call__(self, saved: Saved, y: Tensor) -> None:
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
+        x, weight, bias, residual, mean, var = saved
         source = View(x, *self.x)
         tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
         if self.plan.variant == "resident":
@@ -44,23 +39,17 @@ class FanOutForward(Pass):
 class FanOutBackward(Pass):
     """Gradients of x (the sum over the tasks), weight, bias and residual, those that are asked for."""
 
-    def __init__(
-        self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
-        residual: Tensor | None = None, slope: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, x, num_tasks, stacking, slope)
-        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(num_tasks, stacking, x, dy, residual)
-        formula = eps, gate == "sigmoid"
-        self.gather = self.launch("fan_out_gather", plan.work.reduces, plan.work.training, *formula)
-        self.sums = self.launch("fan_out_sums", *formula, programs=plan.slabs * num_tasks)
+    def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
+        super().__init__(plan, x, options)
+        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(x, dy, residual)
+        self.gather = self.launch("fan_out_gather", plan.work.reduces, plan.work.training, *self.formula)
+        self.sums = self.launch("fan_out_sums", *self.formula, programs=plan.slabs * options.num_tasks)
         self.gradient = self.launch("fan_out_gradient")
 
-    def __call__(
-        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
-        residual: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
-        dresidual: Tensor | None,
-    ) -> None:  # fmt: skip
+    def __call__(self, dy: Tensor, saved: Saved, found: Gradients) -> None:
         """Writes the gradients that are given."""
+        x, weight, bias, residual, mean, var = saved
+        dx, dweight, dbias, dresidual = found
         work, counts = self.plan.work, (*self.sizes, self.plan.splits)
         source, result = View(x, *self.x), view_of(dx, self.dx)
         split = self.plan.variant == "split"
@@ -68,10 +57,9 @@ class FanOutBackward(Pass):
         gathered = self.workspace(dx) if dx is not None and incomplete else dx
         partials = self.partials(2, weight) if split else None
         now = (None, None, partials) if split else (dweight, dbias, None)
-        self.gather(
-            View(dy, *self.dy), source, view_of(residual, self.residual), view_of(gathered, self.dx),
-            view_of(dresidual, self.dresidual), weight, bias, mean, var, *now, *counts,
-        )  # fmt: skip
+        gradient, added = View(dy, *self.dy), view_of(residual, self.residual)
+        results = view_of(gathered, self.dx), view_of(dresidual, self.dresidual)
+        self.gather(gradient, source, added, *results, weight, bias, mean, var, *now, *counts)
         if split:
             terms = weight.new_empty((2, *weight.shape), dtype=self.accumulate) if incomplete else None
             self.sums(weight, mean, var, dweight, dbias, partials, terms, *counts)

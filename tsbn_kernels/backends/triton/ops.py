@@ -1,4 +1,4 @@
-"""The operators of :mod:`tsbn_kernels.ops` by the Triton kernels."""
+"""The operators of :class:`tsbn_kernels.options.Backend` by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tsbn_kernels import layout
 from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.triton.autotune import choose
 from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
-from tsbn_kernels.backends.triton.joined import InputGradient, Moments
+from tsbn_kernels.backends.triton.joined import InputGradient, PartMoments
 from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
+from tsbn_kernels.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 from tsbn_kernels.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.plan import triton as rules
 from tsbn_kernels.reference import accumulate_dtype
@@ -37,182 +38,176 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.accelerator.device_index(device.index)
 
 
-def _class(x: Tensor) -> Hashable:
+def _class(x: Tensor | None) -> Hashable:
     """All of an activation that a compiled kernel depends on."""
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def _contiguous(*vectors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+def _contiguous(saved: Saved) -> Saved:
+    x, weight, bias, residual, mean, var = saved
+    bias = bias if bias is None else bias.contiguous()
+    return Saved(x, weight.contiguous(), bias, residual, mean.contiguous(), var.contiguous())
 
 
-def _normalize(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, training: bool, residual: Tensor | None, activation: str, slope: float, shared: bool,
-) -> Tensor:  # fmt: skip
+def _dtypes(saved: Saved) -> Hashable:
+    return saved.weight.dtype, saved.mean.dtype, saved.var.dtype, saved.bias is None or saved.bias.dtype
+
+
+def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
+    x, weight, bias, residual, *_ = saved
     if x.numel() == 0:
-        return layout.empty_output(x, num_tasks, stacking, shared)
-    dtypes = weight.dtype, None if bias is None else bias.dtype, mean.dtype, var.dtype
-    epilogue = None if residual is None else _class(residual), activation, slope, shared
-    key = _class(x), dtypes, num_tasks, eps, gate, stacking, training, epilogue
-    vectors = *_contiguous(weight, bias, mean, var), residual
+        return layout.empty_output(x, options)
+    key = _class(x), _class(residual), _dtypes(saved), training, options
     run = _forwards.get(key)
     if run is None:
-        read = layout.readable(x, stacking, shared, residual)
-        if read[0] is not x or read[1] is not residual:
-            return _normalize(
-                read[0], weight, bias, mean, var, num_tasks, eps, gate, stacking, training, read[1], activation, slope,
-                shared,
-            )  # fmt: skip
+        own_x, own_residual = layout.readable(x, options, residual)
+        if own_x is not x or own_residual is not residual:
+            return _normalize(saved._replace(x=own_x, residual=own_residual), training, options)
         work = work_of(
-            x, num_tasks, stacking, training=training, bias=bias is not None, parameter_size=weight.element_size(),
-            activation=activation, residual=residual is not None, fan_out=shared,
-        )  # fmt: skip
-        options = x, num_tasks, stacking, eps, gate, residual, slope
+            x,
+            options,
+            training=training,
+            bias=bias is not None,
+            parameter_size=weight.element_size(),
+            residual=residual is not None,
+        )
 
         def make(plan: Plan) -> Forward | FanOutForward:
-            return FanOutForward(plan, *options) if shared else Forward(plan, *options)
+            return (FanOutForward if options.fan_out else Forward)(plan, x, options, residual)
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
-            return partial(candidate, x, candidate.stacked_like(x), *vectors)
+            return partial(candidate, _contiguous(saved), candidate.stacked_like(x))
 
         with _on(x.device):
             run = _forwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
-    y = run.stacked_like(x)
+    y: Tensor = run.stacked_like(x)
     with _on(x.device):
-        run(x, y, *vectors)
+        run(_contiguous(saved), y)
     return y
 
 
 def forward_training(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_tasks: int, eps: float, gate: str, stacking: str,
-    residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> Normalized:
     """See :func:`tsbn_kernels.reference.forward_training`."""
     make = weight.new_zeros if x.numel() == 0 else weight.new_empty
     mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    options = num_tasks, eps, gate, stacking, True, residual, activation, slope, shared
-    return _normalize(x, weight, bias, mean, var, *options), mean, var
+    return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options), mean, var)
 
 
-def forward_eval(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
-) -> Tensor:  # fmt: skip
-    """See :func:`tsbn_kernels.reference.normalize`."""
-    options = num_tasks, eps, gate, stacking, False, residual, activation, slope, shared
-    return _normalize(x, weight, bias, mean, var, *options)
+def forward_eval(saved: Saved, options: Options) -> Tensor:
+    """See :func:`tsbn_kernels.reference.forward_eval`."""
+    return _normalize(saved, False, options)
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, num_tasks: int, eps: float, gate: str,
-    stacking: str, training: bool, need_dx: bool, need_dweight: bool, need_dbias: bool, bias: Tensor | None = None,
-    residual: Tensor | None = None, activation: str = "none", slope: float = 0.0, shared: bool = False,
-    need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
     """See :func:`tsbn_kernels.reference.backward`."""
-    needs = need_dx, need_dweight, need_dbias, need_dresidual
+    if options.activation in (NONE, INVERSE):  # nothing depends on what went into the activation
+        saved = saved._replace(bias=None, residual=None)
+    x, weight, _, residual, *_ = saved
     if x.numel() == 0 or not any(needs):
-        dweight, dbias = (weight.new_zeros(weight.shape if needed else 0) for needed in (need_dweight, need_dbias))
-        dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-        empty = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
-        return dx, dweight, dbias, empty
-    if activation in (NONE, INVERSE):  # nothing depends on what went into the activation
-        bias = residual = None
-    dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
-    epilogue = None if residual is None else _class(residual), activation, slope, shared
-    key = _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, training, needs, epilogue
-    vectors = *_contiguous(weight, bias, mean, var), residual
+        return Gradients(
+            torch.empty_like(x) if needs.dx else None,
+            weight.new_zeros(weight.shape) if needs.dweight else None,
+            weight.new_zeros(weight.shape) if needs.dbias else None,
+            layout.empty_output(x, options) if needs.dresidual else None,
+        )
+    key = _class(dy), _class(x), _class(residual), _dtypes(saved), training, needs, options
 
-    def outputs(run: Pass) -> tuple[Tensor | None, ...]:
-        return (
-            run.input_like(x) if need_dx else None, weight.new_empty(weight.shape) if need_dweight else None,
-            weight.new_empty(weight.shape) if need_dbias else None, run.stacked_like(x) if need_dresidual else None,
-        )  # fmt: skip
+    def outputs(run: Pass) -> Gradients:
+        return Gradients(
+            run.input_like(x) if needs.dx else None,
+            weight.new_empty(weight.shape) if needs.dweight else None,
+            weight.new_empty(weight.shape) if needs.dbias else None,
+            run.stacked_like(x) if needs.dresidual else None,
+        )
 
     run = _backwards.get(key)
     if run is None:
-        read = layout.readable(x, stacking, shared, dy, residual)
-        if any(copy is not given for copy, given in zip(read, (x, dy, residual), strict=True)):
-            return backward(
-                read[1], read[0], weight, mean, var, num_tasks, eps, gate, stacking, training, *needs[:3], bias,
-                read[2], activation, slope, shared, need_dresidual,
-            )  # fmt: skip
+        own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
+        if own_x is not x or own_dy is not dy or own_residual is not residual:
+            return backward(own_dy, saved._replace(x=own_x, residual=own_residual), training, needs, options)
         work = work_of(
-            x, num_tasks, stacking, direction="backward", training=training, bias=bias is not None, needs_dx=need_dx,
-            needs_dweight=need_dweight, needs_dbias=need_dbias, parameter_size=weight.element_size(),
-            activation=activation, residual=residual is not None, needs_dresidual=need_dresidual, fan_out=shared,
-        )  # fmt: skip
-        options = dy, x, num_tasks, stacking, eps, gate, residual, slope
+            x,
+            options,
+            direction="backward",
+            training=training,
+            bias=saved.bias is not None,
+            needs_dx=needs.dx,
+            needs_dweight=needs.dweight,
+            needs_dbias=needs.dbias,
+            needs_dresidual=needs.dresidual,
+            parameter_size=weight.element_size(),
+            residual=residual is not None,
+        )
 
         def make(plan: Plan) -> Backward | FanOutBackward:
-            return FanOutBackward(plan, *options) if shared else Backward(plan, *options)
+            return (FanOutBackward if options.fan_out else Backward)(plan, dy, x, options, residual)
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
-            return partial(candidate, dy, x, *vectors, *outputs(candidate))
+            return partial(candidate, dy, _contiguous(saved), outputs(candidate))
 
         with _on(x.device):
             run = _backwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
     results = outputs(run)
     with _on(x.device):
-        run(dy, x, *vectors, *results)
-    found = [like.new_empty(0) if r is None else r for r, like in zip(results, (x, weight, weight, x), strict=True)]
-    return found[0], found[1], found[2], found[3]
+        run(dy, _contiguous(saved), results)
+    return results
 
 
-def moments(x: Tensor, num_tasks: int, stacking: str, shared: bool = False) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, options: Options) -> Moments:
     """See :func:`tsbn_kernels.reference.moments`."""
-    if shared:
-        mean, var = moments(x, 1, layout.input_stacking(stacking, shared))
-        return mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
+    if options.fan_out:
+        mean, var = moments(x, of_input(options))
+        return Moments(mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1))
     if x.numel() == 0:
-        mean = x.new_zeros((num_tasks, x.shape[layout.channel_axis(stacking)]), dtype=torch.float64)
-        return mean, mean.clone()
-    key = "moments", _class(x), num_tasks, stacking
+        channels = x.shape[layout.channel_axis(options.stacking)]
+        mean = x.new_zeros((options.num_tasks, channels), dtype=torch.float64)
+        return Moments(mean, mean.clone())
+    key = "moments", _class(x), options
     run = _forwards.get(key)
     if run is None:
-        (read,) = layout.readable(x, stacking, shared)
+        (read,) = layout.readable(x, options)
         if read is not x:
-            return moments(read, num_tasks, stacking)
-        plan = rules.apart(work_of(x, num_tasks, stacking), _device(x.device))
-        run = _forwards[key] = Moments(plan, x, num_tasks, stacking)
+            return moments(read, options)
+        plan = rules.apart(work_of(x, options), _device(x.device))
+        run = _forwards[key] = PartMoments(plan, x, options)
     with _on(x.device):
-        result: tuple[Tensor, Tensor] = run(x)
+        result: Moments = run(x)
     return result
 
 
 def input_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor,
-    num_tasks: int, eps: float, gate: str, stacking: str, bias: Tensor | None = None, residual: Tensor | None = None,
-    activation: str = "none", slope: float = 0.0, shared: bool = False, need_dresidual: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+) -> Gradients:
     """See :func:`tsbn_kernels.reference.input_gradient`."""
+    if options.activation == NONE:
+        saved = saved._replace(bias=None, residual=None)
+    x, weight, _, residual, *_ = saved
     if x.numel() == 0:
-        empty = layout.empty_output(x, num_tasks, stacking, shared) if need_dresidual else x.new_empty(0)
-        return torch.empty_like(x), empty
-    if activation == "none":
-        bias = residual = None
-    dtypes = weight.dtype, mean.dtype, var.dtype, None if bias is None else bias.dtype
-    epilogue = None if residual is None else _class(residual), activation, slope, shared, need_dresidual
-    key = "input_gradient", _class(dy), _class(x), dtypes, num_tasks, eps, gate, stacking, epilogue
+        return Gradients(torch.empty_like(x), dresidual=layout.empty_output(x, options) if needs_dresidual else None)
+    key = "input_gradient", _class(dy), _class(x), _class(residual), _dtypes(saved), needs_dresidual, options
     run: Any = _backwards.get(key)
     if run is None:
-        read = layout.readable(x, stacking, shared, dy, residual)
-        if any(copy is not given for copy, given in zip(read, (x, dy, residual), strict=True)):
-            return input_gradient(
-                read[1], read[0], weight, mean, var, dz_mean, dz_xhat_mean, num_tasks, eps, gate, stacking, bias,
-                read[2], activation, slope, shared, need_dresidual,
-            )  # fmt: skip
+        own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
+        if own_x is not x or own_dy is not dy or own_residual is not residual:
+            own = saved._replace(x=own_x, residual=own_residual)
+            return input_gradient(own_dy, own, dz_mean, dz_xhat_mean, needs_dresidual, options)
         work = work_of(
-            x, num_tasks, stacking, direction="backward", training=not shared, needs_dweight=False,
-            parameter_size=weight.element_size(), activation=activation, residual=residual is not None,
-            needs_dresidual=need_dresidual, fan_out=shared,
-        )  # fmt: skip
-        plan = (rules.plan if shared else rules.apart)(work, _device(x.device))
-        run = _backwards[key] = InputGradient(plan, dy, x, num_tasks, stacking, eps, gate, residual, slope)
-    dx, dresidual = run.input_like(x), run.stacked_like(x) if need_dresidual else None
+            x,
+            options,
+            direction="backward",
+            training=not options.fan_out,
+            needs_dweight=False,
+            needs_dresidual=needs_dresidual,
+            parameter_size=weight.element_size(),
+            residual=residual is not None,
+        )
+        plan = (rules.plan if options.fan_out else rules.apart)(work, _device(x.device))
+        run = _backwards[key] = InputGradient(plan, dy, x, options, residual)
+    found = Gradients(run.input_like(x), dresidual=run.stacked_like(x) if needs_dresidual else None)
     with _on(x.device):
-        run(dy, x, *_contiguous(weight, bias, mean, var), residual, dz_mean, dz_xhat_mean, dx, dresidual)
-    return dx, x.new_empty(0) if dresidual is None else dresidual
+        run(dy, _contiguous(saved), dz_mean, dz_xhat_mean, found)
+    return found

@@ -14,6 +14,7 @@ from tsbn_kernels.activations import EPILOGUES, NONE
 from tsbn_kernels.backends.triton import activations
 from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.backends.triton.tiles import Tile, View
+from tsbn_kernels.options import Gradients, Options, Saved, of_input
 from tsbn_kernels.plan import Plan, Work
 from tsbn_kernels.plan import triton as rules
 from tsbn_kernels.reference import accumulate_dtype
@@ -24,8 +25,9 @@ Strides = tuple[int, int, int, int]
 WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")
 
 
-def view_strides(shape: Sequence[int], strides: tuple[int, ...], num_tasks: int, stacking: str) -> Strides:
+def view_strides(shape: Sequence[int], strides: tuple[int, ...], options: Options) -> Strides:
     """Strides of the ``[T, N, C, S]`` view of a tensor that a kernel family reads."""
+    num_tasks, stacking = options.num_tasks, options.stacking
     axis = layout.channel_axis(stacking)
     positions = [d for d, size in zip(strides[axis + 1 :], shape[axis + 1 :], strict=True) if size != 1]
     position = min(positions, default=1)
@@ -36,17 +38,17 @@ def view_strides(shape: Sequence[int], strides: tuple[int, ...], num_tasks: int,
     return strides[0], num_tasks * strides[0], strides[1], position
 
 
-def work_of(x: Tensor, num_tasks: int, stacking: str, **details: Any) -> Work:
+def work_of(x: Tensor, options: Options, **details: Any) -> Work:
     """The work that a pass over ``x`` is."""
-    fan_out = details.get("fan_out", False)
-    stacking = layout.input_stacking(stacking, fan_out)
-    axis = layout.channel_axis(stacking)
+    own = of_input(options)
+    axis = layout.channel_axis(own.stacking)
     positions = x.shape[axis + 1 :].numel()
-    samples = x.numel() // ((1 if fan_out else num_tasks) * x.shape[axis] * positions)
-    expanded = not fan_out and num_tasks > 1 and view_strides(x.shape, x.stride(), num_tasks, stacking)[0] == 0
-    family = layout.family(x, stacking) or "rows"
-    sizes = num_tasks, samples, x.shape[axis], positions, x.element_size()
-    return Work(*sizes, family, expanded=expanded, **details)
+    samples = x.numel() // (own.num_tasks * x.shape[axis] * positions)
+    expanded = own.num_tasks > 1 and view_strides(x.shape, x.stride(), own)[0] == 0
+    family = layout.family(x, own.stacking) or "rows"
+    sizes = options.num_tasks, samples, x.shape[axis], positions, x.element_size()
+    details |= {"expanded": expanded, "activation": options.activation, "fan_out": options.fan_out}
+    return Work(*sizes, family, **details)
 
 
 def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
@@ -57,17 +59,18 @@ def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
 class Pass:
     """A plan with the launches that carry it out, for tensors like x."""
 
-    def __init__(self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, slope: float) -> None:
+    def __init__(self, plan: Plan, x: Tensor, options: Options) -> None:
         work = plan.work
         self.plan = plan
-        self.slope = slope
-        self.input = layout.input_stacking(stacking, work.fan_out)
-        self.input_sizes = tuple(x.shape), layout.dense_strides(x, self.input)
-        self.stacked_sizes = layout.output_sizes(x, num_tasks, stacking, work.fan_out)
+        self.options = options
+        self.input = of_input(options)
+        self.formula = options.eps, options.gate == "sigmoid"
+        self.input_sizes = tuple(x.shape), layout.dense_strides(x, self.input.stacking)
+        self.stacked_sizes = layout.output_sizes(x, options)
         self.sizes = work.tasks, work.samples, work.channels, work.positions
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(x.dtype)
-        self.tile = self._tile(work.activation, slope)
+        self.tile = self._tile(work.activation, options.slope)
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
@@ -89,7 +92,7 @@ class Pass:
         fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
         return Tile(*fields)
 
-    def views(self, num_tasks: int, stacking: str, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
+    def views(self, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
         """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
 
         Where the positions of all columns follow one another from sample to sample they are read as samples of one
@@ -98,10 +101,10 @@ class Pass:
         tasks, samples, channels, positions = self.sizes
         shape, dense = self.stacked_sizes
         all_strides = (dense if tensor is None else tensor.stride() for tensor in (*stacked, None))
-        input_tasks = 1 if self.plan.work.fan_out else num_tasks
+        _, fresh = self.input_sizes
         views = (
-            *(view_strides(x.shape, strides, input_tasks, self.input) for strides in (x.stride(), self.input_sizes[1])),
-            *(view_strides(shape, strides, num_tasks, stacking) for strides in all_strides),
+            *(view_strides(x.shape, strides, self.input) for strides in (x.stride(), fresh)),
+            *(view_strides(shape, strides, self.options) for strides in all_strides),
         )
         joined = all(samples == 1 or n == positions * s for _, n, _, s in views)
         if self.plan.work.family == "rows" or positions == 1 or not joined:
@@ -133,24 +136,18 @@ class Pass:
 class Forward(Pass):
     """Statistics and y, or y by given statistics."""
 
-    def __init__(
-        self, plan: Plan, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
-        residual: Tensor | None = None, slope: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, x, num_tasks, stacking, slope)
-        self.x, _, self.residual, self.y = self.views(num_tasks, stacking, x, residual)
-        sigmoid = gate == "sigmoid"
+    def __init__(self, plan: Plan, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
+        super().__init__(plan, x, options)
+        self.x, _, self.residual, self.y = self.views(x, residual)
         if plan.variant in ("resident", "streaming"):
-            self.slab = self.launch("forward_slab", plan.variant == "resident", eps, sigmoid)
+            self.slab = self.launch("forward_slab", plan.variant == "resident", *self.formula)
         else:
             self.first = self.launch("forward_partial")
-            self.apply = self.launch("forward_apply", eps, sigmoid)
+            self.apply = self.launch("forward_apply", *self.formula)
 
-    def __call__(
-        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
-        residual: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def __call__(self, saved: Saved, y: Tensor) -> None:
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
+        x, weight, bias, residual, mean, var = saved
         source = View(x, *self.x)
         tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
         if self.plan.variant in ("resident", "streaming"):
@@ -166,13 +163,10 @@ class Forward(Pass):
 class Backward(Pass):
     """Gradients of x, weight, bias and residual, those that are asked for."""
 
-    def __init__(
-        self, plan: Plan, dy: Tensor, x: Tensor, num_tasks: int, stacking: str, eps: float, gate: str,
-        residual: Tensor | None = None, slope: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(plan, x, num_tasks, stacking, slope)
-        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(num_tasks, stacking, x, dy, residual)
-        constants = plan.work.training, eps, gate == "sigmoid"
+    def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
+        super().__init__(plan, x, options)
+        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(x, dy, residual)
+        constants = plan.work.training, *self.formula
         self.done = plan.work.keeps_gradient and plan.variant in ("streaming", "split")
         if plan.variant in ("resident", "streaming"):
             self.slab = self.launch("backward_slab", plan.variant == "resident", self.done, *constants)
@@ -180,12 +174,10 @@ class Backward(Pass):
             self.first = self.launch("backward_partial", *constants)
             self.apply = self.launch("backward_apply", self.done, *constants)
 
-    def __call__(
-        self, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor,
-        residual: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
-        dresidual: Tensor | None,
-    ) -> None:  # fmt: skip
+    def __call__(self, dy: Tensor, saved: Saved, found: Gradients) -> None:
         """Writes the gradients that are given."""
+        x, weight, bias, residual, mean, var = saved
+        dx, dweight, dbias, dresidual = found
         gradient, source, added = View(dy, *self.dy), View(x, *self.x), view_of(residual, self.residual)
         result, beside = view_of(dx, self.dx), view_of(dresidual, self.dresidual)
         vectors, parameters = (weight, bias, mean, var), (dweight, dbias)
@@ -200,6 +192,5 @@ class Backward(Pass):
             if self.done and beside is not None:
                 gradient, added = beside, None
             result, beside = None if now else result, None
-        self.apply(
-            gradient, source, added, result, beside, *vectors, *parameters, partials, *self.sizes, *self.split
-        )  # fmt: skip
+        operands = gradient, source, added, result, beside
+        self.apply(*operands, *vectors, *parameters, partials, *self.sizes, *self.split)
