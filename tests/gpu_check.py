@@ -101,17 +101,17 @@ class Check:
         given = getattr(config, "workerinput", None)
         self.config, self.device, self.is_worker = config, torch.device(config.option.device), given is not None
         self.record: Path | None = config.option.record
-        self.started = time.time()
         self.planned: set[str] = set()
         self.outcomes: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.seconds: Counter[str] = Counter()
         self.facts: dict[str, Any] = {}
         if given is None:
-            self.deadline = self.started + config.option.seconds
+            self.deadline = time.time() + config.option.seconds
             self.name = environment.device_name(self.device)
             self.passed = self._recorded()
-            self.log = Path(tempfile.mkstemp(prefix="gpu-check-", suffix=".log")[1])
+            with tempfile.NamedTemporaryFile(prefix="gpu-check-", suffix=".log", delete=False) as file:
+                self.log = Path(file.name)
         else:
             self.deadline, self.passed, self.log = given["deadline"], set(given["passed"]), Path(given["log"])
             self._traceback = self.log.open("w")

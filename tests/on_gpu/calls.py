@@ -92,7 +92,7 @@ def check(call: Call, backend: str, device: str, place: str = "dense", sums: boo
 
 
 def assert_all_same_bits(got: Any, wanted: Any, names: tuple[str, ...]) -> None:
-    """Of two sequences of tensors.
+    """Compares two sequences of tensors, bit for bit.
 
     Raises:
         AssertionError: they differ; the message names the first.

@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _backends(device: str, thorough: bool) -> list[Any]:
-    """Those that run there; one that is missing is skipped, with the reason."""
+    """The backends that run there; one that is missing is skipped, with the reason."""
     kind = device.partition(":")[0]
     found = []
     for backend in backends.backends():

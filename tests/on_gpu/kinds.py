@@ -45,7 +45,7 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """How the call is named for people."""
         options = {"fan-out": self.fan_out, self.activation: self.activation != "none", "residual": self.residual}
         words = [word for word, said in options.items() if said]
         words.append("training" if self.training else "evaluation")
@@ -57,11 +57,11 @@ class Spec:
 
     @property
     def elements(self) -> int:
-        """Of y."""
+        """How many elements y has."""
         return self.tasks * self.samples * self.channels * self.positions
 
     def call(self) -> Call:
-        """With random values, on the CPU."""
+        """Makes the call, with random values, on the CPU."""
         return make_call(
             self.tasks, self.samples, self.channels, POSITIONS[self.positions],
             dtype=self.dtype, memory_format="channels_last" if self.columns else "contiguous",
@@ -69,7 +69,7 @@ class Spec:
         )  # fmt: skip
 
     def works(self) -> tuple[Work, Work]:
-        """Of its forward and its backward pass."""
+        """What its forward and its backward pass have to do."""
         family: Family = "columns" if self.columns or self.positions == 1 else "rows"
         forward = Work(
             self.tasks, self.samples, self.channels, self.positions, self.dtype.itemsize, family, "forward",
@@ -119,19 +119,19 @@ def cuda_kind(plan: cuda_rules.CudaPlan) -> str:
 
 
 def triton_kinds(spec: Spec, device: Device) -> set[str]:
-    """Those of both passes of a call."""
+    """The kinds of both passes of a call."""
     return {triton_kind(work, triton_rules.plan(work, device).variant) for work in spec.works()}
 
 
 def cuda_kinds(
     spec: Spec, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper
 ) -> set[str]:  # fmt: skip
-    """Those of both passes of a call, where so many clusters run at a time."""
+    """The kinds of both passes of a call, where so many clusters run at a time."""
     return {cuda_kind(cuda_rules.plan(work, device, clusters)) for work in spec.works()}
 
 
 def layout_kinds(spec: Spec) -> set[str]:
-    """Of backends without plans: families and passes."""
+    """The kinds of backends without plans: families and passes."""
     more = ", fan-out" * spec.fan_out + f", {spec.activation}" * (spec.activation != "none")
     return {f"{work.family} {work.direction}{more}" for work in spec.works()}
 

@@ -55,7 +55,7 @@ class Step:
         return y.detach(), *torch.autograd.grad(y, [self.x, *self.layer.parameters()], self.dy)
 
     def twin(self) -> Step:
-        """The same layer, as it is now, on the same data."""
+        """A copy of the layer, as it is now, on the same data."""
         return Step(copy.deepcopy(self.layer), self.x, self.dy)
 
     def load(self, other: Step) -> None:

@@ -73,7 +73,7 @@ def compare(memory_format: str, shared: bool, size: tuple[int, int, int, int, in
 
 
 def _part(problem: Problem, tasks: slice, channels: slice, shared: bool) -> Problem:
-    """The same of some tasks and channels alone, in float64."""
+    """The problem of some tasks and channels alone, in float64."""
     p = problem
     streams = [p.x if shared else unstack(p.x, p.num_tasks, p.stacking)[tasks].flatten(0, 1)]
     streams.append(unstack(p.dy, p.num_tasks, p.stacking)[tasks].flatten(0, 1))

@@ -144,7 +144,7 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_launches")
 @pytest.mark.parametrize("backend", ["cuda", *["triton"] * triton.available])
 def test_the_backends_choose_what_the_calls_are_planned_for(backend: str) -> None:
-    """Of tensors they make the same work as the specs say."""
+    """They make the same work of tensors as the specs say."""
     planned = kinds.planned(backend, "cpu")
     small = {each: wanted for each, wanted in planned.items() if each.elements <= 2**14}
     assert len(small) >= 12
