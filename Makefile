@@ -27,15 +27,15 @@ report: $(VENV)/installed
 # On a machine with a GPU, everything for real within ten minutes, then a verdict; a second call goes on where the first
 # one stopped: make gpu-check GPU_CHECK_ARGS="--seconds=1200 --fresh"
 gpu-check: $(VENV)/installed
-	$(BIN)/python -m pytest tests/on_gpu tests/test_modules.py -q -n1 --maxschedchunk=1 --max-worker-restart=20 --device=auto --seconds=600 --record=results/gpu-check.jsonl $(GPU_CHECK_ARGS)
+	$(BIN)/python -m pytest tests/on_gpu tests/layers/test_batch_norm.py -q -n1 --maxschedchunk=1 --max-worker-restart=20 --device=auto --seconds=600 --record=results/gpu-check.jsonl $(GPU_CHECK_ARGS)
 
 # Fails where a hot path takes more instructions than its baseline; and makes those of now the baseline of machines like
 # this one. What a shared machine's time tells: python -m benchmarks compare A.json B.json
 speed: $(VENV)/installed
-	$(BIN)/python -m benchmarks.micro
+	$(BIN)/python -m benchmarks.hot_paths
 
 speed-baselines: $(VENV)/installed
-	$(BIN)/python -m benchmarks.micro --accept
+	$(BIN)/python -m benchmarks.hot_paths --accept
 
 # Random valid and hostile calls, before them 500 programs that drive models: make fuzz FUZZ_ARGS="--calls 10000 --seed 1 --seconds 300"
 fuzz: $(VENV)/installed
@@ -44,13 +44,13 @@ fuzz: $(VENV)/installed
 
 # The CPU library under AddressSanitizer with UBSan, and under ThreadSanitizer.
 sanitize: $(VENV)/installed
-	$(BIN)/python tests/sanitize.py address
-	$(BIN)/python tests/sanitize.py thread
+	$(BIN)/python tools/sanitize.py address
+	$(BIN)/python tools/sanitize.py thread
 
 # Compiles every kernel of the compile gate anew, for every kind of GPU; fails where the table in the repository differs.
 gate: $(VENV)/installed
 	$(BIN)/python -m benchmarks compiled-kernels --all
-	git diff --exit-code --stat benchmarks/compiled_kernels.csv
+	git diff --exit-code --stat tools/compile_gate/compiled_kernels.csv
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -64,7 +64,7 @@ docs: $(VENV)/installed
 # Do the sources compile against the headers of these versions of PyTorch? Fetches 80 MB a version, once.
 TORCHES ?= 2.10.0 2.11.0 2.12.0 2.13.0 installed
 build-matrix: $(VENV)/installed
-	$(BIN)/python tests/build_matrix.py $(TORCHES)
+	$(BIN)/python tools/build_matrix.py $(TORCHES)
 
 # A wheel for every Python and every PyTorch from 2.10 on.
 wheel: $(VENV)/installed

@@ -7,7 +7,7 @@ know why the slow reference runs. ``TSBN_BUILD_CPU=0`` and ``TSBN_BUILD_CUDA=0``
 
 The CUDA library needs an nvcc and a CUDA build of PyTorch of the same major version, and no GPU.
 ``TORCH_CUDA_ARCH_LIST`` chooses its architectures. ``TSBN_SANITIZE`` (``address`` or ``thread``) instruments the CPU
-library, for tests/sanitize.py.
+library, for tools/sanitize.py.
 """
 
 from __future__ import annotations

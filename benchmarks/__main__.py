@@ -17,7 +17,7 @@ if __name__ == "__main__":
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         sys.exit(f"the benchmarks need {', '.join(missing)}: {INSTALL}")
-    from benchmarks.cli import main
+    from benchmarks.commands.app import main
 
     try:
         main()

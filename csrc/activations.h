@@ -1,5 +1,5 @@
 // The activations: name and formula (see formulas.h). All that C++ knows of them by name is made of these rows, which are
-// those of EPILOGUES in tsbn_kernels/activations.py, in its order.
+// those of EPILOGUES in tsbn_kernels/definition/activations.py, in its order.
 #pragma once
 #include <cstdint>
 

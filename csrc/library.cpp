@@ -1,4 +1,4 @@
-// Implements, for CPU tensors, the operators that tsbn_kernels/ops.py declares.
+// Implements, for CPU tensors, the operators that tsbn_kernels/operator/ops.py declares.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/batch_norm.h"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from descendants import end_with_this_process
 from hypothesis import settings
-from support import BACKENDS, instruction_sets, on_backend
+from support.backends import BACKENDS, instruction_sets, on_backend
+from support.descendants import end_with_this_process
 
 from tsbn_kernels.backends import cpu
 

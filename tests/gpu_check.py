@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment
 from benchmarks.gpu_day import sources
+from benchmarks.timing import environment
 
 # What decides comes first, by names of files; the last adds to it as the time allows, and is not missed.
 ORDER = (

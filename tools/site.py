@@ -28,7 +28,7 @@ PAGES = {  # files outside of docs/, and the pages that they are
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "tests/ptxvm/README.md": "ptxvm.md",
+    "tools/ptxvm/README.md": "ptxvm.md",
     "examples/quickstart.py": "examples.md",
     "examples/train_distributed.py": "examples.md",
 }

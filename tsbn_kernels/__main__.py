@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 
 from tsbn_kernels import __version__, backends, memory
-from tsbn_kernels.activations import ACTIVATIONS
-from tsbn_kernels.layout import Family
-from tsbn_kernels.plan import DEVICES, Work, devices
-from tsbn_kernels.plan import cuda as cuda_rules
-from tsbn_kernels.plan import triton as triton_rules
-from tsbn_kernels.plan.describe import table
-from tsbn_kernels.plan.unfused import layer_alone, unfused_bytes
+from tsbn_kernels.backends.plan import DEVICES, Work, devices
+from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.describe import table
+from tsbn_kernels.backends.plan.unfused import layer_alone, unfused_bytes
+from tsbn_kernels.definition.activations import ACTIVATIONS
+from tsbn_kernels.definition.layout import Family
 
 ITEM_SIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 

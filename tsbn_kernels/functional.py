@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import autograd, backends, capture, checks, layout, recompute, runs, streams, synchronized
-from tsbn_kernels.options import Saved, of_input
+from tsbn_kernels import backends
+from tsbn_kernels.backends import capture
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.options import Saved, of_input
+from tsbn_kernels.operator import autograd, autograd_streams, autograd_synchronized, checks, recompute_outputs, runs
 
 
 def task_batch_norm(
@@ -31,7 +34,7 @@ def task_batch_norm(
     negative_slope: float = 0.01,
     fan_out: bool = False,
     recover_input: bool = False,
-    process_group: synchronized.GroupLike = None,
+    process_group: autograd_synchronized.GroupLike = None,
 ) -> Tensor:
     """Batch normalisation with statistics, gate and bias of its own for each task, and what follows it in a network.
 
@@ -46,7 +49,7 @@ def task_batch_norm(
         weight: the raw gate parameter gamma, ``[T, C]``.
         bias: ``[T, C]``, or None.
         running_mean, running_var: ``[T, C]``. Updated in place in training, except by a forward pass that activation
-            checkpointing repeats (:func:`tsbn_kernels.runs.is_repetition`); read in evaluation.
+            checkpointing repeats (:func:`tsbn_kernels.operator.runs.is_repetition`); read in evaluation.
         residual: added before the activation; shape of y. Where its dtype is not that of x, as in autocast, both are
             promoted as in ``x + residual``, and so is y: in one copy of what is narrower.
         num_tasks: T.
@@ -56,16 +59,17 @@ def task_batch_norm(
         gate: ``"sigmoid"`` or ``"identity"``.
         stacking: ``"task_major"`` (sample n of task t at ``t*N + n``), ``"sample_major"`` (at ``n*T + t``) or
             ``"task_axis"``.
-        activation: None, or one of :data:`tsbn_kernels.activations.ACTIVATIONS`, such as ``"relu"``.
+        activation: None, or one of :data:`tsbn_kernels.definition.activations.ACTIVATIONS`, such as ``"relu"``.
         negative_slope: of the leaky ReLU.
         fan_out: x is one input ``[N, C, *]`` for all tasks. It is read, normalised and saved for the backward once; y
             has T streams in ``stacking``.
-        recover_input: save y in place of x for the backward pass, see :mod:`tsbn_kernels.recovery`. It spares memory
-            where a convolution follows, which saves y anyway. No effect inside ``torch.compile`` and while a CUDA graph
-            is captured; elsewhere on a GPU each forward pass waits for it.
+        recover_input: save y in place of x for the backward pass, see :mod:`tsbn_kernels.operator.recover_input`. It
+            spares memory where a convolution follows, which saves y anyway. No effect inside ``torch.compile`` and
+            while a CUDA graph is captured; elsewhere on a GPU each forward pass waits for it.
         process_group: in training, normalise by the statistics of the batches of all ranks of a
             ``torch.distributed.ProcessGroup`` taken together (``"world"``: of all ranks), which may have different
-            sizes, or none: see :mod:`tsbn_kernels.synchronized`. All ranks must make the same calls in the same order.
+            sizes, or none: see :mod:`tsbn_kernels.operator.autograd_synchronized`. All ranks must make the same calls
+                in the same order.
             None: those of this process alone.
 
     Returns:
@@ -121,7 +125,7 @@ def normalize(
     negative_slope: float = 0.01,
     fan_out: bool = False,
     recover_input: bool = False,
-    process_group: synchronized.GroupLike = None,
+    process_group: autograd_synchronized.GroupLike = None,
     repeated: bool | None = None,
 ) -> Sequence[Tensor]:
     """Computes :func:`task_batch_norm`, and returns y alone, or the streams of its tasks.
@@ -134,7 +138,7 @@ def normalize(
     group = None
     if process_group is not None:
         checks.check_flag("training", training)
-        group = synchronized.group_of(process_group) if training else None
+        group = autograd_synchronized.group_of(process_group) if training else None
     options, channels, values = (checks.check_call if compiling else checks.checked)(
         x, weight, bias, running_mean, running_var, residual, num_tasks, training, eps, gate, stacking, activation,
         negative_slope, fan_out, recover_input, process_group is not None, group is None,
@@ -158,14 +162,14 @@ def normalize(
     tracked = training and not (runs.is_repetition() if repeated is None else repeated)
     outputs: Sequence[Tensor]
     if group is not None:
-        y, mean, var, count = synchronized.apply(x, weight, bias, residual, options, group, backend)
-        outputs = streams.of_a_stack(y, options) if as_streams else (y,)
+        y, mean, var, count = autograd_synchronized.apply(x, weight, bias, residual, options, group, backend)
+        outputs = autograd_streams.of_a_stack(y, options) if as_streams else (y,)
         if tracked:
             momentum = momentum * (count > 0).to(count.dtype)  # an empty batch leaves the running statistics alone
             unbiased = var * (count / (count - 1).clamp_min(1))
             _track(running_mean, running_var, mean, unbiased, momentum, compiling)
     else:
-        function = streams if as_streams else autograd
+        function = autograd_streams if as_streams else autograd
         apply = function.apply_in_graph if compiling else function.apply
         given = (None, None) if training else (running_mean, running_var)
         *outputs, mean, var = apply(x, weight, bias, residual, *given, options, recover_input, backend)
@@ -173,11 +177,11 @@ def normalize(
             share = values / (values - 1)
             unbiased = var * (_constant(share, var.dtype) if type(var) is Tensor and not compiling else share)
             _track(running_mean, running_var, mean, unbiased, momentum, compiling)
-    if not compiling and recompute.wanted() and not recover_input:
+    if not compiling and recompute_outputs.wanted() and not recover_input:
         saved = Saved(x, weight, bias, residual, mean, var)
         if group is not None:
-            saved, options = synchronized.coefficients(saved, options)
-        recompute.offer(outputs, saved, options, backend)
+            saved, options = autograd_synchronized.coefficients(saved, options)
+        recompute_outputs.offer(outputs, saved, options, backend)
     return outputs
 
 

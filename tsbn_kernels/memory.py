@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from tsbn_kernels import checks
 from tsbn_kernels.backends import cpu
+from tsbn_kernels.operator import checks
 
 
 def empty_cache() -> int:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels.late import LateFanOut
-from tsbn_kernels.multitask import MultiTaskModel
-from tsbn_kernels.task_specific import TaskSpecific
+from tsbn_kernels.layers.late_fan_out import LateFanOut
+from tsbn_kernels.layers.task_specific import TaskSpecific
+from tsbn_kernels.models.multitask import MultiTaskModel
 
 if TYPE_CHECKING:  # importing the package loads no part of torch.distributed
     from torch.distributed import ProcessGroup

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.facts import FACTS
 from benchmarks.gpu_day.risky import risky
-from benchmarks.measure import measure, step_candidate, summarize, timer_for
+from benchmarks.gpu_day.step_api import Measurement, Setting
+from benchmarks.timing.measure import measure, step_candidate, summarize, timer_for
 from tsbn_kernels import FusedTSigmaBN2d, use_backend
 
 BYTES, QUICK_BYTES = 4 << 30, 8 << 20

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.sources import ROOT
+from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
 
 SECONDS = {"launches": 60.0, "checks": 90.0, "memcheck": 120.0}  # of the steps
 BEGIN = 0.75  # of them, after which no test begins

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from unittest import mock
 
-from tsbn_kernels.plan import cuda, triton
+from tsbn_kernels.backends.plan import cuda, triton
 
 
 @dataclass(frozen=True)

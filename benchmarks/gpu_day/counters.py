@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ncu
-from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
-from benchmarks.registry import PEERS
-from benchmarks.workloads import CELEBA
+from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
+from benchmarks.layers.cases import cases as layer_cases
+from benchmarks.layers.registry import PEERS
+from benchmarks.profile import ncu
+from benchmarks.records.workloads import CELEBA
 from tsbn_kernels import use_backend
 
 COUNTED = (("bn4", "contiguous"), ("bn2", "channels_last"), ("bn1", "contiguous"))

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment
 from benchmarks.gpu_day import archive, journal, results, risky, sources
-from benchmarks.gpu_day.case import Setting
 from benchmarks.gpu_day.results import StepResult
+from benchmarks.gpu_day.step_api import Setting
 from benchmarks.gpu_day.steps import Step
 from benchmarks.gpu_day.worker import DEVICE_LOST
+from benchmarks.timing import environment
 
 ARCHIVE_SECONDS = 1.0  # of the cases that end within it, the last is archived
 POLL_SECONDS = 0.1

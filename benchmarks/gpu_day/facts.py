@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
+from benchmarks.timing import environment
 from tsbn_kernels import FusedTSigmaBN2d, backends
 from tsbn_kernels.backends import triton
-from tsbn_kernels.plan import devices
+from tsbn_kernels.backends.plan import devices
 
 KERNELS = ("triton", "cuda", "cpu")  # backends with kernels of their own
 SETTINGS = ("TSBN_", "TRITON_", "CUDA_", "PYTORCH_", "TORCH")  # variables that change what runs

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.gpu_day.constants import CONSTANTS, Constant, changed
 from benchmarks.gpu_day.sweep import BACKENDS, describe, numbers_of, rule_of
-from benchmarks.predict import work_of
-from tsbn_kernels.plan import Device, Work
-from tsbn_kernels.plan import cuda as cuda_rules
+from benchmarks.profile.predict import work_of
+from tsbn_kernels.backends.plan import Device, Work
+from tsbn_kernels.backends.plan import cuda as cuda_rules
 
 ALLOWED = 1.1  # times the fastest plan's: so slow may a rule's choice be
 UNMEASURED = math.log(10)  # what a choice costs of which no time is known: no fit may lead there

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from triton.runtime import driver
 
-from benchmarks.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
 from benchmarks.gpu_day import network, speed, sweep
 from benchmarks.gpu_day.sources import ROOT
-from benchmarks.network import task_specific_network
-from benchmarks.offline import Call, compile_call, recorded, specialize
-from benchmarks.peers import Fused
+from benchmarks.layers.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
+from benchmarks.layers.peers import Fused
+from benchmarks.network.model import task_specific_network
+from benchmarks.profile.compile_offline import Call, compile_call, recorded, specialize
 from tsbn_kernels import FusedTSigmaBN, backends
+from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.triton import ops
-from tsbn_kernels.plan import Device
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment
-from benchmarks.cases import MEMORY_FORMATS
 from benchmarks.gpu_day import journal, race
-from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.risky import risky
-from benchmarks.measure import Effort, measure, step_candidate, summarize, timer_for
-from benchmarks.network import task_specific_network, train_step
-from benchmarks.network_run import BEST
-from benchmarks.verify import MismatchError
+from benchmarks.gpu_day.step_api import Measurement, Setting
+from benchmarks.layers.cases import MEMORY_FORMATS
+from benchmarks.layers.verify import MismatchError
+from benchmarks.network.model import task_specific_network, train_step
+from benchmarks.records.network_run import BEST
+from benchmarks.timing import environment
+from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
 from tsbn_kernels import use_backend
 
 LOOP = "loop"

@@ -13,14 +13,18 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import environment, replay
-from benchmarks.cases import Case, Inputs
 from benchmarks.gpu_day import journal
-from benchmarks.gpu_day.case import Setting, SkippedError
 from benchmarks.gpu_day.facts import KERNELS
 from benchmarks.gpu_day.risky import risky
-from benchmarks.layers import COPY, records_of
-from benchmarks.measure import (
+from benchmarks.gpu_day.step_api import Setting, SkippedError
+from benchmarks.layers.cases import Case, Inputs
+from benchmarks.layers.peers import Peer
+from benchmarks.layers.registry import PEERS
+from benchmarks.layers.run import COPY, records_of
+from benchmarks.layers.verify import MismatchError, check_by_tasks, outcome_of
+from benchmarks.records.summary import Summary
+from benchmarks.timing import environment, replay
+from benchmarks.timing.measure import (
     Effort,
     copy_candidate,
     measure,
@@ -30,10 +34,6 @@ from benchmarks.measure import (
     timer_for,
     training_candidate,
 )
-from benchmarks.peers import Peer
-from benchmarks.registry import PEERS
-from benchmarks.summaries import Summary
-from benchmarks.verify import MismatchError, check_by_tasks, outcome_of
 from tsbn_kernels import backends, use_backend
 
 EFFORT, QUICK_EFFORT = Effort(3, 6, 0.2, 1e-3), Effort(2, 2, 0.0, 0.0)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.sources import ROOT
+from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
 
 LIBRARIES = ("_native", "_cuda")
 
@@ -70,7 +70,7 @@ def compile_kernels(setting: Setting, which: str = "planned") -> dict[str, Any]:
     import torch
 
     from benchmarks.gpu_day import kernels
-    from tsbn_kernels.plan import devices
+    from tsbn_kernels.backends.plan import devices
 
     made = kernels.compile_all(getattr(kernels, which), devices.of(torch.device(setting.device)), launchers=True)
     print("\n".join(made.errors), flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_day.case import SkippedError
+from benchmarks.gpu_day.step_api import SkippedError
 
 MOST = 2
 

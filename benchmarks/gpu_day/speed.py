@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.cases import cases as layer_cases
 from benchmarks.gpu_day import race
-from benchmarks.gpu_day.case import Measurement, Setting
 from benchmarks.gpu_day.race import Entrant
-from benchmarks.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
+from benchmarks.gpu_day.step_api import Measurement, Setting
+from benchmarks.layers.cases import Case
+from benchmarks.layers.cases import cases as layer_cases
+from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 
 ORDER = ("bn4,bn5", "bn2,bn3", "bn6,bn7", "bn1", "bn8,bn9")
 DTYPES, FORMATS = ("bfloat16", "float32"), ("contiguous", "channels_last")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.gpu_day import checks
-from benchmarks.gpu_day.case import Setting
+from benchmarks.gpu_day.step_api import Setting
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, cases
-from benchmarks.environment import cache_bytes
 from benchmarks.gpu_day.constants import CONSTANTS, changed
-from benchmarks.measure import Timer, rotating_buffers
-from benchmarks.predict import DIRECTIONS, work_of
-from benchmarks.workloads import CELEBA, Layer
+from benchmarks.layers.cases import Case, cases
+from benchmarks.profile.predict import DIRECTIONS, work_of
+from benchmarks.records.workloads import CELEBA, Layer
+from benchmarks.timing.environment import cache_bytes
+from benchmarks.timing.measure import Timer, rotating_buffers
 from tsbn_kernels.backends import cuda as cuda_backend
-from tsbn_kernels.ops import operators
-from tsbn_kernels.options import Needs, Options, Saved
-from tsbn_kernels.plan import DEVICES, Device, Plan, Work, devices
-from tsbn_kernels.plan import cuda as cuda_rules
-from tsbn_kernels.plan import triton as triton_rules
-from tsbn_kernels.plan.work import Direction
+from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work, devices
+from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.work import Direction
+from tsbn_kernels.definition.options import Needs, Options, Saved
+from tsbn_kernels.operator.ops import operators
 
 FILE = "sweep.jsonl"
 LAYERS = ("bn4,bn5", "bn2,bn3", "bn6,bn7", "bn1", "bn8,bn9")  # the most telling first
@@ -145,7 +145,7 @@ def candidates(device: str, paper: Device | None = None) -> list[SweptPlan]:
     """All candidates for a device such as ``"cuda: NVIDIA H100"``, the most telling first; on the CPU small ones.
 
     Args:
-        device: a torch device, and what comes after a colon; see :func:`benchmarks.environment.device_name`.
+        device: a torch device, and what comes after a colon; see :func:`benchmarks.timing.environment.device_name`.
         paper: the GPU that plans are made for; by default the device at hand, and on the CPU an H100.
     """
     where = torch.device(device.partition(":")[0])

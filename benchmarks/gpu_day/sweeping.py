@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment
 from benchmarks.gpu_day import sweep
-from benchmarks.gpu_day.case import Measurement, Setting
-from benchmarks.measure import Timer, timer_for
+from benchmarks.gpu_day.step_api import Measurement, Setting
+from benchmarks.timing import environment
+from benchmarks.timing.measure import Timer, timer_for
 
 MOST_QUICK = 4
 

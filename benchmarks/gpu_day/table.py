@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ncu
 from benchmarks.gpu_day import journal, sweep
 from benchmarks.gpu_day.results import StepResult
-from benchmarks.records import FORWARD, FORWARD_BACKWARD
+from benchmarks.profile import ncu
+from benchmarks.records.record import FORWARD, FORWARD_BACKWARD
 
 FILE = "table.txt"
 MOST_FAILURES, MOST_OF_A_LINE = 12, 240

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from functools import partial
 
 from benchmarks.gpu_day import journal, results
-from benchmarks.gpu_day.case import Measurement, Setting, SkippedError
 from benchmarks.gpu_day.results import CaseResult
+from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
 
 DEVICE_LOST = 3  # exit status: a kernel has left the device unusable to this process
 START_SECONDS = 180.0  # until the first case: PyTorch may come from a slow disk

@@ -1,4 +1,4 @@
-// The operators of the CPU backend. Shapes, formulas and errors are those of tsbn_kernels/ops.py.
+// The operators of the CPU backend. Shapes, formulas and errors are those of tsbn_kernels/operator/ops.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

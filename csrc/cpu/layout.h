@@ -1,4 +1,4 @@
-// Reads a stacked activation as [T,N,C,S] with strides, without a copy. The Python twin is tsbn_kernels/layout.py.
+// Reads a stacked activation as [T,N,C,S] with strides, without a copy. The Python twin is tsbn_kernels/definition/layout.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

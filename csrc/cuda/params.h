@@ -1,4 +1,4 @@
-// What a launch is told. Plain numbers that tsbn_kernels/plan/cuda.py computes: the kernels choose nothing themselves.
+// What a launch is told. Plain numbers that tsbn_kernels/backends/plan/cuda.py computes: the kernels choose nothing themselves.
 #pragma once
 #include <cstdint>
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from epilogues import near_kinks
-from support import BACKWARD, FORWARD, STATISTICS, unit_in_last_place
+from support.epilogues import near_kinks
+from support.tolerances import BACKWARD, FORWARD, STATISTICS, unit_in_last_place
 from torch import Tensor
 
-from tsbn_kernels.activations import EPILOGUES, as_module
+from tsbn_kernels.definition.activations import EPILOGUES, as_module
 
 LARGEST = {torch.float64: 1e140, torch.float32: 1e15, torch.bfloat16: 1e15, torch.float16: 1e15}
 

@@ -13,7 +13,7 @@ import tsbn_kernels
 from fuzz import definition
 from fuzz.calls import Call
 from fuzz.tensors import CONTENTS, DTYPES, HOSTILE_SCALARS, LAYOUTS, describe, hostile_tensors, laid_out, normal
-from tsbn_kernels.activations import TABLE
+from tsbn_kernels.definition.activations import TABLE
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
 SIZES = (1, 2, 3, 4, 5, 8, 16, 17, 33)

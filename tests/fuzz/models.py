@@ -16,8 +16,8 @@ from fuzz.calls import Call
 from fuzz.definition import in_streams, restacked
 from fuzz.tensors import HOSTILE_SCALARS, describe, hostile_tensors, normal
 from tsbn_kernels import memory
-from tsbn_kernels.activations import TABLE
-from tsbn_kernels.late import HOMOGENEOUS
+from tsbn_kernels.definition.activations import TABLE
+from tsbn_kernels.layers.late_fan_out import HOMOGENEOUS
 
 TASKS: list[Any] = [0, 1, -1, 2, -3, 7, "a", "zz", None, 1.0, [0], True, 2**70, torch.tensor(0)]
 MODULES: list[Callable[[], Any]] = [

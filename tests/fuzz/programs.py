@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fuzz.calls import Call
 from tsbn_kernels import MultiTaskModel, convert_model, revert_model
-from tsbn_kernels.modules import FusedTSigmaBN
+from tsbn_kernels.layers.batch_norm import FusedTSigmaBN
 
 NAMES = "abcd"
 PLACES = (None, None, "block", "layer", "backbone", "model", "nested")

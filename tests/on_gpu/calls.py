@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from epilogues import Call, Outcome, assert_correct, backward, forward
-from support import assert_same_bits
+from support.epilogues import Call, Outcome, assert_correct, backward, forward
+from support.tolerances import assert_same_bits
 from torch import Tensor
 
-from tsbn_kernels import layout, ops
+from tsbn_kernels.definition import layout
+from tsbn_kernels.operator import ops
 
 # dense: as it is. shifted: one element past a 16-byte boundary. window: a part of a larger tensor, NaN around it.
 PLACES = ("dense", "shifted", "window")

@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from on_gpu import kinds
-from tsbn_kernels import backends, ops
+from tsbn_kernels import backends
+from tsbn_kernels.operator import ops
 
 Change = Callable[[str, int, Callable[[Tensor], Tensor]], None]
 

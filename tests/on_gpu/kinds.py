@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from epilogues import Call, make_call
+from support.epilogues import Call, make_call
 
 from tsbn_kernels.backends import cuda
-from tsbn_kernels.layout import Family
-from tsbn_kernels.plan import Device, Work
-from tsbn_kernels.plan import cuda as cuda_rules
-from tsbn_kernels.plan import triton as triton_rules
-from tsbn_kernels.plan.slots import pass_of
+from tsbn_kernels.backends.plan import Device, Work
+from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.slots import pass_of
+from tsbn_kernels.definition.layout import Family
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TASKS, SAMPLES, CHANNELS = (1, 4, 40), (2, 16), (3, 64, 512)

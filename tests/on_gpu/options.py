@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from epilogues import Call, make_call
-from support import BACKWARD, STATISTICS, Tolerance, assert_relative, assert_within
+from support.epilogues import Call, make_call
+from support.tolerances import BACKWARD, STATISTICS, Tolerance, assert_relative, assert_within
 from torch import Tensor
 
 from on_gpu.calls import PLACES, check, on_device
-from tsbn_kernels import layout, ops, reference
-from tsbn_kernels.activations import ACTIVATIONS, NONE
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import ACTIVATIONS, NONE
+from tsbn_kernels.operator import ops
 
 SIZES: dict[str, tuple[Any, ...]] = {  # T, N, C, spatial
     "3 tasks 4x5x6x7": (3, 4, 5, (6, 7)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import replay
+from benchmarks.timing import replay
 from on_gpu.steps import LAYERS, Step
 from tsbn_kernels import use_backend
 

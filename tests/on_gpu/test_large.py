@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from epilogues import Call
-from support import BACKWARD, FORWARD, STATISTICS, Problem, Tolerance, assert_within, unstack
+from support.epilogues import Call
+from support.problems import Problem, unstack
+from support.tolerances import BACKWARD, FORWARD, STATISTICS, Tolerance, assert_within
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks.timing import environment
 from on_gpu.calls import run
 from on_gpu.conftest import Change
-from tsbn_kernels import reference
-from tsbn_kernels.ops import flat
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.operator.ops import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +108,6 @@ def test_the_slabs_of_a_large_call_are_compared(change: Change, memory_format: s
 
 
 def test_a_large_call_needs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.environment.available_bytes", lambda _: 2**33)
+    monkeypatch.setattr("benchmarks.timing.environment.available_bytes", lambda _: 2**33)
     with pytest.raises(pytest.skip.Exception, match="needs 19 GiB of memory, 8 GiB are free"):
         compare("contiguous", False, SIZE, "cpu", "cpu")

@@ -13,11 +13,12 @@ import torch
 from on_gpu import kinds
 from on_gpu.calls import check
 from on_gpu.kinds import Spec
-from tsbn_kernels import layout, ops
 from tsbn_kernels.backends import cuda, triton
-from tsbn_kernels.plan import DEVICES, Work
-from tsbn_kernels.plan.cuda import CudaPlan
-from tsbn_kernels.plan.slots import PASSES
+from tsbn_kernels.backends.plan import DEVICES, Work
+from tsbn_kernels.backends.plan.cuda import CudaPlan
+from tsbn_kernels.backends.plan.slots import PASSES
+from tsbn_kernels.definition import layout
+from tsbn_kernels.operator import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

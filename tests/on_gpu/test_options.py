@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import assert_same_bits
+from support.tolerances import assert_same_bits
 from torch import Tensor
 
 from on_gpu.calls import PLACES, placed, run

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from epilogues import Outcome
+from support.epilogues import Outcome
 
 from on_gpu.calls import assert_all_same_bits, on_device, run
 from on_gpu.conftest import Change

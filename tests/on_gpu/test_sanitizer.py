@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support.processes import ROOT
 
 from on_gpu import kinds, small_calls
 from on_gpu.kinds import small

@@ -1,4 +1,5 @@
-"""The CUDA C++ backend: kernels of csrc/cuda, chosen by :mod:`tsbn_kernels.plan.cuda`. No driver is touched on import.
+"""The CUDA C++ backend: kernels of csrc/cuda, chosen by :mod:`tsbn_kernels.backends.plan.cuda`. No driver is touched on
+import.
 
 The fallback where Triton is missing or broken, and the backend that keeps slabs in the shared memory of clusters.
 """
@@ -12,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout, reference
-from tsbn_kernels.activations import INVERSE, NONE
 from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
-from tsbn_kernels.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
-from tsbn_kernels.plan import Work, devices
-from tsbn_kernels.plan import cuda as rules
-from tsbn_kernels.plan.slots import PASSES, pass_of
-from tsbn_kernels.plan.work import Operands, Strides
-from tsbn_kernels.reference import accumulate_dtype
+from tsbn_kernels.backends.plan import Work, devices
+from tsbn_kernels.backends.plan import cuda as rules
+from tsbn_kernels.backends.plan.slots import PASSES, pass_of
+from tsbn_kernels.backends.plan.work import Operands, Strides
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import INVERSE, NONE
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 
 DISPATCH_KEY = "CUDA"
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
@@ -227,7 +229,7 @@ def _run(call: _Call, tensors: _Tensors) -> None:
 def forward_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> Normalized:
-    """See :func:`tsbn_kernels.reference.forward_training`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.forward_training`."""
     y = layout.empty_output(x, options)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     if x.numel() == 0:
@@ -238,7 +240,7 @@ def forward_training(
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
-    """See :func:`tsbn_kernels.reference.forward_eval`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.forward_eval`."""
     x, weight, bias, residual, mean, var = saved
     y = layout.empty_output(x, options)
     if x.numel() > 0:
@@ -248,7 +250,7 @@ def forward_eval(saved: Saved, options: Options) -> Tensor:
 
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
-    """See :func:`tsbn_kernels.reference.backward`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.backward`."""
     x, weight, bias, residual, mean, var = saved
     dx = layout.empty_input(x, options) if needs.dx else None
     dresidual = layout.empty_output(x, options) if needs.dresidual else None
@@ -270,7 +272,7 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
 
 
 def moments(x: Tensor, options: Options) -> Moments:
-    """See :func:`tsbn_kernels.reference.moments`.
+    """See :func:`tsbn_kernels.definition.batch_norm.moments`.
 
     There is no kernel of its own: y is computed too, and dropped; and the digits are those of the statistics' dtype.
     """
@@ -284,7 +286,7 @@ def moments(x: Tensor, options: Options) -> Moments:
 def input_gradient(
     dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
 ) -> Gradients:
-    """See :func:`tsbn_kernels.reference.input_gradient`. There is no kernel of its own.
+    """See :func:`tsbn_kernels.definition.batch_norm.input_gradient`. There is no kernel of its own.
 
     ``dx = gate * rstd * dz - gate * rstd * (dz_mean + xhat * dz_xhat_mean)``: the first term is the gradient by given
     statistics, the second a normalisation of x, to which the first is the residual. Half precision rounds it twice.

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from tsbn_kernels.backends.capture import is_capturing
 from tsbn_kernels.backends.fallback import KernelError
-from tsbn_kernels.capture import is_capturing
-from tsbn_kernels.plan import Plan
-from tsbn_kernels.plan import triton as rules
+from tsbn_kernels.backends.plan import Plan
+from tsbn_kernels.backends.plan import triton as rules
 
 Prepare = Callable[[Plan], Callable[[], None]]
 Clock = Callable[[Callable[[], None]], float]

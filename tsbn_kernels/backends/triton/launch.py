@@ -9,7 +9,7 @@ from triton.errors import TritonError
 
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
-from tsbn_kernels.backends.triton import backward, fan_out, forward
+from tsbn_kernels.backends.triton.kernels import backward, fan_out, forward
 
 
 class Launch:

@@ -1,4 +1,4 @@
-"""The operators of :class:`tsbn_kernels.options.Backend` by the Triton kernels."""
+"""The operators of :class:`tsbn_kernels.definition.options.Backend` by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import layout
-from tsbn_kernels.activations import INVERSE, NONE
+from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
+from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.fan_out_passes import FanOutBackward, FanOutForward
-from tsbn_kernels.backends.triton.joined import InputGradient, PartMoments
 from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
-from tsbn_kernels.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
-from tsbn_kernels.plan import DEVICES, Device, Plan, devices
-from tsbn_kernels.plan import triton as rules
-from tsbn_kernels.reference import accumulate_dtype
+from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward, FanOutForward
+from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, PartMoments
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import INVERSE, NONE
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 
 _forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
 _backwards: dict[Hashable, Any] = {}
@@ -90,19 +90,19 @@ def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
 def forward_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> Normalized:
-    """See :func:`tsbn_kernels.reference.forward_training`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.forward_training`."""
     make = weight.new_zeros if x.numel() == 0 else weight.new_empty
     mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options), mean, var)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
-    """See :func:`tsbn_kernels.reference.forward_eval`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.forward_eval`."""
     return _normalize(saved, False, options)
 
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
-    """See :func:`tsbn_kernels.reference.backward`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.backward`."""
     if options.activation in (NONE, INVERSE):  # nothing depends on what went into the activation
         saved = saved._replace(bias=None, residual=None)
     x, weight, _, residual, *_ = saved
@@ -158,7 +158,7 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
 
 
 def moments(x: Tensor, options: Options) -> Moments:
-    """See :func:`tsbn_kernels.reference.moments`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.moments`."""
     if options.fan_out:
         mean, var = moments(x, of_input(options))
         return Moments(mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1))
@@ -182,7 +182,7 @@ def moments(x: Tensor, options: Options) -> Moments:
 def input_gradient(
     dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
 ) -> Gradients:
-    """See :func:`tsbn_kernels.reference.input_gradient`."""
+    """See :func:`tsbn_kernels.definition.batch_norm.input_gradient`."""
     if options.activation == NONE:
         saved = saved._replace(bias=None, residual=None)
     x, weight, _, residual, *_ = saved

@@ -9,15 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from tsbn_kernels import layout
-from tsbn_kernels.activations import EPILOGUES, NONE
-from tsbn_kernels.backends.triton import activations
+from tsbn_kernels.backends.plan import Plan, Work
+from tsbn_kernels.backends.plan import triton as rules
+from tsbn_kernels.backends.triton.kernels import activations
+from tsbn_kernels.backends.triton.kernels.tiles import Tile, View
 from tsbn_kernels.backends.triton.launch import Launch
-from tsbn_kernels.backends.triton.tiles import Tile, View
-from tsbn_kernels.options import Gradients, Options, Saved, of_input
-from tsbn_kernels.plan import Plan, Work
-from tsbn_kernels.plan import triton as rules
-from tsbn_kernels.reference import accumulate_dtype
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import EPILOGUES, NONE
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import Gradients, Options, Saved, of_input
 
 Strides = tuple[int, int, int, int]
 

@@ -1,0 +1,1 @@
+"""Layers by every implementation, verified and measured."""

@@ -1,0 +1,196 @@
+"""Nothing is timed before its results are compared with the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.layers.cases import DTYPES, Case, Inputs
+from benchmarks.layers.peers import EPS, MOMENTUM, SLOPE, Outcome, Peer
+from benchmarks.records.record import OURS
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition.activations import EPILOGUES, NONE
+from tsbn_kernels.definition.options import Needs, Options, Saved
+
+
+class MismatchError(Exception):
+    """A candidate's result differs from the reference by more than the tolerance."""
+
+
+class Tolerance(NamedTuple):
+    """Largest ``|result - reference| / (|reference| + rms of reference)`` of y, dx and the ``[T, C]`` vectors."""
+
+    y: float
+    dx: float
+    vectors: float
+
+    def of(self, field: str) -> float:
+        return getattr(self, field if field in ("y", "dx") else "vectors")  # type: ignore[no-any-return]
+
+
+# The fused layer: 16-bit results are rounded once, by at most half a unit in the last place (2^-11 or 2^-8 of the
+# value), from float32; float32 and float64 carry a few roundings of their own, and of careful sums.
+TOLERANCES = {
+    "float64": Tolerance(1e-13, 1e-13, 1e-12),
+    "float32": Tolerance(5e-6, 5e-6, 2e-5),
+    "float16": Tolerance(2**-11, 2**-11, 2e-5),
+    "bfloat16": Tolerance(2**-8, 2**-8, 2e-5),
+}
+# Peers: PyTorch's sums over up to 2^20 values are less careful, and a compiled F.batch_norm rounds the gradient's sums,
+# and dgamma with them, to the 16-bit type: up to five units were seen in dx.
+PEER_TOLERANCES = {
+    "float64": Tolerance(1e-12, 1e-12, 1e-11),
+    "float32": Tolerance(1e-4, 1e-4, 1e-3),
+    "float16": Tolerance(2**-10, 2**-8, 2**-8),
+    "bfloat16": Tolerance(2**-7, 2**-5, 2**-5),
+}
+KINK = 1e-4  # nearer to a kink than this rounding may decide what of a gradient passes
+STEPS = 2  # of a peer before its outcome is compared
+# Elements that the reference computes at a time: they and its temporaries stay in a CPU's cache, or fill a GPU.
+BLOCK, GPU_BLOCK = 2**19, 2**24
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The reference's outcome of a second step on the same batch.
+
+    It is rounded from float64 to float32 (not for float64 input) to be stored, and computed for some channels of one
+    task at a time: a float64 copy of the whole activation would not fit. Where the kink of an activation is near, the
+    gradient dy that all are given is set to zero: any side of it is right, and the sums over a channel must not depend
+    on it.
+    """
+
+    outcome: Outcome
+    scales: dict[str, float]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, case: Case, inputs: Inputs) -> Expected:
+        stored = torch.float64 if case.dtype == "float64" else torch.float32
+        y, dx = (torch.empty_like(inputs.x, dtype=stored) for _ in range(2))
+        dgamma, running_mean, running_var = (torch.empty_like(inputs.gamma, dtype=stored) for _ in range(3))
+        positions = inputs.x.numel() // inputs.gamma.numel()
+        block = max(1, (BLOCK if inputs.x.device.type == "cpu" else GPU_BLOCK) // positions)
+        initial = (1 - MOMENTUM) ** STEPS  # what is left of the running statistics' first values
+        tensors = [_by_task(tensor, case.tasks) for tensor in (inputs.x, inputs.dy, y, dx)]
+        for task in range(case.tasks):
+            for start in range(0, case.layer.channels, block):
+                channels = slice(start, start + block)
+                x, dy, y_part, dx_part = (tensor[task, :, channels] for tensor in tensors)
+                x64, dy64 = x.double(), dy.double()
+                gamma64 = inputs.gamma[task : task + 1, channels].double()
+                options = Options(1, EPS, "sigmoid", "task_major", case.activation, SLOPE)
+                result, mean, var = reference.forward_training(x64, gamma64, None, None, options)
+                saved, needs = Saved(x64, gamma64, None, None, mean, var), Needs(True, True, False, False)
+                if kinks := EPILOGUES[case.activation].kinks:
+                    linear = options._replace(activation=NONE)
+                    z = reference.forward_eval(saved, linear)
+                    for kink in kinks:
+                        dy64.masked_fill_((z - kink).abs() < KINK, 0.0)
+                    dy.copy_(dy64)
+                gradient, gate_gradient, *_ = reference.backward(dy64, saved, True, needs, options)
+                assert gradient is not None
+                assert gate_gradient is not None
+                y_part.copy_(result)
+                dx_part.copy_(gradient)
+                dgamma[task, channels] = gate_gradient[0]
+                running_mean[task, channels] = (1 - initial) * mean[0]
+                running_var[task, channels] = initial + (1 - initial) * var[0] * (positions / (positions - 1))
+        outcome = Outcome(y, dx, dgamma, running_mean, running_var)
+        scales = {f.name: _rms(getattr(outcome, f.name)) for f in fields(outcome)}
+        return cls(outcome, scales)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / math.sqrt(tensor.numel())
+
+
+def _by_task(tensor: Tensor, tasks: int) -> Tensor:
+    return tensor.view(tasks, tensor.shape[0] // tasks, *tensor.shape[1:])
+
+
+@torch.no_grad()
+def largest_error(result: Tensor, expected: Tensor, scale: float, tasks: int) -> float:
+    """Largest ``|result - expected| / (|expected| + scale)``, task by task; NaN where one is NaN."""
+    if result.dim() == expected.dim():
+        result = _by_task(result, tasks)
+    expected = _by_task(expected, tasks)
+    if result.shape != expected.shape:
+        raise MismatchError(f"a result of shape {list(result.shape)}, expected {list(expected.shape)}")
+    errors = []
+    for got, want in zip(result, expected, strict=True):
+        difference = (got.to(want.dtype) - want).abs_()
+        errors.append(difference.div_(want.abs().add_(scale)).max())
+    return float(torch.stack(errors).max())
+
+
+def outcome_of(peer: Peer) -> Outcome:
+    """The outcome of a second step.
+
+    Before it y and dx of the first are filled with NaN, for allocators that hand blocks out again: a value that is not
+    written is seen.
+    """
+    first = peer.step()
+    with torch.no_grad():
+        first.y.fill_(math.nan)
+        first.dx.fill_(math.nan)
+    del first
+    return peer.step()
+
+
+def check(name: str, case: Case, outcome: Outcome, expected: Expected, slack: float = 1.0) -> dict[str, float]:
+    """Compares everything a candidate gave with the reference, within ``slack`` tolerances; returns the errors by name.
+
+    Raises:
+        MismatchError: an error exceeds the tolerance, or is NaN.
+    """
+    tolerances = (TOLERANCES if name in OURS else PEER_TOLERANCES)[case.dtype]
+    errors = {}
+    for field in fields(outcome):
+        tolerance = slack * tolerances.of(field.name)
+        got, want = getattr(outcome, field.name), getattr(expected.outcome, field.name)
+        if field.name in ("y", "dx") and got.dtype != DTYPES[case.dtype]:
+            raise MismatchError(
+                f"{name} is wrong: {field.name} of {case} is {got.dtype}, expected {DTYPES[case.dtype]}"
+            )
+        error = largest_error(got, want, expected.scales[field.name], case.tasks)
+        if not error <= tolerance:
+            raise MismatchError(
+                f"{name} is wrong: {field.name} of {case}, shape {list(case.shape)}, differs from the float64 "
+                f"reference by {error:.2e} (relative), more than the {tolerance:.0e} that its rounding explains"
+            )
+        errors[field.name] = error
+    return errors
+
+
+def check_by_tasks(
+    name: str, case: Case, inputs: Inputs, outcome: Outcome, tasks: Sequence[int] | None = None, slack: float = 1.0
+) -> dict[str, float]:
+    """Compares some tasks, by default all, one at a time: no second activation need fit beside the candidate's.
+
+    Returns:
+        The largest error of each result.
+
+    Raises:
+        MismatchError: an error exceeds the tolerance, or is NaN.
+    """
+    part = replace(case, tasks=1)
+    errors: dict[str, float] = {}
+
+    for task in range(case.tasks) if tasks is None else tasks:
+        own = slice(task, task + 1)
+        x, dy = (_by_task(tensor, case.tasks)[task] for tensor in (inputs.x, inputs.dy))
+        expected = Expected.of(part, Inputs(x, dy, inputs.gamma[own], inputs.memory_format))
+        y, dx = (
+            (_by_task(tensor, case.tasks) if tensor.dim() == x.dim() else tensor)[task]
+            for tensor in (outcome.y, outcome.dx)
+        )
+        vectors = (vector[own] for vector in (outcome.dgamma, outcome.running_mean, outcome.running_var))
+        for result, error in check(name, part, Outcome(y, dx, *vectors), expected, slack).items():
+            errors[result] = max(error, errors.get(result, 0.0))
+    return errors

@@ -1,0 +1,1 @@
+"""A training step of a whole network, verified and measured."""

@@ -1,0 +1,1 @@
+"""What kernels take: profiled, predicted, or as the compilers say."""

@@ -1,0 +1,1 @@
+"""What was measured, as data: this room imports no other, and no PyTorch."""

@@ -1,0 +1,1 @@
+"""Records shown: tables, pictures, and a page of HTML."""

@@ -1,0 +1,63 @@
+"""Which kernels ran, as far as records tell: on a CPU the instruction set, on a GPU the plan, computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from benchmarks.profile.predict import DIRECTIONS, work_of
+from benchmarks.records.groups import backend_of
+from benchmarks.records.record import FORWARD, Record
+from benchmarks.records.workloads import ITEM_BYTES, activation_named
+from tsbn_kernels.backends.plan import Device, Plan, Work
+from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.devices import by_driver
+
+RULES: dict[str, Callable[[Work, Device], Plan]] = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
+
+
+def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
+    """The plan of each pass of the fused layer, for records of a GPU known on paper that name their tasks."""
+    found = []
+    for record in records:
+        rules, device = RULES.get(backend_of(record)[0]), by_driver(record.device)
+        known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in ITEM_BYTES
+        if rules and device and known and record.tasks:
+            for direction in DIRECTIONS:
+                work = work_of(
+                    record.shape,
+                    record.tasks,
+                    record.dtype,
+                    record.memory_format,
+                    direction,
+                    activation_named(record.workload),
+                )
+                found.append((record, rules(work, device)))
+    return found
+
+
+def plans_table(rows: Sequence[tuple[Record, Plan]]) -> Table:
+    """A line for each pass of each layer."""
+    table = Table(title=f"Plans of the {backend_of(rows[0][0])[0]} backend for {rows[0][1].device.name}")
+    for name in ("layer", "dtype", "format", "pass", "variant"):
+        table.add_column(name)
+    for name in ("launches", "programs", "tile", "on chip", "moved of useful bytes", "predicted ms"):
+        table.add_column(name, justify="right")
+    for record, plan in rows:
+        moved = (plan.bytes_read + plan.bytes_written) / plan.work.useful_bytes
+        table.add_row(
+            record.layer,
+            record.dtype,
+            record.memory_format,
+            plan.work.direction,
+            plan.variant,
+            str(plan.launches),
+            f"{plan.programs:,}",
+            f"{plan.tile[0]} x {plan.tile[1]}",
+            f"{plan.on_chip:.0%}",
+            f"{moved:.2f}",
+            f"{plan.seconds() * 1e3:.3g}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""The measuring core, and the machine that it runs on."""

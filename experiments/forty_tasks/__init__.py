@@ -1,0 +1,1 @@
+"""Forty tasks, trained with every method."""

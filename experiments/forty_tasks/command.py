@@ -1,0 +1,125 @@
+"""The training command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress, TimeRemainingColumn
+
+from benchmarks.commands.options import OnDevice, machine_line, parse_device
+from benchmarks.network.data import DataError
+from benchmarks.report.console import bar_columns, choices, fail, wide_console
+from benchmarks.timing.measure import Effort
+from experiments.forty_tasks.methods import METHODS, TS_SIGMA_BN, TSBN
+from experiments.forty_tasks.step_cost import step_costs
+from experiments.forty_tasks.summary import DATASETS, all_settings, summaries, train_all, write_json
+from experiments.forty_tasks.tables import show
+from experiments.forty_tasks.train_run import OnStep, ResumeError
+
+MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
+COST_EFFORT, QUICK_COST_EFFORT = Effort(5, 15, 15.0), Effort(2, 2, 1.0)
+QUICK_EPOCHS = 1
+
+
+def train(
+    dataset: Annotated[str, typer.Option(help=f"One of {', '.join(DATASETS)}.")] = "digits40",
+    data: Annotated[Path | None, typer.Option(help="Folder of CelebA, in either of its layouts.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all.")] = None,
+    multiplier: Annotated[
+        list[float] | None,
+        typer.Option(help="Repeatable: of the learning rate of TS-sigma-BN's gates. Default: 1, 10, 100, 1000."),
+    ] = None,
+    tsbn_multiplier: Annotated[
+        list[float] | None, typer.Option(help="Repeatable: of the learning rate of TSBN's weights. Default: 1.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15.")] = None,
+    batch: Annotated[int | None, typer.Option(min=2, help="Images of a step. Default: 32, CelebA 256.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4.")] = None,
+    device: OnDevice = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read images. Default: 0, CelebA 4.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, one epoch, few rounds of timing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints in --output; without it they are replaced.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the checkpoints and pictures.")] = Path("results/train"),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="The results. Default: results.json in --output.")
+    ] = None,
+) -> None:
+    """Forty tasks, trained with every method: F1, delta_m%, parameters, time and memory of a step."""
+    from experiments.forty_tasks.pictures import gate_histograms, learning_curves
+
+    console = wide_console()
+    (chosen,) = choices([dataset], list(DATASETS), "--dataset")
+    methods = choices(method or list(METHODS), list(METHODS), "--method")
+    kind = DATASETS[chosen]
+    if kind.needs_folder != (data is not None):
+        needs = "needs the folder of its files" if kind.needs_folder else "takes no folder"
+        raise typer.BadParameter(f"{chosen} {needs}", param_hint="--data")
+    multipliers = {TS_SIGMA_BN: multiplier or MULTIPLIERS, TSBN: tsbn_multiplier or (1.0,)}
+    if wrong := [each for found in multipliers.values() for each in found if not each > 0]:
+        raise typer.BadParameter(f"a multiplier must be above 0, got {wrong[0]:g}", param_hint="--multiplier")
+    where = parse_device(device)
+    batch = batch or kind.batch
+    try:
+        splits = kind.load(data or Path())
+    except DataError as error:
+        fail(str(error))
+    if not (len(splits.validation) and len(splits.test)):
+        fail(f"{splits.source} must have images to validate and to test with")
+    if batch > len(splits.train):
+        message = f"{splits.source} has {len(splits.train)} training images, fewer than a batch of {batch}"
+        raise typer.BadParameter(message, param_hint="--batch")
+    todo = all_settings(
+        splits,
+        kind.layout,
+        methods,
+        {name: list(dict.fromkeys(found)) for name, found in multipliers.items()},
+        1 if quick else seeds,
+        epochs or (QUICK_EPOCHS if quick else kind.epochs),
+        batch,
+        kind.lr if lr is None else lr,
+    )
+    console.print(
+        f"{machine_line(where)}\n{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} images to train on, "
+        f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
+        highlight=False,
+    )
+    try:
+        with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
+            bar = progress.add_task("what a step costs", total=len(todo))
+            effort = QUICK_COST_EFFORT if quick else COST_EFFORT
+            measured = step_costs(methods, splits, kind.layout, batch, where, effort)
+
+            def notify(run: int) -> OnStep:
+                settings = todo[run]
+
+                def told(epoch: int, share: float, loss: float, f1: float | None) -> None:
+                    score = "" if f1 is None else f", F1 {f1:.3f}"
+                    text = f"{settings.name}, seed {settings.seed}, epoch {epoch + 1}: loss {loss:.3f}{score}"
+                    progress.update(bar, description=text, completed=run + (epoch + share) / settings.epochs)
+
+                return told
+
+            reading = (4 if kind.needs_folder else 0) if workers is None else workers
+            fits = train_all(todo, splits, where, output, resume, reading, notify)
+    except (DataError, ResumeError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command with --resume goes on from the checkpoints in {output}")
+
+    show(console, summaries(fits), measured)
+    pictures = {"learning_curves.png": learning_curves}
+    if TS_SIGMA_BN in methods:
+        pictures["gates.png"] = gate_histograms
+    for name, draw in pictures.items():
+        draw(output / name, fits)
+        console.print(f"plot: {output / name}", highlight=False, soft_wrap=True)
+    json_path = json_path or output / "results.json"
+    write_json(json_path, splits, fits, measured, where)
+    console.print(f"results: {json_path}", highlight=False, soft_wrap=True)

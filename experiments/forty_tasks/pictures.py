@@ -1,0 +1,82 @@
+"""The pictures of the training command: learning curves, and where the gates went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.report.plot import save
+from experiments.forty_tasks.methods import HARD_SHARING, SINGLE_TASK, TS_SIGMA_BN
+from experiments.forty_tasks.summary import grouped
+from experiments.forty_tasks.train_run import Fit
+
+_PLAIN = {SINGLE_TASK: "#202020", HARD_SHARING: "#9aa0a6"}
+_MAPS = {TS_SIGMA_BN: colormaps["YlGn"], "tsbn": colormaps["OrRd"]}
+_BINS = 40
+
+
+def _colors(groups: dict[str, list[Fit]]) -> dict[str, object]:
+    """A hue for each method; the darker, the higher the multiplier."""
+    colors: dict[str, object] = {}
+    for name, group in groups.items():
+        method = group[0].settings.method
+        same = sorted(one[0].settings.multiplier for one in groups.values() if one[0].settings.method == method)
+        place = (same.index(group[0].settings.multiplier) + 1) / len(same)
+        colors[name] = _PLAIN.get(method) or _MAPS[method](0.15 + 0.85 * place)
+    return colors
+
+
+def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
+    """Mean F1 of the tasks on the validation images by epoch: the mean of the seeds, and a band from worst to best."""
+    groups = grouped(fits)
+    colors = _colors(groups)
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
+    lowest = []
+    for name, group in groups.items():
+        scores = np.array([[epoch.mean_f1 for epoch in fit.history] for fit in group])
+        epochs = np.arange(1, scores.shape[1] + 1)
+        lowest.append(scores[:, min(1, scores.shape[1] - 1)].min())
+        axes.plot(epochs, scores.mean(0), color=colors[name], marker="o", markersize=3, label=name)
+        axes.fill_between(epochs, scores.min(0), scores.max(0), color=colors[name], alpha=0.15, linewidth=0)
+    axes.set_ylim(bottom=min(lowest) - 0.02)  # the first epoch is far below the rest, and may leave the picture
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("F1 on validation images, mean over tasks")
+    seeds = max(len(group) for group in groups.values())
+    axes.set_title(f"{fits[0].settings.source}: mean of {seeds} seeds, and their range")
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    save(path, figure)
+
+
+def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
+    """A panel for each multiplier of TS-sigma-BN: its gates, of all tasks, layers and seeds."""
+    groups = [group for group in grouped(fits).values() if group[0].settings.method == TS_SIGMA_BN]
+    groups.sort(key=lambda group: group[0].settings.multiplier)
+    figure = Figure(figsize=(max(5.0, 3.2 * len(groups)), 3.4), layout="constrained")
+    row = figure.subplots(1, len(groups), sharey=True, squeeze=False)
+    edges = np.linspace(0, 1, _BINS + 1)
+    for axes, group in zip(row[0], groups, strict=True):
+        values = torch.cat([fit.gates.flatten() for fit in group if fit.gates is not None]).numpy()
+        share = np.histogram(values, edges)[0] / len(values)
+        axes.bar(edges[:-1], share, 1 / _BINS, align="edge", color="#0b6e4f", zorder=2)
+        axes.set_title(f"multiplier {group[0].settings.multiplier:g}")
+        axes.set_xlabel("gate")
+        axes.set_xlim(0, 1)
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "¼", "½", "¾", "1"))
+        axes.set_yscale("log")
+        axes.set_ylim(5e-4, 1)
+        axes.set_yticks((0.001, 0.01, 0.1, 1), ("0.1 %", "1 %", "10 %", "100 %"))
+        axes.grid(axis="y", color="#dddddd", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0, 0].set_ylabel("share of the gates (log)")
+    figure.suptitle(f"{fits[0].settings.source}: gates of TS-sigma-BN by the multiplier of their learning rate")
+    save(path, figure)

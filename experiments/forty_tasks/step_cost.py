@@ -1,0 +1,77 @@
+"""What a training step of each method costs: time in turns on one batch, memory in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.network.data import Splits
+from benchmarks.network.model import Layout, train_step
+from benchmarks.records.summary import Summary
+from benchmarks.timing.environment import memory_in_use
+from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
+from experiments.forty_tasks.methods import METHODS, loop_network
+from experiments.forty_tasks.train_run import optimizer_of
+
+LOOP = "loop"  # TS-sigma-BN by a loop of BatchNorms
+NETWORKS = METHODS | {LOOP: loop_network}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Trainable parameters, seconds of a training step, and the most bytes during one above what lay there before."""
+
+    parameters: int
+    step: Summary
+    peak_bytes: int
+
+
+def step_costs(
+    methods: Sequence[str], splits: Splits, layout: Layout, batch: int, device: torch.device, effort: Effort
+) -> dict[str, StepCost]:
+    """Measures these methods, and :data:`LOOP`, on the first ``batch`` training images."""
+    images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
+    names = [*methods, LOOP]
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in names:
+        with ProcessPoolExecutor(1, context) as pool:
+            arguments = name, layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
+            peaks[name] = pool.submit(peak_bytes, *arguments).result()
+    steps = {name: _step(name, layout, images, labels, device) for name in names}
+    candidates = {name: step_candidate(step) for name, (step, _) in steps.items()}
+    times = summarize(measure(candidates, effort, timer_for(device)))
+    return {name: StepCost(steps[name][1], times[name][0], peaks[name]) for name in names}
+
+
+def peak_bytes(
+    name: str, layout: Layout, images: np.ndarray, labels: np.ndarray, device_name: str, threads: int
+) -> int:
+    """The most bytes of the first two steps, after which Adam has its buffers.
+
+    It must run in a fresh process: the peak is that of the process's life.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    step, _ = _step(name, layout, torch.from_numpy(images), torch.from_numpy(labels), device)
+    before, _ = memory_in_use(device)
+    step()
+    step()
+    return memory_in_use(device)[1] - before
+
+
+def _step(
+    name: str, layout: Layout, images: Tensor, labels: Tensor, device: torch.device
+) -> tuple[Callable[[], Tensor], int]:
+    """A training step, and the number of trainable parameters."""
+    network = NETWORKS[name](labels.shape[1], layout).to(device).to(memory_format=torch.channels_last)
+    optimizer = optimizer_of(network, 1e-4, 1.0)
+    images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return lambda: train_step(network, optimizer, images, labels), parameters

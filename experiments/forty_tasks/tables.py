@@ -1,0 +1,79 @@
+"""The tables of the training command."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.forty_tasks.methods import TS_SIGMA_BN
+from experiments.forty_tasks.step_cost import LOOP, StepCost
+from experiments.forty_tasks.summary import CLOSED, OPEN, MethodScores, verdict
+
+
+def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:
+    """A line for each method and multiplier, and one for the loop of BatchNorms."""
+    table = Table(title="F1 in percent, mean over the tasks, on the test images after the best epoch by validation")
+    table.add_column("method")
+    for name in (
+        "F1\nmean of seeds",
+        "standard\ndeviation",
+        "worst to\nbest seed",
+        "delta_m%",
+        "best\nepochs",
+        "parameters",
+        "step\nms",
+        "peak memory\nof the step",
+    ):
+        table.add_column(name, justify="right")
+    for name, summary in found.items():
+        deviation = f"{100 * statistics.stdev(summary.f1):.2f}" if len(summary.f1) > 1 else "-"
+        table.add_row(
+            name,
+            f"{100 * summary.mean:.2f}",
+            deviation,
+            f"{100 * min(summary.f1):.2f} to {100 * max(summary.f1):.2f}",
+            "-" if summary.delta_m is None else f"{summary.delta_m:+.2f}",
+            " ".join(map(str, summary.best_epochs)),
+            *_cost_cells(costs[summary.method]),
+        )
+    table.add_row(f"{TS_SIGMA_BN} by a loop of BatchNorms", *["-"] * 5, *_cost_cells(costs[LOOP]))
+    return table
+
+
+def _cost_cells(cost: StepCost) -> tuple[str, str, str]:
+    time = f"{1e3 * cost.step.median:.1f} ± {1e3 * cost.step.iqr:.1f}"
+    return f"{cost.parameters:,}", time, f"{cost.peak_bytes / 2**20:.0f} MiB"
+
+
+def gates_table(found: Mapping[str, MethodScores]) -> Table:
+    """Where the gates of TS-sigma-BN are after the best epoch."""
+    table = Table(title="Gates of TS-sigma-BN, all tasks, layers and seeds")
+    table.add_column("multiplier")
+    for name in ("mean", "standard\ndeviation", "quartiles", f"below {CLOSED}\nor above {OPEN}"):
+        table.add_column(name, justify="right")
+    for scores in found.values():
+        if (gates := scores.gates) is not None:
+            quartiles = " ".join(f"{value:.2f}" for value in gates.quartiles)
+            cells = f"{gates.mean:.2f}", f"{gates.std:.2f}", quartiles, f"{gates.nearly_binary:.0%}"
+            table.add_row(f"{scores.multiplier:g}", *cells)
+    return table
+
+
+def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> None:
+    """Prints everything that was found."""
+    console.print(scores_table(found, costs))
+    if any(summary.gates for summary in found.values()):
+        console.print(gates_table(found))
+    if TS_SIGMA_BN in costs:
+        ratio = costs[LOOP].step.median / costs[TS_SIGMA_BN].step.median
+        console.print(f"a training step is {ratio:.2f}x as fast as with a loop of BatchNorms", highlight=False)
+    if (outcome := verdict(found)) is not None:
+        more = "more" if outcome.holds else "no more"
+        console.print(
+            f"TS-sigma-BN's mean F1 is {100 * outcome.difference:+.2f} points from hard sharing's, {more} than the "
+            f"{100 * outcome.spread:.2f} points that seeds differ by",
+            highlight=False,
+        )

@@ -1,0 +1,101 @@
+"""The proof of the epilogue and the fan-out can fail: each broken line is caught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_cases import case, check
+from cuda_machine import Epilogue
+from support.problems import Problem
+from test_cuda_mutants import mutant
+
+from tools.ptxvm import Violation, find_nvcc
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+
+FORWARD = "TSBN_KERNEL(forward, 3, forward_epilogue_bf16_rows, __nv_bfloat16, 8, 1, true)\n"
+BACKWARD = {
+    False: "TSBN_KERNEL(backward, 2, backward_epilogue_bf16_rows, __nv_bfloat16, 8, 1, true)\n",
+    True: "TSBN_KERNEL(backward_fan_out, 2, backward_fan_out_bf16_rows, __nv_bfloat16, 8, 1)\n",
+}
+ALONE, SHARED = False, True
+
+
+def of(shared: bool) -> tuple[Problem, Epilogue]:
+    return case("leaky_relu", True, 3, 3, 2, (16, 24), shared=shared, dtype=torch.bfloat16)
+
+
+def run(text: str, shared: bool, variant: str, parts: int) -> None:
+    for schedule in ("forward", "reversed", 1):
+        check(*of(shared), variant, parts, text=text, threads=64, schedule=schedule)
+
+
+@pytest.mark.parametrize("shared", [ALONE, SHARED])
+@pytest.mark.parametrize(("variant", "parts"), [("resident", 1), ("split", 3)])
+def test_unchanged(variant: str, parts: int, shared: bool) -> None:
+    run(mutant(kernels=FORWARD + BACKWARD[shared]), shared, variant, parts)
+
+
+MUTANTS: dict[str, tuple[str, str, bool, str, int, tuple[str, ...]]] = {
+    "no barrier between the statistics and the tasks' factors": (
+        "shared[threadIdx.x] = total;\n    __syncthreads();", "shared[threadIdx.x] = total;",
+        SHARED, "resident", 1, ("unwritten read", "race"),
+    ),
+    "no barrier between the tasks' factors and their use": (
+        "sums[i] = {};\n  __syncthreads();", "sums[i] = {};",
+        SHARED, "split", 3, ("unwritten read", "race"),
+    ),
+    "no barrier between the warps' sums and their merge": (
+        "  __syncthreads();\n  Sums<A>* partial", "  Sums<A>* partial",
+        SHARED, "split", 3, ("race",),
+    ),
+    "no barrier between the tasks' sums and the factors of dx": (
+        "  // dx = h + (x - center) * scale + bias\n  __syncthreads();", "",
+        SHARED, "split", 3, ("race",),
+    ),
+    "h of another thread": (
+        "slot.load(mine + (int64_t(k) * V + e)", "slot.load(mine + kPiece + (int64_t(k) * V + e)",
+        SHARED, "streaming", 1, ("race", "bounds"),
+    ),
+    "every task's gradient of the residual in the first one's place": (
+        "dresidual + t * p.n.dresidual.t", "dresidual",
+        SHARED, "split", 3, ("race", "write count"),
+    ),
+    "the residual kept in another's place": (
+        "kept_residual[slot] = added[0];", "kept_residual[slot + 1] = added[0];",
+        ALONE, "resident", 1, ("race", "bounds", "unwritten read"),
+    ),
+    "loaded slots that do not move up": (
+        "slots[u - 1] = slots[u];", "",
+        ALONE, "resident", 1, ("out of bounds; worst",),
+    ),
+    "one residual for all tasks": (
+        "residual + t * p.n.residual.t, p.n.residual, walk.template place<kMasks>",
+        "residual, p.n.residual, walk.template place<kMasks>",
+        SHARED, "resident", 1, ("out of bounds; worst",),
+    ),
+    "a sum over tasks without their gates": (
+        "scale * of_task.total, scale * of_task.dot", "of_task.total, of_task.dot",
+        SHARED, "split", 3, ("out of bounds; worst",),
+    ),
+    "the slope on the wrong side": (
+        "return z > 0 ? dy : dy * slope", "return z < 0 ? dy : dy * slope",
+        ALONE, "split", 3, ("out of bounds; worst",),
+    ),
+    "z without the residual in the backward": (
+        "if (p.residual_data != nullptr) z[e] += r[e];\n      if (epilogue", "if (epilogue",
+        ALONE, "split", 3, ("out of bounds; worst",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant(name: str) -> None:
+    old, new, shared, variant, parts, kinds = MUTANTS[name]
+    text = mutant((old, new), kernels=FORWARD + BACKWARD[shared])
+    caught: Any
+    with pytest.raises((Violation, AssertionError)) as caught:
+        run(text, shared, variant, parts)
+    assert any(kind in str(caught.value) for kind in kinds), caught.value

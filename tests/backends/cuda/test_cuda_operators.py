@@ -1,0 +1,302 @@
+"""The backend from the operator to the launch, with a library that notes launches instead of making them.
+
+What it was told to launch then runs in the PTX machine: so everything but the CUDA runtime's own call is proved.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import ROOT, python, python_output
+
+from tools.ptxvm import find_nvcc
+from tsbn_kernels import backends
+from tsbn_kernels.backends import cuda
+
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="no nvcc or no g++")
+
+STUB = r"""
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include "launch.h"
+namespace {
+struct Note { tsbn::cuda::Launch launch; tsbn::cuda::Params params; };
+std::vector<Note> notes;
+}
+namespace tsbn::cuda {
+const char* launch(const Launch& l, const Params& p, void*) {
+  if (const char* error = std::getenv("STUB_ERROR")) return error;
+  notes.push_back({l, p});
+  return nullptr;
+}
+int active_clusters(const Launch& l) { return l.cluster <= 8 ? 132 / l.cluster : 0; }
+}
+extern "C" __attribute__((visibility("default"))) int take_note(void* to) {
+  if (notes.empty()) return 0;
+  std::memcpy(to, &notes.front(), sizeof(Note));
+  notes.erase(notes.begin());
+  return sizeof(Note);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package whose CUDA library only takes notes."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "tsbn_kernels", folder / "tsbn_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "stub.cpp").write_text(STUB)
+    root = Path(torch.__file__).parent
+    library = folder / "tsbn_kernels" / "_cuda.so"
+    library.unlink(missing_ok=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DTSBN_WITHOUT_DEVICE",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(root / "include"), "-I", str(ROOT / "csrc/cuda"),
+         str(ROOT / "csrc/cuda/launch.cpp"), str(folder / "stub.cpp"), "-o", str(library),
+         f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
+        check=True,
+    )  # fmt: skip
+    return folder
+
+
+PROGRAM = """
+import ctypes, itertools, sys
+sys.path.insert(0, {tests!r})
+import torch
+from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.plan import DEVICES
+from tsbn_kernels.backends.plan.slots import PASSES
+from cuda_machine import POINTERS, dx_of_fan_out, ptx
+from tools.ptxvm import Out, Struct, launch
+from support.tolerances import BACKWARD, FORWARD, assert_within
+from support.problems import Results, assert_matches_definition, defined, problem
+from tsbn_kernels.operator import ops
+
+flat = ops.flat(cuda)
+cuda._device = lambda _: DEVICES[{device!r}]
+notes = ctypes.CDLL(str(cuda._LIBRARY))
+names = ("rows", "columns", "scalar"), PASSES, ("f32", "f64", "f16", "bf16")
+
+def obey(inputs, outputs):
+    "Runs what was noted: each address must be that of a tensor, all others null."
+    known = {{t.data_ptr(): t for t in inputs if t is not None}}
+    known |= {{t.data_ptr(): Out(t) for t in outputs}}
+    raw, kinds = ctypes.create_string_buffer(1 << 12), []
+    buffers = {{name: torch.zeros(1 << 20, dtype=torch.uint8) for name in ("partial", "staged")}}
+    while size := notes.take_note(raw):
+        words = memoryview(raw)[:size].cast("B").cast("q").tolist()
+        dtype, access, direction, blocks, threads, cluster, shared = words[:7]
+        addresses, numbers = words[7:20], words[22:]
+        reals = memoryview(raw)[20 * 8 : 22 * 8].cast("B").cast("d").tolist()  # eps and slope
+        phases, training = numbers[:2]
+        pointers = []
+        for name, address in zip(POINTERS, addresses, strict=True):
+            value = buffers[name] if name in buffers and address else known[address] if address else 0
+            written = phases & 8 or (phases & 1 and not training) if name == "out" else not phases & 2
+            if name == "dresidual":
+                written = not phases & 4
+            if name == "out" and address and names[1][direction] == "backward_fan_out" and training:
+                value = dx_of_fan_out(value.array, phases, bool(addresses[-1]))
+            elif isinstance(value, Out) and not written:
+                value = 0
+            pointers.append(value)
+        kinds.append((names[0][access], cluster, blocks, phases))
+        launch(
+            ptx(), f"tsbn_{{names[1][direction]}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
+            [Struct(f"13P2d{{len(numbers)}}q", *pointers, *reals, *numbers)], cluster=cluster, shared=shared,
+        )
+    return kinds
+
+for size, dtype, memory_format, stacking in itertools.product(
+    {sizes!r}, (torch.float32, torch.bfloat16), ("contiguous", "channels_last"), ("task_major", "sample_major")
+):
+    p = problem(*size, dtype=dtype, memory_format=memory_format, stacking=stacking)
+    y, mean, var = flat.forward_training(p.x, p.weight, p.bias, *p.options)
+    kinds = obey((p.x, p.weight, p.bias), (y, mean, var))
+    gradients = flat.backward(p.dy, p.x, p.weight, mean, var, *p.options, True, True, True, True)[:3]
+    kinds += obey((p.x, p.dy, p.weight, mean, var), gradients)
+    assert_matches_definition(p, Results(y, mean, var, *gradients))
+    assert y.stride() == p.x.stride()
+    z = flat.forward_eval(p.x, p.weight, p.bias, mean, var, *p.options)
+    kinds += obey((p.x, p.weight, p.bias, mean, var), (z,))
+    assert (z.double() - y.double()).abs().max() < 0.05
+    dx, nothing, dbias, _ = flat.backward(p.dy, p.x, p.weight, mean, var, *p.options, False, True, False, True)
+    kinds += obey((p.x, p.dy, p.weight, mean, var), (dx, dbias))
+    assert nothing.numel() == 0 and dx.isfinite().all()
+    print(*kinds)
+
+for shared, activation, stacking in itertools.product((False, True), ("none", "silu"), ("sample_major", "task_axis")):
+    p = problem(*{sizes!r}[0], dtype=torch.bfloat16, memory_format="channels_last", stacking=stacking)
+    residual = p.dy.flip(0)
+    x = p.x.unflatten(0, (-1, p.num_tasks))[:, 0] if stacking == "sample_major" else p.x[0]
+    x = x if shared else p.x
+    epilogue = residual, activation, 0.25, shared
+    wide = x.double(), p.weight.double(), p.bias.double()
+    y, mean, var = flat.forward_training(x, p.weight, p.bias, *p.options, *epilogue)
+    kinds = obey((x, p.weight, p.bias, residual), (y, mean, var))
+    exact = defined.forward_training(*wide, *p.options, residual.double(), *epilogue[1:])
+    assert_within(y, exact[0], FORWARD[y.dtype], 2.0)
+    z = flat.forward_eval(x, p.weight, p.bias, mean, var, *p.options, *epilogue)
+    obey((x, p.weight, p.bias, mean, var, residual), (z,))
+    assert_within(z, exact[0], FORWARD[y.dtype], 2.0)
+    for training in (True, False):
+        need = True, True, True, True
+        got = flat.backward(
+            p.dy, x, p.weight, mean, var, *p.options, training, *need[:3], p.bias, *epilogue, activation != "none"
+        )
+        kinds += obey((x, p.dy, p.weight, p.bias, mean, var, residual), [t for t in got if t.numel()])
+        wanted = defined.backward(
+            p.dy.double(), *wide[:2], *exact[1:], *p.options, training, *need[:3], wide[2], residual.double(),
+            *epilogue[1:], activation != "none",
+        )
+        for actual, expected in zip(got, wanted, strict=True):
+            assert actual.shape == expected.shape
+            if actual.numel():
+                assert_within(actual, expected, BACKWARD[torch.bfloat16], 40.0)
+    print(*kinds)
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("device", "sizes", "kinds"),
+    [
+        ("H100", [(2, 3, 5, (7, 7)), (2, 4, 24, (4, 8))], ("'rows'", "'columns'", "'scalar'")),
+        ("H100", [(1, 2, 8, (64, 65))], (", 8, ",)),
+        ("A100", [(1, 2, 8, (64, 65))], (", 1, ", ", 3)", ", 12)")),
+    ],
+)
+def test_launches_of_the_operators(package: Path, device: str, sizes: list[object], kinds: tuple[str, ...]) -> None:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), device=device, sizes=sizes)
+    printed = python_output(program, path=package)
+    for kind in kinds:
+        assert kind in printed
+
+
+@needs_nvcc
+def test_empty_input_launches_nothing(package: Path) -> None:
+    program = """
+import ctypes, torch
+from tsbn_kernels.operator import ops
+from tsbn_kernels.backends import cuda
+flat = ops.flat(cuda)
+x, w = torch.empty(0, 3, 2), torch.ones(2, 3)
+y, mean, var = flat.forward_training(x, w, None, 2, 1e-5, "sigmoid", "task_major")
+dx, dw, db, _ = flat.backward(x, x, w, mean, var, 2, 1e-5, "sigmoid", "task_major", True, True, True, True)
+print(y.shape == dx.shape == x.shape, mean.abs().sum() + dw.abs().sum() + db.abs().sum() == 0)
+print(ctypes.CDLL(str(cuda._LIBRARY)).take_note(None))
+"""
+    assert python_output(program, path=package).split() == ["True", "tensor(True)", "0"]
+
+
+@needs_nvcc
+def test_a_library_with_other_activations_is_not_used(package: Path) -> None:
+    """Kernels know an activation by its number alone."""
+    program = """
+from tsbn_kernels.backends import cuda
+print(cuda.available)
+cuda.rules.ACTIVATION_CODES.pop("gelu")
+cuda.load()
+print(cuda.available, cuda.detail())
+"""
+    told = python_output(program, path=package).splitlines()
+    assert told == ["True", "False the CUDA library was built from other sources: build it again"]
+
+
+def test_report_names_it() -> None:
+    known = {backend.name: backend for backend in backends.backends()}
+    assert [b for b in known if b in ("triton", "cuda")] == ["triton", "cuda"]
+    assert known["cuda"].available == cuda.available
+    if cuda.available and not torch.cuda.is_available():
+        assert known["cuda"].detail == "CUDA C++, no GPU here"
+
+
+@pytest.mark.skipif(not cuda.available, reason="the CUDA library was not built")
+def test_forced() -> None:
+    program = "import tsbn_kernels.backends as b; print(b.select('cuda'))"
+    assert python_output(program, TSBN_BACKEND="cuda").split() == ["cuda"]
+    with backends.use_backend("cuda"):
+        assert backends.select("cuda") == "cuda"
+        with pytest.raises(RuntimeError, match="runs on cuda and the input is on cpu"):
+            backends.override("cpu")
+
+
+@pytest.mark.skipif(not cuda.available, reason="the CUDA library was not built")
+def test_chosen_where_triton_is_missing() -> None:
+    program = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, tsbn_kernels.backends as b
+from tsbn_kernels.backends import cuda
+print(b.select("cuda"), torch._C._dispatch_has_kernel_for_dispatch_key("tsbn::forward_training", "CUDA"))
+"""
+    assert python_output(program).split() == ["cuda", "True"]
+
+
+CHAIN = """
+import ctypes, warnings, torch
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.fallback import Health, guarded
+from tsbn_kernels.definition.options import Options
+from tsbn_kernels.backends.plan import DEVICES
+cuda._device = lambda _: DEVICES["H100"]
+def broken(name):
+    raise OSError("no compiler")
+call = guarded(cuda.health, "forward_training", lambda name: getattr(cuda, name), reference.forward_training)
+call = guarded(Health("Triton"), "forward_training", broken, call)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        call(torch.ones(4, 3, 8), torch.ones(2, 3), None, None, Options(2, 1e-5, "sigmoid", "task_major"))
+notes, raw, count = ctypes.CDLL(str(cuda._LIBRARY)), ctypes.create_string_buffer(1 << 12), 0
+while notes.take_note(raw):
+    count += 1
+print(count, *(str(warning.message) for warning in caught), cuda.health.broken, cuda.health.failures, sep="\\n")
+"""
+
+
+@needs_nvcc
+def test_takes_over_where_triton_breaks(package: Path) -> None:
+    """Triton's first call fails: CUDA C++ makes the launch, and one warning says so."""
+    count, *heard, broken, failures = python_output(CHAIN, path=package).split("\n")[:-1]
+    assert (count, broken, failures) == ("2", "", "{}")
+    assert heard == ["tsbn-kernels runs without Triton, more slowly: OSError: no compiler"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("error", ["too many resources requested for launch", "no kernel image is available"])
+def test_the_reference_takes_over_where_both_break(package: Path, error: str) -> None:
+    """A kernel that is not launched is given up alone; a library that was not built for this GPU as a whole."""
+    count, first, second, broken, failures = python_output(CHAIN, path=package, STUB_ERROR=error).split("\n")[:-1]
+    assert count == "0"
+    missing = "CUDA C++" if "image" in error else "the kernel forward of CUDA C++"
+    assert first.startswith(f"tsbn-kernels runs without {missing}, more slowly: RuntimeError: ")
+    assert first.endswith(f"tsbn: the CUDA kernel was not launched: {error}")
+    assert second.startswith("tsbn-kernels runs without Triton")
+    assert (bool(broken), failures == "{}") == (("image" in error),) * 2
+
+
+def test_without_the_library(tmp_path: Path) -> None:
+    """The package works as before, and says what is missing."""
+    shutil.copytree(ROOT / "tsbn_kernels", tmp_path / "tsbn_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tsbn_kernels" / "_cuda.so").unlink(missing_ok=True)
+    assert "missing    the CUDA library was not built" in python_output(
+        "from tsbn_kernels.__main__ import main; main([])", path=tmp_path
+    )
+    done = python("import tsbn_kernels", path=tmp_path, TSBN_BACKEND="cuda")
+    assert done.returncode != 0
+    assert "backend 'cuda' is not available: the CUDA library was not built" in done.stderr
+
+
+def test_every_backend_can_be_forced_from_the_environment() -> None:
+    for backend in backends.backends():
+        if backend.available:
+            program = "import tsbn_kernels.backends as b; print(b._override.name)"
+            assert python_output(program, TSBN_BACKEND=backend.name).split() == [backend.name]

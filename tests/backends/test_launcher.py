@@ -1,0 +1,159 @@
+"""Triton's own launcher, as it is, on a driver that notes what it is told: a GPU is all that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+
+import pytest
+from support.processes import python_output
+
+from benchmarks.hot_paths.fake_driver import COMPILER
+
+pytest.importorskip("triton")
+if importlib.util.find_spec("triton.backends.nvidia") is None:
+    pytest.skip("this Triton is not for NVIDIA's GPUs", allow_module_level=True)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+
+Program = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Runs a program in a process of its own, with a folder for the driver and one for what is compiled: its lines."""
+    folder = tmp_path_factory.mktemp("driver")
+
+    def run(text: str, cache: str = "cache", **environment: str) -> list[str]:
+        start = (
+            "from pathlib import Path; from benchmarks.hot_paths.fake_driver import Driver; "
+            f"driver = Driver(Path({str(folder)!r}))\n"
+        )
+        cache = str(folder / cache)
+        return python_output(start + text, TRITON_CACHE_DIR=cache, OMP_NUM_THREADS="1", **environment).splitlines()
+
+    return run
+
+
+def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
+    told = json.loads(program("import json, launches; print(json.dumps(launches.main(driver)))")[-1])
+    assert len(told["kernels"]) == 11
+    variants = {"resident", "split", "elementwise"}
+    kinds = {
+        f"{family} {direction} {variant}{how}"
+        for family in ("rows", "columns")
+        for direction in ("forward", "backward")
+        for how in ("", ", fan-out")
+        for variant in variants | ({"streaming"} if not how else set())
+    }
+    assert set(told["kinds"]) == kinds
+    assert told["launches"] > 100
+
+
+BROKEN = """
+from support import launches
+from support.epilogues import forward, make_call
+from tsbn_kernels.definition.options import Saved
+launches.Judge(driver)
+call = make_call(2, 6, 4, (4, 8))
+_, mean, var = forward(call, launches.TRITON)
+(run,) = launches.triton_ops._forwards.values()
+slab, right = run.slab, run.slab._run
+for change in {changes!r}:
+    x, view, programs, options = call.p.x, run.x, slab.programs, dict(slab.options)
+    exec(change)
+    try:
+        run(Saved(x, call.p.weight, call.p.bias, None, mean, var), call.p.dy)
+        print("wrong" if change else "right")
+    except AssertionError as error:
+        print("found" if change else "wrong")
+    run.x, slab.programs, slab.options, slab._run = view, programs, options, right
+"""
+CHANGES = [
+    "",
+    "slab._run = lambda *a: right(*a[:7], a[8], a[7], *a[9:])",
+    "slab._run = lambda *a: right(a[0]._replace(n=a[0].c, c=a[0].n), *a[1:])",
+    "slab._run = lambda *a: right(*a, stream=5)",
+    "slab._run = lambda *a: (right(*a), right(*a))",
+    "slab.programs += 1",
+    "slab.options['num_warps'] *= 2",
+    "run.x = (run.x[0] + 1, *run.x[1:])",  # no multiple of 16, which was promised
+    "x = x.flatten()[1:]",  # nor this
+    "",
+]
+
+
+def test_a_launch_that_is_wrong_is_found(program: Program) -> None:
+    assert program(BROKEN.format(changes=CHANGES)) == ["found" if change else "right" for change in CHANGES]
+
+
+FAILING = """
+import warnings, torch
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.backends import triton
+from tsbn_kernels.backends.fallback import guarded
+from tsbn_kernels.definition.options import Options
+
+chain = guarded(triton.health, "forward_training", triton.operator, reference.forward_training)
+
+def train(*size):
+    x, w = torch.randn(size), torch.zeros(2, size[1])
+    arguments = x, w, None, None, Options(2, 1e-5, "sigmoid", "task_major")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        y = chain(*arguments)[0]
+    print("reference" if torch.equal(y, reference.forward_training(*arguments)[0]) else "triton")
+    print(*[str(w.message).partition(", more slowly: ")[2] for w in heard] or ["no warning"], sep="|")
+
+try:
+    {first}
+    train(4, 3, 5)
+    {second}
+    train(64, 4, 70, 70)
+except RuntimeError as error:
+    print("raised", error)
+print("broken" if triton.health.broken else "alive", driver.launches)
+"""
+
+
+def test_two_calls(program: Program) -> None:
+    assert program(FAILING.format(first="", second="")) == ["triton", "no warning"] * 2 + ["alive 3"]
+
+
+def test_a_kernel_that_the_driver_does_not_launch(program: Program) -> None:
+    """It alone is left to the reference, though it was the first of all."""
+    first, second = "driver.set('launch_error', 1)", "driver.set('launch_error', 0)"
+    assert program(FAILING.format(first=first, second=second)) == [
+        "reference",
+        "RuntimeError: Triton Error [CUDA]: invalid argument",
+        "triton",
+        "no warning",
+        "alive 3",
+    ]
+
+
+def test_a_context_that_is_lost(program: Program) -> None:
+    error = "Triton Error [CUDA]: an illegal memory access was encountered"
+    failing = "driver.set('launch_error', 700)"
+    assert program(FAILING.format(first=failing, second="")) == [f"raised {error}", "alive 1"]
+    assert program(FAILING.format(first="", second=failing))[2:] == [f"raised {error}", "alive 2"]
+
+
+def test_a_kernel_that_needs_too_much(program: Program) -> None:
+    *first, who, why, end = program(FAILING.format(first="driver.set('shared', 16)", second=""))
+    assert first == ["triton", "no warning"]
+    assert who == "reference"
+    assert why.startswith("OutOfResources: out of resource: shared memory, Required: ")
+    assert end == "alive 1"
+
+
+@pytest.mark.parametrize("missing", ["compiler", "driver", "assembler"])
+def test_what_every_kernel_needs(program: Program, missing: str) -> None:
+    """Triton is given up at once, and not asked again."""
+    first = "torch.cuda.is_available = lambda: False" if missing == "driver" else ""
+    if missing == "assembler":
+        first = "from triton import knobs; knobs.NvidiaTool.from_path = lambda path: None"
+    environment = {"PATH": "/nowhere", "CC": ""} if missing == "compiler" else {}
+    who, why, *rest = program(FAILING.format(first=first, second=""), cache=missing, **environment)
+    assert (who, rest) == ("reference", ["reference", "no warning", "broken 0"])
+    assert "Error: " in why

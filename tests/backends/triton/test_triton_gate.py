@@ -1,0 +1,141 @@
+"""The compile gate: the kernels of known networks' layers for every kind of GPU, held to what the plans promise.
+
+The figures are those of tools/compile_gate/compiled_kernels.csv: ``python -m benchmarks compiled-kernels`` writes it.
+Compiled here is what has changed since, by its fingerprint, and one kernel of each name and GPU; ``make gate`` compiles
+all.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from itertools import product
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.commands import app
+from benchmarks.profile import compile_offline
+from benchmarks.profile.compile_offline import COMPILER, fingerprint, specialize
+from tools.compile_gate import table as compiled_kernels
+from tools.compile_gate.table import OTHERS, PLAIN, RELU, TABLE, TARGETS, LaidOut, Row, asked
+from tsbn_kernels.backends.plan import DEVICES
+from tsbn_kernels.backends.triton.kernels import activations
+
+ITEM = {"float32": 4, "bfloat16": 2}
+FULL = 8  # values that a thread holds at least where its tile is no tiny one
+
+
+def values(row: Row) -> int:
+    """Values of an activation that a thread holds."""
+    a, b = map(int, row.tile.split("x"))
+    return a * b // (row.warps * (64 if row.target.startswith("gfx") else 32))
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[Row]:
+    chosen, table = compiled_kernels.everything(), compiled_kernels.read()
+    names = {(target, asked(target)[index].call.launch.kernel): (target, index) for target, index in chosen}
+    anew = {fingerprint(asked(target)[index].call, target) for target, index in names.values()}
+    known = {one: used for one, used in compiled_kernels.by_fingerprint(table).items() if one not in anew}
+    return compiled_kernels.rows(chosen, known)
+
+
+def test_the_table_is_true(measured):
+    table = {row.key: row for row in compiled_kernels.read()}
+    assert list(table) == [row.key for row in measured], "run python -m benchmarks compiled-kernels"
+    if {row.compiler for row in table.values()} != {COMPILER}:
+        pytest.skip(f"the table is of another compiler than {COMPILER}")
+    assert list(table.values()) == measured, "run python -m benchmarks compiled-kernels"
+
+
+def test_activations_move_sixteen_bytes_at_a_time(measured):
+    for row in measured:
+        width = str(min(16, max(1, values(row)) * ITEM[row.dtype]))
+        sums = row.kernel == "fan_out_sums"
+        writes_dresidual = row.kernel == "backward_partial" and row.fused.endswith("residual")
+        assert row.load_bytes == ("" if sums else width), row
+        nothing = sums or (row.kernel.endswith("partial") and not writes_dresidual)
+        assert row.store_bytes == ("" if nothing else width), row
+
+
+def test_nothing_spills_and_budgets_hold(measured):
+    assert [row for row in measured if not row.within_budget] == []
+
+
+def test_the_budgets_are_tight(measured):
+    """Some kernel of each kind takes four fifths of its budget: else plans count on fewer programs than there are."""
+    most: dict[tuple[object, ...], float] = defaultdict(float)
+    for row in measured:
+        if row.even and values(row) >= FULL:
+            amd = row.target.startswith("gfx")
+            variant = "tiles" if row.variant in ("streaming", "split") else row.variant
+            fan_out = row.fused.startswith("fan-out")
+            kind = fan_out, variant, row.family, row.pass_ == "backward", row.register_budget, amd
+            most[kind] = max(most[kind], row.registers / row.register_budget)
+    assert {kind: share for kind, share in most.items() if share < 0.8} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kind_of_kernel_is_compiled_for_every_target(measured, target):
+    reached = {(row.fused, row.family, row.variant) for row in measured if row.target == target}
+    few = "split", "elementwise"
+    for fused in map(str, (PLAIN, RELU, *OTHERS)):
+        assert reached >= {(fused, "rows", variant) for variant in ("resident", "streaming", *few)}, fused
+        assert reached >= {(fused, "columns", variant) for variant in ("resident", *few)}, fused
+    for fused in ("fan-out+relu", "fan-out+gelu+residual"):
+        assert reached >= {(fused, *kind) for kind in product(("rows", "columns"), few)}, fused
+    assert reached >= {("relu+residual", "rows", "resident"), ("relu+residual", "columns", "split")}
+
+
+def test_what_no_epilogue_ends_is_compiled_once():
+    keys = []
+    for fused in (PLAIN, RELU):
+        layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "channels_last", "task_major", fused)
+        calls = layer.calls(layer.plan("forward", DEVICES["H100"]))
+        assert [call.launch.kernel for call in calls] == ["forward_partial", "forward_apply"]
+        keys.append([(specialize(call, "sm_90").key, fingerprint(call, "sm_90")) for call in calls])
+    (plain, other), (same, relu) = keys
+    assert plain == same
+    assert other[0] != relu[0]
+    assert other[1] != relu[1]
+
+
+def test_what_changed_is_compiled_again(monkeypatch):
+    """A row whose fingerprint is of another source, target or compiler does not speak for the kernel."""
+    layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", PLAIN)
+    (call, *_) = layer.calls(layer.plan("backward", DEVICES["H100"]))
+    prints = [fingerprint(call, target) for target in ("sm_90", "sm_90", "sm_100")]
+    monkeypatch.setattr(compile_offline, "COMPILER", "another")
+    prints.append(fingerprint(call, "sm_90"))
+    monkeypatch.undo()
+    monkeypatch.setattr(call.launch.function, "hash", "of another source")
+    prints.append(fingerprint(call, "sm_90"))
+    assert prints[0] == prints[1]
+    assert len(set(prints[1:])) == 4
+
+
+def test_a_kernel_has_the_source_of_its_own_activation_alone(monkeypatch):
+    def prints(fused):
+        layer = LaidOut("segnet", (3, 4, 64, 288, 384), "float32", "contiguous", "task_major", fused)
+        calls = [call for pass_ in ("eval", "backward") for call in layer.calls(layer.plan(pass_, DEVICES["H100"]))]
+        return {fingerprint(call, "sm_90") for call in calls}
+
+    plain, relu = prints(PLAIN), prints(RELU)
+    assert not plain & relu
+    for changed, same in (("silu", True), ("relu", False)):
+        for function in activations.TABLE[changed]:
+            monkeypatch.setattr(function, "hash", "of another source")
+        assert (prints(PLAIN), prints(RELU) & relu) == (plain, relu if same else set())
+
+
+def test_the_command_writes_the_table(monkeypatch, tmp_path):
+    chosen = [("gfx942", 0)]
+    monkeypatch.setattr(compiled_kernels, "everything", lambda: chosen)
+    path = tmp_path / "table.csv"
+    result = CliRunner().invoke(app.app, ["compiled-kernels", "--csv", str(path)])
+    assert result.exit_code == 0, result.output
+    (row,) = compiled_kernels.read(path)
+    assert (row.target, row.spills) == ("gfx942", 0)
+    with path.open() as made, TABLE.open() as kept:
+        assert next(csv.reader(made)) == next(csv.reader(kept))

@@ -1,0 +1,104 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from support import ranks
+from support.processes import ROOT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "examples" / "quickstart.py"
+    runpy.run_path(str(path))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 32
+
+
+def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+DISTRIBUTED = ROOT / "examples" / "train_distributed.py"
+
+
+def case_train(*arguments: str) -> str:
+    example = runpy.run_path(str(DISTRIBUTED))
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        example["train"](example["parse"](list(arguments)), torch.device("cpu"))
+    return printed.getvalue()
+
+
+def test_distributed_training_resumes_under_any_parallelism(tmp_path: Path) -> None:
+    options = "--data", "random", "--checkpoint", str(tmp_path), "--resume"
+    printed = ""
+    shapes = [("tasks", 2), ("tasks_data", 4), ("fsdp", 2), ("data", 2)]
+    for epoch, (parallel, count) in enumerate(shapes, start=1):
+        first, *others = ranks.run(case_train, count, "--parallel", parallel, "--epochs", str(epoch), *options)
+        printed += re.sub(r"^.*(?=epoch .: loss)", "", first, flags=re.MULTILINE | re.DOTALL)
+        assert set(others) <= {""}
+    lines = re.findall(r"^epoch (\d): loss ([\d.]+), accuracy ([\d.]+)$", printed, re.MULTILINE)
+    assert [int(epoch) for epoch, _, _ in lines] == list(range(1, len(shapes) + 1))
+    losses = [float(loss) for _, loss, _ in lines]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 3
+    assert float(lines[-1][2]) > 0.95
+
+
+def test_digits_of_scikit_learn() -> None:
+    pytest.importorskip("sklearn")
+    images, digits = runpy.run_path(str(DISTRIBUTED))["load"]("digits")
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.amax() == 1
+    assert set(digits.tolist()) == set(range(10))
+
+
+def test_distributed_training_under_torchrun() -> None:
+    done = torchrun(DISTRIBUTED, "--data", "random", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^epoch 1: loss [\d.]+, accuracy 0\.\d+$", done.stdout, re.MULTILINE)
+
+
+DYING = """
+import os, runpy, signal, sys
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+steps = []
+
+def step(*_):
+    steps.append(None)
+    if len(steps) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+register_optimizer_step_pre_hook(step)
+sys.argv = [sys.argv[0], "--data", "random", "--timeout", "20"]
+runpy.run_path({example!r}, run_name="__main__")
+"""
+
+
+def test_a_rank_that_is_killed_ends_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(example=str(DISTRIBUTED)))
+    done = torchrun(script)
+    assert done.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9", done.stderr), done.stderr

@@ -1,0 +1,111 @@
+"""Runs what Triton compiles for a GPU that is not here, as PTX, in the machine of :mod:`ptxvm`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from benchmarks.profile.compile_offline import Call, compile_call, lines
+from tools.ptxvm import Out, Report
+from tools.ptxvm import launch as run_ptx
+from tsbn_kernels.backends.plan import Device, Plan
+from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.triton.launch import Launch
+
+# What a kernel writes: each element once, the machine sees to that.
+OUTPUTS = {
+    "forward_slab": ("y", "mean", "var"),
+    "forward_partial": ("partials",),
+    "forward_apply": ("y", "mean", "var"),
+    "backward_slab": ("dx", "dresidual", "dweight", "dbias"),
+    "backward_partial": ("partials", "dx", "dresidual"),
+    "backward_apply": ("dx", "dresidual", "dweight", "dbias"),
+    "fan_out_slab": ("y", "mean", "var"),
+    "fan_out_apply": ("y", "mean", "var"),
+    "fan_out_gather": ("dx", "dresidual", "dweight", "dbias", "partials"),
+    "fan_out_sums": ("dweight", "dbias", "terms"),
+    "fan_out_gradient": ("dx",),
+}
+
+
+@dataclass
+class Machine:
+    """What was launched: the plans of the passes, and for each launch its kernel and the machine's report."""
+
+    plans: list[Plan] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[str]:
+        return [report.kernel for report in self.reports]
+
+
+def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report:
+    """Runs a launch on CPU tensors."""
+    compiled, values = compile_call(call, target)
+    made, kernel = compiled.metadata, call.launch.kernel
+    named = dict(zip(call.launch.function.arg_names, call.arguments, strict=False))
+    given = kernel.endswith("_apply") and named["partials"] is None  # statistics that are read, not written
+    written = [named[name] for name in OUTPUTS[kernel] if not (given and name in ("mean", "var"))]
+    outputs = {id(value.data if isinstance(value, tuple) else value) for value in written}
+    if "gathered" in named:
+        outputs.discard(id(named["gathered"].data))  # dx is made of what it holds
+    arguments = [Out(v) if isinstance(v, Tensor) and id(v) in outputs else v for v in values]
+    assert made.global_scratch_size == made.profile_scratch_size == 0
+    return run_ptx(
+        compiled.asm["ptx"],
+        made.name,
+        call.launch.programs,
+        made.num_warps * 32,
+        [*arguments, None, None],
+        shared=made.shared,
+        schedule=schedule,
+        stores_may_collide=True,
+    )
+
+
+@contextmanager
+def machine(device: Device, schedule: str | int = "forward") -> Iterator[Machine]:
+    """Sends the launches of the Triton backend's operators to the machine, for the GPU that a device stands for."""
+    done = Machine()
+
+    def launch(self: Launch, *arguments: Any) -> None:
+        done.reports.append(run_call(Call(self, arguments), device.target, schedule))
+
+    with (
+        mock.patch.object(Launch, "__call__", launch),
+        mock.patch.object(ops, "_device", return_value=device),
+        mock.patch.dict(ops._forwards, clear=True),
+        mock.patch.dict(ops._backwards, clear=True),
+    ):
+        yield done
+        done.plans = [run.plan for run in (*ops._forwards.values(), *ops._backwards.values())]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes and 32-byte sectors of the accesses of one kind, and how many requests of a warp they took."""
+
+    bytes: int
+    sectors: int
+    requests: int
+
+
+def moved(report: Report, what: str, activations: bool) -> Moved:
+    """What a launch loads or stores: of the activations by tiles, or all the rest, vectors and partial sums."""
+    operation = {"load": "ld", "store": "st"}[what]
+    rows = [r for r in report.rows if r.space == "global" and r.operation == operation]
+    assert all(r.source for r in rows)
+    rows = [r for r in rows if _by_tiles(r.source, what) == activations]
+    return Moved(*(sum(getattr(r, name) for r in rows) for name in ("bytes", "sectors", "requests")))
+
+
+def _by_tiles(source: str, what: str) -> bool:
+    place = re.match(r"tiles\.py:(\d+)\b", source)
+    return place is not None and int(place[1]) in lines(what)

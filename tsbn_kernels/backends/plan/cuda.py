@@ -1,0 +1,263 @@
+"""The rules of the CUDA C++ backend: which kernel does a piece of work, and how it is cut. Pure functions.
+
+The numbers of a launch are all computed here; csrc/cuda only fills in the pointers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tsbn_kernels.backends.plan.core import LAUNCH_SECONDS, Plan, Variant
+from tsbn_kernels.backends.plan.devices import Device
+from tsbn_kernels.backends.plan.slots import MOST_SCRATCH, MOST_SLOTS, THREADS, Cut, cut, pass_of, scratch_bytes
+from tsbn_kernels.backends.plan.work import Strides, Work
+from tsbn_kernels.definition.activations import EPILOGUES
+
+DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+ACTIVATION_CODES = {name: code for code, name in enumerate(EPILOGUES)}  # by the rows of csrc/activations.h
+
+REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
+CLUSTERS = (2, 4, 8, 16)
+SPLITS = (2, 4, 8, 16, 32, 64)
+BUBBLE_SECONDS = 1.5e-6  # of a block, from its last load to its first store: assumed, nobody measured it
+LATENCY_SECONDS = 0.8e-6  # of a load under load: assumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaPlan(Plan):
+    """A plan of the CUDA C++ kernels, and in what they differ from the rule of what is moved.
+
+    Attributes:
+        part_slots: slots of a block.
+        resident: those that it keeps on chip.
+    """
+
+    part_slots: int
+    resident: int
+
+    @property
+    def cut(self) -> Cut:
+        """The slots of its slabs."""
+        return cut(self.work)
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """What is done, for each launch."""
+        work = self.work
+        if self.variant == "evaluation":
+            return (REDUCE if work.reduces else APPLY,)
+        if self.variant == "split":
+            return REDUCE | SPILL, COMBINE | APPLY if work.two_passes else COMBINE
+        return (REDUCE | APPLY if work.two_passes else REDUCE,)
+
+    @property
+    def on_chip(self) -> float:
+        """The part of a block's slots that stays on chip."""
+        return self.resident / self.part_slots
+
+    @property
+    def bytes_read_again(self) -> int:
+        """Bytes of activations that are loaded again; those of masked slots are counted by their share."""
+        full, rest = divmod(self.cut.slots, self.part_slots)
+        again = full * (self.part_slots - self.resident) + max(0, rest - self.resident)
+        return self.work.bytes_to_sum * again // self.cut.slots
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of the sum of the tasks' gradients; a buffer of its own holds whole slots."""
+        if self.cut.masked and self.staged_bytes:
+            return self.work.channels * self.cut.slots * self.cut.vector * self.work.statistics_size
+        return super().gathered_bytes
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the buffer for that sum, where dx has not the dtype of the arithmetic."""
+        work = self.work
+        if not (work.gathers and work.two_passes) or work.item_size == work.statistics_size:
+            return 0
+        rounds = -(-self.part_slots // self.threads)
+        return self.programs * rounds * self.threads * self.cut.vector * work.statistics_size
+
+    @property
+    def vector_bytes_read(self) -> int:
+        """Bytes of vectors and partial sums that the kernels load: a fan-out's gate again, for its gradient."""
+        work = self.work
+        return super().vector_bytes_read + work.parameter_bytes * (work.gathers and work.needs_dweight)
+
+    @property
+    def summed_channels(self) -> int:
+        """Channels that have partial sums: those of whole slabs."""
+        return self.cut.tiles * self.cut.width
+
+
+def lay_out(
+    work: Work,
+    device: Device,
+    variant: Variant,
+    parts: int = 1,
+    *,
+    most_shared_bytes: int = 0,
+    threads: int = 0,
+    resident: int = -1,
+) -> CudaPlan:
+    """The plan of a variant.
+
+    Args:
+        work: what is to be done.
+        device: where.
+        variant: how.
+        parts: blocks that share a slab.
+        most_shared_bytes: of a block.
+        threads: of a block; 0 chooses.
+        resident: slots that a block keeps; -1 for all that fit.
+
+    Raises:
+        ValueError: the variant does not exist for the work.
+    """
+    pieces = cut(work)
+    if parts > 1 and (variant in ("streaming", "resident") or (variant == "evaluation" and work.reduces)):
+        raise ValueError(f"{parts} blocks that sum one slab must meet: in a cluster, or in a second launch")
+    if work.gathers and variant in ("resident", "cluster"):
+        raise ValueError("a fan-out's backward keeps nothing on chip: h is 1/T of what it reads")
+    part_slots = -(-pieces.slots // parts)
+    part_slots = -(-part_slots >> pieces.log_lanes) << pieces.log_lanes
+    if part_slots > MOST_SLOTS:
+        raise ValueError(f"{part_slots} slots in a block; more parts are needed")
+    if not threads:
+        threads = min(THREADS, max(32, pieces.width, 1 << (part_slots - 1).bit_length()))
+        while threads > max(32, pieces.width) and scratch_bytes(work, pieces.width, threads) > MOST_SCRATCH:
+            threads //= 2
+    scratch = scratch_bytes(work, pieces.width, threads)
+    slot_bytes = pieces.vector * work.item_size * (2 + work.reads_residual if work.backward else 1)
+    keeps = variant in ("resident", "cluster") and work.two_passes
+    room = max(0, most_shared_bytes - scratch) // slot_bytes if keeps else 0
+    kept = min(part_slots, room) if resident < 0 else min(resident, part_slots, room)
+    if kept < part_slots:
+        kept = kept // threads * threads  # whole steps of the block: a warp's slots are all kept, or none
+    columns, cluster = pieces.access == "columns", parts if variant == "cluster" else 1
+    return CudaPlan(
+        work,
+        device,
+        variant,
+        slabs=work.streams * pieces.tiles,
+        tile=(threads >> pieces.log_lanes, pieces.width) if columns else (1, threads * pieces.vector),
+        tiles=-(-pieces.slots // threads),
+        warps=threads // 32,
+        registers=register_budget(work),
+        shared_bytes=scratch + kept * slot_bytes,
+        splits=parts // cluster,
+        cluster=cluster,
+        part_slots=part_slots,
+        resident=kept,
+    )
+
+
+def register_budget(work: Work) -> int:
+    """The registers of a thread: kForwardBlocks and kBackwardBlocks of csrc/cuda/params.h."""
+    wide = work.item_size == 8
+    if wide and pass_of(work) in ("backward_epilogue", "backward_fan_out"):
+        return 255
+    return 128 if work.backward or wide else 80
+
+
+# ---- the choice --------------------------------------------------------------------------------------------------
+
+
+def clusters_on_paper(plan: CudaPlan) -> int:
+    """Clusters (blocks, where there are none) that a device runs at a time, if it strands no multiprocessor.
+
+    Those of a cluster share a part of the GPU, of which a driver knows how many there are and how large.
+    """
+    return plan.device.multiprocessors * plan.resident_programs // plan.cluster
+
+
+Clusters = Callable[[CudaPlan], int]
+
+
+def seconds(plan: CudaPlan, clusters: Clusters = clusters_on_paper) -> float:
+    """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it."""
+    device, blocks = plan.device, plan.programs
+    room = clusters(plan) * plan.cluster
+    if room == 0:
+        return math.inf
+    waves = blocks / room
+    filled = waves / math.ceil(waves) if waves > 1 else 1.0
+    total = plan.bytes_read + plan.bytes_written
+    in_flight = min(room, blocks) * plan.threads * 64  # four slots of a thread
+    flowing = min(1.0, in_flight / (device.bandwidth * LATENCY_SECONDS))
+    # While one block of a multiprocessor merges its sums, others load and store.
+    own = total / blocks * device.multiprocessors / device.bandwidth
+    busy = min(1.0, plan.resident_programs * own / (own + BUBBLE_SECONDS)) if plan.work.reduces else 1.0
+    return total / (device.bandwidth * filled * flowing * busy) + plan.launches * LAUNCH_SECONDS
+
+
+def clusters_of(device: Device) -> tuple[int, ...]:
+    """Sizes that a device takes: 16 only where data centres have it."""
+    most = 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8
+    return tuple(size for size in CLUSTERS if size <= most) if device.clusters else ()
+
+
+def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
+    """The plans worth comparing."""
+    slots = cut(work).slots
+    if not work.reduces:
+        for parts in (1, *SPLITS):
+            if slots // parts < MOST_SLOTS:
+                yield lay_out(work, device, "evaluation", parts)
+        return
+    if slots <= MOST_SLOTS:
+        yield lay_out(work, device, "streaming" if work.training else "evaluation")
+    keeps = work.two_passes and not work.gathers
+    limits = {min(device.block_shared_memory, device.shared_memory // blocks - 1024) for blocks in (1, 2, 3)}
+    for limit in sorted(limits) if keeps else (0,):
+        if keeps and slots <= MOST_SLOTS:
+            resident = lay_out(work, device, "resident", most_shared_bytes=limit)
+            if resident.resident > 0:
+                yield resident
+        for size in () if work.gathers else clusters_of(device):
+            if slots >= size * 32 and slots // size < MOST_SLOTS:
+                yield lay_out(work, device, "cluster", size, most_shared_bytes=limit)
+    for parts in SPLITS:
+        if slots >= parts * 4 * THREADS and slots // parts < MOST_SLOTS:
+            yield lay_out(work, device, "split", parts)
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    work: Work, device: Device, clusters: Clusters = clusters_on_paper, variant: Variant | None = None
+) -> CudaPlan:
+    """The plan with the least predicted time; of equal ones the simplest.
+
+    Args:
+        work: what is to be done.
+        device: where.
+        clusters: how many clusters of a plan run at a time; none where it returns 0.
+        variant: the best of one kind alone.
+
+    Raises:
+        ValueError: the work has no such variant, or the device no room for any.
+    """
+    found = [one for one in candidates(work, device) if variant in (None, one.variant)]
+    if not found:
+        raise ValueError(f"{device.name} has no {variant} kernel for this work")
+    fitting = [one for one in found if one.shared_bytes <= device.block_shared_memory]
+    if not fitting:
+        raise ValueError(f"{device.name} has no room for {work.tasks} tasks of {work.channels} channels in this layout")
+    return min(fitting, key=lambda one: (seconds(one, clusters), one.launches, one.parts))
+
+
+def numbers(plan: CudaPlan, phases: int, sigmoid: bool, vectors: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of csrc/cuda/params.h for one launch; ``vectors``: dtype, t, c of weight, bias, mean and var."""
+    work, pieces = plan.work, plan.cut
+    shift = (pieces.divisor - 1).bit_length()
+    multiplier = ((1 << 32) * ((1 << shift) - pieces.divisor)) // pieces.divisor + 1
+    strides = (value for o in pieces.operands for value in (o or Strides(0, 0, 0, 0))[:4])
+    waits = work.two_passes if work.backward else work.training
+    return (
+        phases, int(waits), int(sigmoid), int(pieces.masked), work.channels, pieces.tiles, pieces.log_lanes,
+        plan.parts, pieces.slots, plan.part_slots, plan.resident, pieces.divisor, multiplier, shift, pieces.run,
+        work.values, ACTIVATION_CODES[work.activation], work.tasks // work.streams, *strides, *vectors,
+    )  # fmt: skip

@@ -1,0 +1,317 @@
+"""The rules of the Triton backend: variant, tile, warps and splits from the work and the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from tsbn_kernels.backends.plan.core import Plan, Tile, Variant
+from tsbn_kernels.backends.plan.devices import Device
+from tsbn_kernels.backends.plan.work import Direction, Work
+from tsbn_kernels.definition.activations import EPILOGUES
+from tsbn_kernels.definition.layout import Family
+
+MAX_SPLITS = 64
+WAVES = 2  # of split slabs: the second one evens out what the first one leaves
+TILES_PER_PROGRAM = 4  # where there is nothing to reduce
+LINE, SECTOR = 128, 32  # bytes: what a warp's load should fill, and the least that memory moves
+TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs beside its loads
+
+
+class TritonPlan(Plan):
+    """A plan of the Triton kernels, and in what they differ from the rule of what is moved."""
+
+    @property
+    def launches(self) -> int:
+        """Kernels that are launched one after the other."""
+        return super().launches + self._gathers
+
+    @property
+    def bytes_read_again(self) -> int:
+        """Bytes that are loaded again: in a backward dresidual, where that is as good, instead of dy and residual."""
+        again = super().bytes_read_again
+        return 2 * self.work.activation_bytes if again and self.work.backward and self.work.keeps_gradient else again
+
+    @property
+    def vector_bytes_read(self) -> int:
+        """Bytes of vectors and partial sums that the kernels load; in a fan-out every tile of x meets all tasks."""
+        work, vectors, split = self.work, self.work.vector_bytes_to_read, self.variant == "split"
+        one = work.statistics_bytes // work.tasks
+        if not work.backward:  # of partial sums the first split's mean again
+            loads = self.tiles if work.fan_out else self.parts
+            return loads * vectors + self.parts * (self.partial_bytes + work.streams * one * split)
+        if not work.fan_out:
+            return super().vector_bytes_read
+        read = self.tiles * vectors
+        if split:  # in the launch that adds the sums
+            read += vectors - work.parameter_bytes * work.reads_bias + self.partial_bytes
+        if work.two_passes:  # x - mean again, and what each task adds
+            read += self.splits * (one + 2 * work.statistics_bytes * split)
+        return read
+
+    @property
+    def vector_bytes_written(self) -> int:
+        """Bytes of vectors and partial sums that the kernels store, with what each task adds to dx."""
+        return super().vector_bytes_written + 2 * self.work.statistics_bytes * self._gathers
+
+
+def plan(work: Work, device: Device) -> Plan:
+    """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
+    if work.fan_out:
+        return _fan_out(work, device)
+    if not work.reduces:
+        whole = _plan(work, device, "elementwise", _tile(work, device))
+        return _split(whole, "elementwise", _ceil(whole.tiles, TILES_PER_PROGRAM))
+    if slab := _resident_tile(work, device):
+        return _plan(work, device, "resident", slab)
+    streaming = _plan(work, device, "streaming", _tile(work, device))
+    wave = device.multiprocessors * streaming.resident_programs
+    if streaming.slabs >= wave:
+        return streaming
+    return _split(streaming, "split", min(MAX_SPLITS, max(2, WAVES * wave // streaming.slabs)))
+
+
+def _fan_out(work: Work, device: Device) -> Plan:
+    """The plan of a pass in which a program goes through all tasks with a tile of x.
+
+    A slab stays on chip where there are enough of them, or where it is one tile of any plan. In a backward a program
+    has one tile, whose sums it writes once for each task.
+    """
+    whole = _plan(work, device, "split" if work.reduces else "elementwise", _tile(work, device))
+    if not work.reduces:
+        return _split(whole, "elementwise", whole.tiles)
+    if slab := _resident_tile(work, device):
+        resident = _plan(work, device, "resident", slab)
+        if whole.tiles == 1 or resident.slabs >= device.multiprocessors:
+            return resident
+    if work.gathers:
+        return _split(whole, "split", whole.tiles)
+    wave = device.multiprocessors * whole.resident_programs
+    return _split(whole, "split", min(MAX_SPLITS, max(2, WAVES * wave // whole.slabs)))
+
+
+def apart(work: Work, device: Device) -> Plan:
+    """The plan of a pass that is half of another: the sums alone, or the output by sums that others have made."""
+    whole = _plan(work, device, "split", _tile(work, device))
+    wave = device.multiprocessors * whole.resident_programs
+    return _split(whole, "split", min(MAX_SPLITS, max(1, WAVES * wave // whole.slabs)))
+
+
+def alternatives(plan: Plan) -> list[Plan]:
+    """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
+    if plan.variant == "resident":
+        others = [(plan.tile, 0.5), (plan.tile, 2.0)]
+    else:
+        a, b = plan.tile
+        tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
+        others = [(plan.tile, 0.5), (plan.tile, 2.0), *((tile, 1.0) for tile in tiles)]
+    found = [plan]
+    for tile, factor in others:
+        other = _plan(plan.work, plan.device, plan.variant, tile)
+        warps = int(other.warps * factor)
+        if 1 <= warps <= 32:
+            other = _plan(plan.work, plan.device, plan.variant, tile, warps)
+            one_tile = plan.work.gathers and plan.variant != "resident"
+            found.append(_split(other, plan.variant, other.tiles if one_tile else plan.splits))
+    return found
+
+
+def is_even(work: Work, tile: Tile) -> bool:
+    """Whether every tile of every slab is full, so that no access needs a mask."""
+    if work.family == "columns":
+        return work.values % tile[0] == 0 and work.channels % tile[1] == 0
+    return work.samples % tile[0] == 0 and work.positions % tile[1] == 0
+
+
+def _values_per_thread(work: Work, variant: Variant) -> int:
+    """Values of each activation that a thread holds: what keeps every kernel within 128 registers.
+
+    Forward keeps x alone and has room for twice as many, but not in rows of no multiple of 16 values: Triton sees no
+    wide accesses there, and each value has an address and a mask of its own.
+    """
+    wide = work.family == "columns" or work.positions % 16 == 0
+    values = 32 if variant == "resident" and not work.backward and wide else 16
+    crowded = work.backward and work.reads_residual and (not work.fan_out or _is_smooth(work))
+    if crowded and work.family == "columns" and variant != "resident":
+        values = 8  # of three activations, with the addresses of each
+    return values * 4 // work.statistics_size
+
+
+def limits_registers(plan: Plan) -> bool:
+    """Whether the compiler is held to the budget: NVIDIA's takes more than it needs where it sees no reason not to.
+
+    Not where masks or float64 may need more than was measured: a spill costs more than a resident program. But
+    with lanes that count, or a masked backward with something fused, the compiler spills where it is left to choose.
+    """
+    work = plan.work
+    measured = work.fuses if work.backward else _counts(work, plan.variant)
+    told = measured or is_even(work, plan.tile)
+    return told and work.statistics_size == 4 and plan.device.target.startswith("sm_")
+
+
+# The budget a thread on NVIDIA's and on AMD's GPUs, for rows and for columns, whose addresses take some more. Measured:
+# what the compilers take, and with less of which some kernel spills; tools/compile_gate/compiled_kernels.csv has the
+# figures.
+_Budgets = dict[Family, tuple[int, int]]
+_BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
+    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 104)},
+    ("forward", "streaming"): {"rows": (80, 128), "columns": (112, 136)},
+    ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
+    ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
+    ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
+    ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
+    ("backward", "split"): {"rows": (80, 88), "columns": (112, 88)},
+    ("backward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
+}
+
+
+# What an epilogue takes beside that, on NVIDIA's and on AMD's GPUs: any activation, an exponential, a residual.
+_Extra = tuple[int, int, int]
+_EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
+    ("forward", "resident", "rows"): ((0, 24, 8), (0, 16, 8)),
+    ("forward", "resident", "columns"): ((0, 24, 8), (8, 16, 8)),
+    ("forward", "streaming", "rows"): ((0, 0, 0), (0, 8, 0)),
+    ("forward", "elementwise", "columns"): ((0, 16, 0), (0, 0, 0)),
+    ("backward", "resident", "rows"): ((0, 0, 8), (0, 0, 8)),
+    ("backward", "resident", "columns"): ((0, 8, 16), (0, 32, 16)),
+    ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
+    ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
+}
+# Of a program that goes through all tasks.
+_FAN_OUT: dict[tuple[Direction, Variant], _Budgets] = {
+    ("forward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
+    ("forward", "split"): {"rows": (96, 128), "columns": (96, 136)},
+    ("forward", "elementwise"): {"rows": (96, 72), "columns": (96, 96)},
+    ("backward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
+    ("backward", "split"): {"rows": (128, 128), "columns": (128, 128)},
+    ("backward", "elementwise"): {"rows": (128, 128), "columns": (128, 128)},
+}
+
+
+def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads: int) -> int:
+    """The budget a thread; the tests compile every kernel and hold it to this."""
+    amd = device.target.startswith("gfx")
+    crowded = tile[0] * tile[1] > threads * _values_per_thread(work, variant)
+    if work.fan_out:
+        budget = _FAN_OUT[work.direction, variant][work.family][amd]
+    elif crowded:  # twice as many
+        budget = 136 + 32 * _is_smooth(work) if amd else 128
+    else:
+        kind = work.direction, "streaming" if variant == "split" else variant, work.family
+        extra = _EPILOGUES.get(kind, ((0, 0, 0), (0, 0, 0)))[amd]
+        has = work.activation != "none", _is_smooth(work), work.reads_residual
+        budget = _BUDGETS[work.direction, variant][work.family][amd]
+        budget += max(taken * registers for taken, registers in zip(has, extra, strict=True))
+    if not is_even(work, tile):
+        budget += 40 if _counts(work, variant) else 24
+    budget += 32 * (work.statistics_size == 8)
+    return min(budget, 255, device.registers // threads // 8 * 8)
+
+
+def _counts(work: Work, variant: Variant) -> bool:
+    """Whether, with masks, a lane of the first pass counts its values, in a register for each; columns share theirs."""
+    return not work.backward and work.family == "rows" and variant in ("streaming", "split")
+
+
+def _is_smooth(work: Work) -> bool:
+    """Whether the activation has an exponential, whose terms take registers."""
+    return EPILOGUES[work.activation].exponential
+
+
+def _crowds(work: Work) -> bool:
+    """Whether the epilogue leaves a full block, whose threads have 64 registers, too few for a resident slab.
+
+    Measured, as the budgets are. Forward a thread holds twice the values of x: no room is left for the terms of an
+    exponential, nor for a residual in float32. Backward x, dy and a residual leave none for those terms, nor for the
+    addresses of columns.
+    """
+    if not work.backward:
+        return _is_smooth(work) or (work.reads_residual and work.item_size == 4)
+    return not work.gathers and work.reads_residual and (_is_smooth(work) or work.family == "columns")
+
+
+def _resident_tile(work: Work, device: Device) -> Tile | None:
+    """The tile that holds a whole slab, where the threads of one block can."""
+    most = _most_threads(work, device) * _values_per_thread(work, "resident") // (1 + _crowds(work))
+    if work.family == "rows":
+        a, b = _power(work.samples), _power(work.positions)
+        return (a, b) if a * b <= most else None
+    a, widest, narrowest = _power(work.values), *_channel_blocks(work)
+    b = min(widest, most // a)
+    while b > narrowest and work.streams * _ceil(work.channels, b) < device.multiprocessors:
+        b //= 2
+    if b < narrowest:
+        return None
+    # Where a thread holds twice the values, no register is left for masks, nor forward for float32's many addresses.
+    crowded = not is_even(work, (a, b)) or (not work.backward and work.item_size == 4)
+    return None if crowded and a * b > most // 2 else (a, b)
+
+
+def _tile(work: Work, device: Device) -> Tile:
+    """The tile of at most a quarter of a block's threads that covers a slab with the least waste."""
+    most = device.block_threads // 4 * _values_per_thread(work, "streaming")
+    if work.family == "columns":
+        b, narrowest = _channel_blocks(work)
+        if work.gathers:  # long tiles: each leaves two sums a channel and a task
+            most, b = 2 * most, max(narrowest, b // 2)
+        return min(most // b, _power(work.values)), b
+
+    def cost(tile: Tile) -> tuple[int, int]:
+        a, b = tile
+        return _ceil(work.samples, a) * _ceil(work.positions, b) * (a * b + TILE_OVERHEAD), -b
+
+    shortest = min(_power(work.positions), SECTOR // work.item_size)
+    rows, positions = _powers(1, _power(work.samples)), _powers(shortest, _power(work.positions))
+    return min(((a, b) for a, b in product(rows, positions) if a * b <= most), key=cost)
+
+
+def _most_threads(work: Work, device: Device) -> int:
+    """The most threads of a program. One that holds a sum over tasks needs twice the 64 registers a thread."""
+    return device.block_threads // 2 if work.gathers else device.block_threads
+
+
+def _channel_blocks(work: Work) -> tuple[int, int]:
+    """The widest and the narrowest block of channels of a column tile."""
+    channels = _power(work.channels)
+    return min(channels, LINE // work.item_size), min(channels, SECTOR // work.item_size)
+
+
+def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int = 0) -> Plan:
+    a, b = tile
+    if work.family == "columns":
+        slabs, tiles = work.streams * _ceil(work.channels, b), _ceil(work.values, a)
+    else:
+        slabs, tiles = work.streams * work.channels, _ceil(work.samples, a) * _ceil(work.positions, b)
+    # A thread of a full block has 64 registers: enough for rows, too few for columns.
+    most = device.block_threads // 2 if work.family == "columns" else _most_threads(work, device)
+    threads = warps * device.warp if warps else max(device.warp, min(a * b // _values_per_thread(work, variant), most))
+    warps = threads // device.warp
+    registers = _registers(work, device, variant, tile, threads)
+    shared_bytes = max(
+        2 * work.statistics_size * warps * (b if work.family == "columns" else 16),
+        32 * threads * work.gathers,  # where half precision and the sum in float32 change places between threads
+    )
+    return TritonPlan(work, device, variant, slabs, tile, tiles, warps, registers, shared_bytes)
+
+
+def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
+    """The plan with ``splits`` programs a slab, or as many as have at least one tile."""
+    share = _ceil(plan.tiles, splits)
+    splits = _ceil(plan.tiles, share)
+    if splits == 1 and variant == "split":
+        return plan
+    registers = _registers(plan.work, plan.device, variant, plan.tile, plan.warps * plan.device.warp)
+    return replace(plan, variant=variant, splits=splits, registers=registers)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(value: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [1 << e for e in range(first.bit_length() - 1, last.bit_length())]

@@ -1,0 +1,1 @@
+"""Triton's kernels: what runs on the GPU."""

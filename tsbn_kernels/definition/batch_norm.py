@@ -1,0 +1,173 @@
+"""The definition: task-specific batch normalisation in plain PyTorch, differentiable to any order.
+
+TS-sigma-BN (Suteu and Serban, arXiv 2512.20420, eq. 3) for task ``t`` and channel ``c`` over the ``M = N*S`` values of
+the ``[T, N, C, S]`` view, with the epilogue that follows it in a network::
+
+    mean[t,c] = 1/M * sum x              var[t,c] = 1/M * sum (x - mean)^2
+    xhat      = (x - mean) * rstd        rstd     = 1 / sqrt(var + eps)
+    y         = act(g(weight[t,c]) * xhat + bias[t,c] + residual)
+
+with ``g = sigmoid`` (TS-sigma-BN) or the identity (TSBN). float16 and bfloat16 are computed in float32. Where
+``fan_out`` is set, x is one input ``[N, C, *]`` for all tasks, and y, residual and dy are stacked. Every other backend
+is compared with these functions, which are a :class:`tsbn_kernels.definition.options.Backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import INVERSE, NONE, activate, activation_slope, invert_leaky_relu
+from tsbn_kernels.definition.layout import task_view
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gate_values(weight: Tensor, gate: str) -> Tensor:
+    """``sigmoid(weight)`` or ``weight``, shape ``[T, C]``."""
+    return torch.sigmoid(weight) if gate == "sigmoid" else weight
+
+
+def gate_slope(weight: Tensor, gate: str) -> Tensor:
+    """Derivative of :func:`gate_values` with respect to ``weight``, shape ``[T, C]``."""
+    return torch.sigmoid(weight) * torch.sigmoid(-weight) if gate == "sigmoid" else torch.ones_like(weight)
+
+
+def _wide_view(x: Tensor, options: Options) -> Tensor:
+    return task_view(x, options.num_tasks, options.stacking).to(accumulate_dtype(x.dtype))
+
+
+def _spread(vector: Tensor) -> Tensor:
+    return vector[:, None, :, None]
+
+
+def statistics(x: Tensor, options: Options) -> Moments:
+    """Mean and biased variance per task and channel, each ``[T, C]``."""
+    view = _wide_view(x, of_input(options))
+    if view.numel() == 0:
+        zeros = view.new_zeros(options.num_tasks, view.shape[2])
+        return Moments(zeros, zeros.clone())
+    mean = view.mean(dim=(1, 3))
+    var = (view - _spread(mean)).square().mean(dim=(1, 3))
+    if options.fan_out:
+        mean, var = mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1)
+    return Moments(mean, var)
+
+
+def moments(x: Tensor, options: Options) -> Moments:
+    """Mean and variance as :func:`statistics`, in float64: a part's, to be joined with those of other parts."""
+    return statistics(x.double(), options)
+
+
+def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of R parts taken together, from those of each part and how many values it has.
+
+    ``mean`` and ``var`` are ``[R, ...]``, ``count`` broadcasts to them; a part may be empty. Deviations are taken from
+    the joined mean, so nothing cancels where ``|mean| >> std`` (Chan, Golub and LeVeque, 1983).
+    """
+    share = count / count.sum(0).clamp_min(1)
+    rough = (mean * share).sum(0)
+    joined = rough + ((mean - rough) * share).sum(0)  # the first sum's rounding is as large as the mean's
+    return joined, ((var + (mean - joined).square()) * share).sum(0)
+
+
+def _affine(view: Tensor, saved: Saved, options: Options) -> Tensor:
+    """``g(weight) * xhat + bias + residual`` in the accumulate dtype, of the view of x in it."""
+    dtype = view.dtype
+    mean, rstd = saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
+    z = (view - _spread(mean)) * _spread(gate_values(saved.weight.to(dtype), options.gate) * rstd)
+    if saved.bias is not None:
+        z = z + _spread(saved.bias.to(dtype))
+    return z if saved.residual is None else z + _wide_view(saved.residual, options)
+
+
+def forward_eval(saved: Saved, options: Options) -> Tensor:
+    """``act(g(weight) * (x - mean) / sqrt(var + eps) + bias + residual)`` in the dtype and memory format of ``x``."""
+    z = _affine(_wide_view(saved.x, of_input(options)), saved, options)
+    return _stacked(activate(z, options.activation, options.slope), saved.x, options)
+
+
+def forward_training(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> Normalized:
+    """Normalises by the batch's own statistics. Returns y, mean ``[T, C]`` and biased variance ``[T, C]``."""
+    mean, var = statistics(x, options)
+    return Normalized(forward_eval(Saved(x, weight, bias, residual, mean, var), options), mean, var)
+
+
+def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+    """Gradients of x, weight, bias and residual, those that are needed.
+
+    In training the statistics are functions of x, so they are computed anew: the result can be differentiated again
+    with respect to dy, x, weight, bias and residual.
+
+    With ``activation="inverse_leaky_relu"`` the operand x is the leaky ReLU of what takes its place: an output that was
+    kept instead of the input. Its mean and variance are then those given.
+    """
+    x, weight = saved.x, saved.weight
+    if training and options.activation != INVERSE:
+        mean, var = statistics(x, options)
+        saved = saved._replace(mean=mean, var=var)
+    dz, xhat, scale = _before_activation(dy, saved, options)
+    total, dot = dz.sum(dim=(1, 3)), (dz * xhat).sum(dim=(1, 3))
+
+    dx = dweight = dbias = dresidual = None
+    if needs.dresidual:
+        dresidual = _stacked(dz, x, options)
+    if needs.dx:
+        if training:
+            positions = max(1, dz.shape[1] * dz.shape[3])
+            dz = _centred(dz, xhat, total / positions, dot / positions)
+        dx = _of_input(dz * _spread(scale), x, options)
+    if needs.dweight:
+        dweight = (gate_slope(weight.to(dot.dtype), options.gate) * dot).to(weight.dtype)
+    if needs.dbias:
+        dbias = total.to(weight.dtype)
+    return Gradients(dx, dweight, dbias, dresidual)
+
+
+def input_gradient(
+    dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+) -> Gradients:
+    """Gradients of x and residual where x is a part of the batch, which has the statistics ``mean`` and ``var``.
+
+    The means ``[T, C]`` of ``dz = dy * act'(z)`` and of ``dz * xhat`` are those over the whole batch, too.
+    """
+    dz, xhat, scale = _before_activation(dy, saved, options)
+    dresidual = _stacked(dz, saved.x, options) if needs_dresidual else None
+    centred = _centred(dz, xhat, dz_mean.to(dz.dtype), dz_xhat_mean.to(dz.dtype))
+    return Gradients(_of_input(centred * _spread(scale), saved.x, options), dresidual=dresidual)
+
+
+def _before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """``dz = dy * act'(z)`` and xhat as views in the accumulate dtype, and ``g(weight) * rstd``, ``[T, C]``."""
+    dtype = accumulate_dtype(saved.x.dtype)
+    view, dz = _wide_view(saved.x, of_input(options)), _wide_view(dy, options)
+    raw, mean, rstd = saved.weight.to(dtype), saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
+    if options.activation == INVERSE:
+        dz = dz * activation_slope(view, options.activation, options.slope)
+        view = invert_leaky_relu(view, options.slope)
+    elif options.activation != NONE:
+        dz = dz * activation_slope(_affine(view, saved, options), options.activation, options.slope)
+    return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, options.gate) * rstd
+
+
+def _centred(dz: Tensor, xhat: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor) -> Tensor:
+    return dz - _spread(dz_mean) - xhat * _spread(dz_xhat_mean)
+
+
+def _stacked(view: Tensor, x: Tensor, options: Options) -> Tensor:
+    """A view of all tasks as y is stacked."""
+    return layout.from_task_view(view.to(x.dtype), *layout.output_sizes(x, options), options.stacking)
+
+
+def _of_input(view: Tensor, x: Tensor, options: Options) -> Tensor:
+    """A view of all tasks as x is stacked; of an x that they share, their sum."""
+    order = of_input(options).stacking
+    wide = view.sum(0, keepdim=True) if options.fan_out else view
+    return layout.from_task_view(wide.to(x.dtype), x.shape, layout.dense_strides(x, order), order)

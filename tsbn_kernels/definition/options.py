@@ -1,0 +1,104 @@
+"""What a call of the layer is made of, by name: what it is asked for, reads and returns, and who computes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """All of a call but its tensors.
+
+    Attributes:
+        num_tasks: T.
+        eps: added to the variance.
+        gate: ``"sigmoid"`` or ``"identity"``.
+        stacking: of what has T streams, see :mod:`tsbn_kernels.definition.layout`.
+        activation: a name of :data:`tsbn_kernels.definition.activations.EPILOGUES`.
+        slope: of negative values, where the activation has one.
+        fan_out: x is one input ``[N, C, *]`` that all tasks share, rather than stacked.
+    """
+
+    num_tasks: int
+    eps: float
+    gate: str
+    stacking: str
+    activation: str = "none"
+    slope: float = 0.0
+    fan_out: bool = False
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+    dresidual: bool
+
+
+class Saved(NamedTuple):
+    """What a pass by given statistics reads, beside a backward pass's dy: activations, and vectors ``[T, C]``."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+
+class Normalized(NamedTuple):
+    """The output, and the statistics ``[T, C]`` that it was normalised by."""
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance, ``[T, C]``."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients, None where they are not needed."""
+
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    dresidual: Tensor | None = None
+
+
+class Backend(Protocol):
+    """The operators of batch normalisation, which :mod:`tsbn_kernels.definition.batch_norm` defines.
+
+    A backend may lack some of them: the reference takes their place.
+    """
+
+    def forward_training(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+    ) -> Normalized:
+        """Normalises by the batch's own statistics."""
+
+    def forward_eval(self, saved: Saved, options: Options) -> Tensor:
+        """Normalises by given statistics."""
+
+    def backward(self, dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+        """Computes the gradients that are needed; ``training``: the statistics are those of x."""
+
+    def moments(self, x: Tensor, options: Options) -> Moments:
+        """Computes the statistics in float64, by no other options than how x is read."""
+
+    def input_gradient(
+        self, dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+    ) -> Gradients:
+        """Computes the gradients of x and residual of a part of a batch, by means ``[T, C]`` over the whole of it."""
+
+
+def of_input(options: Options) -> Options:
+    """The options of x alone: one that all tasks share is the batch of one task, stacked along its first dimension."""
+    return Options(1, options.eps, options.gate, "task_major") if options.fan_out else options

@@ -1,1 +1,0 @@
-"""Adapters for other libraries; each module needs its library, the package itself needs none of them."""

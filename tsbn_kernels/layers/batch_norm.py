@@ -1,0 +1,419 @@
+"""Drop-in modules: parameters and running statistics with a leading task axis, no arithmetic."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
+from tsbn_kernels.definition.plain import leaf_call
+from tsbn_kernels.functional import normalize
+from tsbn_kernels.layers.task_specific import TaskSpecific, whole
+from tsbn_kernels.operator import autograd_synchronized, checks, runs
+
+GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
+VISIBLE = 1e-3  # clipping a scale by less is not worth a word
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_VECTORS = ("weight", "bias", *_STATISTICS)
+_LATER_OPTIONS = {
+    "activation": None,
+    "negative_slope": 0.01,
+    "fan_out": False,
+    "recover_input": False,
+    "_process_group": None,
+}
+
+
+# A _BatchNorm by class, for torch.optim.swa_utils.update_bn, FSDP's mixed precision and users' own loops look for that.
+class FusedTSigmaBN(TaskSpecific, _BatchNorm):
+    """Task-specific (sigmoid) batch normalisation of streams of any dimensions, all tasks in one call.
+
+    ``y[t] = sigmoid(weight[t]) * (x[t] - mean[t]) / sqrt(var[t] + eps) + bias[t]`` per channel, with statistics of each
+    task's own (TS-sigma-BN, arXiv 2512.20420, eq. 3). Where it does not say otherwise it behaves as ``nn.BatchNorm2d``
+    (``nn.SyncBatchNorm`` where it has a process group), and its parameters and buffers have the same names with a
+    leading task axis: ``weight``, ``bias``, ``running_mean`` and ``running_var`` are ``[T, C]``,
+    ``num_batches_tracked`` is ``[T]``. The state of a plain layer loads too: every task starts from it, with
+    ``weight = logit(clip(plain weight))`` behind a sigmoid.
+
+    Args:
+        num_tasks: T.
+        num_features: C.
+        eps: added to the variance.
+        momentum: share of the batch in the running statistics; None is the cumulative average.
+        gate: ``"sigmoid"`` (TS-sigma-BN; weight starts at 0, the gates at one half) or ``"identity"`` (TSBN; weight
+            starts at 1).
+        bias: True (learned), False, or ``"frozen"`` (a buffer, not trained).
+        stacking: of ``[T*N, C, *]`` inputs: ``"task_major"`` (what ``torch.cat`` of the streams gives) or
+            ``"sample_major"`` (task t of sample n at ``n*T + t``).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        activation: what follows in the same pass: None, or one of
+            :data:`tsbn_kernels.definition.activations.ACTIVATIONS`, such as ``"relu"``. A residual that ``forward`` is
+            given is added before it.
+        negative_slope: of the leaky ReLU.
+        fan_out: the layer takes one input ``[N, C, *]`` for all tasks, and gives T streams in ``stacking``.
+        recover_input: save the output in place of the input for the backward pass
+            (:mod:`tsbn_kernels.operator.recover_input`).
+        process_group: in training mode, synchronise the statistics over the ranks of a
+            ``torch.distributed.ProcessGroup``, or over all (``"world"``), as ``nn.SyncBatchNorm`` does. None: do not.
+            Copies of the layer share the group.
+        device, dtype: of the parameters and buffers.
+
+    Shape:
+        ``[T*N, C, *]``, and the output likewise; with ``fan_out`` one stream in, T streams out.
+    """
+
+    _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
+    _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
+
+    num_batches_tracked: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_tasks: int,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        gate: Literal["sigmoid", "identity"] = "sigmoid",
+        bias: bool | Literal["frozen"] = False,
+        stacking: Literal["task_major", "sample_major"] = "task_major",
+        track_running_stats: bool = True,
+        activation: Name | None = None,
+        negative_slope: float = 0.01,
+        fan_out: bool = False,
+        recover_input: bool = False,
+        process_group: autograd_synchronized.GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # the parameters and buffers of the plain layer have other shapes
+        num_tasks, num_features = checks.count("num_tasks", num_tasks), checks.count("num_features", num_features)
+        eps, negative_slope = checks.number("eps", eps, 0.0), checks.number("negative_slope", negative_slope)
+        momentum = None if momentum is None else checks.number("momentum", momentum)
+        checks.check_options(gate, stacking, activation)
+        checks.check_dtype(dtype)
+        flags = {"track_running_stats": track_running_stats, "fan_out": fan_out, "recover_input": recover_input}
+        for name, flag in flags.items():
+            checks.check_flag(name, flag)
+        if bias not in (True, False, "frozen"):
+            raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
+        checks.check_layer_stacking(stacking)
+        if recover_input:
+            checks.check_recovery(activation, negative_slope, fan_out, process_group is not None)
+        self.num_tasks = num_tasks
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.gate = gate
+        self.stacking = stacking
+        self.track_running_stats = track_running_stats
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.fan_out = fan_out
+        self.recover_input = recover_input
+        self.process_group = process_group
+        shape = (num_tasks, num_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias == "frozen":
+            self.register_buffer("bias", torch.empty(shape, device=device, dtype=dtype))
+        elif bias:
+            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        statistics: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if track_running_stats:
+            statistics = (
+                torch.zeros(shape, device=device, dtype=dtype),
+                torch.ones(shape, device=device, dtype=dtype),
+                torch.zeros(num_tasks, device=device, dtype=torch.long),
+            )
+        for name, tensor in zip(_STATISTICS, statistics, strict=True):
+            self.register_buffer(name, tensor)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Sets the running mean to 0 and the running variance to 1, as if no batch had been seen."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Sets the gates to one half (sigmoid of 0) or to one (identity), and the biases to 0."""
+        self.reset_running_stats()
+        nn.init.constant_(self.weight, 0.0 if self.gate == "sigmoid" else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def affine(self) -> bool:  # type: ignore[override]
+        """True: the layer has a weight, as ``nn.BatchNorm`` says it.
+
+        Raises:
+            TypeError: a ``convert_sync_batchnorm`` asks, which would put one plain layer in the place of T. PyTorch's
+                own knows better (:mod:`tsbn_kernels.models.sync_conversion`); timm has one of its own.
+        """
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise TypeError(
+                f"{type(self).__name__} has the statistics of {self.num_tasks} tasks, and cannot become one plain "
+                f"SyncBatchNorm; call torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) or, for task-specific "
+                f"layers alone, tsbn_kernels.convert_sync_batchnorm(model)"
+            )
+        return True
+
+    @property
+    def process_group(self) -> autograd_synchronized.GroupLike:
+        """What the statistics are synchronised over: a process group, ``"world"`` or None."""
+        group = self._process_group
+        return group.group if isinstance(group, autograd_synchronized.SharedGroup) else group
+
+    @process_group.setter
+    def process_group(self, group: autograd_synchronized.GroupLike) -> None:
+        self._process_group = group if group is None or group == "world" else autograd_synchronized.SharedGroup(group)
+
+    def task(self, index: int) -> nn.Module:
+        """The plain ``nn.BatchNorm`` of one task, a copy with the same outputs, in the same mode.
+
+        Where the layer has an activation it is ``nn.Sequential`` of the ``nn.BatchNorm`` and the activation. Of a layer
+        whose parameters are distributed over processes, all of these must ask for it.
+
+        Raises:
+            IndexError: there is no such task.
+            TypeError: ``index`` is no integer.
+        """
+        index = self._checked_task(index)
+        plain: Any = self._plain(
+            self.num_features,
+            eps=self.eps,
+            momentum=self.momentum,
+            track_running_stats=self.running_mean is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        plain.track_running_stats = self.track_running_stats
+        if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
+            plain.process_group = self.process_group
+        with torch.no_grad():
+            plain.weight.copy_(whole(self.gates)[index])
+            if self.bias is not None:
+                plain.bias.copy_(whole(self.bias)[index])
+            for name in _STATISTICS:
+                if (buffer := getattr(self, name)) is not None:
+                    getattr(plain, name).copy_(whole(buffer)[index])
+        plain.weight.requires_grad_(self.weight.requires_grad)
+        plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
+        if self.activation is not None:
+            plain = nn.Sequential(plain, as_module(self.activation, self.negative_slope))
+        return plain.train(self.training)  # type: ignore[no-any-return]
+
+    def _stacking_of(self, x: Tensor, fan_out: bool) -> str:
+        if not self._stacked_dims or x.dim() in self._stacked_dims:
+            return self.stacking
+        if x.dim() == self._stacked_dims[-1] + 1 and not fan_out:
+            return "task_axis"
+        dims = self._stacked_dims if fan_out else (*self._stacked_dims, self._stacked_dims[-1] + 1)
+        expected = " or ".join(f"{d}D" for d in dims)
+        explained = " for all tasks" if fan_out else ", the last with a leading task axis"
+        raise ValueError(
+            f"{type(self).__name__} expected {expected} input{explained}, got {x.dim()}D input of shape {list(x.shape)}"
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | Tensor | None = None,
+        fan_out: bool | None = None,
+    ) -> Tensor:
+        """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
+
+        Args:
+            input: the streams of the tasks; with ``fan_out`` one input ``[N, C, *]`` for all of them.
+            residual: added before the activation, in the shape of the result.
+            tasks: indices (a sequence, or int64 ``[K]``; each once) of the tasks whose K streams there are; the
+                statistics of the others are left alone, and the gradient of their gates is zero, which an optimiser
+                with momentum or decay passes by under :func:`~tsbn_kernels.hold_absent_tasks` alone. None stands for
+                all T in their order.
+            fan_out: overrides the module's own for this call.
+        """
+        y: Tensor
+        (y,) = self._call(False, input, residual, tasks, fan_out)
+        return y
+
+    def streams(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        tasks: Sequence[int] | Tensor | None = None,
+        fan_out: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Computes :meth:`forward`, and returns the streams ``[N, C, *]`` of the tasks as tensors of their own.
+
+        A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
+        """
+        return tuple(self._call(True, input, residual, tasks, fan_out))
+
+    def _call(
+        self,
+        as_streams: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        tasks: Sequence[int] | Tensor | None,
+        fan_out: bool | None,
+    ) -> Any:
+        if not isinstance(x, Tensor):
+            if as_streams:
+                checks.check_tensor("input", x)
+            return (leaf_call(self, x, residual=residual, tasks=tasks, fan_out=fan_out),)
+        if self._routers:
+            tasks, fan_out = self._route(x, tasks, fan_out)
+        if fan_out is None:
+            fan_out = self.fan_out
+        else:
+            checks.check_flag("fan_out", fan_out)
+        stacking = self._stacking_of(x, fan_out)
+        vectors = self._vectors()
+        if tasks is not None or self._tasks is not None:
+            vectors, tasks = self._own_rows(vectors, tasks)
+        rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
+        weight, bias, running_mean, running_var, num_batches_tracked = rows
+        passes = None
+        if self._participation is not None:
+            weight, passes = self._take_part(weight, tasks, own_streams=as_streams)
+        training = self.training
+        tracking = training and self.track_running_stats and not runs.is_repetition()
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if tracking and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average
+                momentum = 1.0 / num_batches_tracked.unsqueeze(1)
+        if training and not tracking:
+            running_mean = running_var = None
+        result = normalize(
+            as_streams, x, weight, bias, running_mean, running_var,
+            residual, num_tasks=weight.shape[0], training=training or running_mean is None, momentum=momentum,
+            eps=self.eps, gate=self.gate, stacking=stacking, activation=self.activation,
+            negative_slope=self.negative_slope, fan_out=fan_out, recover_input=self.recover_input,
+            process_group=self.process_group if training else None, repeated=not tracking,
+        )  # fmt: skip
+        if passes is not None and as_streams:
+            for index, stream in enumerate(result):
+                passes.watch(index, [stream])
+        if tracking and tasks is not None:
+            _, _, *statistics = vectors
+            for vector, changed in zip(statistics, (running_mean, running_var, num_batches_tracked), strict=True):
+                if vector is not None:
+                    vector.index_copy_(0, tasks, changed)
+        return result
+
+    def _vectors(self) -> tuple[Any, ...]:
+        """Parameters and statistics ``[T, C]``; a module's own way to its attributes costs as much as a small layer."""
+        own, buffers = self._parameters, self._buffers
+        if "weight" in own and "bias" in own and "running_mean" in buffers:
+            statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            return own["weight"], own["bias"], *statistics
+        return tuple(getattr(self, name) for name in _VECTORS)  # pruned, parametrized, frozen, or taken by FSDP
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes pickles from before the layer had all of its options."""
+        super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
+
+    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone.
+
+        Raises:
+            ValueError: some entries are of a plain layer and others are not.
+        """
+        names = [prefix + name for name in ("weight", "bias", *_STATISTICS[:2]) if prefix + name in state_dict]
+        entries = [state_dict[name] for name in names]
+        plain = [name for name in names if state_dict[name].dim() == 1]
+        if not plain:
+            return
+        if others := [name for name in names if name not in plain]:
+            raise ValueError(
+                f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
+                f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
+                f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain one"
+            )
+        like: dict[str, Any] = {"device": entries[0].device, "dtype": self.weight.dtype}
+        state = {"weight": torch.ones(self.num_features, **like)}  # of affine=False
+        if self.bias is not None:
+            state["bias"] = torch.zeros(self.num_features, **like)
+        if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
+            state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=like["device"])
+        for name in _VECTORS:
+            if prefix + name in state_dict:
+                state[name] = state_dict[prefix + name]
+        if self.gate == "sigmoid":
+            weight = state["weight"]
+            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if not exact.is_meta and bool(((exact < -VISIBLE) | (exact > 1 + VISIBLE)).any()):
+                warnings.warn(
+                    "scales of a plain checkpoint lie outside of (0, 1), where a sigmoid gate cannot be, and were "
+                    "clipped: the tasks do not start as the plain model; gate='identity' keeps its function",
+                    stacklevel=2,
+                )
+            state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
+        for name, vector in state.items():
+            state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
+
+    def extra_repr(self) -> str:
+        bias = "frozen" if self.bias is not None and not isinstance(self.bias, nn.Parameter) else self.bias is not None
+        return (
+            f"{self.num_tasks}, {self.num_features}, eps={self.eps}, momentum={self.momentum}, gate={self.gate!r}, "
+            f"bias={bias!r}, stacking={self.stacking!r}, track_running_stats={self.track_running_stats}"
+            + (f", activation={self.activation!r}" if self.activation else "")
+            + (f", negative_slope={self.negative_slope}" if EPILOGUES[self.activation or NONE].sloped else "")
+            + ", fan_out=True" * self.fan_out
+            + ", recover_input=True" * self.recover_input
+            + (f", process_group={self.process_group!r}" if self.process_group is not None else "")
+        )
+
+
+def _rows(vector: Any, tasks: Tensor) -> Any:
+    return None if vector is None else vector.index_select(0, tasks)
+
+
+class FusedTSigmaBN1d(FusedTSigmaBN):
+    """Task-specific (sigmoid) batch normalisation of 0 or 1-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C]``, ``[T*N, C, L]`` or ``[T, N, C, L]``, and the output likewise.
+    """
+
+    _stacked_dims = (2, 3)
+    _plain = nn.BatchNorm1d
+
+
+class FusedTSigmaBN2d(FusedTSigmaBN):
+    """Task-specific (sigmoid) batch normalisation of 2-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C, H, W]`` or ``[T, N, C, H, W]``, and the output likewise.
+    """
+
+    _stacked_dims = (4,)
+    _plain = nn.BatchNorm2d
+
+
+class FusedTSigmaBN3d(FusedTSigmaBN):
+    """Task-specific (sigmoid) batch normalisation of 3-dimensional streams: see :class:`FusedTSigmaBN`.
+
+    Shape:
+        ``[T*N, C, D, H, W]`` or ``[T, N, C, D, H, W]``, and the output likewise.
+    """
+
+    _stacked_dims = (5,)
+    _plain = nn.BatchNorm3d

@@ -1,0 +1,443 @@
+"""From a plain model to a task-specific one, and back to the plain model of one task."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from types import MethodType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from tsbn_kernels.definition.activations import of_module
+from tsbn_kernels.definition.plain import carry_attributes, carry_hooks, copy_of, deviation, is_plain
+from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.layers.task_specific import TaskSpecific
+from tsbn_kernels.models.fuse_activations import find_chains, fuse, unfuse
+from tsbn_kernels.models.held import held
+from tsbn_kernels.models.starts import Starts
+from tsbn_kernels.operator import checks
+
+VARIANTS = ("ts_sigma_bn", "tsbn")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_OWN = "_plain_class", "_tasks", "_participation", "_routers"  # attributes that only some layers have
+
+
+class FusedTSigmaBNAct(FusedTSigmaBN):
+    """timm's normalisation for T tasks that carries ``drop`` and ``act``: the layer, and then these.
+
+    They stay where they were, so that the names of parameters are those of the plain model. Where ``activation`` is
+    set, it is what they compute.
+    """
+
+    _plain_class: type[nn.Module]
+    drop: nn.Module
+    act: nn.Module
+
+    def _call(self, *args: Any) -> Any:
+        results = super()._call(*args)
+        whole = self.activation is not None or any(
+            isinstance(y, fx.Proxy) for y in results
+        )  # a call of the whole layer
+        return results if whole else tuple(map(self.activate, results))
+
+    def activate(self, y: Tensor) -> Tensor:
+        """``act(drop(y))``."""
+        activated: Tensor = self.act(self.drop(y))
+        return activated
+
+    def task(self, index: int) -> nn.Module:
+        """The plain layer of one task, a copy."""
+        plain = super().task(index)
+        if isinstance(plain, nn.Sequential):  # with the activation, which act is already
+            plain = plain[0]
+        # timm's classes add two children to PyTorch's; they cannot be built by their constructors without timm.
+        plain.__class__ = self._plain_class
+        plain.drop, plain.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
+        return plain.train(self.training)
+
+
+class FusedTSigmaBNAct2d(FusedTSigmaBNAct, FusedTSigmaBN2d):
+    __doc__ = FusedTSigmaBNAct.__doc__
+
+
+_LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {
+    nn.BatchNorm1d: FusedTSigmaBN1d,
+    nn.BatchNorm2d: FusedTSigmaBN2d,
+    nn.BatchNorm3d: FusedTSigmaBN3d,
+    nn.SyncBatchNorm: FusedTSigmaBN,
+}
+_TIMM: dict[tuple[str, str], type[FusedTSigmaBNAct]] = {
+    (module, name): layer_class
+    for module in ("timm.layers.norm_act", "timm.models.layers.norm_act")
+    for name, layer_class in (("BatchNormAct2d", FusedTSigmaBNAct2d), ("SyncBatchNormAct", FusedTSigmaBNAct))
+}
+
+
+def convert_model(
+    model: nn.Module,
+    num_tasks: int,
+    *,
+    variant: Literal["ts_sigma_bn", "tsbn"] = "ts_sigma_bn",
+    stacking: Literal["task_major", "sample_major"] = "task_major",
+    fuse_activation: bool = True,
+    pretrained: bool | None = None,
+    exclude: str | Iterable[str] = (),
+    inplace: bool = False,
+) -> nn.Module:
+    """Replaces every batch normalisation of a model by a task-specific one for ``num_tasks`` streams.
+
+    ``nn.BatchNorm1d``, ``2d``, ``3d``, ``nn.SyncBatchNorm`` and timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``
+    become ``FusedTSigmaBN1d``, ``2d``, ``3d``, ``FusedTSigmaBN`` (with the ``process_group``), ``FusedTSigmaBNAct2d``
+    and ``FusedTSigmaBNAct``; so do subclasses that add to these without changing what they compute. A module that
+    stands in several places is replaced by one layer in all of them, in plain lists too. ``eps``, ``momentum``,
+    ``track_running_stats``, ``requires_grad`` of the weight, training mode, device and dtypes stay, as do attributes
+    that a user has given to the module or its parameters, and its hooks, which get the layer and all its streams.
+
+    The converted model takes the streams of all tasks stacked into its batch; :class:`~tsbn_kernels.MultiTaskModel`
+    does the stacking. Its ``load_state_dict`` also takes checkpoints of the plain model.
+
+    **Activations.** Where the module of an activation that a layer can apply, such as ``nn.ReLU``, follows a layer
+    and nothing else sees the layer's output, no hook either, the layer applies it in its own pass. ``torch.fx`` finds
+    these chains, in training and in evaluation mode, with the default arguments of the model's ``forward``; what the
+    model computes there must not change its way later. The activation's module gives its place, under its name, to an
+    ``nn.Identity``. One that is called elsewhere too, as torchvision's residual blocks call one ``self.relu`` behind
+    their norms and their addition, stays, as does a function such as ``torch.relu``: there the block gets a subclass of
+    its class, of the same name, whose ``forward`` is the same code without that call. :func:`revert_model` puts all of
+    it back. timm's ``BatchNormAct2d`` applies its own ``act``, where it has no ``drop``. An addition between layer and
+    activation stays what it is. Hooks that are registered on a layer later see its output activated.
+
+    Args:
+        model: the shared backbone. Task heads are not to be converted: leave them out, or name them in ``exclude``.
+        num_tasks: T.
+        variant: ``"ts_sigma_bn"`` (gate ``sigmoid(weight)``) or ``"tsbn"`` (weight and bias learned).
+        stacking: of the streams, as in ``FusedTSigmaBN2d``.
+        fuse_activation: let the layers apply the activations that follow them.
+        pretrained: True starts every task from the plain layer: running statistics and ``num_batches_tracked`` are
+            copied; for ``"ts_sigma_bn"`` the weight is clipped to [1e-5, 1 - 1e-5] and becomes ``logit(weight)``, and
+            the bias is copied and frozen; for ``"tsbn"`` weight and bias are copied. None does the same, but for
+            ``"ts_sigma_bn"`` and layers that are new (no batch seen, bias 0 and all weights 1, or 0): their weights
+            would become gates that cannot learn, and start at gates of one half instead. False starts from new layers
+            everywhere: gates of one half and no bias, or weight 1 and bias 0.
+        exclude: names of modules, as in ``named_modules()``, that stay as they are with all that is in them.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model; a new layer where ``model`` itself is a batch normalisation.
+
+    Warns:
+        UserWarning: once for each of these, with the number of layers and the first three names: scales that were
+            clipped, gates that hardly learn, other normalisation that stays shared, layers that are left without
+            their activation, a normalisation that the model calls from a closure and that stays plain.
+
+    Raises:
+        ValueError: there is nothing to convert, a layer is parametrized or has state of its own or gradient hooks, or
+            an option or a name in ``exclude`` is unknown.
+        TypeError: a batch normalisation that is not known to compute what these classes do, as with a ``forward`` of
+            its own; or an argument of another type.
+    """
+    checks.check_module("model", model)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if pretrained is not None:
+        checks.check_flag("pretrained", pretrained)
+    names = _names(exclude)
+    excluded = _modules_under(model, names)
+    classes = {
+        name: _layer_class(module, name)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, FusedTSigmaBN) and module not in excluded
+    }
+    shared = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, _BatchNorm) and module not in excluded and _has_statistics(module)
+    ]
+    if not classes:
+        found = f"; it has {checks.some(shared)}, which an nn.BatchNorm2d would have to replace" if shared else ""
+        raise ValueError(
+            f"{type(model).__name__} has no batch normalisation to convert, apart from what is excluded{found}"
+        )
+    names_of: dict[Any, str] = {model.get_submodule(name): name for name in classes}
+    if not inplace:
+        model = copy_of(model)
+        names_of |= {model.get_submodule(name): name for name in classes}
+    starts = Starts(variant, pretrained)
+    layers = {
+        (norm := model.get_submodule(name)): _task_specific(
+            cast(_BatchNorm, norm), name, layer_class, model, num_tasks, stacking, starts
+        )
+        for name, layer_class in classes.items()
+    }
+    complaints = starts.complaints()
+    if shared:
+        complaints.append(
+            f"{checks.some(shared)} stay shared by all tasks: they are none of PyTorch's or timm's BatchNorms"
+        )
+    activations: dict[nn.Module, nn.Module] = {}
+    unknown: list[nn.Module] = []
+    if fuse_activation:
+        activations = _fuse(model, layers, _modules_under(model, names), unknown, complaints)
+    model = _replace(model, {**layers, **activations})
+    unknown += held(model, lambda value: isinstance(value, _BatchNorm) and value in names_of)
+    if unknown:
+        places = dict.fromkeys(repr(names_of.get(module, module)) for module in unknown)
+        complaints.append(
+            f"{checks.some(places)} is called by the model as an object of its own, from a closure, a set, an "
+            f"object or the like, and stays plain and shared by all tasks; call it as a module of the model"
+        )
+    for complaint in complaints:
+        warnings.warn(complaint, stacklevel=2)
+    return model
+
+
+def revert_model(model: nn.Module, task: int) -> nn.Module:
+    """The plain model of one task: a copy in which every task-specific layer is the plain layer of that task.
+
+    Its weights are the gates, its bias is the learned or frozen one, its running statistics are the task's. Activations
+    that :func:`convert_model` has fused are where they were before. Attributes and hooks of users go along.
+
+    Raises:
+        ValueError: the model has no task-specific layer, or one with an activation of the model and with hooks, which
+            see its output activated.
+        IndexError: there is no such task.
+        TypeError: ``model`` is no module, or ``task`` no integer.
+    """
+    checks.check_module("model", model)
+    model = copy_of(model)
+    activations = unfuse(model)  # before the layers are asked
+    layers: dict[nn.Module, nn.Module] = {
+        module: plain_layer(module, name, task)
+        for name, module in model.named_modules()
+        if isinstance(module, TaskSpecific)
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no task-specific layer to revert")
+    return _replace(model, {**layers, **activations})
+
+
+def plain_layer(layer: TaskSpecific, name: str, task: int) -> nn.Module:
+    """What :meth:`TaskSpecific.task` gives, with the attributes and hooks that a user has put on the layer.
+
+    Raises:
+        TypeError: the layer computes something else than the class whose ``task()`` it has.
+    """
+    kinds = type(layer).__mro__
+    kind = next(base for base in kinds if "task" in vars(base))
+    if why := deviation(layer, kind, ("forward", "_call", "__call__", "_call_impl")):
+        raise TypeError(f"{name!r} {why}, which its plain layer would not have; give it its own task(), or remove that")
+    plain = layer.task(task)
+    inside = plain[0] if isinstance(plain, nn.Sequential) else plain  # without the activation
+    first: Any = kinds[kinds.index(TaskSpecific) - 1]  # the class that users' classes and ours extend
+    carry_attributes(layer, inside, known={*vars(first(1, 1)), "weight", "bias", *_OWN})
+    carry_hooks(layer, plain)
+    return plain
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Lets every task-specific layer of a model synchronise its statistics over the ranks of a process group.
+
+    The counterpart of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which is for the plain layers of a model.
+
+    Args:
+        model: is changed in place.
+        process_group: a ``torch.distributed.ProcessGroup``; None stands for all ranks.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no task-specific layer, or one of them has ``recover_input=True``.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedTSigmaBN)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no task-specific layer to synchronise")
+    for name, layer in layers:
+        if layer.recover_input:
+            raise ValueError(f"{name!r} has recover_input=True, which does not work with a process_group; set it False")
+    for _, layer in layers:
+        layer.process_group = process_group or "world"
+    return model
+
+
+def _fuse(
+    model: nn.Module,
+    layers: dict[nn.Module, FusedTSigmaBN],
+    excluded: set[nn.Module],
+    unknown: list[nn.Module],
+    complaints: list[str],
+) -> dict[nn.Module, nn.Module]:
+    """Gives the layers the activations that follow them; returns what takes the place of these.
+
+    Args:
+        model: the model.
+        layers: those that take the place of its normalisation.
+        excluded: modules that stay.
+        unknown: gets the normalisation that the model calls and that is none of its modules.
+        complaints: gets what the user is to be told.
+    """
+    norms: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        layer = layers.get(module)
+        if isinstance(layer, FusedTSigmaBNAct):
+            if is_plain(layer.drop, (nn.Identity,)) and (found := of_module(layer.act)) is not None:
+                layer.activation, layer.negative_slope = found
+        elif layer is not None and module is not model:
+            norms[module] = name
+    if not norms:
+        return {}
+    try:
+        chains = find_chains(model, norms, excluded)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        complaints.append(
+            f"activations stay unfused behind {checks.some(map(repr, norms.values()))}: torch.fx cannot trace "
+            f"{type(model).__name__}: {type(error).__name__}: {error}"
+        )
+        return {}
+    if chains.unfused:
+        complaints.append(
+            f"activations stay unfused behind {checks.some(map(repr, chains.unfused))}: what calls "
+            f"them calls them elsewhere too, or its code cannot be read; a module of its own for each place, such as "
+            f"nn.ReLU, would be fused"
+        )
+    unknown += chains.unknown
+    return fuse(chains, layers)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether a module normalises by statistics of its own, whatever its class."""
+    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+
+
+def _names(exclude: Any) -> list[str]:
+    names: list[Any] = (
+        [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [None]
+    )
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"exclude must be the name of a module, or several, got {exclude!r}")
+    return names
+
+
+def _modules_under(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
+    named = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [name for name in names if name not in named]:
+        raise ValueError(f"exclude names {', '.join(map(repr, unknown))}, not a module of {type(model).__name__}")
+    return {module for name in names for module in named[name].modules()}
+
+
+def _task_specific(
+    module: _BatchNorm,
+    name: str,
+    layer_class: type[FusedTSigmaBN],
+    model: nn.Module,
+    num_tasks: int,
+    stacking: Any,
+    starts: Starts,
+) -> FusedTSigmaBN:
+    state: dict[str, Tensor] = {
+        key: tensor.detach()
+        for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    }
+    # A layer without parameters and statistics lives where the rest of the model does.
+    like = next((t for t in chain(state.values(), model.parameters()) if t.is_floating_point()), torch.empty(0))
+    weight = state.get("weight", torch.ones(module.num_features, device=like.device, dtype=like.dtype))
+    pretrained = starts.pretrained is not False
+    frozen_bias: Any = "frozen" if pretrained and module.bias is not None else False
+    layer = layer_class(
+        num_tasks,
+        module.num_features,
+        module.eps,
+        module.momentum,
+        gate="sigmoid" if starts.sigmoid else "identity",
+        bias=frozen_bias if starts.sigmoid else True,
+        stacking=stacking,
+        track_running_stats=module.running_mean is not None,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    layer.track_running_stats = module.track_running_stats
+    if isinstance(module, nn.SyncBatchNorm):
+        layer.process_group = module.process_group or "world"
+    if pretrained:
+        state["weight"] = starts.weight(module, name, weight)
+        layer.load_state_dict(state, assign=True)  # assigned, for statistics may have a dtype of their own
+    for plain, parameter in ((module.weight, layer.weight), (module.bias, layer.bias)):
+        if plain is not None and isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(plain.requires_grad)
+    if isinstance(layer, FusedTSigmaBNAct):
+        layer._plain_class = type(module)
+        layer.drop, layer.act = module.get_submodule("drop"), module.get_submodule("act")
+    carry_attributes(module, layer, known=vars(nn.SyncBatchNorm(1)))
+    carry_hooks(module, layer)
+    return layer.train(module.training)
+
+
+def _layer_class(module: _BatchNorm, name: str) -> type[FusedTSigmaBN]:
+    """What takes the place of a normalisation, which must be known to compute what its class or base does."""
+    own: type[nn.Module] = type(module)
+    layer_class: type[FusedTSigmaBN] | None = _TIMM.get((own.__module__, own.__qualname__))
+    kind = own if layer_class else next((plain for plain in _LAYERS if isinstance(module, plain)), own)
+    layer_class = layer_class or _LAYERS.get(kind)
+    if layer_class is None:
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__}, expected nn.BatchNorm1d, 2d or 3d, nn.SyncBatchNorm or timm's "
+            f"BatchNormAct2d or SyncBatchNormAct; initialise a lazy layer by a forward pass, replace another by one of "
+            f"these, or exclude it"
+        )
+    if is_parametrized(module):
+        raise ValueError(
+            f"{name!r} is parametrized, which would be lost; call torch.nn.utils.parametrize.remove_parametrizations "
+            f"first, or exclude it"
+        )
+    if why := deviation(module, kind):
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__} that {why}: it is not known to be equal to {kind.__name__}. "
+            f"Replace it by one, or exclude it"
+        )
+    known = {"weight", "bias", *_STATISTICS, *(("drop", "act") if issubclass(layer_class, FusedTSigmaBNAct) else ())}
+    if more := [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in known]:
+        raise ValueError(
+            f"{name!r} has its own {', '.join(more)}, which would be lost; remove it, with its hooks (of pruning or "
+            f"weight normalisation), or exclude the layer"
+        )
+    if any(tensor._backward_hooks or tensor._post_accumulate_grad_hooks for tensor in module.parameters(recurse=False)):
+        raise ValueError(f"{name!r} has parameters with gradient hooks, which would be lost; register them afterwards")
+    return layer_class
+
+
+def _replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts each layer wherever the module that it replaces stands, in plain lists and the like too."""
+    seen: set[int] = set()
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        for name, value in list(vars(module).items()):
+            if name not in ("_modules", "_parameters", "_buffers"):
+                vars(module)[name] = _swapped(value, layers, seen)
+        if module in layers:
+            if not path:
+                return layers[module]
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layers[module])
+    return model
+
+
+def _swapped(value: Any, layers: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
+    """A value with the layers in the place of the modules in it; lists and dictionaries are changed in place."""
+    if isinstance(value, nn.Module):
+        return layers.get(value, value)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module) and value.__self__ in layers:
+        return getattr(layers[value.__self__], value.__name__)
+    if isinstance(value, (list, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if (swapped := _swapped(item, layers, seen)) is not item:
+                value[key] = swapped
+    elif type(value) is tuple or hasattr(value, "_fields"):
+        items = [_swapped(item, layers, seen) for item in value]
+        if any(item is not before for item, before in zip(items, value, strict=True)):
+            return tuple(items) if type(value) is tuple else type(value)(*items)
+    return value

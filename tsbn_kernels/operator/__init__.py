@@ -1,0 +1,1 @@
+"""The operators: their schemas, checks, gradients and transforms."""

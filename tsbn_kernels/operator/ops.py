@@ -1,0 +1,349 @@
+"""The operators ``torch.ops.tsbn.*``: schemas, fake kernels, and which backend implements them on which device.
+
+All are functional, and the forward ones differentiable (:mod:`tsbn_kernels.operator.autograd`). Their arguments are
+flat; this file alone makes them of what a :class:`tsbn_kernels.definition.options.Backend` takes, and back. ``x`` is a
+stacked activation, or where ``shared`` (``fan_out``) is set one input ``[N, C, *]`` for all tasks; ``residual`` and
+``dy`` are stacked. They may have any strides: :func:`tsbn_kernels.definition.layout.readable` tells which are copied.
+Parameters and statistics are ``[T, C]``; statistics are float64 for float64 input, else float32; moments are float64.
+``activation`` is ``"none"`` or one of :data:`tsbn_kernels.definition.activations.ACTIVATIONS`; the backward takes
+``"inverse_leaky_relu"`` too (see the reference). A gradient that is not needed is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels import backends
+from tsbn_kernels.backends import cpu, cuda, triton
+from tsbn_kernels.backends.fallback import guarded
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import Backend, Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+
+library = torch.library.Library("tsbn", "DEF")
+
+
+class Operators(NamedTuple):
+    """The functions of a backend, by the names of the operators."""
+
+    forward_training: Callable[..., Any]
+    forward_eval: Callable[..., Any]
+    backward: Callable[..., Any]
+    moments: Callable[..., Any]
+    input_gradient: Callable[..., Any]
+
+
+# ---- the schemas: options are fields of Options, those that have defaults follow the residual ------------------------
+
+_FLAT_NAMES = {name: "shared" if name == "fan_out" else name for name in Options._fields}
+_NOT_ASKED = {"eps": 0.0, "gate": "identity"}  # of moments
+
+
+def _parameters(names: tuple[str, ...]) -> str:
+    """Options as parameters of a schema; their types have the names that Python has for them."""
+    texts, types = [], get_type_hints(Options)
+    for name in names:
+        text = f"{types[name].__name__} {_FLAT_NAMES[name]}"
+        if name in Options._field_defaults:
+            text += f"={Options._field_defaults[name]!r}".replace("'", '"')
+        texts.append(text)
+    return ", ".join(texts)
+
+
+_EPILOGUE = f"Tensor? residual=None, {_parameters(tuple(Options._field_defaults))}"
+_OPTIONS = _parameters(tuple(name for name in Options._fields if name not in Options._field_defaults))
+SCHEMAS = {
+    "forward_training": (
+        f"(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}, {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)"
+    ),
+    "forward_eval": (
+        f"(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, {_OPTIONS}, {_EPILOGUE}) -> Tensor"
+    ),
+    "backward": (
+        f"(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, {_OPTIONS}, bool training, bool need_dx,"
+        f" bool need_dweight, bool need_dbias, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    ),
+    # For a batch that is spread over processes: see tsbn_kernels/operator/autograd_synchronized.py.
+    "moments": f"(Tensor x, {_parameters(('num_tasks', 'stacking', 'fan_out'))}) -> (Tensor mean, Tensor var)",
+    "input_gradient": (
+        "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean, Tensor dz_xhat_mean,"
+        f" {_OPTIONS}, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dresidual)"
+    ),
+}
+# Inductor may pass any strides, and spares the copies that the traced ones would cost.
+_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=_TAGS)
+
+
+class Signature:
+    """The flat arguments of an operator.
+
+    Attributes:
+        names: of all of them, in their order.
+    """
+
+    def __init__(self, operator: str) -> None:
+        arguments = getattr(torch.ops.tsbn, operator).default._schema.arguments
+        self.names = tuple(argument.name for argument in arguments)
+        defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+        options = {_FLAT_NAMES[name]: value for name, value in Options._field_defaults.items()}
+        self._defaults = _NOT_ASKED | options | defaults
+
+    def read(self, arguments: Sequence[Any], **more: Any) -> tuple[dict[str, Any], Options]:
+        """The arguments by their names, and the options among them. PyTorch leaves out defaults at the end."""
+        given = {**self._defaults, **dict(zip(self.names, arguments, strict=False)), **more}
+        return given, Options(*[given.pop(name) for name in _FLAT_NAMES.values()])
+
+
+SIGNATURES = {name: Signature(name) for name in SCHEMAS}
+
+
+# ---- from flat arguments to a backend --------------------------------------------------------------------------------
+
+
+def _forward_eval(run: Callable[..., Tensor], options: Options, **saved: Any) -> Tensor:
+    return run(Saved(**saved), options)
+
+
+def _backward(
+    run: Callable[..., Gradients], options: Options, *, dy: Tensor, training: bool, **more: Any
+) -> tuple[Tensor, ...]:
+    needs = Needs(*(more.pop(f"need_{gradient}") for gradient in Needs._fields))
+    saved = Saved(**more)
+    found, like = run(dy, saved, training, needs, options), (saved.x, saved.weight, saved.weight, saved.x)
+    return tuple(map(_or_empty, found, like))
+
+
+def _input_gradient(
+    run: Callable[..., Gradients],
+    options: Options,
+    *,
+    dy: Tensor,
+    dz_mean: Tensor,
+    dz_xhat_mean: Tensor,
+    need_dresidual: bool,
+    **saved: Any,
+) -> tuple[Tensor, Tensor]:
+    found = run(dy, Saved(**saved), dz_mean, dz_xhat_mean, need_dresidual, options)
+    return _or_empty(found.dx, saved["x"]), _or_empty(found.dresidual, saved["x"])
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient
+
+
+_ADAPTERS: dict[str, Callable[..., Any]] = {
+    "forward_training": lambda run, options, x, weight, bias, residual: run(x, weight, bias, residual, options),
+    "forward_eval": _forward_eval,
+    "backward": _backward,
+    "moments": lambda run, options, x: run(x, options),
+    "input_gradient": _input_gradient,
+}
+
+
+def _flattened(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    signature, adapter = SIGNATURES[name], _ADAPTERS[name]
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        given, options = signature.read(arguments, **more)
+        return adapter(run, options, **given)
+
+    return call
+
+
+def complete(backend: Any) -> Operators:
+    """The operators of a backend, and those of the reference where it has none."""
+    return Operators(*(getattr(backend, name, getattr(reference, name)) for name in SCHEMAS))
+
+
+def flat(backend: Any) -> Operators:
+    """The operators of a backend, or of the reference, as functions of flat arguments."""
+    return Operators(*map(_flattened, SCHEMAS, complete(backend)))
+
+
+# The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
+# first, then CUDA C++, then the reference: see fallback.py. The kernels for the CPU are registered in C++.
+cuda.load()
+for _name in SCHEMAS:
+    library.impl(_name, _flattened(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
+    for _key in triton.DISPATCH_KEYS:
+        _chain = _last = getattr(reference, _name)
+        if cuda.available and _key == cuda.DISPATCH_KEY and hasattr(cuda, _name):
+            _chain = guarded(cuda.health, _name, partial(getattr, cuda), _chain)
+        if triton.available:
+            _chain = guarded(triton.health, _name, triton.operator, _chain)
+        if _chain is not _last:
+            library.impl(_name, _flattened(_name, _chain), _key)
+cpu.load()
+backends.force_from_environment()
+
+
+# ---- from what a backend takes to the dispatcher ---------------------------------------------------------------------
+
+
+_NO_EPILOGUE = list(Options._field_defaults.values())
+
+
+class Dispatched:
+    """The operators by the backend that the dispatcher picks.
+
+    An epilogue that does nothing is left out: of each argument PyTorch asks whether it is a tensor.
+
+    Args:
+        wrap: what becomes of each operator of ``torch.ops``.
+    """
+
+    def __init__(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.flat = Operators(*(wrap(getattr(torch.ops.tsbn, name).default) for name in SCHEMAS))
+
+    def forward_training(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+    ) -> Normalized:
+        num_tasks, eps, gate, stacking, *end = options
+        epilogue = () if residual is None and end == _NO_EPILOGUE else (residual, *end)
+        return Normalized._make(self.flat.forward_training(x, weight, bias, num_tasks, eps, gate, stacking, *epilogue))
+
+    def forward_eval(self, saved: Saved, options: Options) -> Tensor:
+        x, weight, bias, residual, mean, var = saved
+        num_tasks, eps, gate, stacking, *end = options
+        epilogue = () if residual is None and end == _NO_EPILOGUE else (residual, *end)
+        y: Tensor = self.flat.forward_eval(x, weight, bias, mean, var, num_tasks, eps, gate, stacking, *epilogue)
+        return y
+
+    def backward(self, dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+        x, weight, bias, residual, mean, var = saved
+        num_tasks, eps, gate, stacking, *end = options
+        need_dx, need_dweight, need_dbias, need_dresidual = needs
+        flags = training, need_dx, need_dweight, need_dbias
+        plain = bias is None and residual is None and not need_dresidual and end == _NO_EPILOGUE
+        epilogue = () if plain else (bias, residual, *end, need_dresidual)
+        dx, dweight, dbias, dresidual = self.flat.backward(
+            dy, x, weight, mean, var, num_tasks, eps, gate, stacking, *flags, *epilogue
+        )
+        return Gradients(
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            dresidual if need_dresidual else None,
+        )
+
+    def moments(self, x: Tensor, options: Options) -> Moments:
+        return Moments(*self.flat.moments(x, options.num_tasks, options.stacking, options.fan_out))
+
+    def input_gradient(
+        self, dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+    ) -> Gradients:
+        x, weight, bias, residual, *statistics = saved
+        num_tasks, eps, gate, stacking, *end = options
+        means = dz_mean, dz_xhat_mean
+        dx, dresidual = self.flat.input_gradient(
+            dy, x, weight, *statistics, *means, num_tasks, eps, gate, stacking, bias, residual, *end, needs_dresidual
+        )
+        return Gradients(dx, dresidual=dresidual if needs_dresidual else None)
+
+
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autograd, which has an autograd.Function of its own in eager mode.
+
+    The results of the reference are then no views of each other, so that they may be changed in place.
+    """
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return function(*arguments)
+
+    return call
+
+
+_in_graphs = complete(Dispatched(lambda operator: operator))
+_dispatched = complete(Dispatched(_below_autograd))
+_reference = Operators(*map(_below_autograd, complete(reference)))
+_cuda = complete(cuda)
+
+
+@cache
+def _triton() -> Operators:
+    return Operators(*map(triton.operator, SCHEMAS))
+
+
+def operators(backend: str | None) -> Backend:
+    """The operators of a backend; of the one that the dispatcher picks where it is None.
+
+    Those for a graph are differentiable. It holds the reference's formulas, or operators, of which the dispatcher picks
+    the kernels when they run.
+
+    Raises:
+        RuntimeError: in a graph the dispatcher would not pick the backend.
+    """
+    if torch.compiler.is_compiling():
+        if backend == "cuda" and triton.available:
+            raise RuntimeError(
+                "inside torch.compile and torch.export the backend 'cuda' runs only where Triton is not installed; "
+                "compile without TSBN_BACKEND and use_backend, or call the layer outside of the compiled function"
+            )
+        plain = backend == "reference" or torch.onnx.is_in_onnx_export()  # ONNX knows none of our operators
+        return complete(reference) if plain else _in_graphs
+    return eager_operators(backend)
+
+
+def eager_operators(backend: str | None) -> Backend:
+    """The operators of a backend outside of graphs."""
+    if backend is None:
+        return _dispatched
+    if backend == "reference":
+        return _reference
+    if backend == "cuda":
+        return _cuda
+    return _triton() if backend == "triton" else _dispatched
+
+
+# ---- fake kernels: shapes, dtypes and strides of the results ---------------------------------------------------------
+
+
+class _Fake:
+    """A backend that allocates its results."""
+
+    @staticmethod
+    def forward_training(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+    ) -> Normalized:
+        mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
+        return Normalized(layout.empty_output(x, options), mean, torch.empty_like(mean))
+
+    @staticmethod
+    def forward_eval(saved: Saved, options: Options) -> Tensor:
+        return layout.empty_output(saved.x, options)
+
+    @staticmethod
+    def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+        x, weight = saved.x, saved.weight
+        return Gradients(
+            layout.empty_input(x, options) if needs.dx else None,
+            weight.new_empty(weight.shape) if needs.dweight else None,
+            weight.new_empty(weight.shape) if needs.dbias else None,
+            layout.empty_output(x, options) if needs.dresidual else None,
+        )
+
+    @staticmethod
+    def moments(x: Tensor, options: Options) -> Moments:
+        channels = x.shape[layout.channel_axis(of_input(options).stacking)]
+        mean = x.new_empty((options.num_tasks, channels), dtype=torch.float64)
+        return Moments(mean, torch.empty_like(mean))
+
+    @staticmethod
+    def input_gradient(
+        dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
+    ) -> Gradients:
+        return _Fake.backward(dy, saved, True, Needs(True, False, False, needs_dresidual), options)
+
+
+for _name, _fake in zip(SCHEMAS, flat(_Fake), strict=True):
+    torch.library.register_fake(f"tsbn::{_name}", _fake, lib=library)

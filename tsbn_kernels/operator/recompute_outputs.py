@@ -1,0 +1,112 @@
+"""Training without the outputs of the fused layers kept for the operators that follow them.
+
+A convolution saves its input for its backward pass: the output of the layer before it, of the same size as what that
+layer saves itself. The output follows from that and the ``[T, C]`` vectors in one cheap pass, so it need not be kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.definition.options import Options, Saved
+from tsbn_kernels.operator.ops import operators
+
+
+@dataclass(frozen=True)
+class _Output:
+    """An output that can be had again."""
+
+    tensor: Callable[[], Tensor | None]  # the output itself, as long as anybody has it
+    version: int
+    again: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class _Promise:
+    """What is kept in place of an output, or of a view of it."""
+
+    again: Callable[[], Tensor]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    def keep(self) -> Tensor:
+        with torch.no_grad():
+            return self.again().as_strided(self.size, self.stride, self.offset)
+
+
+_Outputs = dict[int, _Output]  # by the address of their storage
+_outputs: ContextVar[_Outputs | None] = ContextVar("outputs", default=None)
+
+
+@contextmanager
+def recompute_outputs() -> Iterator[None]:
+    """In a forward pass inside this context, no operator keeps the output of a fused layer for its backward pass.
+
+    ``with recompute_outputs(): loss = model(x)`` and then ``loss.backward()``: what follows a layer (a convolution, a
+    pooling) gets the layer's output computed anew from its input when its backward pass needs it: one read and one
+    write of the activation more, half of the memory of a block of convolution, normalisation and activation less. First
+    and higher derivatives are those of the output that was there, to rounding. An output that is changed in place is
+    kept, as anything else is.
+
+    It has no effect inside of ``torch.compile`` and ``torch.export``: the partitioner decides what is kept.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    outputs: _Outputs = {}
+
+    def pack(tensor: Tensor) -> Tensor | _Promise:
+        output = outputs.get(tensor.untyped_storage().data_ptr())
+        original = None if output is None else output.tensor()
+        if output is None or original is None or not original._version == output.version == tensor._version:
+            return tensor
+        return _Promise(output.again, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(kept: Tensor | _Promise) -> Tensor:
+        return kept.keep() if isinstance(kept, _Promise) else kept
+
+    token = _outputs.set(outputs)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _outputs.reset(token)
+
+
+def wanted() -> bool:
+    """Whether outputs are to be offered, outside of ``torch.compile``."""
+    return _outputs.get() is not None
+
+
+def offer(streams: Sequence[Tensor], saved: Saved, options: Options, backend: str | None) -> None:
+    """Says how to compute an output again; what is saved of it from now on need not be kept.
+
+    The output is one tensor, or views of one: the streams of its tasks.
+    """
+    outputs = _outputs.get()
+    assert outputs is not None
+    # FSDP frees its own parameters between the passes.
+    copies = saved._replace(weight=saved.weight.clone(), bias=None if saved.bias is None else saved.bias.clone())
+    tensors = [None if t is None else t.detach() for t in copies]
+    versions = [None if t is None else t._version for t in tensors]
+
+    def again() -> Tensor:
+        if versions != [None if t is None else t._version for t in tensors]:
+            raise RuntimeError(
+                "an input of a fused layer was changed in place after the forward pass, and its output is to be "
+                "computed again from it (recompute_outputs); change a copy, or after the backward pass"
+            )
+        return operators(backend).forward_eval(Saved._make(tensors), options)
+
+    y = streams[0]
+    if y.requires_grad:
+        address = y.untyped_storage().data_ptr()
+        outputs[address] = _Output(weakref.ref(y, lambda _: outputs.pop(address, None)), y._version, again)

@@ -1,9 +1,0 @@
-"""Plans: which kernels do a pass over an activation on which GPU, and the bytes they move. Pure functions, no GPU."""
-
-from __future__ import annotations
-
-from tsbn_kernels.plan.core import Plan
-from tsbn_kernels.plan.devices import DEVICES, Device
-from tsbn_kernels.plan.work import Work
-
-__all__ = ["DEVICES", "Device", "Plan", "Work"]
