@@ -186,6 +186,31 @@ def test_a_backward_pass_in_another_thread(reentrant: bool) -> None:
     assert_same_state(model, plain)
 
 
+@pytest.mark.parametrize("way", ["forward", "streams"])
+def test_layers_that_the_backbone_does_not_call_as_modules(way: str) -> None:
+    """They know their streams all the same."""
+
+    class Directly(nn.Module):
+        def __init__(self, blocks: nn.ModuleList) -> None:
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv, norm, act in self.blocks:  # type: ignore[misc]
+                y = norm.forward(conv(x)) if way == "forward" else torch.cat(norm.streams(conv(x)))
+                x = act(y)
+            return x.mean((2, 3))
+
+    plain, _ = models(None, True)
+    model = copy.deepcopy(plain)
+    model.backbone = Directly(model.backbone.blocks)  # type: ignore[arg-type]
+    x = images()
+    for tasks in (["c", "a"], list(TASKS), ["b"]):
+        torch.testing.assert_close(model(x, tasks), plain(x, tasks))
+    for got, wanted in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_threads_with_compiled_backbones() -> None:
     plain, model = models(None, True)
     torch._dynamo.reset()
