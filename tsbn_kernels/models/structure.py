@@ -58,7 +58,9 @@ def _mapping(like: Any, items: dict[Any, Any]) -> Any:
 def _sequence(like: Any, entries: list[Any]) -> Any:
     if isinstance(like, list):
         return entries if type(like) is list else _filled(like, enumerate(entries))
-    return like._make(entries) if hasattr(like, "_make") else type(like)(entries)
+    if hasattr(like, "_make"):  # which PyTorch 2.11 does not compile
+        return type(like)(*entries) if torch.compiler.is_compiling() else like._make(entries)
+    return type(like)(entries)
 
 
 def _filled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
