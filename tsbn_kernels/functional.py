@@ -83,16 +83,25 @@ def task_batch_norm(
             With a ``process_group``: ``torch.distributed`` is not initialised, the ranks' tasks or channels differ, or
             a second derivative is asked for.
     """
+    tensors = x, weight, bias, running_mean, running_var, residual
+    settings = num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input
     y: Tensor
-    (y,) = normalize(
-        False, x, weight, bias, running_mean, running_var, residual, num_tasks=num_tasks, training=training,
-        momentum=momentum, eps=eps, gate=gate, stacking=stacking, activation=activation,
-        negative_slope=negative_slope, fan_out=fan_out, recover_input=recover_input, process_group=process_group,
-    )  # fmt: skip
+    (y,) = normalize(tensors, settings, momentum, process_group)
     return y
 
 
-def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+def task_streams(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    momentum: float | Tensor = 0.1,
+    process_group: autograd_synchronized.GroupLike = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
     """Computes :func:`task_batch_norm`, and returns the T streams ``[N, C, *]`` of the tasks as tensors of their own.
 
     A backward pass that comes from some of them computes those tasks alone: with ``fan_out`` T backward passes over a
@@ -103,46 +112,35 @@ def task_streams(x: Tensor, weight: Tensor, *tensors: Tensor | None, **options: 
     Raises:
         ValueError: also where ``recover_input`` is set.
     """
-    return tuple(normalize(True, x, weight, *tensors, **options))
+    tensors = x, weight, bias, running_mean, running_var, residual
+    return tuple(normalize(tensors, checks.Settings(**options), momentum, process_group, as_streams=True))
 
 
 def normalize(
-    as_streams: bool,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    num_tasks: int,
-    training: bool = True,
-    momentum: float | Tensor = 0.1,
-    eps: float = 1e-5,
-    gate: str = "sigmoid",
-    stacking: str = "task_major",
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    fan_out: bool = False,
-    recover_input: bool = False,
-    process_group: autograd_synchronized.GroupLike = None,
+    tensors: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    momentum: float | Tensor,
+    process_group: autograd_synchronized.GroupLike,
+    as_streams: bool = False,
     repeated: bool | None = None,
 ) -> Sequence[Tensor]:
     """Computes :func:`task_batch_norm`, and returns y alone, or the streams of its tasks.
 
-    ``repeated``: whether activation checkpointing repeats the pass, where that is known.
+    Args:
+        tensors: the six of :func:`task_batch_norm`, in its order.
+        settings: a :class:`checks.Settings`, or its values: a plain tuple is made at a third of the cost.
+        momentum, process_group: as there.
+        as_streams: return the streams.
+        repeated: whether activation checkpointing repeats the pass, where that is known.
     """
-    compiling = torch.compiler.is_compiling()
-    if recover_input and as_streams:
-        raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
+    compiling, (_, training, *_, recover_input) = torch.compiler.is_compiling(), settings
     group = None
     if process_group is not None:
         checks.check_flag("training", training)
         group = autograd_synchronized.group_of(process_group) if training else None
-    options, channels, values = (checks.check_call if compiling else checks.checked)(
-        x, weight, bias, running_mean, running_var, residual, num_tasks, training, eps, gate, stacking, activation,
-        negative_slope, fan_out, recover_input, process_group is not None, group is None,
-    )  # fmt: skip
+    check = checks.check_call if compiling else checks.checked
+    options, channels, values = check(tensors, settings, process_group is not None, group is None)
+    x, weight, bias, running_mean, running_var, residual = tensors
     if training and not compiling:
         for name, running in (("running_mean", running_mean), ("running_var", running_var)):
             if running is not None:
@@ -156,6 +154,8 @@ def normalize(
             x, residual = x.to(dtype), residual.to(dtype)
         x, residual = layout.readable(x, options, residual)
 
+    if recover_input and as_streams:
+        raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
     if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
         recover_input = not compiling and not capture.is_capturing()
     backend = backends.override(x.device.type) if backends.is_forced() else None
@@ -174,8 +174,10 @@ def normalize(
         given = (None, None) if training else (running_mean, running_var)
         *outputs, mean, var = apply(x, weight, bias, residual, *given, options, recover_input, backend)
         if tracked and values > 0:
-            share = values / (values - 1)
-            unbiased = var * (_constant(share, var.dtype) if type(var) is Tensor and not compiling else share)
+            share: Any = values / (values - 1)
+            if not compiling and type(var) is Tensor and not torch._C._are_functorch_transforms_active():
+                share = _constant(share, var.dtype)
+            unbiased = var * share
             _track(running_mean, running_var, mean, unbiased, momentum, compiling)
     if not compiling and recompute_outputs.wanted() and not recover_input:
         saved = Saved(x, weight, bias, residual, mean, var)
@@ -187,7 +189,7 @@ def normalize(
 
 @lru_cache(maxsize=256)
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor, by which PyTorch multiplies at half the cost on the host."""
+    """A number as a tensor, by which PyTorch multiplies at half the cost on the host; not to be made in a transform."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 

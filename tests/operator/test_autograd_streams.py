@@ -10,7 +10,7 @@ import torch
 from support.problems import STACKINGS, problem, unstack
 from torch import Tensor, nn
 
-from tsbn_kernels import FusedTSigmaBN2d
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
 from tsbn_kernels.definition.options import Gradients, Needs, Options, Saved
 from tsbn_kernels.functional import task_batch_norm, task_streams
 from tsbn_kernels.operator import autograd_streams
@@ -127,5 +127,7 @@ def test_what_streams_do_not_do() -> None:
     x, weight = torch.randn(T * N, C, 2), torch.zeros(T, C)
     with pytest.raises(ValueError, match="recover_input=True keeps the streams as one stack"):
         task_streams(x, weight, num_tasks=T, recover_input=True)
+    with pytest.raises(ValueError, match="recover_input=True keeps the streams as one stack"):
+        FusedTSigmaBN1d(T, C, recover_input=True).streams(x)
     with pytest.raises(RuntimeError, match="do not work under vmap"):
         torch.vmap(lambda x: task_streams(x, weight, num_tasks=T)[0])(x.expand(2, *x.shape))

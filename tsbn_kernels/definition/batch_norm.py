@@ -76,19 +76,23 @@ def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tens
     return joined, ((var + (mean - joined).square()) * share).sum(0)
 
 
-def _affine(view: Tensor, saved: Saved, options: Options) -> Tensor:
-    """``g(weight) * xhat + bias + residual`` in the accumulate dtype, of the view of x in it."""
-    dtype = view.dtype
-    mean, rstd = saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
-    z = (view - _spread(mean)) * _spread(gate_values(saved.weight.to(dtype), options.gate) * rstd)
+def _affine(view: Tensor, raw: Tensor, mean: Tensor, rstd: Tensor, saved: Saved, options: Options) -> Tensor:
+    """``g(weight) * xhat + bias + residual``, of a view of x and of vectors in the accumulate dtype."""
+    z = (view - _spread(mean)) * _spread(gate_values(raw, options.gate) * rstd)
     if saved.bias is not None:
-        z = z + _spread(saved.bias.to(dtype))
+        z = z + _spread(saved.bias.to(view.dtype))
     return z if saved.residual is None else z + _wide_view(saved.residual, options)
+
+
+def _vectors(saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw gate, mean and ``rstd`` in the accumulate dtype."""
+    dtype = accumulate_dtype(saved.x.dtype)
+    return saved.weight.to(dtype), saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
     """``act(g(weight) * (x - mean) / sqrt(var + eps) + bias + residual)`` in the dtype and memory format of ``x``."""
-    z = _affine(_wide_view(saved.x, of_input(options)), saved, options)
+    z = _affine(_wide_view(saved.x, of_input(options)), *_vectors(saved, options), saved, options)
     return _stacked(activate(z, options.activation, options.slope), saved.x, options)
 
 
@@ -146,14 +150,13 @@ def input_gradient(
 
 def _before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``dz = dy * act'(z)`` and xhat as views in the accumulate dtype, and ``g(weight) * rstd``, ``[T, C]``."""
-    dtype = accumulate_dtype(saved.x.dtype)
     view, dz = _wide_view(saved.x, of_input(options)), _wide_view(dy, options)
-    raw, mean, rstd = saved.weight.to(dtype), saved.mean.to(dtype), torch.rsqrt(saved.var.to(dtype) + options.eps)
+    raw, mean, rstd = _vectors(saved, options)
     if options.activation == INVERSE:
         dz = dz * activation_slope(view, options.activation, options.slope)
         view = invert_leaky_relu(view, options.slope)
     elif options.activation != NONE:
-        dz = dz * activation_slope(_affine(view, saved, options), options.activation, options.slope)
+        dz = dz * activation_slope(_affine(view, raw, mean, rstd, saved, options), options.activation, options.slope)
     return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, options.gate) * rstd
 
 

@@ -301,13 +301,12 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
                 momentum = 1.0 / num_batches_tracked.unsqueeze(1)
         if training and not tracking:
             running_mean = running_var = None
-        result = normalize(
-            as_streams, x, weight, bias, running_mean, running_var,
-            residual, num_tasks=weight.shape[0], training=training or running_mean is None, momentum=momentum,
-            eps=self.eps, gate=self.gate, stacking=stacking, activation=self.activation,
-            negative_slope=self.negative_slope, fan_out=fan_out, recover_input=self.recover_input,
-            process_group=self.process_group if training else None, repeated=not tracking,
-        )  # fmt: skip
+        tensors = x, weight, bias, running_mean, running_var, residual
+        of_batch = training or running_mean is None
+        arithmetic = self.eps, self.gate, stacking, self.activation, self.negative_slope
+        settings = weight.shape[0], of_batch, *arithmetic, fan_out, self.recover_input
+        group = self.process_group if training else None
+        result = normalize(tensors, settings, momentum, group, as_streams, not tracking)
         if passes is not None and as_streams:
             for index, stream in enumerate(result):
                 passes.watch(index, [stream])

@@ -151,16 +151,16 @@ class SynchronizedTaskBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, *_ = ctx.needs_input_grad
-        needs, gradients = Needs(x, weight, bias, residual), Gradients()
+        dx, dweight, dbias, dresidual, *_ = ctx.needs_input_grad
+        needs, gradients = Needs(dx, dweight, dbias, dresidual), Gradients()
         if dy is not None and any(needs):
             *tensors, count = ctx.saved_tensors
             saved = Saved(*tensors)
             with torch.no_grad():
                 gradients = _gradients(ctx, dy, saved, count, needs)
             if torch.is_grad_enabled():
-                inputs = saved.x, saved.weight, saved.bias, saved.residual
-                gradients = Gradients(*FirstDerivative.apply(dy, *inputs, *gradients))
+                operands = saved.x, saved.weight, saved.bias, saved.residual
+                gradients = Gradients._make(FirstDerivative.apply(dy, *operands, *gradients))
         return *gradients, None, None, None
 
     @staticmethod

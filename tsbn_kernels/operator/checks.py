@@ -23,6 +23,20 @@ _DENSE = torch.strided
 _MOST = 1024  # calls that are remembered
 
 
+class Settings(NamedTuple):
+    """What is said of a call in the functional form, and not checked: see :func:`functional.task_batch_norm`."""
+
+    num_tasks: int
+    training: bool = True
+    eps: float = 1e-5
+    gate: str = "sigmoid"
+    stacking: str = "task_major"
+    activation: str | None = None
+    negative_slope: float = 0.01
+    fan_out: bool = False
+    recover_input: bool = False
+
+
 class Checked(NamedTuple):
     """A call that is in order: its options, and the values of each task and channel in training."""
 
@@ -146,30 +160,22 @@ def check_recovery(activation: str | None, negative_slope: float, with_more: boo
         )
 
 
-def checked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    *settings: Any,
-) -> Checked:
+def checked(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: bool, alone: bool) -> Checked:
     """Checks what :func:`check_call` does, once for the settings, sizes, dtypes and devices; raises what it does."""
-    num_tasks, training, _, _, _, _, _, fan_out, recover_input, _, _ = settings
+    x, weight, bias, running_mean, running_var, residual = tensors
+    num_tasks, training, _, _, _, _, _, fan_out, recover_input = settings
     key: Hashable = None
     try:
         types = type(num_tasks), type(training), type(fan_out), type(recover_input)  # 1 == True == 1.0
         statistics = running_mean is None or _kind(running_mean), running_var is None or _kind(running_var)
         more = bias is None or _kind(bias), residual is None or _kind(residual)
-        key = settings, types, _kind(x), _kind(weight), statistics, more
+        key = settings, types, grouped, alone, _kind(x), _kind(weight), statistics, more
         known = _known.get(key)
         if known is not None:
             return known
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or sizes that are symbols
         pass
-    call = check_call(x, weight, bias, running_mean, running_var, residual, *settings)
-    tensors = x, weight, bias, running_mean, running_var, residual
+    call = check_call(tensors, settings, grouped, alone)
     sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape]
     if all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN:
         if len(_known) >= _MOST:
@@ -182,25 +188,20 @@ def _kind(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout is _DENSE
 
 
-def check_call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    *settings: Any,
-) -> Checked:
+def check_call(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: bool, alone: bool) -> Checked:
     """Checks all of a call but what may change in a tensor that stays.
 
-    The settings are those of :func:`functional.task_batch_norm`, whether there is a process group, and whether the
-    batch is that of this process alone.
+    Args:
+        tensors: the six of :func:`functional.task_batch_norm`.
+        settings: the values of :class:`Settings`.
+        grouped: whether there is a process group.
+        alone: whether the batch is that of this process alone.
 
     Raises:
         TypeError, ValueError, RuntimeError: something does not fit.
     """
-    num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input, *groups = settings
-    grouped, alone = groups
+    x, weight, bias, running_mean, running_var, residual = tensors
+    num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input = settings
     num_tasks = count("num_tasks", num_tasks)
     check_options(gate, stacking, activation)
     for name, flag in (("training", training), ("fan_out", fan_out), ("recover_input", recover_input)):

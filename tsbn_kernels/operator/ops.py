@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Backend, Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+
+if TYPE_CHECKING:
+    from tsbn_kernels.backends.triton import ops as triton_operators
+
+    _backends: tuple[Backend, ...] = (triton_operators, cuda, reference)
 
 library = torch.library.Library("tsbn", "DEF")
 
