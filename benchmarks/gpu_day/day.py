@@ -31,9 +31,12 @@ DEVICES = ("cuda", "cpu")
 
 
 def run(
-    setting: Setting, home: Path, seconds: float, steps: Sequence[Step],
+    setting: Setting,
+    home: Path,
+    seconds: float,
+    steps: Sequence[Step],
     finished: Callable[[StepResult], None],
-) -> list[StepResult]:  # fmt: skip
+) -> list[StepResult]:
     """Runs what an earlier call has not finished.
 
     Args:

@@ -80,9 +80,17 @@ class LateFanOut(nn.Module):
         checks.check_layer_stacking(stacking)
         _check(activation, pool, conv, num_features)
         self.norm = FusedTSigmaBN(
-            1, num_features, eps, momentum, gate="identity", activation=activation, negative_slope=negative_slope,
-            track_running_stats=track_running_stats, device=device, dtype=dtype,
-        )  # fmt: skip
+            1,
+            num_features,
+            eps,
+            momentum,
+            gate="identity",
+            activation=activation,
+            negative_slope=negative_slope,
+            track_running_stats=track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
         ones = self.norm.weight.detach()
         del self.norm.weight  # nothing to learn, and nothing to keep
         self.norm.register_buffer("weight", ones, persistent=False)
@@ -113,10 +121,19 @@ class LateFanOut(nn.Module):
                 f"commute with others; got gate={layer.gate!r} and bias={layer.bias is not None}. Use fan_out=True"
             )
         late = cls(
-            layer.num_tasks, layer.num_features, layer.eps, layer.momentum, activation=layer.activation,
-            negative_slope=layer.negative_slope, pool=pool, conv=conv, stacking=layer.stacking,
-            track_running_stats=layer.running_mean is not None, device=layer.weight.device, dtype=layer.weight.dtype,
-        )  # fmt: skip
+            layer.num_tasks,
+            layer.num_features,
+            layer.eps,
+            layer.momentum,
+            activation=layer.activation,
+            negative_slope=layer.negative_slope,
+            pool=pool,
+            conv=conv,
+            stacking=layer.stacking,
+            track_running_stats=layer.running_mean is not None,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+        )
         late.norm.process_group = layer.process_group
         with torch.no_grad():
             late.weight.copy_(layer.weight)
@@ -149,9 +166,17 @@ class LateFanOut(nn.Module):
         # By mean 0 and variance 1 the layer only multiplies: one read of r, T writes.
         zeros, ones = torch.zeros_like(self.weight), torch.ones_like(self.weight)
         r = task_batch_norm(
-            r, self.weight, None, zeros, ones, num_tasks=self.num_tasks, training=False, eps=0.0,
-            stacking=self.stacking, fan_out=True,
-        )  # fmt: skip
+            r,
+            self.weight,
+            None,
+            zeros,
+            ones,
+            num_tasks=self.num_tasks,
+            training=False,
+            eps=0.0,
+            stacking=self.stacking,
+            fan_out=True,
+        )
         for module in modules:  # of which the gates are not known to let themselves be taken out
             r = module(r)
         return r
