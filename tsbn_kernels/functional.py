@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import Saved, of_input
 from tsbn_kernels.operator import autograd, autograd_streams, autograd_synchronized, checks, recompute_outputs, runs
+
+_MOST = 256  # numbers of values that are remembered
+_shares: dict[tuple[int, torch.dtype], Tensor] = {}
 
 
 def task_batch_norm(
@@ -174,10 +176,8 @@ def normalize(
         given = (None, None) if training else (running_mean, running_var)
         *outputs, mean, var = apply(x, weight, bias, residual, *given, options, recover_input, backend)
         if tracked and values > 0:
-            share: Any = values / (values - 1)
-            if not compiling and type(var) is Tensor and not torch._C._are_functorch_transforms_active():
-                share = _constant(share, var.dtype)
-            unbiased = var * share
+            kept = type(var) is Tensor and not compiling
+            unbiased = var * (_share(values, var.dtype) if kept else values / (values - 1))
             _track(running_mean, running_var, mean, unbiased, momentum, compiling)
     if not compiling and recompute_outputs.wanted() and not recover_input:
         saved = Saved(x, weight, bias, residual, mean, var)
@@ -187,11 +187,18 @@ def normalize(
     return outputs
 
 
-@lru_cache(maxsize=256)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor, by which PyTorch multiplies at half the cost on the host; not to be made in a transform."""
+def _share(values: int, dtype: torch.dtype) -> Any:
+    """``values / (values - 1)``, as a tensor that is kept: by that PyTorch multiplies at half the cost on the host."""
+    known = _shares.get((values, dtype))
+    if known is not None:
+        return known
+    share = values / (values - 1)
+    if torch._C._are_functorch_transforms_active():  # which would be left by a tensor that is made in it
+        return share
+    if len(_shares) >= _MOST:
+        _shares.clear()
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+        return _shares.setdefault((values, dtype), torch.tensor(share, dtype=dtype, device="cpu"))
 
 
 def _track(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.problems import Problem, problem, stack, unstack
+from support.problems import Problem, defined, problem, stack, unstack
 from support.tolerances import BACKWARD, FORWARD, Tolerance, assert_within
 from tsbn_kernels.backends.triton import ops
-from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.operator.ops import flat
 
 Epilogue = tuple[str, bool]  # the activation, and whether there is a residual
 SLOPE = 0.25
@@ -72,7 +72,7 @@ def assert_equals_reference(call: Fused) -> None:
     """In values, shapes and strides."""
     dtype = call.p.x.dtype
     names = "y", "mean", "var", "dx", "dweight", "dbias", "dresidual"
-    for name, got, wanted in zip(names, call.run(ops), call.in_double().run(reference), strict=True):
+    for name, got, wanted in zip(names, call.run(flat(ops)), call.in_double().run(defined), strict=True):
         if not wanted.numel():
             assert got.shape == wanted.shape, name
             continue

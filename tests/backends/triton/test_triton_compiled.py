@@ -38,8 +38,12 @@ from benchmarks.records.workloads import CELEBA40
 from tools.ptxvm.launch import Violation
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work
 from tsbn_kernels.backends.plan import triton as rules
-from tsbn_kernels.backends.triton import launch, ops
+from tsbn_kernels.backends.triton import launch
+from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.operator.ops import flat
+
+ops = flat(triton_ops)
 
 TARGETS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
 SCHEDULES = ("forward", "reversed", 1, 2)

@@ -19,10 +19,13 @@ from test_triton_compiled import SIZES, assert_traffic, toy
 
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan.triton import is_even, plan
-from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.backends.triton.kernels import activations
 from tsbn_kernels.definition import activations as reference_activations
 from tsbn_kernels.definition.activations import ACTIVATIONS, activation_slope
+from tsbn_kernels.operator.ops import flat
+
+ops = flat(triton_ops)
 
 EPILOGUES: tuple[Epilogue, ...] = (*product(ACTIVATIONS, (False, True)), ("none", True))
 

@@ -14,6 +14,7 @@ from test_triton_compiled import toy
 from benchmarks.profile.compile_offline import compile_call, recorded, resources
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.operator.ops import flat
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_compiled(memory_format: str, dtype: torch.dtype, target: str, activatio
     options = {"memory_format": memory_format, "dtype": dtype, "training": False, "shared": shared}
     call = make_call(2, 5, 8, (3, 19), activation=activation, residual=activation != "none", **options)
     with compiled.machine(toy("split", target)) as machine:
-        assert_correct(call, ops)
+        assert_correct(call, flat(ops))
     expected = ["fan_out_gather", "fan_out_gradient"] if shared else ["backward_apply"]
     assert machine.kernels == ["forward_partial", *expected]
 
@@ -54,8 +55,8 @@ def test_machine_code(memory_format: str, activation: str, monkeypatch: pytest.M
         dtype=torch.bfloat16,
     )
     with recorded() as calls:
-        moments(call, ops)
-        gradient(call, vectors(call), ops)
+        moments(call, flat(ops))
+        gradient(call, vectors(call), flat(ops))
     plans = [run.plan for run in (*ops._forwards.values(), *ops._backwards.values())]
     for launch, plan in zip(calls, plans, strict=True):
         used = resources(compile_call(launch, "sm_90")[0])
