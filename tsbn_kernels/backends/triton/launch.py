@@ -29,8 +29,9 @@ class Launch:
     @property
     def function(self) -> Any:
         """The ``triton.jit`` function."""
-        modules = {"forward": forward, "backward": backward, "fan": fan_out}
-        return getattr(modules[self.kernel.partition("_")[0]], self.kernel)
+        return next(
+            getattr(module, self.kernel) for module in (forward, backward, fan_out) if hasattr(module, self.kernel)
+        )
 
     def __call__(self, *arguments: Any) -> None:
         """Launches on the current device and stream.
