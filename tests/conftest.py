@@ -22,7 +22,18 @@ settings.load_profile("tests")
 
 pytest_plugins = ["gpu_check"]
 M_PERTURB = -6
-COMPILES_FOR_MINUTES = ("test_triton_gate.py", "test_wheel.py")
+# Files with few tests that take long.
+FIRST = (
+    "test_gpu_day.py",
+    "test_benchmarks_cli.py",
+    "test_triton_gate.py",
+    "test_train_cli.py",
+    "test_triton_kernels.py",
+    "test_gpu_check.py",
+    "test_wheel.py",
+    "test_examples.py",
+    "test_descendants.py",
+)
 
 
 def pytest_configure() -> None:
@@ -33,13 +44,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what "avx512_bf16" would repeat: it has kernels of its own for bfloat16 alone.
 
-    The files that compile for minutes come first, then those with many tests: else one process ends with them, alone.
+    The files that take long come first, then those with many tests: else one process ends with them, alone.
     """
     repeated = [item for item in items if _repeats_avx512(**getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if item not in repeated]
     tests_of = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in COMPILES_FOR_MINUTES, -tests_of[item.path], item.path))
+    items.sort(key=lambda item: (item.path.name not in FIRST, -tests_of[item.path], item.path))
 
 
 def _repeats_avx512(kernels: str = "", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
