@@ -42,6 +42,7 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
     """Collects what layers launch for tensors on the meta device, taken for the GPU's, by Triton. Nothing runs."""
     with (
         recorded() as calls,
+        mock.patch.object(backends, "is_forced", return_value=True),
         mock.patch.object(backends, "override", return_value="triton"),
         mock.patch.object(ops, "_device", return_value=device),
         mock.patch.object(ops, "_on", return_value=nullcontext()),

@@ -32,13 +32,25 @@ def _prepared(self: launch.Launch, *arguments: object) -> None:
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """Sends CPU tensors to the Triton backend, whose kernels do not run."""
-    chosen = mock.patch.object(backends, "override", return_value="triton")
-    with chosen, mock.patch.object(launch.Launch, "__call__", _prepared):
+    with _triton_forced(), mock.patch.object(launch.Launch, "__call__", _prepared):
         yield
 
 
-def _triton(device_type: str) -> str:
-    """Stands in for :func:`tsbn_kernels.backends.override`; a mock would cost as much as a launch."""
+@contextmanager
+def _triton_forced() -> Iterator[None]:
+    """Chooses Triton for tensors of any device, by functions: a mock would cost as much as a launch."""
+    with (
+        mock.patch.object(backends, "is_forced", _is_forced),
+        mock.patch.object(backends, "override", _override),
+    ):
+        yield
+
+
+def _is_forced() -> bool:
+    return True
+
+
+def _override(device_type: str) -> str:
     return "triton"
 
 
@@ -69,7 +81,7 @@ def host_times(num_tasks: int = 40, effort: Effort = EFFORT) -> tuple[dict[str, 
     x = torch.randn(num_tasks * samples, channels, *spatial, requires_grad=True)
     fused, loop = FusedTSigmaBN2d(num_tasks, channels), PlainLoop(num_tasks, channels)
     no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(backends, "override", _triton):
+    with tempfile.TemporaryDirectory() as folder, _triton_forced():
         driver = Driver(Path(folder), notes=False)
         forward, backward = _step(fused, x)
         backward(forward())

@@ -36,7 +36,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 
 def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
-    told = json.loads(program("import json, launches; print(json.dumps(launches.main(driver)))")[-1])
+    told = json.loads(
+        program("import json\nfrom support import launches\nprint(json.dumps(launches.main(driver)))")[-1]
+    )
     assert len(told["kernels"]) == 11
     variants = {"resident", "split", "elementwise"}
     kinds = {

@@ -88,8 +88,8 @@ import sys
 from pathlib import Path
 from benchmarks.commands import gpu_day
 from benchmarks.gpu_day.steps import Step
-cli_gpu_day.STEPS = [Step(name, f"support.day_steps:{name}", 60.0) for name in ("good", "hangs")]
-cli_gpu_day.gpu_day(Path(sys.argv[1]), float(sys.argv[2]), "cpu", None)
+gpu_day.STEPS = [Step(name, f"support.day_steps:{name}", 60.0) for name in ("good", "hangs")]
+gpu_day.gpu_day(Path(sys.argv[1]), float(sys.argv[2]), "cpu", None)
 """
 
 
@@ -104,6 +104,7 @@ def started(folder: Path, seconds: float, program: str = PROGRAM) -> subprocess.
 def test_whenever_it_is_ended_the_archive_is_whole_and_a_later_call_goes_on(tmp_path, how):
     process = started(tmp_path, 300)
     while not any("--- hang" in log.read_text() for log in tmp_path.glob("*/hangs.log")):
+        assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, how)
     said, _ = process.communicate(timeout=60)

@@ -88,7 +88,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/experiments"]
 from test_train_fit import run
 torch.set_num_threads(1)
 path, resume = Path(sys.argv[1]), sys.argv[2] == "resume"

@@ -138,13 +138,13 @@ def test_bytes() -> None:
     """Every task's activation moves once, the input twice, and the gathered gradients are written and read once."""
     for family in ("rows", "columns"):
         forward, backward = celeba(family), celeba(family, direction="backward", bias=True)
-        one = forward.work.input_bytes
+        work, one = backward.work, forward.work.input_bytes
         assert forward.activation_bytes_read == 2 * one
         assert forward.activation_bytes_written == 40 * one
         assert backward.activation_bytes_read == 40 * one + 2 * one + 2 * one  # in float32
         assert backward.activation_bytes_written == one + 2 * one
         assert (forward.launches, backward.launches) == (2, 3)
-        partials = 2 * 2 * backward.splits * backward.work.vectors * 4  # two sums, written and read
+        partials = 2 * 2 * backward.splits * work.tasks * work.channels * 4  # two sums, written and read
         assert partials < 0.04 * backward.activation_bytes_read
 
 
