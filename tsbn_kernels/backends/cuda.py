@@ -251,6 +251,8 @@ def forward_eval(saved: Saved, options: Options) -> Tensor:
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
     """See :func:`tsbn_kernels.definition.batch_norm.backward`."""
+    if needs.dresidual and options.activation in (NONE, INVERSE):
+        raise ValueError("without an activation dy is the gradient of residual")
     x, weight, bias, residual, mean, var = saved
     dx = layout.empty_input(x, options) if needs.dx else None
     dresidual = layout.empty_output(x, options) if needs.dresidual else None

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.problems import problem
 from support.processes import ROOT, python, python_output
 
 from tools.ptxvm import find_nvcc
 from tsbn_kernels import backends
 from tsbn_kernels.backends import cuda
+from tsbn_kernels.definition.activations import INVERSE, NONE
+from tsbn_kernels.definition.options import Needs, Options, Saved
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is None, reason="no nvcc or no g++")
 
@@ -300,3 +303,13 @@ def test_every_backend_can_be_forced_from_the_environment() -> None:
         if backend.available:
             program = "import tsbn_kernels.backends as b; print(b._override.name)"
             assert python_output(program, TSBN_BACKEND=backend.name).split() == [backend.name]
+
+
+@pytest.mark.parametrize("activation", [NONE, INVERSE])
+def test_what_no_kernel_writes_is_refused(activation: str) -> None:
+    """As by the CPU's kernels: without an activation dy itself is the gradient of the residual."""
+    p = problem(bias=False)
+    saved = Saved(p.x, p.weight, None, p.x, p.weight, p.weight.square())
+    options = Options(*p.options, activation, 0.5)
+    with pytest.raises(ValueError, match="dy is the gradient of residual"):
+        cuda.backward(p.dy, saved, True, Needs(True, True, False, True), options)
