@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tsbn_kernels.layers.late_fan_out import LateFanOut
+from tsbn_kernels.layers.participation import local
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.multitask import MultiTaskModel
 
@@ -113,7 +114,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     from torch import distributed
 
     gradients = _gradients(model)
-    own, shared = ([_local(p.grad) for p in part if p.grad is not None] for part in (gradients.own, gradients.shared))
+    own, shared = ([local(p.grad) for p in part if p.grad is not None] for part in (gradients.own, gradients.shared))
     device = next(model.parameters()).device
     squares = [torch.nn.utils.get_total_norm(part).to(device, torch.float64).square() for part in (own, shared)]
     distributed.all_reduce(squares[0], group=gradients.mesh.get_group(_TASKS))
@@ -233,7 +234,7 @@ def _average_gradients(parameters: Sequence[Tensor], group: ProcessGroup, others
     if not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    there = torch.tensor([float(p.grad is not None) for p in parameters]).to(_local(gradients[0]))
+    there = torch.tensor([float(p.grad is not None) for p in parameters]).to(local(gradients[0]))
     _in_one([*gradients, there, *others], group, average=True)
     if any(p.grad is None for p in parameters):
         for parameter, gradient, share in zip(parameters, gradients, there.tolist(), strict=True):
@@ -252,7 +253,7 @@ def _in_one(tensors: Sequence[Tensor], group: ProcessGroup, *, average: bool) ->
     from torch import distributed
 
     kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in map(_local, tensors):
+    for tensor in map(local, tensors):
         kinds.setdefault(tensor.dtype, []).append(tensor)
     for same in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
@@ -376,9 +377,3 @@ def _shard(vector: Tensor, tasks: range, mesh: DeviceMesh) -> Tensor:
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this rank has of a DTensor; all of a plain one."""
-    local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
-    return local
