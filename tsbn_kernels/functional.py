@@ -71,8 +71,7 @@ def task_batch_norm(
         process_group: in training, normalise by the statistics of the batches of all ranks of a
             ``torch.distributed.ProcessGroup`` taken together (``"world"``: of all ranks), which may have different
             sizes, or none: see :mod:`tsbn_kernels.operator.autograd_synchronized`. All ranks must make the same calls
-                in the same order.
-            None: those of this process alone.
+            in the same order. None: those of this process alone.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
