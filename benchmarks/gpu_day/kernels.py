@@ -22,8 +22,8 @@ from benchmarks.gpu_day.sources import ROOT
 from benchmarks.layers.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
 from benchmarks.layers.peers import Fused
 from benchmarks.network.model import task_specific_network
-from benchmarks.profile.compile_offline import Call, compile_call, recorded, specialize
-from tsbn_kernels import FusedTSigmaBN, backends
+from benchmarks.profile.compile_offline import Call, compile_call, recorded, specialize, triton_forced
+from tsbn_kernels import FusedTSigmaBN
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.triton import ops
 
@@ -42,8 +42,7 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
     """Collects what layers launch for tensors on the meta device, taken for the GPU's, by Triton. Nothing runs."""
     with (
         recorded() as calls,
-        mock.patch.object(backends, "is_forced", return_value=True),
-        mock.patch.object(backends, "override", return_value="triton"),
+        triton_forced(),
         mock.patch.object(ops, "_device", return_value=device),
         mock.patch.object(ops, "_on", return_value=nullcontext()),
         mock.patch.dict(ops._forwards, clear=True),  # passes that are planned for no device that is here

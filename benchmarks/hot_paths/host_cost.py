@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.hot_paths.fake_driver import Driver
+from benchmarks.profile.compile_offline import triton_forced
 from benchmarks.records.summary import Summary
 from benchmarks.timing.measure import Effort, measure, summarize, training_candidate
-from tsbn_kernels import FusedTSigmaBN2d, backends
+from tsbn_kernels import FusedTSigmaBN2d
 from tsbn_kernels.backends.triton import launch
 
 SHAPE = (2, 8, 4, 4)  # of one task: the kernels do not run, and the peers should have nothing to compute
@@ -32,26 +33,8 @@ def _prepared(self: launch.Launch, *arguments: object) -> None:
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """Sends CPU tensors to the Triton backend, whose kernels do not run."""
-    with _triton_forced(), mock.patch.object(launch.Launch, "__call__", _prepared):
+    with triton_forced(), mock.patch.object(launch.Launch, "__call__", _prepared):
         yield
-
-
-@contextmanager
-def _triton_forced() -> Iterator[None]:
-    """Chooses Triton for tensors of any device, by functions: a mock would cost as much as a launch."""
-    with (
-        mock.patch.object(backends, "is_forced", _is_forced),
-        mock.patch.object(backends, "override", _override),
-    ):
-        yield
-
-
-def _is_forced() -> bool:
-    return True
-
-
-def _override(device_type: str) -> str:
-    return "triton"
 
 
 def _step(module: torch.nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -81,7 +64,7 @@ def host_times(num_tasks: int = 40, effort: Effort = EFFORT) -> tuple[dict[str, 
     x = torch.randn(num_tasks * samples, channels, *spatial, requires_grad=True)
     fused, loop = FusedTSigmaBN2d(num_tasks, channels), PlainLoop(num_tasks, channels)
     no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
-    with tempfile.TemporaryDirectory() as folder, _triton_forced():
+    with tempfile.TemporaryDirectory() as folder, triton_forced():
         driver = Driver(Path(folder), notes=False)
         forward, backward = _step(fused, x)
         backward(forward())

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import create_function_from_signature
 
+from tsbn_kernels import backends
 from tsbn_kernels.backends.triton.kernels import tiles
 from tsbn_kernels.backends.triton.launch import Launch
 
@@ -44,6 +45,13 @@ class Specialization(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: Any
     key: Hashable  # calls with the same key share a compiled kernel
+
+
+@contextmanager
+def triton_forced() -> Iterator[None]:
+    """Sends tensors of any device to the Triton backend, as ``use_backend`` does those that it runs on."""
+    with mock.patch.object(backends, "_override", backends.Backend("triton", (), True, "taken for usable")):
+        yield
 
 
 @contextmanager
