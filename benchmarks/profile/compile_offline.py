@@ -50,7 +50,7 @@ class Specialization(NamedTuple):
 @contextmanager
 def triton_forced() -> Iterator[None]:
     """Sends tensors of any device to the Triton backend, as ``use_backend`` does those that it runs on."""
-    with mock.patch.object(backends, "_override", backends.Backend("triton", (), True, "taken for usable")):
+    with mock.patch.object(backends, "_override", backends.Availability("triton", (), True, "taken for usable")):
         yield
 
 

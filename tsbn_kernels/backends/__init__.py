@@ -14,8 +14,8 @@ from tsbn_kernels.backends import cpu, cuda, triton
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A set of kernels: the device types it runs on (empty: any), and whether it is usable here and why."""
+class Availability:
+    """Where a backend runs: the device types (empty: any), and whether it is usable here and why."""
 
     name: str
     device_types: tuple[str, ...]
@@ -26,17 +26,17 @@ class Backend:
         return not self.device_types or device_type in self.device_types
 
 
-def backends() -> tuple[Backend, ...]:
+def backends() -> tuple[Availability, ...]:
     """All backends, the preferred ones first."""
     return (
-        Backend("triton", triton.device_types, triton.available and not triton.health.broken, triton.detail()),
-        Backend("cuda", ("cuda",), cuda.available and not cuda.health.broken, cuda.detail()),
-        Backend("cpu", ("cpu",), cpu.available, cpu.detail()),
-        Backend("reference", (), True, "eager PyTorch, any device"),
+        Availability("triton", triton.device_types, triton.available and not triton.health.broken, triton.detail()),
+        Availability("cuda", ("cuda",), cuda.available and not cuda.health.broken, cuda.detail()),
+        Availability("cpu", ("cpu",), cpu.available, cpu.detail()),
+        Availability("reference", (), True, "eager PyTorch, any device"),
     )
 
 
-def _available(name: str) -> Backend:
+def _available(name: str) -> Availability:
     known = {backend.name: backend for backend in backends()}
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown backend {name!r}; known are {', '.join(known)}")
@@ -45,7 +45,7 @@ def _available(name: str) -> Backend:
     return known[name]
 
 
-_override: Backend | None = None
+_override: Availability | None = None
 
 
 def force_from_environment() -> None:
