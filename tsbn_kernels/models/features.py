@@ -7,15 +7,23 @@ computed from the backbone's parameters alone.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.nn.utils.rnn import PackedSequence
 
-from tsbn_kernels.models import structure
-from tsbn_kernels.operator.runs import Run
+from tsbn_kernels.operator.runs import Run, graph_below
 from tsbn_kernels.operator.separate import separate
+
+_PLAIN = (Number, str, bytes, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt)
 
 
 def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any], list[Tensor]]:
@@ -27,7 +35,7 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
     """
     if isinstance(features, Tensor) and _is_stacked(features, run, None):
         return list(separate([features], run.count, run)[0]), []
-    found = structure.tensors(features)
+    found = tensors(features)
     if not found:
         raise TypeError(
             f"the backbone must return a tensor, or a dict, list, tuple or dataclass with one, got "
@@ -52,7 +60,7 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
                     return row[task]
             raise AssertionError
 
-        return structure.replaced(features, put)
+        return _replaced(features, put)
 
     return [of(task) for task in range(run.count)], every
 
@@ -73,7 +81,11 @@ def _is_stacked(tensor: Tensor, run: Run, backbone: nn.Module | None) -> bool:
     if rows == stacked or (stacked and rows % stacked == 0 and (node is not None or backbone is None)):
         return True
     if rows != run.batch and (backbone is None or _node(tensor) is not None or rows % run.count == 0):
-        raise _unknown(tensor, run)
+        raise ValueError(
+            f"the backbone must return {run.batch} samples for each of {run.count} tasks, got a tensor of shape "
+            f"{list(tensor.shape)}; what is no batch may be a parameter or buffer of the backbone, a value without "
+            f"dimensions, or have a first dimension of {run.batch}"
+        )
     return False
 
 
@@ -84,14 +96,6 @@ def _doubtful(tensor: Tensor, run: Run) -> ValueError:
         f"a batch of {run.batch} for each of {run.count} tasks, or what all of them share. Return it as {[1, *shape]} "
         f"where they share it, else as {[*shape, 1]} and, where that does not tell, give every task the input: "
         f"model(dict.fromkeys(model.heads, x))"
-    )
-
-
-def _unknown(tensor: Tensor, run: Run) -> ValueError:
-    return ValueError(
-        f"the backbone must return {run.batch} samples for each of {run.count} tasks, got a tensor of shape "
-        f"{list(tensor.shape)}; what is no batch may be a parameter or buffer of the backbone, a value without "
-        f"dimensions, or have a first dimension of {run.batch}"
     )
 
 
@@ -115,13 +119,61 @@ def _node(tensor: Tensor) -> Any:
 
 def has_function(node: Any) -> bool:
     """Whether a graph passes an ``autograd.Function``: a task-specific layer, or what may hold one."""
-    waiting, seen = [node], {node}
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                waiting.append(below)
-    return False
+    return any(isinstance(below, BackwardCFunction) for below in graph_below([node]))
+
+
+# ---- structures: tensors in dicts, lists, tuples and dataclasses, beside what is no tensor ---------------------------
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Finds the tensors of a structure, in its order.
+
+    Raises:
+        TypeError: it holds something of which it is not known what it holds.
+    """
+    found: list[Tensor] = []
+    _replaced(value, found.append)
+    return found
+
+
+def _replaced(value: Any, put: Callable[[Tensor], Any]) -> Any:
+    """Copies a structure, in its classes, with ``put(tensor)`` in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return put(value)
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        return _mapping(value, {key: _replaced(entry, put) for key, entry in value.items()})
+    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):  # whose rows are no samples
+        return _sequence(value, [_replaced(entry, put) for entry in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(result, field.name, _replaced(getattr(value, field.name), put))
+        return result
+    raise TypeError(
+        f"the backbone returned a {type(value).__name__}, and it is not known which parts of that are batches; return "
+        f"tensors, or a dict, list, tuple or dataclass of them"
+    )
+
+
+def _mapping(like: Any, items: dict[Any, Any]) -> Any:
+    if type(like) is OrderedDict:
+        return OrderedDict(list(items.items()))
+    return items if type(like) is dict or not hasattr(like, "__setitem__") else _filled(like, items.items())
+
+
+def _sequence(like: Any, entries: list[Any]) -> Any:
+    if isinstance(like, list):
+        return entries if type(like) is list else _filled(like, enumerate(entries))
+    if hasattr(like, "_make"):  # which PyTorch 2.11 does not compile
+        return type(like)(*entries) if torch.compiler.is_compiling() else like._make(entries)
+    return type(like)(entries)
+
+
+def _filled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    """A copy of a container with other contents."""
+    result = copy.copy(container)
+    for key, entry in items:
+        result[key] = entry
+    return result

@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.layers.task_specific import TaskSpecific
-from tsbn_kernels.models import structure
-from tsbn_kernels.models.features import has_function, of_each_task
+from tsbn_kernels.models.features import has_function, of_each_task, tensors
 from tsbn_kernels.operator import checks, runs
 from tsbn_kernels.operator.recompute_outputs import recompute_outputs
 
@@ -155,7 +154,7 @@ class MultiTaskModel(nn.Module):
         streams, every = of_each_task(features, run, self.backbone)
         if run.passes is not None:
             for index, stream in enumerate(streams):
-                own = structure.tensors(stream)
+                own = tensors(stream)
                 run.passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
 

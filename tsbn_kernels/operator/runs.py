@@ -120,7 +120,7 @@ def _repeated(owner: Any) -> Run | None:
         for reference in list(_graphs):
             graph = reference()
             if graph is not None and graph.run.owner is owner and graph.run.first <= number < graph.run.last:
-                if _leads_to(graph.last, node):
+                if any(below is node for below in graph_below(graph.last, oldest=number)):
                     return graph.run
                 doubtful = True
     if doubtful and is_repetition():
@@ -144,18 +144,19 @@ def _executing() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def _leads_to(nodes: Sequence[Any], wanted: Any) -> bool:
-    """Whether a graph holds a node; what a node gets its gradient from was made after it."""
-    number, waiting, seen = wanted._sequence_nr(), [*nodes], {*nodes}
+def graph_below(nodes: Sequence[Any], oldest: int = -1) -> Iterator[Any]:
+    """The nodes of a graph: these, and what they pass their gradients to, apart from what is older than a number.
+
+    What a node gets its gradient from was made after it.
+    """
+    waiting, seen = [*nodes], {*nodes}
     while waiting:
         node = waiting.pop()
-        if node is wanted:
-            return True
+        yield node
         for below, _ in node.next_functions:
-            if below is not None and below not in seen and below._sequence_nr() >= number:
+            if below is not None and below not in seen and below._sequence_nr() >= oldest:
                 seen.add(below)
                 waiting.append(below)
-    return False
 
 
 def is_repetition() -> bool:
