@@ -4,14 +4,13 @@ from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.late_fan_out import LateFanOut
-from tsbn_kernels.models.convert import convert_model, convert_sync_batchnorm, revert_model
+from tsbn_kernels.models.convert import convert_model, expand_state_dict, revert_model
 from tsbn_kernels.models.earlier_names import find_earlier_names
 from tsbn_kernels.models.export import export_task, fold_into_conv
 from tsbn_kernels.models.hold import hold_absent_tasks
 from tsbn_kernels.models.multitask import MultiTaskModel
 from tsbn_kernels.models.parameter_groups import parameter_groups, split_parameters, task_vector_names
-from tsbn_kernels.models.states import expand_state_dict
-from tsbn_kernels.models.sync_conversion import extend_sync_conversion
+from tsbn_kernels.models.sync_conversion import convert_sync_batchnorm, extend_sync_conversion
 from tsbn_kernels.operator.recompute_outputs import recompute_outputs
 from tsbn_kernels.sharding import shard_tasks
 

@@ -17,8 +17,7 @@ from tsbn_kernels import __version__, backends, memory
 from tsbn_kernels.backends.plan import DEVICES, Work, devices
 from tsbn_kernels.backends.plan import cuda as cuda_rules
 from tsbn_kernels.backends.plan import triton as triton_rules
-from tsbn_kernels.backends.plan.describe import table
-from tsbn_kernels.backends.plan.unfused import layer_alone, unfused_bytes
+from tsbn_kernels.backends.plan.describe import layer_alone, table, unfused_bytes
 from tsbn_kernels.definition.activations import ACTIVATIONS
 from tsbn_kernels.definition.layout import Family
 
@@ -91,18 +90,14 @@ def _works(options: argparse.Namespace) -> list[Work]:
     return [work, replace(work, direction="backward"), replace(work, training=False)]
 
 
-def _accelerators() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [] if accelerator is None else [accelerator.type]
-
-
 def _report() -> None:
     print(f"tsbn-kernels {__version__}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for backend in backends.backends():
         state = "available" if backend.available else "missing"
         print(f"  {backend.name:10} {state:10} {backend.detail}")
     reason = "forced by TSBN_BACKEND" if os.environ.get("TSBN_BACKEND") else "the first that is available"
-    for device in ["cpu", *_accelerators()]:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    for device in ["cpu", *([accelerator.type] if accelerator else [])]:
         try:
             print(f"{device} tensors run on: {backends.select(device)} ({reason})")
         except RuntimeError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import gc
+from collections.abc import Callable, Collection, Iterable
 from inspect import getattr_static
 from itertools import chain
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _WrappedHook
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -18,6 +20,8 @@ _HOOKS = (
 )  # fmt: skip
 _COMPUTING = ("forward", "_call_impl", "_conv_forward", "_call")  # methods of PyTorch's modules and ours
 _HARMLESS = {"__init__", "__repr__", "_get_name", "extra_repr", "reset_parameters", "reset_running_stats"}
+_MOST_HELD = 100_000  # objects that are looked at: a trainer or a data set may hang on a model
+_ENDS = (type, ModuleType, CodeType, FrameType, Tensor)
 
 
 def is_plain(module: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
@@ -129,3 +133,29 @@ def copy_of(model: nn.Module) -> nn.Module:
     for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
         vars(copied).update(vars(parameter))
     return twin
+
+
+def held(model: nn.Module, wanted: Callable[[Any], bool]) -> list[Any]:
+    """Finds the objects that are ``wanted``; the way to them leads through no module but those of the model."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    waiting = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in ("_modules", "_parameters", "_buffers")
+    ]
+    while waiting and len(seen) < _MOST_HELD:
+        value = waiting.pop()
+        if wanted(value):
+            found[id(value)] = value
+        elif id(value) not in seen and not isinstance(value, (nn.Module, *_ENDS)):
+            seen.add(id(value))
+            waiting += _held_by(value)
+    return list(found.values())
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, FunctionType):  # not its globals
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
+    return gc.get_referents(value)

@@ -15,11 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from tsbn_kernels.definition.activations import of_module
-from tsbn_kernels.definition.plain import carry_attributes, carry_hooks, copy_of, deviation, is_plain
+from tsbn_kernels.definition.plain import carry_attributes, carry_hooks, copy_of, deviation, held, is_plain
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.fuse_activations import find_chains, fuse, unfuse
-from tsbn_kernels.models.held import held
 from tsbn_kernels.models.starts import Starts
 from tsbn_kernels.operator import checks
 
@@ -239,30 +238,30 @@ def plain_layer(layer: TaskSpecific, name: str, task: int) -> nn.Module:
     return plain
 
 
-def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Lets every task-specific layer of a model synchronise its statistics over the ranks of a process group.
+def expand_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state of a plain model as one of a converted model, in which every task starts from the plain layers.
 
-    The counterpart of ``nn.SyncBatchNorm.convert_sync_batchnorm``, which is for the plain layers of a model.
+    ``model.load_state_dict`` takes plain states as they are. What distributes a state before the layers see it does
+    not, for it goes by their shapes: ``set_model_state_dict`` of ``torch.distributed.checkpoint`` with
+    ``broadcast_from_rank0``, for example, which then takes this function's result on the first rank.
 
     Args:
-        model: is changed in place.
-        process_group: a ``torch.distributed.ProcessGroup``; None stands for all ranks.
-
-    Returns:
-        ``model``.
+        model: the converted model, wrapped or not, whose parameters may be sharded or on the meta device.
+        state_dict: by the names of the plain model, and not changed; what is no task-specific layer's is handed on.
 
     Raises:
-        ValueError: the model has no task-specific layer, or one of them has ``recover_input=True``.
+        TypeError: ``model`` is no module, or ``state_dict`` no dict.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedTSigmaBN)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no task-specific layer to synchronise")
-    for name, layer in layers:
-        if layer.recover_input:
-            raise ValueError(f"{name!r} has recover_input=True, which does not work with a process_group; set it False")
-    for _, layer in layers:
-        layer.process_group = process_group or "world"
-    return model
+    checks.check_module("model", model)
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+    expanded = dict(state_dict)
+    whole = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    for path, layer in whole.named_modules():
+        if isinstance(layer, TaskSpecific):
+            name = path.replace("_orig_mod.", "")  # of torch.compile, as distributed checkpoints leave it out
+            layer._expand_plain_state(expanded, f"{name}." if name else "")
+    return expanded
 
 
 def _fuse(

@@ -12,11 +12,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsbn_kernels.definition.activations import FUNCTION_NAMES, Name, of_function, of_module
-from tsbn_kernels.definition.plain import CALL_HOOKS, has_hooks, is_plain, leaf_call
+from tsbn_kernels.definition.plain import CALL_HOOKS, has_hooks, held, is_plain, leaf_call
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models import sites
-from tsbn_kernels.models.held import held
 
 _FUSED = "_tsbn_fused"  # the layers that apply what a block does not
 

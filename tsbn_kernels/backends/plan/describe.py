@@ -1,10 +1,12 @@
-"""Plans as a table for a person."""
+"""Plans as a table for a person, and what their fused passes spare."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tsbn_kernels.backends.plan.core import Plan
+from tsbn_kernels.backends.plan.work import Work
 
 
 def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequence[int] | None = None) -> str:
@@ -13,10 +15,10 @@ def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequen
     Args:
         plans: of passes over one activation on one device.
         bandwidth: bytes a second; None for the data sheet's.
-        unfused: bytes of the same without fusion, see :func:`tsbn_kernels.backends.plan.unfused.unfused_bytes`.
+        unfused: bytes of the same without fusion, see :func:`unfused_bytes`.
     """
     rate = bandwidth or plans[0].device.bandwidth
-    rows = {"": [_pass_name(plan) for plan in plans]}
+    rows = {"": [f"{plan.work.direction} {'training' if plan.work.training else 'evaluation'}" for plan in plans]}
     for plan in plans:
         for name, value in _facts(plan, rate).items():
             rows.setdefault(name, []).append(value)
@@ -42,10 +44,6 @@ def _heading(plan: Plan, rate: float) -> str:
         f"{device.name} ({device.target}, {device.multiprocessors} multiprocessors) at {rate / 1e12:.2f} TB/s; "
         f"times are predicted from the bytes, nothing was measured"
     )
-
-
-def _pass_name(plan: Plan) -> str:
-    return f"{plan.work.direction} {'training' if plan.work.training else 'evaluation'}"
 
 
 def _facts(plan: Plan, rate: float) -> dict[str, str]:
@@ -77,3 +75,22 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} B"
+
+
+def layer_alone(work: Work) -> Work:
+    """The work without what is fused with it; of one input for all tasks each task has a view."""
+    alone = replace(work, activation="none", residual=False, needs_dresidual=False, fan_out=False)
+    return replace(alone, expanded=work.expanded or work.fan_out)
+
+
+def unfused_bytes(alone: Plan, work: Work) -> int:
+    """Bytes that a sequence of passes loads and stores, the layer's own by the plan ``alone``."""
+    activation = work.activation_bytes
+    moved = alone.bytes_read + alone.bytes_written
+    if work.residual and not work.backward:
+        moved += 3 * activation  # two are read; the gradient of a sum is that of its terms
+    if work.activation != "none":
+        moved += (3 if work.backward else 2) * activation  # backward dy and what the activation kept
+    if work.gathers and work.needs_dx:
+        moved += activation + work.input_bytes  # the tasks' gradients are added up
+    return moved
