@@ -122,23 +122,19 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         self.fan_out = fan_out
         self.recover_input = recover_input
         self.process_group = process_group
-        shape = (num_tasks, num_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        def empty() -> Tensor:
+            return torch.empty((num_tasks, num_features), device=device, dtype=dtype)
+
+        self.weight = nn.Parameter(empty())
         if bias == "frozen":
-            self.register_buffer("bias", torch.empty(shape, device=device, dtype=dtype))
-        elif bias:
-            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_buffer("bias", empty())
         else:
-            self.register_parameter("bias", None)
-        statistics: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if track_running_stats:
-            statistics = (
-                torch.zeros(shape, device=device, dtype=dtype),
-                torch.ones(shape, device=device, dtype=dtype),
-                torch.zeros(num_tasks, device=device, dtype=torch.long),
-            )
-        for name, tensor in zip(_STATISTICS, statistics, strict=True):
-            self.register_buffer(name, tensor)
+            self.register_parameter("bias", nn.Parameter(empty()) if bias else None)
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, empty() if track_running_stats else None)
+        batches = torch.empty(num_tasks, device=device, dtype=torch.long) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", batches)
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:

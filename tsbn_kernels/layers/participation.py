@@ -32,7 +32,7 @@ class Participation:
 
     def __init__(self, parameter: Tensor, rows: int) -> None:
         self.leaf = torch.zeros(rows, device=parameter.device, requires_grad=True)
-        self._rows: Tensor | None = None  # None: nothing is known of the gradient
+        self.rows: Tensor | None = None  # a bool for each; None: no pass has said anything of what is in the gradient
         self._reported: dict[int, Tensor] = {}  # by passes whose gradient has not come yet
         self._passes: set[int] = set()  # whose gradient has come
         self._version = -1  # of the gradient when a pass last added to it
@@ -46,10 +46,26 @@ class Participation:
         """A copy of a layer belongs to no optimiser."""
         return type(None), ()
 
-    @property
-    def rows(self) -> Tensor | None:
-        """A bool for each row; None where no pass has said anything of what is in the gradient."""
-        return self._rows
+    def take_part(self, weight: Tensor, tasks: Tensor | None, own_streams: bool) -> tuple[Tensor, Passes | None]:
+        """Gives the weight ``[K, C]`` of a call, whose backward pass reports that its rows took part.
+
+        Args:
+            weight: the rows of ``tasks``.
+            tasks: the K rows of T; None stands for all.
+            own_streams: whether the call returns its streams as tensors of their own.
+
+        Returns:
+            The weight, and what tells which of the streams take part: those of the call, or of the model that runs the
+            layer. It is None where nothing does, and all take part: a compiled graph has one backward pass of all.
+        """
+        run, passes = runs.innermost(), None
+        if not torch.compiler.is_compiling() and (run is not None or own_streams):
+            passes = Passes() if run is None or run.passes is None else run.passes
+            if run is not None:
+                run.passes = passes
+        leaf = self.leaf.to(weight.device)
+        reporting: Tensor = _TakePart.apply(weight, leaf if tasks is None else leaf.index_select(0, tasks), passes)
+        return reporting, passes
 
     def _take(self, gradient: Tensor) -> None:
         rows = gradient != 0
@@ -61,7 +77,7 @@ class Participation:
                 self._reported[this] = rows
 
     def _add(self, rows: Tensor) -> None:
-        self._rows = rows if self._rows is None else self._rows | rows
+        self.rows = rows if self.rows is None else self.rows | rows
 
     def _receive(self, reference: weakref.ref[Tensor], _: Tensor) -> None:
         """A gradient is about to be added to that of the parameter."""
@@ -70,10 +86,10 @@ class Participation:
         this = torch._C._current_graph_task_id()
         with self._lock:
             if before is None:
-                self._rows = None
+                self.rows = None
                 self._passes.clear()
-            elif self._rows is not None and before._version != self._version:  # it may have been zeroed
-                self._rows = self._rows & before.any().to(self._rows.device)
+            elif self.rows is not None and before._version != self._version:  # it may have been zeroed
+                self.rows = self.rows & before.any().to(self.rows.device)
             self._passes.add(this)
             if this in self._reported:
                 self._add(self._reported.pop(this))
@@ -111,22 +127,6 @@ class Passes:
         return like.new_tensor([float(self._last.get(index) == this) for index in range(len(like))])
 
 
-def of_call(own_streams: bool) -> Passes | None:
-    """What tells which of the streams of a layer's call take part: themselves, or the model's that runs it.
-
-    None where nothing does, and all take part: a compiled graph has one backward pass, of all of them.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    run = runs.innermost()
-    if run is None:
-        return Passes() if own_streams else None
-    if run.passes is None:
-        run.passes = Passes()
-    passes: Passes = run.passes
-    return passes
-
-
 class _TakePart(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -142,17 +142,3 @@ class _TakePart(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         ones = gradient.new_ones(gradient.shape[0])
         return gradient, ones if ctx.passes is None else ctx.passes.rows(ones), None
-
-
-def take_part(weight: Tensor, leaf: Tensor, tasks: Tensor | None, passes: Passes | None) -> Tensor:
-    """The weight, whose backward pass reports that its rows took part: those of ``tasks``, of which it has the rows.
-
-    Args:
-        weight: ``[K, C]``.
-        leaf: of the layer's participation, ``[T]``.
-        tasks: the K rows of T; None stands for all.
-        passes: tell which of the K streams take part; None: all do.
-    """
-    leaf = leaf.to(weight.device)
-    result: Tensor = _TakePart.apply(weight, leaf if tasks is None else leaf.index_select(0, tasks), passes)
-    return result

@@ -12,6 +12,8 @@ from tsbn_kernels.backends import capture
 from tsbn_kernels.layers import participation
 from tsbn_kernels.operator import checks, runs
 
+Tasks = Sequence[int] | Tensor | None  # of a call: indices, each once; None stands for all
+
 
 class TaskSpecific(nn.Module):
     """A layer whose parameters and buffers have a leading task axis, and whose tasks differ by their gates.
@@ -59,18 +61,14 @@ class TaskSpecific(nn.Module):
             raise IndexError(f"task {index} is out of range for num_tasks={self.num_tasks}")
         return index
 
-    def _route(
-        self, x: Tensor, tasks: Sequence[int] | Tensor | None, fan_out: bool | None
-    ) -> tuple[Sequence[int] | Tensor | None, bool | None]:
+    def _route(self, x: Tensor, tasks: Tasks, fan_out: bool | None) -> tuple[Tasks, bool | None]:
         """The tasks of a call and whether it fans out: as asked for, or as the model says that runs the layer."""
         for router in self._routers:
             if (found := router.route(self, x)) is not None:
                 tasks, fan_out = found
         return tasks, fan_out
 
-    def _own_rows(
-        self, vectors: tuple[Any, ...], tasks: Sequence[int] | Tensor | None
-    ) -> tuple[tuple[Any, ...], Tensor | None]:
+    def _own_rows(self, vectors: tuple[Any, ...], tasks: Tasks) -> tuple[tuple[Any, ...], Tensor | None]:
         """The rows of ``[T, *]`` vectors that this process has, and which of them a call for some tasks is for.
 
         Args:
@@ -100,8 +98,7 @@ class TaskSpecific(nn.Module):
         """
         if self._participation is None or not torch.is_grad_enabled():
             return weight, None
-        passes = participation.of_call(own_streams)
-        return participation.take_part(weight, self._participation.leaf, rows, passes), passes
+        return self._participation.take_part(weight, rows, own_streams)
 
     def _indices(self, tasks: Sequence[int] | Tensor) -> Tensor:
         if isinstance(tasks, Tensor):
