@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tsbn_kernels.definition.options import Options, of_input
+from tsbn_kernels.definition.options import LayerOptions, Options, of_input
 
 Stacking = Literal["task_major", "sample_major", "task_axis"]
 STACKINGS: tuple[str, ...] = get_args(Stacking)
@@ -138,7 +138,7 @@ def _family_strides(shape: Sequence[int], family: Family | None, channel: int) -
     return tuple(result)
 
 
-def output_shape(x: Tensor, options: Options) -> tuple[int, ...]:
+def output_shape(x: Tensor, options: Options | LayerOptions) -> tuple[int, ...]:
     """Shape of y: that of x; of an x that all tasks share, T streams stacked."""
     if not options.fan_out:
         return tuple(x.shape)

@@ -102,3 +102,71 @@ class Backend(Protocol):
 def of_input(options: Options) -> Options:
     """The options of x alone: one that all tasks share is the batch of one task, stacked along its first dimension."""
     return Options(1, options.eps, options.gate, "task_major") if options.fan_out else options
+
+
+class LayerOptions(NamedTuple):
+    """All of a call of layer normalisation but its tensors.
+
+    Attributes:
+        num_tasks: T.
+        eps: added to the variance, or to the mean square.
+        gate: ``"sigmoid"`` or ``"identity"``.
+        stacking: of what has T streams, see :mod:`tsbn_kernels.definition.layout`.
+        rms: divide by the root of the mean square, and subtract no mean.
+        fan_out: x is one input ``[N, *]`` that all tasks share, rather than stacked.
+    """
+
+    num_tasks: int
+    eps: float
+    gate: str
+    stacking: str
+    rms: bool = False
+    fan_out: bool = False
+
+
+class LayerNeeds(NamedTuple):
+    """Which gradients of layer normalisation are needed; that of x is that of the residual too."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+
+
+class LayerSaved(NamedTuple):
+    """What a backward pass of layer normalisation reads beside dy: what was normalised, and its R rows' statistics."""
+
+    s: Tensor
+    weight: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+
+
+class LayerNormalized(NamedTuple):
+    """The output, ``x + residual`` where there is a residual, and the statistics ``[R]``: no mean in the RMS form."""
+
+    y: Tensor
+    s: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of layer normalisation, None where they are not needed."""
+
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+class LayerBackend(Protocol):
+    """The operators of layer normalisation, which :mod:`tsbn_kernels.definition.layer_norm` defines."""
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions
+    ) -> LayerNormalized:
+        """Normalises each row of ``x + residual``."""
+
+    def layer_norm_backward(
+        self, dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
+    ) -> LayerGradients:
+        """Computes the gradients that are needed, from those of y and of ``s = x + residual``."""
