@@ -130,14 +130,14 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return ops.Operators(*map(both, ops.Operators._fields))
 
-    monkeypatch.setattr(ops, "_cuda", planned(cuda))
+    monkeypatch.setattr(ops.batch_norm, "cuda", planned(cuda))
     if triton.available:
         from tsbn_kernels.backends.triton import launch
         from tsbn_kernels.backends.triton import ops as triton_ops
 
         monkeypatch.setattr(triton_ops, "_device", lambda _: h100)
         monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_: None)
-        monkeypatch.setattr(ops, "_triton", lambda: planned(triton_ops))
+        monkeypatch.setattr(ops.batch_norm, "triton", lambda: planned(triton_ops))
         monkeypatch.setattr(triton_ops, "_forwards", {})
         monkeypatch.setattr(triton_ops, "_backwards", {})
 

@@ -13,7 +13,8 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import NONE, activation_slope
 from tsbn_kernels.definition.options import Backend, Gradients, Needs, Normalized, Options, Saved
 from tsbn_kernels.operator import recover_input as recovery
-from tsbn_kernels.operator.ops import SIGNATURES, eager_operators, library, operators
+from tsbn_kernels.operator.ops import batch_norm, eager_operators, operators
+from tsbn_kernels.operator.registry import library
 
 _NEEDS = {flags: Needs(*flags) for flags in product((False, True), repeat=4)}
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
@@ -227,7 +228,7 @@ def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _register(name: str) -> None:
     """Makes an operator of the forward pass differentiable."""
-    signature = SIGNATURES[name]
+    signature = batch_norm.signatures[name]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         given, options = signature.read(inputs)

@@ -1,37 +1,33 @@
-"""The operators ``torch.ops.tsbn.*``: schemas, fake kernels, and which backend implements them on which device.
+"""The operators of batch normalisation: schemas, adapters and fake kernels.
 
-All are functional, and the forward ones differentiable (:mod:`tsbn_kernels.operator.autograd`). Their arguments are
-flat; this file alone makes them of what a :class:`tsbn_kernels.definition.options.Backend` takes, and back. ``x`` is a
-stacked activation, or where ``shared`` (``fan_out``) is set one input ``[N, C, *]`` for all tasks; ``residual`` and
-``dy`` are stacked. They may have any strides: :func:`tsbn_kernels.definition.layout.readable` tells which are copied.
-Parameters and statistics are ``[T, C]``; statistics are float64 for float64 input, else float32; moments are float64.
-``activation`` is ``"none"`` or one of :data:`tsbn_kernels.definition.activations.ACTIVATIONS`; the backward takes
-``"inverse_leaky_relu"`` too (see the reference). A gradient that is not needed is an empty tensor.
+Their arguments are flat; this file alone makes them of what a :class:`tsbn_kernels.definition.options.Backend` takes,
+and back. ``x`` is a stacked activation, or where ``shared`` (``fan_out``) is set one input ``[N, C, *]`` for all tasks;
+``residual`` and ``dy`` are stacked. They may have any strides: :func:`tsbn_kernels.definition.layout.readable` tells
+which are copied. Parameters and statistics are ``[T, C]``; statistics are float64 for float64 input, else float32;
+moments are float64. ``activation`` is ``"none"`` or one of
+:data:`tsbn_kernels.definition.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too (see the
+reference). A gradient that is not needed is an empty tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from tsbn_kernels import backends
-from tsbn_kernels.backends import cpu, cuda, triton
-from tsbn_kernels.backends.fallback import guarded
-from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Backend, Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+from tsbn_kernels.operator.registry import Normalization, Operator, or_empty
 
 if TYPE_CHECKING:
+    from tsbn_kernels.backends import cuda
     from tsbn_kernels.backends.triton import ops as triton_operators
+    from tsbn_kernels.definition import batch_norm as reference
 
     _backends: tuple[Backend, ...] = (triton_operators, cuda, reference)
-
-library = torch.library.Library("tsbn", "DEF")
 
 
 class Operators(NamedTuple):
@@ -82,33 +78,6 @@ SCHEMAS = {
         f" {_OPTIONS}, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dresidual)"
     ),
 }
-# Inductor may pass any strides, and spares the copies that the traced ones would cost.
-_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=_TAGS)
-
-
-class Signature:
-    """The flat arguments of an operator.
-
-    Attributes:
-        names: of all of them, in their order.
-    """
-
-    def __init__(self, operator: str) -> None:
-        arguments = getattr(torch.ops.tsbn, operator).default._schema.arguments
-        self.names = tuple(argument.name for argument in arguments)
-        defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-        options = {_FLAT_NAMES[name]: value for name, value in Options._field_defaults.items()}
-        self._defaults = _NOT_ASKED | options | defaults
-
-    def read(self, arguments: Sequence[Any], **more: Any) -> tuple[dict[str, Any], Options]:
-        """The arguments by their names, and the options among them. PyTorch leaves out defaults at the end."""
-        given = {**self._defaults, **dict(zip(self.names, arguments, strict=False)), **more}
-        return given, Options(*[given.pop(name) for name in _FLAT_NAMES.values()])
-
-
-SIGNATURES = {name: Signature(name) for name in SCHEMAS}
 
 
 # ---- from flat arguments to a backend --------------------------------------------------------------------------------
@@ -124,7 +93,7 @@ def _backward(
     needs = Needs(*(more.pop(f"need_{gradient}") for gradient in Needs._fields))
     saved = Saved(**more)
     found, like = run(dy, saved, training, needs, options), (saved.x, saved.weight, saved.weight, saved.x)
-    return tuple(map(_or_empty, found, like))
+    return tuple(map(or_empty, found, like))
 
 
 def _input_gradient(
@@ -138,11 +107,7 @@ def _input_gradient(
     **saved: Any,
 ) -> tuple[Tensor, Tensor]:
     found = run(dy, Saved(**saved), dz_mean, dz_xhat_mean, need_dresidual, options)
-    return _or_empty(found.dx, saved["x"]), _or_empty(found.dresidual, saved["x"])
-
-
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if gradient is None else gradient
+    return or_empty(found.dx, saved["x"]), or_empty(found.dresidual, saved["x"])
 
 
 _ADAPTERS: dict[str, Callable[..., Any]] = {
@@ -154,41 +119,8 @@ _ADAPTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _flattened(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    signature, adapter = SIGNATURES[name], _ADAPTERS[name]
-
-    def call(*arguments: Any, **more: Any) -> Any:
-        given, options = signature.read(arguments, **more)
-        return adapter(run, options, **given)
-
-    return call
-
-
-def complete(backend: Any) -> Operators:
-    """The operators of a backend, and those of the reference where it has none."""
-    return Operators(*(getattr(backend, name, getattr(reference, name)) for name in SCHEMAS))
-
-
-def flat(backend: Any) -> Operators:
-    """The operators of a backend, or of the reference, as functions of flat arguments."""
-    return Operators(*map(_flattened, SCHEMAS, complete(backend)))
-
-
-# The reference serves every device for which no backend registers kernels of its own. On CUDA devices Triton comes
-# first, then CUDA C++, then the reference: see fallback.py. The kernels for the CPU are registered in C++.
-cuda.load()
-for _name in SCHEMAS:
-    library.impl(_name, _flattened(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
-    for _key in triton.DISPATCH_KEYS:
-        _chain = _last = getattr(reference, _name)
-        if cuda.available and _key == cuda.DISPATCH_KEY and hasattr(cuda, _name):
-            _chain = guarded(cuda.health, _name, partial(getattr, cuda), _chain)
-        if triton.available:
-            _chain = guarded(triton.health, _name, triton.operator, _chain)
-        if _chain is not _last:
-            library.impl(_name, _flattened(_name, _chain), _key)
-cpu.load()
-backends.force_from_environment()
+def _options(given: dict[str, Any]) -> Options:
+    return Options(*[given.pop(name) for name in _FLAT_NAMES.values()])
 
 
 # ---- from what a backend takes to the dispatcher ---------------------------------------------------------------------
@@ -203,11 +135,11 @@ class Dispatched:
     An epilogue that does nothing is left out: of each argument PyTorch asks whether it is a tensor.
 
     Args:
-        wrap: what becomes of each operator of ``torch.ops``.
+        flat: the operators of ``torch.ops``.
     """
 
-    def __init__(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.flat = Operators(*(wrap(getattr(torch.ops.tsbn, name).default) for name in SCHEMAS))
+    def __init__(self, flat: Operators) -> None:
+        self.flat = flat
 
     def forward_training(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
@@ -255,61 +187,6 @@ class Dispatched:
         return Gradients(dx, dresidual=dresidual if needs_dresidual else None)
 
 
-def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autograd, which has an autograd.Function of its own in eager mode.
-
-    The results of the reference are then no views of each other, so that they may be changed in place.
-    """
-
-    def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return function(*arguments)
-
-    return call
-
-
-_in_graphs = complete(Dispatched(lambda operator: operator))
-_dispatched = complete(Dispatched(_below_autograd))
-_reference = Operators(*map(_below_autograd, complete(reference)))
-_cuda = complete(cuda)
-
-
-@cache
-def _triton() -> Operators:
-    return Operators(*map(triton.operator, SCHEMAS))
-
-
-def operators(backend: str | None) -> Backend:
-    """The operators of a backend; of the one that the dispatcher picks where it is None.
-
-    Those for a graph are differentiable. It holds the reference's formulas, or operators, of which the dispatcher picks
-    the kernels when they run.
-
-    Raises:
-        RuntimeError: in a graph the dispatcher would not pick the backend.
-    """
-    if torch.compiler.is_compiling():
-        if backend == "cuda" and triton.available:
-            raise RuntimeError(
-                "inside torch.compile and torch.export the backend 'cuda' runs only where Triton is not installed; "
-                "compile without TSBN_BACKEND and use_backend, or call the layer outside of the compiled function"
-            )
-        plain = backend == "reference" or torch.onnx.is_in_onnx_export()  # ONNX knows none of our operators
-        return complete(reference) if plain else _in_graphs
-    return eager_operators(backend)
-
-
-def eager_operators(backend: str | None) -> Backend:
-    """The operators of a backend outside of graphs."""
-    if backend is None:
-        return _dispatched
-    if backend == "reference":
-        return _reference
-    if backend == "cuda":
-        return _cuda
-    return _triton() if backend == "triton" else _dispatched
-
-
 # ---- fake kernels: shapes, dtypes and strides of the results ---------------------------------------------------------
 
 
@@ -350,5 +227,14 @@ class _Fake:
         return _Fake.backward(dy, saved, True, Needs(True, False, False, needs_dresidual), options)
 
 
-for _name, _fake in zip(SCHEMAS, flat(_Fake), strict=True):
-    torch.library.register_fake(f"tsbn::{_name}", _fake, lib=library)
+_DEFAULTS = _NOT_ASKED | {_FLAT_NAMES[name]: value for name, value in Options._field_defaults.items()}
+batch_norm: Normalization[Backend] = Normalization(
+    Operators,
+    {name: Operator(schema, _ADAPTERS[name]) for name, schema in SCHEMAS.items()},
+    _options,
+    _DEFAULTS,
+    Dispatched,
+    _Fake(),
+)
+complete, flat = batch_norm.complete, batch_norm.flat
+operators, eager_operators = batch_norm.operators, batch_norm.eager

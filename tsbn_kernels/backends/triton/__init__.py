@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tsbn_kernels.backends.fallback import Health
-from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import reference
 
 DISPATCH_KEYS = ("CUDA", "XPU")  # ROCm devices are CUDA devices to PyTorch
 
@@ -41,7 +41,7 @@ def detail() -> str:
 
 @cache
 def operator(name: str) -> Callable[..., Any]:
-    """An operator of :class:`tsbn_kernels.definition.options.Backend` by Triton's kernels, or the reference's."""
+    """An operator by Triton's kernels, or the reference's where they have none."""
     operators = importlib.import_module("tsbn_kernels.backends.triton.ops")
     function: Callable[..., Any] = getattr(operators, name, getattr(reference, name))
     return function
