@@ -1,0 +1,148 @@
+"""The operators of layer normalisation: schemas, adapters and fake kernels.
+
+``x`` and ``residual`` are stacked, or where ``shared`` (``fan_out``) is set those of one input ``[N, *]`` for all
+tasks; ``dy`` is stacked. ``weight`` and ``bias`` are ``[T, *normalized_shape]``, and tell T and how many dimensions are
+normalised; statistics are ``[R]``, float64 for float64 input, else float32. Operands may have any strides, results are
+contiguous. What there is not (``s`` without a residual, ``mean`` in the RMS form, a gradient that is not needed) is an
+empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.layer_norm import rows_of
+from tsbn_kernels.definition.options import (
+    LayerBackend,
+    LayerGradients,
+    LayerNeeds,
+    LayerNormalized,
+    LayerOptions,
+    LayerSaved,
+)
+from tsbn_kernels.operator.registry import Normalization, Operator, or_empty
+
+if TYPE_CHECKING:
+    from tsbn_kernels.definition import layer_norm as reference
+
+    _backends: tuple[LayerBackend, ...] = (reference,)
+
+
+class LayerOperators(NamedTuple):
+    """The functions of a backend, by the names of the operators."""
+
+    layer_norm: Callable[..., Any]
+    layer_norm_backward: Callable[..., Any]
+
+
+def _options(given: dict[str, Any]) -> LayerOptions:
+    own = (given.pop(name) for name in ("eps", "gate", "stacking", "rms", "shared"))
+    return LayerOptions(given["weight"].size(0), *own)
+
+
+def _layer_norm(run: Callable[..., LayerNormalized], options: LayerOptions, **tensors: Any) -> tuple[Tensor, ...]:
+    y, s, mean, rstd = run(**tensors, options=options)
+    return y, or_empty(s, y), or_empty(mean, rstd), rstd
+
+
+def _layer_norm_backward(
+    run: Callable[..., LayerGradients],
+    options: LayerOptions,
+    *,
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, ...]:
+    saved = LayerSaved(s, weight, None if options.rms else mean, rstd)
+    found = run(dy, ds, saved, LayerNeeds(need_dx, need_dweight, need_dbias), options)
+    return tuple(map(or_empty, found, (s, weight, weight)))
+
+
+class Dispatched:
+    """The operators by the backend that the dispatcher picks.
+
+    Args:
+        flat: the operators of ``torch.ops``.
+    """
+
+    def __init__(self, flat: LayerOperators) -> None:
+        self.flat = flat
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions
+    ) -> LayerNormalized:
+        y, s, mean, rstd = self.flat.layer_norm(x, weight, bias, residual, *options[1:])
+        return LayerNormalized(y, None if residual is None else s, None if options.rms else mean, rstd)
+
+    def layer_norm_backward(
+        self, dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
+    ) -> LayerGradients:
+        s, weight, mean, rstd = saved
+        _, _, *how = options
+        mean = rstd.new_empty(0) if mean is None else mean
+        dx, dweight, dbias = self.flat.layer_norm_backward(dy, ds, s, weight, mean, rstd, *how, *needs)
+        need_dx, need_dweight, need_dbias = needs
+        return LayerGradients(dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None)
+
+
+class _Fake:
+    """A backend that allocates its results."""
+
+    @staticmethod
+    def layer_norm(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions
+    ) -> LayerNormalized:
+        rstd = x.new_empty(prod(rows_of(x, weight)), dtype=accumulate_dtype(x.dtype))
+        return LayerNormalized(
+            x.new_empty(layout.output_shape(x, options)),
+            None if residual is None else x.new_empty(x.shape),
+            None if options.rms else torch.empty_like(rstd),
+            rstd,
+        )
+
+    @staticmethod
+    def layer_norm_backward(
+        dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
+    ) -> LayerGradients:
+        s, weight = saved.s, saved.weight
+        return LayerGradients(
+            s.new_empty(s.shape) if needs.dx else None,
+            weight.new_empty(weight.shape) if needs.dweight else None,
+            weight.new_empty(weight.shape) if needs.dbias else None,
+        )
+
+
+layer_norm: Normalization[LayerBackend] = Normalization(
+    LayerOperators,
+    {
+        "layer_norm": Operator(
+            "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, str gate, str stacking,"
+            " bool rms=False, bool shared=False) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+            _layer_norm,
+        ),
+        "layer_norm_backward": Operator(
+            "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, str gate, str stacking,"
+            " bool rms=False, bool shared=False, bool need_dx=True, bool need_dweight=True, bool need_dbias=False)"
+            " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+            _layer_norm_backward,
+        ),
+    },
+    _options,
+    {"eps": 0.0},  # of the backward pass, which reads rstd
+    Dispatched,
+    _Fake(),
+)
+flat, operators, eager_operators = layer_norm.flat, layer_norm.operators, layer_norm.eager
