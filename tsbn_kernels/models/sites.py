@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-_COMPARED = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
 _MARK, _ORIGIN = "_tsbn_mark", "_tsbn_origin"
 
 
@@ -154,7 +153,7 @@ def _definition(kind: Any) -> _Definition | None:
     ]
     source = "".join(lines[first : node.end_lineno])
     definition = _Definition(function, node, ast.Module(kept, []), hashlib.sha256(source.encode()).hexdigest())
-    return definition if _equal(definition.compile(node.body), function.__code__) else None
+    return definition if definition.compile(node.body) == function.__code__ else None
 
 
 def _calls(body: list[ast.stmt]) -> list[ast.Call]:
@@ -166,17 +165,6 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
         if isinstance(constant, CodeType):
             yield constant
             yield from _codes(constant)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two code objects, or constants of them, do the same."""
-    if not isinstance(one, CodeType) or not isinstance(other, CodeType):
-        return type(one) is type(other) and bool(one == other)
-    return (
-        all(getattr(one, name) == getattr(other, name) for name in _COMPARED)
-        and len(one.co_consts) == len(other.co_consts)
-        and all(map(_equal, one.co_consts, other.co_consts))
-    )
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,20 +27,6 @@ class _Output:
     tensor: Callable[[], Tensor | None]  # the output itself, as long as anybody has it
     version: int
     again: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class _Promise:
-    """What is kept in place of an output, or of a view of it."""
-
-    again: Callable[[], Tensor]
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-    def keep(self) -> Tensor:
-        with torch.no_grad():
-            return self.again().as_strided(self.size, self.stride, self.offset)
 
 
 _Outputs = dict[int, _Output]  # by the address of their storage
@@ -63,15 +50,16 @@ def recompute_outputs() -> Iterator[None]:
         return
     outputs: _Outputs = {}
 
-    def pack(tensor: Tensor) -> Tensor | _Promise:
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         output = outputs.get(tensor.untyped_storage().data_ptr())
         original = None if output is None else output.tensor()
         if output is None or original is None or not original._version == output.version == tensor._version:
             return tensor
-        return _Promise(output.again, tensor.size(), tensor.stride(), tensor.storage_offset())
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return partial(_view_of, output.again, *view)
 
-    def unpack(kept: Tensor | _Promise) -> Tensor:
-        return kept.keep() if isinstance(kept, _Promise) else kept
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
 
     token = _outputs.set(outputs)
     try:
@@ -79,6 +67,11 @@ def recompute_outputs() -> Iterator[None]:
             yield
     finally:
         _outputs.reset(token)
+
+
+@torch.no_grad()
+def _view_of(again: Callable[[], Tensor], size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    return again().as_strided(size, stride, offset)
 
 
 def wanted() -> bool:
