@@ -51,7 +51,9 @@ def deviation(module: nn.Module, kind: type[nn.Module], methods: Collection[str]
         kind: the class.
         methods: the names to compare; by default those of all methods that ``kind`` has, apart from harmless ones.
     """
-    compared = set(methods or _methods(kind)) - _HARMLESS
+    members = {name: getattr_static(kind, name) for name in dir(kind)}
+    called = [name for name, member in members.items() if callable(member) or hasattr(member, "__get__")]
+    compared = set(methods or called) - _HARMLESS
     own = [n for n in compared if getattr_static(type(module), n, None) is not getattr_static(kind, n, None)]
     if own:
         return f"has a class with its own {', '.join(sorted(own))}"
@@ -77,11 +79,6 @@ def leaf_call(module: nn.Module, x: Any, *args: Any, **options: Any) -> Any:
         )
     given = {name: value for name, value in options.items() if value is not None}
     return x.tracer.create_proxy("call_module", path, (x, *args), given)
-
-
-def _methods(kind: type[nn.Module]) -> frozenset[str]:
-    members = ((name, getattr_static(kind, name)) for name in dir(kind))
-    return frozenset(name for name, member in members if callable(member) or hasattr(member, "__get__"))
 
 
 def _is_from(hook: Any, *packages: str) -> bool:

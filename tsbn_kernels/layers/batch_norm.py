@@ -283,7 +283,9 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         vectors = self._vectors()
         if tasks is not None or self._tasks is not None:
             vectors, tasks = self._own_rows(vectors, tasks)
-        rows = vectors if tasks is None else tuple(_rows(vector, tasks) for vector in vectors)
+        rows = vectors
+        if tasks is not None:
+            rows = tuple(None if vector is None else vector.index_select(0, tasks) for vector in vectors)
         weight, bias, running_mean, running_var, num_batches_tracked = rows
         passes = None
         if self._participation is not None:
@@ -375,10 +377,6 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             + ", recover_input=True" * self.recover_input
             + (f", process_group={self.process_group!r}" if self.process_group is not None else "")
         )
-
-
-def _rows(vector: Any, tasks: Tensor) -> Any:
-    return None if vector is None else vector.index_select(0, tasks)
 
 
 class FusedTSigmaBN1d(FusedTSigmaBN):

@@ -103,22 +103,19 @@ def joined_moments(x: Tensor, options: Options, group: Group, backend: str | Non
     _all_gather(gathered, message, group=group)
     gathered = gathered.view(ranks, -1)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_sizes(gathered[:, 1:3], sizes)
+        for rank, theirs in enumerate(gathered[:, 1:3].tolist()):
+            if tuple(theirs) != sizes:
+                raise RuntimeError(
+                    f"rank {rank} of process_group normalises {theirs[0]:g} tasks of {theirs[1]:g} channels where this "
+                    f"rank has {num_tasks} of {mean.shape[1]}; all ranks must run the same layers in the same order, "
+                    f"with as many tasks"
+                )
     counts, _, _, moments = gathered.split((1, 1, 1, 2 * mean.numel()), dim=1)
     means, variances = moments.view(ranks, 2, *mean.shape).unbind(1)
     mean, var = reference.join_moments(means, variances, counts.unsqueeze(2))
     if options.fan_out:
         mean, var = mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
     return mean, var, counts.sum()
-
-
-def _check_sizes(theirs: Tensor, own: tuple[int, int]) -> None:
-    for rank, sizes in enumerate(theirs.tolist()):
-        if tuple(sizes) != own:
-            raise RuntimeError(
-                f"rank {rank} of process_group normalises {sizes[0]:g} tasks of {sizes[1]:g} channels where this rank "
-                f"has {own[0]} of {own[1]}; all ranks must run the same layers in the same order, with as many tasks"
-            )
 
 
 class SynchronizedTaskBatchNorm(torch.autograd.Function):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Hashable, Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,13 +69,9 @@ def count(name: str, value: Any) -> int:
 def index(name: str, value: Any) -> int:
     """``value`` as an int; raises TypeError."""
     try:
-        return value.__index__() if isinstance(value, SupportsIndex) else _no_integer(name, value)
-    except TypeError:  # of a tensor that is no integer
-        return _no_integer(name, value)
-
-
-def _no_integer(name: str, value: Any) -> int:
-    raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def number(name: str, value: Any, least: float | None = None) -> float:
@@ -114,12 +111,11 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one; convert it with .to_dense()")
 
 
-def eps_value(eps: Any, training: bool) -> float:
-    """Eps as a float: in training positive, as in ``functional.batch_norm``, else 0 or more; raises as ``number``."""
-    value = number("eps", eps, 0.0)
-    if training and value == 0:
-        raise ValueError("eps must be positive in training, got 0.0; a constant channel would be divided by 0")
-    return value
+def check_floating(name: str, value: Any, remedy: str = "") -> None:
+    """Raises TypeError where a value is no dense tensor, or has another dtype than layers compute in."""
+    check_tensor(name, value)
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}{remedy}")
 
 
 def check_options(gate: str, stacking: str, activation: str | None) -> None:
@@ -128,19 +124,14 @@ def check_options(gate: str, stacking: str, activation: str | None) -> None:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
     if stacking not in layout.STACKINGS:
         raise ValueError(f"stacking must be one of {', '.join(layout.STACKINGS)}, got {stacking!r}")
-    check_activation(activation)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def check_layer_stacking(stacking: str) -> None:
     """Raises ValueError where a layer cannot have a stacking; a task axis it sees by the dimensions of its input."""
     if stacking not in ("task_major", "sample_major"):
         raise ValueError(f"stacking must be 'task_major' or 'sample_major', got {stacking!r}")
-
-
-def check_activation(activation: str | None) -> None:
-    """Raises ValueError where an activation is unknown."""
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def check_recovery(activation: str | None, negative_slope: float, with_more: bool, synchronized: bool) -> None:
@@ -206,7 +197,9 @@ def check_call(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: boo
     check_options(gate, stacking, activation)
     for name, flag in (("training", training), ("fan_out", fan_out), ("recover_input", recover_input)):
         check_flag(name, flag)
-    eps, negative_slope = eps_value(eps, training), number("negative_slope", negative_slope)
+    eps, negative_slope = number("eps", eps, 0.0), number("negative_slope", negative_slope)
+    if training and eps == 0:
+        raise ValueError("eps must be positive in training, got 0.0; a constant channel would be divided by 0")
     name = activation or NONE
     slope = negative_slope if EPILOGUES[name].sloped else 0.0
     options = Options(num_tasks, eps, gate, stacking, name, slope, fan_out)
@@ -228,9 +221,7 @@ def check_call(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: boo
 
 def check_input(x: Tensor, options: Options, training: bool) -> None:
     """Raises TypeError for a dtype, ValueError for a shape."""
-    check_tensor("x", x)
-    if x.dtype not in _FLOATING:
-        raise TypeError(f"x must be float32, float64, float16 or bfloat16, got {x.dtype}; convert it with x.float()")
+    check_floating("x", x, "; convert it with x.float()")
     own = of_input(options)
     axis = layout.channel_axis(own.stacking)
     if x.dim() <= axis:
@@ -256,14 +247,12 @@ def check_input(x: Tensor, options: Options, training: bool) -> None:
 
 def check_vector(name: str, vector: Any, x: Tensor, num_tasks: int, channels: int) -> None:
     """Raises ValueError, TypeError or RuntimeError where a ``[T, C]`` vector does not fit x."""
-    check_tensor(name, vector)
+    check_floating(name, vector)
     if vector.shape != (num_tasks, channels):
         raise ValueError(
             f"{name} must have shape [num_tasks, channels] = {[num_tasks, channels]} for x of shape {list(x.shape)}, "
             f"got {list(vector.shape)}"
         )
-    if vector.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {vector.dtype}")
     _check_device(name, vector, x)
 
 
@@ -335,15 +324,10 @@ def check_indices(tasks: Sequence[int], num_tasks: int) -> None:
 
 def check_residual(residual: Tensor, x: Tensor, options: Options) -> None:
     """Raises ValueError, TypeError or RuntimeError where a residual does not fit the output."""
-    check_tensor("residual", residual)
+    check_floating("residual", residual, "; convert it with .to(x.dtype)")
     expected = layout.output_shape(x, options)
     if residual.shape != torch.Size(expected):
         raise ValueError(f"residual must have the shape of the output, {list(expected)}, got {list(residual.shape)}")
-    if residual.dtype not in _FLOATING:
-        raise TypeError(
-            f"residual must be float32, float64, float16 or bfloat16, got {residual.dtype}; convert it with "
-            f".to(x.dtype)"
-        )
     _check_device("residual", residual, x)
 
 

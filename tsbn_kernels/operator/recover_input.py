@@ -93,11 +93,8 @@ def backward(compute: Backend, dy: Tensor, kept: Kept, training: bool, needs: Ne
     found = Gradients(dx, dweight, dbias)
     if len(channels):
         axis = layout.channel_axis(options.stacking)
-        rows = (None if vector is None else vector.index_select(1, channels) for vector in (weight, bias, mean, var))
-        own_weight, own_bias, own_mean, own_var = rows
-        assert own_weight is not None
-        assert own_mean is not None
-        assert own_var is not None
+        own_weight, own_mean, own_var = (vector.index_select(1, channels) for vector in (weight, mean, var))
+        own_bias = None if bias is None else bias.index_select(1, channels)
         saved = Saved(part, own_weight, own_bias, None, own_mean, own_var)
         again = compute.backward(dy.index_select(axis, channels), saved, training, needs, options)
         for whole, own, dim in zip(found, again, (axis, 1, 1, 0), strict=True):

@@ -194,15 +194,10 @@ def seconds(plan: CudaPlan, clusters: Clusters = clusters_on_paper) -> float:
     return total / (device.bandwidth * filled * flowing * busy) + plan.launches * LAUNCH_SECONDS
 
 
-def clusters_of(device: Device) -> tuple[int, ...]:
-    """Sizes that a device takes: 16 only where data centres have it."""
-    most = 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8
-    return tuple(size for size in CLUSTERS if size <= most) if device.clusters else ()
-
-
 def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
     """The plans worth comparing."""
     slots = cut(work).slots
+    most = 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8  # blocks of a cluster: data centres have 16
     if not work.reduces:
         for parts in (1, *SPLITS):
             if slots // parts < MOST_SLOTS:
@@ -217,8 +212,8 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
             resident = lay_out(work, device, "resident", most_shared_bytes=limit)
             if resident.resident > 0:
                 yield resident
-        for size in () if work.gathers else clusters_of(device):
-            if slots >= size * 32 and slots // size < MOST_SLOTS:
+        for size in CLUSTERS if device.clusters and not work.gathers else ():
+            if size <= most and slots >= size * 32 and slots // size < MOST_SLOTS:
                 yield lay_out(work, device, "cluster", size, most_shared_bytes=limit)
     for parts in SPLITS:
         if slots >= parts * 4 * THREADS and slots // parts < MOST_SLOTS:

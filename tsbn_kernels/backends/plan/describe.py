@@ -23,7 +23,9 @@ def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequen
         for name, value in _facts(plan, rate).items():
             rows.setdefault(name, []).append(value)
     if unfused is not None:
-        rows["bytes unfused"] = [_spared(plan, count) for plan, count in zip(plans, unfused, strict=True)]
+        fused = [plan.bytes_read + plan.bytes_written for plan in plans]
+        pairs = zip(fused, unfused, strict=True)
+        rows["bytes unfused"] = [f"{_bytes(apart)} (fused {1 - one / apart:.0%} fewer)" for one, apart in pairs]
     widths = [max(len(row[k]) for row in rows.values()) for k in range(len(plans))]
     lines = [
         f"{name:18}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -64,10 +66,6 @@ def _facts(plan: Plan, rate: float) -> dict[str, str]:
         "useful bytes": f"{_bytes(plan.work.useful_bytes)} ({plan.work.useful_bytes / moved:.0%})",
         "predicted time": f"{plan.seconds(rate) * 1e3:.3g} ms",
     }
-
-
-def _spared(plan: Plan, unfused: int) -> str:
-    return f"{_bytes(unfused)} (fused {1 - (plan.bytes_read + plan.bytes_written) / unfused:.0%} fewer)"
 
 
 def _bytes(count: int) -> str:
