@@ -33,8 +33,9 @@ from benchmarks.profile.compile_offline import (
 from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
-from tsbn_kernels.backends.triton.passes import Backward, Forward, work_of
-from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward, FanOutForward
+from tsbn_kernels.backends.plan.work import work_of
+from tsbn_kernels.backends.triton.passes import Backward, Forward
+from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward
 from tsbn_kernels.definition.options import Gradients, Options, Saved
 
 TABLE = Path(__file__).with_name("compiled_kernels.csv")
@@ -155,7 +156,7 @@ class LaidOut:
                 dx, dresidual = gradients.input_like(x), gradients.stacked_like(y) if residual else None
                 gradients(y, saved, Gradients(dx, vector, None, dresidual))
             else:
-                values = (FanOutForward if fan_out else Forward)(plan, x, *options)
+                values = Forward(plan, x, *options)
                 values(saved, values.stacked_like(x))
         return calls
 

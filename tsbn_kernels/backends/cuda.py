@@ -1,7 +1,7 @@
-"""The CUDA C++ backend: kernels of csrc/cuda, chosen by :mod:`tsbn_kernels.backends.plan.cuda`. No driver is touched on
-import.
+"""The CUDA C++ backend: kernels of csrc/cuda, chosen by :mod:`tsbn_kernels.backends.plan.cuda`.
 
-The fallback where Triton is missing or broken, and the backend that keeps slabs in the shared memory of clusters.
+The fallback where Triton is missing or broken, and the backend that keeps slabs in the shared memory of clusters. No
+driver is touched on import. What has no values is left to the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summar
 from tsbn_kernels.backends.plan import Work, devices
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.slots import PASSES, pass_of
-from tsbn_kernels.backends.plan.work import Operands, Strides
+from tsbn_kernels.backends.plan.work import Operands, Strides, work_of
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
@@ -68,21 +68,12 @@ class _Place(NamedTuple):
     residue: int
 
 
-class _Prepared(NamedTuple):
-    """Launches, each as the kernel's choice and its numbers, and the bytes of the buffers between them."""
-
-    launches: tuple[tuple[list[int], list[int]], ...]
-    buffers: tuple[int, int]
-
-
 class _Call(NamedTuple):
-    """What a call is asked for, beside its tensors."""
+    """What a call is asked for, beside its tensors; ``needs`` in a backward pass."""
 
     options: Options
     training: bool
-    backward: bool = False
-    dweight: bool = True
-    bias: bool = False
+    needs: Needs | None = None
 
 
 class _Tensors(NamedTuple):
@@ -117,12 +108,12 @@ def _strides(place: _Place | None, options: Options) -> Strides | None:
     return Strides(t, n, c, s, place.residue)
 
 
-def _like(place: _Place) -> Tensor:
-    return torch.empty_strided(place.shape, place.strides, device="meta")
+def _like(place: _Place, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_strided(place.shape, place.strides, dtype=dtype, device="meta")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _code(dtype: torch.dtype) -> int:
+    return rules.DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
 @lru_cache(maxsize=4096)
@@ -132,7 +123,8 @@ def _prepare(
     places: tuple[_Place | None, ...],
     vectors: tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...],
     device: torch.device,
-) -> _Prepared:
+) -> tuple[list[tuple[list[int], list[int]]], tuple[int, int]]:
+    """The launches, each as the kernel's choice and its numbers, and the bytes of the buffers between them."""
     options = call.options
     if options.gate not in ("sigmoid", "identity"):
         raise ValueError(f"unknown gate {options.gate!r}")
@@ -141,48 +133,34 @@ def _prepare(
     assert places[0] is not None
     assert vectors[0] is not None
     own = of_input(options)  # as x, and the gradient of it, are read
-    orders = own, options, options, own if call.backward else options, options
+    orders = own, options, options, options if call.needs is None else own, options
     x, dy, residual, out, dresidual = map(_strides, places, orders)
     assert x is not None
-    like = _like(places[0])
-    _, N, C, S = layout.task_view(like, own.num_tasks, own.stacking).shape
     if options.fan_out:
-        x, out = x._replace(t=0), out if out is None or not call.backward else out._replace(t=0)
-    work = Work(
-        options.num_tasks,
-        N,
-        C,
-        S,
-        dtype.itemsize,
-        layout.family(like, own.stacking) or "columns",
-        "backward" if call.backward else "forward",
-        call.training,
+        x, out = x._replace(t=0), out if out is None or call.needs is None else out._replace(t=0)
+    work = work_of(
+        _like(places[0], dtype),
+        options,
+        call.needs,
+        training=call.training,
         bias=vectors[1] is not None,
-        needs_dx=out is not None,
-        needs_dweight=call.dweight,
-        needs_dbias=call.backward and call.bias,
         parameter_size=vectors[0][0].itemsize,
-        activation=options.activation,
         residual=residual is not None,
-        needs_dresidual=dresidual is not None,
-        fan_out=options.fan_out,
         strides=Operands(x, dy, out, residual, dresidual),
     )
     plan = _choose(work, dtype, device)
-    numbers = [
-        number for v in vectors for number in ((0, 0, 0) if v is None else (rules.DTYPE_CODES[_name(v[0])], *v[1]))
-    ]
-    launches = tuple(
+    numbers = [number for v in vectors for number in ((0, 0, 0) if v is None else (_code(v[0]), *v[1]))]
+    launches = [
         (_kernel(plan, dtype), list(rules.numbers(plan, phases, options.gate == "sigmoid", tuple(numbers))))
         for phases in plan.phases
-    )
-    return _Prepared(launches, (plan.partial_bytes, plan.staged_bytes))
+    ]
+    return launches, (plan.partial_bytes, plan.staged_bytes)
 
 
 def _kernel(plan: rules.CudaPlan, dtype: torch.dtype) -> list[int]:
     access = ("rows", "columns", "scalar").index(plan.cut.access)
-    code, pass_ = rules.DTYPE_CODES[_name(dtype)], PASSES.index(pass_of(plan.work))
-    return [code, access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
+    pass_ = PASSES.index(pass_of(plan.work))
+    return [_code(dtype), access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
 
 
 @lru_cache(maxsize=64)
@@ -201,18 +179,15 @@ def _choose(work: Work, dtype: torch.dtype, device: torch.device) -> rules.CudaP
     return rules.plan(work, _device(device), _clusters(dtype, device))
 
 
-def _vector(v: Tensor | None) -> tuple[torch.dtype, tuple[int, ...]] | None:
-    return None if v is None else (v.dtype, v.stride())
-
-
 def _run(call: _Call, tensors: _Tensors) -> None:
     x, dy, residual = layout.readable(tensors.x, call.options, tensors.dy, tensors.residual)
     tensors = tensors._replace(x=x, dy=dy, residual=residual)
     places = _place(x), _place(dy), _place(residual), _place(tensors.out), _place(tensors.dresidual)
-    vectors = tuple(_vector(v) for v in (tensors.weight, tensors.bias, tensors.mean, tensors.var))
-    prepared = _prepare(call, x.dtype, places, vectors, x.device)
-    buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in prepared.buffers]
-    for kernel, numbers in prepared.launches:
+    own = tensors.weight, tensors.bias, tensors.mean, tensors.var
+    vectors = tuple(None if v is None else (v.dtype, v.stride()) for v in own)
+    launches, sizes = _prepare(call, x.dtype, places, vectors, x.device)
+    buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in sizes]
+    for kernel, numbers in launches:
         try:
             torch.ops.tsbn._cuda_launch(kernel, numbers, call.options.eps, call.options.slope, *tensors, *buffers)
         except RuntimeError as error:
@@ -229,48 +204,41 @@ def _run(call: _Call, tensors: _Tensors) -> None:
 def forward_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> Normalized:
-    """See :func:`tsbn_kernels.definition.batch_norm.forward_training`."""
+    if x.numel() == 0:
+        return reference.forward_training(x, weight, bias, residual, options)
     y = layout.empty_output(x, options)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    if x.numel() == 0:
-        return Normalized(y, mean.zero_(), var.zero_())
-    call = _Call(options, True, bias=bias is not None)
-    _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var))
+    tensors = _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
+    _run(_Call(options, True), tensors)
     return Normalized(y, mean, var)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
-    """See :func:`tsbn_kernels.definition.batch_norm.forward_eval`."""
     x, weight, bias, residual, mean, var = saved
+    if x.numel() == 0:
+        return reference.forward_eval(saved, options)
     y = layout.empty_output(x, options)
-    if x.numel() > 0:
-        call = _Call(options, False, bias=bias is not None)
-        _run(call, _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var))
+    tensors = _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var)
+    _run(_Call(options, False), tensors)
     return y
 
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
-    """See :func:`tsbn_kernels.definition.batch_norm.backward`."""
     if needs.dresidual and options.activation in (NONE, INVERSE):
         raise ValueError("without an activation dy is the gradient of residual")
     x, weight, bias, residual, mean, var = saved
-    dx = layout.empty_input(x, options) if needs.dx else None
-    dresidual = layout.empty_output(x, options) if needs.dresidual else None
-    dweight, dbias = (
-        weight.new_empty(weight.shape) if needed else None for needed in (needs.dweight, needs.dbias)
-    )  # contiguous: new_empty does not keep strides
     if x.numel() == 0:
-        for vector in (dweight, dbias):
-            if vector is not None:
-                vector.zero_()
-    elif any(needs):
-        if options.activation in (NONE, INVERSE):
-            bias = None  # z is not computed again
-        if options.activation == NONE:
-            residual = None
-        call = _Call(options, training, True, needs.dweight, needs.dbias)
-        _run(call, _Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias))
-    return Gradients(dx, dweight, dbias, dresidual)
+        return reference.backward(dy, saved, training, needs, options)
+    found = layout.empty_gradients(x, weight, needs, options)
+    dx, dweight, dbias, dresidual = found
+    if options.activation in (NONE, INVERSE):
+        bias = None  # z is not computed again
+    if options.activation == NONE:
+        residual = None
+    if any(needs):
+        tensors = _Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias)
+        _run(_Call(options, training, needs), tensors)
+    return found
 
 
 def moments(x: Tensor, options: Options) -> Moments:

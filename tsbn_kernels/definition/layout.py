@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tsbn_kernels.definition.options import LayerOptions, Options, of_input
+from tsbn_kernels.definition.options import Gradients, LayerOptions, Needs, Options, of_input
 
 Stacking = Literal["task_major", "sample_major", "task_axis"]
 STACKINGS: tuple[str, ...] = get_args(Stacking)
@@ -162,3 +162,13 @@ def empty_output(x: Tensor, options: Options) -> Tensor:
 def empty_input(x: Tensor, options: Options) -> Tensor:
     """Fresh memory for dx, in the memory format of ``x`` and dense."""
     return torch.empty_strided(x.shape, dense_strides(x, of_input(options).stacking), dtype=x.dtype, device=x.device)
+
+
+def empty_gradients(x: Tensor, weight: Tensor, needs: Needs, options: Options) -> Gradients:
+    """Fresh memory for the gradients that are needed; those of vectors are contiguous."""
+    return Gradients(
+        empty_input(x, options) if needs.dx else None,
+        weight.new_empty(weight.shape) if needs.dweight else None,
+        weight.new_empty(weight.shape) if needs.dbias else None,
+        empty_output(x, options) if needs.dresidual else None,
+    )

@@ -83,10 +83,6 @@ SCHEMAS = {
 # ---- from flat arguments to a backend --------------------------------------------------------------------------------
 
 
-def _forward_eval(run: Callable[..., Tensor], options: Options, **saved: Any) -> Tensor:
-    return run(Saved(**saved), options)
-
-
 def _backward(
     run: Callable[..., Gradients], options: Options, *, dy: Tensor, training: bool, **more: Any
 ) -> tuple[Tensor, ...]:
@@ -97,22 +93,17 @@ def _backward(
 
 
 def _input_gradient(
-    run: Callable[..., Gradients],
-    options: Options,
-    *,
-    dy: Tensor,
-    dz_mean: Tensor,
-    dz_xhat_mean: Tensor,
-    need_dresidual: bool,
-    **saved: Any,
+    run: Callable[..., Gradients], options: Options, *, dy: Tensor, need_dresidual: bool, **more: Any
 ) -> tuple[Tensor, Tensor]:
-    found = run(dy, Saved(**saved), dz_mean, dz_xhat_mean, need_dresidual, options)
-    return or_empty(found.dx, saved["x"]), or_empty(found.dresidual, saved["x"])
+    means = more.pop("dz_mean"), more.pop("dz_xhat_mean")
+    saved = Saved(**more)
+    found = run(dy, saved, *means, need_dresidual, options)
+    return or_empty(found.dx, saved.x), or_empty(found.dresidual, saved.x)
 
 
 _ADAPTERS: dict[str, Callable[..., Any]] = {
     "forward_training": lambda run, options, x, weight, bias, residual: run(x, weight, bias, residual, options),
-    "forward_eval": _forward_eval,
+    "forward_eval": lambda run, options, **saved: run(Saved(**saved), options),
     "backward": _backward,
     "moments": lambda run, options, x: run(x, options),
     "input_gradient": _input_gradient,
@@ -206,13 +197,7 @@ class _Fake:
 
     @staticmethod
     def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
-        x, weight = saved.x, saved.weight
-        return Gradients(
-            layout.empty_input(x, options) if needs.dx else None,
-            weight.new_empty(weight.shape) if needs.dweight else None,
-            weight.new_empty(weight.shape) if needs.dbias else None,
-            layout.empty_output(x, options) if needs.dresidual else None,
-        )
+        return layout.empty_gradients(saved.x, saved.weight, needs, options)
 
     @staticmethod
     def moments(x: Tensor, options: Options) -> Moments:

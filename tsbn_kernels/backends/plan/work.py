@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
+from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import EPILOGUES, INVERSE, NONE
 from tsbn_kernels.definition.layout import Family
+from tsbn_kernels.definition.options import Needs, Options, of_input
 
 Direction = Literal["forward", "backward"]
 
@@ -212,3 +216,15 @@ class Work:
         if self.backward:
             return self.parameter_bytes * (self.needs_dweight + self.needs_dbias)
         return 2 * self.statistics_bytes * self.training
+
+
+def work_of(x: Tensor, options: Options, needs: Needs | None = None, **details: Any) -> Work:
+    """The work of a pass over a readable ``x``: of a backward pass where the gradients are given that it ``needs``."""
+    own = of_input(options)
+    view = layout.task_view(x, own.num_tasks, own.stacking)
+    _, *sizes = view.shape
+    expanded = own.num_tasks > 1 and view.stride(0) == 0
+    details |= {"expanded": expanded, "activation": options.activation, "fan_out": options.fan_out}
+    if needs is not None:
+        details |= {"direction": "backward", **{f"needs_{name}": needed for name, needed in needs._asdict().items()}}
+    return Work(options.num_tasks, *sizes, x.element_size(), layout.family(x, own.stacking) or "rows", **details)

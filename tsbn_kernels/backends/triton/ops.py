@@ -1,4 +1,7 @@
-"""The operators of :class:`tsbn_kernels.definition.options.Backend` by the Triton kernels."""
+"""The operators of :class:`tsbn_kernels.definition.options.Backend` by the Triton kernels.
+
+What has no values is left to the reference.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from torch import Tensor
 
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.backends.plan import triton as rules
+from tsbn_kernels.backends.plan.work import Work, work_of
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass, work_of
-from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward, FanOutForward
+from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass
+from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward
 from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, PartMoments
+from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
@@ -53,34 +58,29 @@ def _dtypes(saved: Saved) -> Hashable:
     return saved.weight.dtype, saved.mean.dtype, saved.var.dtype, saved.bias is None or saved.bias.dtype
 
 
-def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
+def _work(saved: Saved, training: bool, options: Options, needs: Needs | None = None) -> Work:
     x, weight, bias, residual, *_ = saved
-    if x.numel() == 0:
-        return layout.empty_output(x, options)
+    own = {"bias": bias is not None, "parameter_size": weight.element_size(), "residual": residual is not None}
+    return work_of(x, options, needs, training=training, **own)
+
+
+def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
+    x, _, _, residual, *_ = saved
     key = _class(x), _class(residual), _dtypes(saved), training, options
     run = _forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options, residual)
         if own_x is not x or own_residual is not residual:
             return _normalize(saved._replace(x=own_x, residual=own_residual), training, options)
-        work = work_of(
-            x,
-            options,
-            training=training,
-            bias=bias is not None,
-            parameter_size=weight.element_size(),
-            residual=residual is not None,
-        )
-
-        def make(plan: Plan) -> Forward | FanOutForward:
-            return (FanOutForward if options.fan_out else Forward)(plan, x, options, residual)
+        make = partial(Forward, x=x, options=options, residual=residual)
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
             return partial(candidate, _contiguous(saved), candidate.stacked_like(x))
 
         with _on(x.device):
-            run = _forwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+            plan = rules.plan(_work(saved, training, options), _device(x.device))
+            run = _forwards[key] = make(choose(plan, prepare))
     y: Tensor = run.stacked_like(x)
     with _on(x.device):
         run(_contiguous(saved), y)
@@ -90,29 +90,24 @@ def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
 def forward_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> Normalized:
-    """See :func:`tsbn_kernels.definition.batch_norm.forward_training`."""
-    make = weight.new_zeros if x.numel() == 0 else weight.new_empty
-    mean, var = (make(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    if x.numel() == 0:
+        return reference.forward_training(x, weight, bias, residual, options)
+    mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options), mean, var)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
-    """See :func:`tsbn_kernels.definition.batch_norm.forward_eval`."""
-    return _normalize(saved, False, options)
+    return reference.forward_eval(saved, options) if saved.x.numel() == 0 else _normalize(saved, False, options)
 
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
-    """See :func:`tsbn_kernels.definition.batch_norm.backward`."""
     if options.activation in (NONE, INVERSE):  # nothing depends on what went into the activation
         saved = saved._replace(bias=None, residual=None)
     x, weight, _, residual, *_ = saved
-    if x.numel() == 0 or not any(needs):
-        return Gradients(
-            torch.empty_like(x) if needs.dx else None,
-            weight.new_zeros(weight.shape) if needs.dweight else None,
-            weight.new_zeros(weight.shape) if needs.dbias else None,
-            layout.empty_output(x, options) if needs.dresidual else None,
-        )
+    if not any(needs):
+        return Gradients()
+    if x.numel() == 0:
+        return reference.backward(dy, saved, training, needs, options)
     key = _class(dy), _class(x), _class(residual), _dtypes(saved), training, needs, options
 
     def outputs(run: Pass) -> Gradients:
@@ -128,29 +123,16 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
         own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
         if own_x is not x or own_dy is not dy or own_residual is not residual:
             return backward(own_dy, saved._replace(x=own_x, residual=own_residual), training, needs, options)
-        work = work_of(
-            x,
-            options,
-            direction="backward",
-            training=training,
-            bias=saved.bias is not None,
-            needs_dx=needs.dx,
-            needs_dweight=needs.dweight,
-            needs_dbias=needs.dbias,
-            needs_dresidual=needs.dresidual,
-            parameter_size=weight.element_size(),
-            residual=residual is not None,
-        )
-
-        def make(plan: Plan) -> Backward | FanOutBackward:
-            return (FanOutBackward if options.fan_out else Backward)(plan, dy, x, options, residual)
+        kind = FanOutBackward if options.fan_out else Backward
+        make = partial(kind, dy=dy, x=x, options=options, residual=residual)
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
             return partial(candidate, dy, _contiguous(saved), outputs(candidate))
 
         with _on(x.device):
-            run = _backwards[key] = make(choose(rules.plan(work, _device(x.device)), prepare))
+            plan = rules.plan(_work(saved, training, options, needs), _device(x.device))
+            run = _backwards[key] = make(choose(plan, prepare))
     results = outputs(run)
     with _on(x.device):
         run(dy, _contiguous(saved), results)
@@ -158,14 +140,11 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
 
 
 def moments(x: Tensor, options: Options) -> Moments:
-    """See :func:`tsbn_kernels.definition.batch_norm.moments`."""
     if options.fan_out:
         mean, var = moments(x, of_input(options))
         return Moments(mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1))
     if x.numel() == 0:
-        channels = x.shape[layout.channel_axis(options.stacking)]
-        mean = x.new_zeros((options.num_tasks, channels), dtype=torch.float64)
-        return Moments(mean, mean.clone())
+        return reference.moments(x, options)
     key = "moments", _class(x), options
     run = _forwards.get(key)
     if run is None:
@@ -182,12 +161,11 @@ def moments(x: Tensor, options: Options) -> Moments:
 def input_gradient(
     dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, needs_dresidual: bool, options: Options
 ) -> Gradients:
-    """See :func:`tsbn_kernels.definition.batch_norm.input_gradient`."""
     if options.activation == NONE:
         saved = saved._replace(bias=None, residual=None)
-    x, weight, _, residual, *_ = saved
+    x, _, _, residual, *_ = saved
     if x.numel() == 0:
-        return Gradients(torch.empty_like(x), dresidual=layout.empty_output(x, options) if needs_dresidual else None)
+        return reference.input_gradient(dy, saved, dz_mean, dz_xhat_mean, needs_dresidual, options)
     key = "input_gradient", _class(dy), _class(x), _class(residual), _dtypes(saved), needs_dresidual, options
     run: Any = _backwards.get(key)
     if run is None:
@@ -195,16 +173,7 @@ def input_gradient(
         if own_x is not x or own_dy is not dy or own_residual is not residual:
             own = saved._replace(x=own_x, residual=own_residual)
             return input_gradient(own_dy, own, dz_mean, dz_xhat_mean, needs_dresidual, options)
-        work = work_of(
-            x,
-            options,
-            direction="backward",
-            training=not options.fan_out,
-            needs_dweight=False,
-            needs_dresidual=needs_dresidual,
-            parameter_size=weight.element_size(),
-            residual=residual is not None,
-        )
+        work = _work(saved, not options.fan_out, options, Needs(True, False, False, needs_dresidual))
         plan = (rules.plan if options.fan_out else rules.apart)(work, _device(x.device))
         run = _backwards[key] = InputGradient(plan, dy, x, options, residual)
     found = Gradients(run.input_like(x), dresidual=run.stacked_like(x) if needs_dresidual else None)

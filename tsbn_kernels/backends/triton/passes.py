@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from tsbn_kernels.backends.plan import Plan, Work
+from tsbn_kernels.backends.plan import Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.triton.kernels import activations
 from tsbn_kernels.backends.triton.kernels.tiles import Tile, View
@@ -36,19 +36,6 @@ def view_strides(shape: Sequence[int], strides: tuple[int, ...], options: Option
     if stacking == "task_major":
         return shape[0] // num_tasks * strides[0], strides[0], strides[1], position
     return strides[0], num_tasks * strides[0], strides[1], position
-
-
-def work_of(x: Tensor, options: Options, **details: Any) -> Work:
-    """The work that a pass over ``x`` is."""
-    own = of_input(options)
-    axis = layout.channel_axis(own.stacking)
-    positions = x.shape[axis + 1 :].numel()
-    samples = x.numel() // (own.num_tasks * x.shape[axis] * positions)
-    expanded = own.num_tasks > 1 and view_strides(x.shape, x.stride(), own)[0] == 0
-    family = layout.family(x, own.stacking) or "rows"
-    sizes = options.num_tasks, samples, x.shape[axis], positions, x.element_size()
-    details |= {"expanded": expanded, "activation": options.activation, "fan_out": options.fan_out}
-    return Work(*sizes, family, **details)
 
 
 def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
@@ -121,10 +108,9 @@ class Pass:
             tile = self._tile(NONE, 0.0)
         return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
 
-    def partials(self, rows: int, like: Tensor) -> Tensor:
+    def partials(self, rows: int, streams: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
-        tasks, _, channels, _ = self.sizes
-        return like.new_empty((rows, self.plan.splits, tasks, channels), dtype=self.accumulate)
+        return like.new_empty((rows, self.plan.splits, streams, self.sizes[2]), dtype=self.accumulate)
 
     def workspace(self, dx: Tensor) -> Tensor:
         """Where the tasks' gradients of a shared x are added up: in dx itself if it has the dtype of the sums."""
@@ -134,16 +120,18 @@ class Pass:
 
 
 class Forward(Pass):
-    """Statistics and y, or y by given statistics."""
+    """Statistics of x and every task's y, or y by given statistics."""
 
     def __init__(self, plan: Plan, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
         super().__init__(plan, x, options)
         self.x, _, self.residual, self.y = self.views(x, residual)
-        if plan.variant in ("resident", "streaming"):
-            self.slab = self.launch("forward_slab", plan.variant == "resident", *self.formula)
-        else:
+        if plan.variant in ("split", "elementwise"):
             self.first = self.launch("forward_partial")
-            self.apply = self.launch("forward_apply", *self.formula)
+            self.apply = self.launch("fan_out_apply" if options.fan_out else "forward_apply", *self.formula)
+        elif options.fan_out:
+            self.slab = self.launch("fan_out_slab", *self.formula)
+        else:
+            self.slab = self.launch("forward_slab", plan.variant == "resident", *self.formula)
 
     def __call__(self, saved: Saved, y: Tensor) -> None:
         """Writes y, and mean and var where the plan reduces; reads them where it does not."""
@@ -155,17 +143,30 @@ class Forward(Pass):
             return
         partials = None
         if self.plan.variant == "split":
-            partials = self.partials(4, weight)
-            self.first(source, partials, *self.sizes, *self.split)
+            streams, (_, *of_one) = self.plan.work.streams, self.sizes
+            partials = self.partials(4, streams, weight)
+            self.first(source, partials, streams, *of_one, *self.split)
         self.apply(*tensors, partials, *self.sizes, *self.split)
 
 
-class Backward(Pass):
-    """Gradients of x, weight, bias and residual, those that are asked for."""
+class BackwardPass(Pass):
+    """A pass that reads dy and what a forward pass saved, and writes dx and dresidual."""
 
     def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
         super().__init__(plan, x, options)
         self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(x, dy, residual)
+
+    def activations(self, dy: Tensor, saved: Saved, dx: Tensor | None, dresidual: Tensor | None) -> tuple[Any, ...]:
+        """The views of dy, x, residual, dx and dresidual, as the kernels take them."""
+        given = View(dy, *self.dy), View(saved.x, *self.x), view_of(saved.residual, self.residual)
+        return *given, view_of(dx, self.dx), view_of(dresidual, self.dresidual)
+
+
+class Backward(BackwardPass):
+    """Gradients of x, weight, bias and residual, those that are asked for."""
+
+    def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
+        super().__init__(plan, dy, x, options, residual)
         constants = plan.work.training, *self.formula
         self.done = plan.work.keeps_gradient and plan.variant in ("streaming", "split")
         if plan.variant in ("resident", "streaming"):
@@ -176,17 +177,16 @@ class Backward(Pass):
 
     def __call__(self, dy: Tensor, saved: Saved, found: Gradients) -> None:
         """Writes the gradients that are given."""
-        x, weight, bias, residual, mean, var = saved
+        _, weight, bias, _, mean, var = saved
         dx, dweight, dbias, dresidual = found
-        gradient, source, added = View(dy, *self.dy), View(x, *self.x), view_of(residual, self.residual)
-        result, beside = view_of(dx, self.dx), view_of(dresidual, self.dresidual)
+        gradient, source, added, result, beside = self.activations(dy, saved, dx, dresidual)
         vectors, parameters = (weight, bias, mean, var), (dweight, dbias)
         if self.plan.variant in ("resident", "streaming"):
             self.slab(gradient, source, added, result, beside, *vectors, *parameters, *self.sizes)
             return
         partials = None
         if self.plan.variant == "split":
-            partials = self.partials(2, weight)
+            partials = self.partials(2, self.sizes[0], weight)
             now = None if self.plan.work.training else result
             self.first(gradient, source, added, now, beside, *vectors, partials, *self.sizes, *self.split)
             if self.done and beside is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels.backends.plan import Plan
 from tsbn_kernels.backends.triton.kernels.tiles import View
-from tsbn_kernels.backends.triton.passes import Pass, view_of
+from tsbn_kernels.backends.triton.passes import BackwardPass, Pass
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition.options import Gradients, Moments, Options, Saved
 
@@ -25,18 +25,17 @@ class PartMoments(Pass):
 
     def __call__(self, x: Tensor) -> Moments:
         """Mean and biased variance, float64 ``[T, C]``."""
-        partials = self.partials(4, x)
+        partials = self.partials(4, self.sizes[0], x)
         self.first(View(x, *self.x), partials, *self.sizes, *self.split)
         mean, rest, squares, count = partials.double()
         return Moments(*reference.join_moments(mean + rest, squares / count, count))
 
 
-class InputGradient(Pass):
+class InputGradient(BackwardPass):
     """Gradients of x and residual by given means of dz and dz * xhat."""
 
     def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
-        super().__init__(plan, x, options)
-        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(x, dy, residual)
+        super().__init__(plan, dy, x, options, residual)
         constants = False, True, *self.formula
         if plan.work.fan_out:
             self.gather = self.launch("fan_out_gather", *constants)
@@ -46,16 +45,15 @@ class InputGradient(Pass):
 
     def __call__(self, dy: Tensor, saved: Saved, dz_mean: Tensor, dz_xhat_mean: Tensor, found: Gradients) -> None:
         """Writes the gradients that are given."""
-        x, weight, bias, residual, mean, var = saved
+        _, weight, bias, _, mean, var = saved
         dx, _, _, dresidual = found
         assert dx is not None
-        gradient, source, added = View(dy, *self.dy), View(x, *self.x), view_of(residual, self.residual)
-        result, beside = View(dx, *self.dx), view_of(dresidual, self.dresidual)
+        gradient, source, added, result, beside = self.activations(dy, saved, dx, dresidual)
         vectors = weight, bias, mean, var
         rstd = torch.rsqrt(var.to(self.accumulate) + self.options.eps)
         if not self.plan.work.fan_out:  # the first split's sums are those of all
             _, samples, _, positions = self.sizes
-            sums = self.partials(2, weight).zero_()
+            sums = self.partials(2, self.sizes[0], weight).zero_()
             sums[0, 0] = dz_mean * (samples * positions)
             sums[1, 0] = dz_xhat_mean * (samples * positions) / rstd
             operands = gradient, source, added, result, beside, *vectors
