@@ -65,11 +65,9 @@ class FusedTSigmaBNAct2d(FusedTSigmaBNAct, FusedTSigmaBN2d):
     __doc__ = FusedTSigmaBNAct.__doc__
 
 
-_LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {
-    nn.BatchNorm1d: FusedTSigmaBN1d,
-    nn.BatchNorm2d: FusedTSigmaBN2d,
-    nn.BatchNorm3d: FusedTSigmaBN3d,
-    nn.SyncBatchNorm: FusedTSigmaBN,
+LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {  # by the plain ones
+    layer_class._plain: layer_class
+    for layer_class in (FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, FusedTSigmaBN)
 }
 _TIMM: dict[tuple[str, str], type[FusedTSigmaBNAct]] = {
     (module, name): layer_class
@@ -155,7 +153,9 @@ def convert_model(
     shared = [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if not isinstance(module, _BatchNorm) and module not in excluded and _has_statistics(module)
+        if not isinstance(module, _BatchNorm)
+        and module not in excluded
+        and any(isinstance(getattr(module, statistic, None), Tensor) for statistic in _STATISTICS[:2])
     ]
     if not classes:
         found = f"; it has {checks.some(shared)}, which an nn.BatchNorm2d would have to replace" if shared else ""
@@ -178,10 +178,8 @@ def convert_model(
         complaints.append(
             f"{checks.some(shared)} stay shared by all tasks: they are none of PyTorch's or timm's BatchNorms"
         )
-    activations: dict[nn.Module, nn.Module] = {}
-    unknown: list[nn.Module] = []
-    if fuse_activation:
-        activations = _fuse(model, layers, _modules_under(model, names), unknown, complaints)
+    kept = _modules_under(model, names)
+    activations, unknown = _fuse(model, layers, kept, complaints) if fuse_activation else ({}, [])
     model = _replace(model, {**layers, **activations})
     unknown += held(model, lambda value: isinstance(value, _BatchNorm) and value in names_of)
     if unknown:
@@ -265,20 +263,13 @@ def expand_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> dict[str,
 
 
 def _fuse(
-    model: nn.Module,
-    layers: dict[nn.Module, FusedTSigmaBN],
-    excluded: set[nn.Module],
-    unknown: list[nn.Module],
-    complaints: list[str],
-) -> dict[nn.Module, nn.Module]:
-    """Gives the layers the activations that follow them; returns what takes the place of these.
+    model: nn.Module, layers: Mapping[nn.Module, FusedTSigmaBN], excluded: set[nn.Module], complaints: list[str]
+) -> tuple[dict[nn.Module, nn.Module], list[nn.Module]]:
+    """Gives the layers the activations that follow them, and adds to the complaints what the user is to be told.
 
-    Args:
-        model: the model.
-        layers: those that take the place of its normalisation.
-        excluded: modules that stay.
-        unknown: gets the normalisation that the model calls and that is none of its modules.
-        complaints: gets what the user is to be told.
+    Returns:
+        What takes the place of these activations, and the normalisation that the model calls and that is none of its
+        modules.
     """
     norms: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
@@ -289,7 +280,7 @@ def _fuse(
         elif layer is not None and module is not model:
             norms[module] = name
     if not norms:
-        return {}
+        return {}, []
     try:
         chains = find_chains(model, norms, excluded)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
@@ -297,26 +288,20 @@ def _fuse(
             f"activations stay unfused behind {checks.some(map(repr, norms.values()))}: torch.fx cannot trace "
             f"{type(model).__name__}: {type(error).__name__}: {error}"
         )
-        return {}
+        return {}, []
     if chains.unfused:
         complaints.append(
             f"activations stay unfused behind {checks.some(map(repr, chains.unfused))}: what calls "
             f"them calls them elsewhere too, or its code cannot be read; a module of its own for each place, such as "
             f"nn.ReLU, would be fused"
         )
-    unknown += chains.unknown
-    return fuse(chains, layers)
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    """Whether a module normalises by statistics of its own, whatever its class."""
-    return any(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+    return fuse(chains, layers), chains.unknown
 
 
 def _names(exclude: Any) -> list[str]:
-    names: list[Any] = (
-        [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [None]
-    )
+    if isinstance(exclude, str):
+        return [exclude]
+    names = list(exclude) if isinstance(exclude, Iterable) else [exclude]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"exclude must be the name of a module, or several, got {exclude!r}")
     return names
@@ -380,8 +365,8 @@ def _layer_class(module: _BatchNorm, name: str) -> type[FusedTSigmaBN]:
     """What takes the place of a normalisation, which must be known to compute what its class or base does."""
     own: type[nn.Module] = type(module)
     layer_class: type[FusedTSigmaBN] | None = _TIMM.get((own.__module__, own.__qualname__))
-    kind = own if layer_class else next((plain for plain in _LAYERS if isinstance(module, plain)), own)
-    layer_class = layer_class or _LAYERS.get(kind)
+    kind = own if layer_class else next((plain for plain in LAYERS if isinstance(module, plain)), own)
+    layer_class = layer_class or LAYERS.get(kind)
     if layer_class is None:
         raise TypeError(
             f"{name!r} is a {type(module).__name__}, expected nn.BatchNorm1d, 2d or 3d, nn.SyncBatchNorm or timm's "

@@ -20,17 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tsbn_kernels.definition.plain import carry_hooks, copy_of, is_plain
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import TaskSpecific
-from tsbn_kernels.models.convert import FusedTSigmaBNAct, FusedTSigmaBNAct2d, _replace, plain_layer
+from tsbn_kernels.models.convert import LAYERS, FusedTSigmaBNAct, FusedTSigmaBNAct2d, _replace, plain_layer
 from tsbn_kernels.models.fuse_activations import Tracer, twin_of, unfuse
 from tsbn_kernels.models.multitask import MultiTaskModel
 from tsbn_kernels.operator import checks
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_NORMS = (
-    *_PLAIN, FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, FusedTSigmaBNAct, FusedTSigmaBNAct2d,
-)  # fmt: skip
+_NORMS = (*LAYERS, *LAYERS.values(), FusedTSigmaBNAct, FusedTSigmaBNAct2d)
 # What has as many axes as it is given.
 _SAME_AXES = (
     nn.Linear, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU,
@@ -206,7 +203,7 @@ def _calls(model: nn.Module, *, flat: bool) -> tuple[list[_Call], bool]:
 
     calls = []
     for node, norm in modules.items():
-        if not isinstance(norm, FusedTSigmaBN) and type(norm) not in _PLAIN:
+        if not isinstance(norm, FusedTSigmaBN) and type(norm) not in LAYERS:
             continue
         source, *more = node.args or (None,)
         options = [*more, *node.kwargs.values()]

@@ -50,7 +50,7 @@ def site_of(node: fx.Node, called: nn.Module | None) -> Site | None:
         return None
     definition = _definition(_origin(site.owner)[0])
     assert definition is not None
-    call = definition.calls[site.number]
+    call = _calls(definition.node.body)[site.number]
     function, arguments = call.func, [*call.args, *(keyword.value for keyword in call.keywords)]
     if not isinstance(function, ast.Attribute):
         fits = node.op == "call_function" and len(call.args) > 0 and definition.resolve(function) is node.target
@@ -102,10 +102,6 @@ class _Definition(NamedTuple):
     def itself(self) -> str:
         """The name of the module."""
         return (self.node.args.posonlyargs + self.node.args.args)[0].arg
-
-    @property
-    def calls(self) -> list[ast.Call]:
-        return _calls(self.node.body)
 
     def resolve(self, expression: ast.expr) -> Any:
         """What a global name, or an attribute of one, stands for; None for any other expression."""
