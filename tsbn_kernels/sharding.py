@@ -68,7 +68,9 @@ def shard_tasks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if isinstance(model, MultiTaskModel):
         _check_heads(model, parts)
     _check_groups(layers, mesh)
-    _broadcast([*model.parameters(), *model.buffers()], mesh)
+    whole_state = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    for dimension in range(mesh.ndim):
+        _in_one(whole_state, mesh.get_group(dimension), average=False)
     if isinstance(model, MultiTaskModel):
         model.heads = nn.ModuleDict({name: model.heads[name] for name in list(model.heads)[tasks.start : tasks.stop]})
         whole.register_load_state_dict_pre_hook(_leave_other_heads)
@@ -240,12 +242,6 @@ def _average_gradients(parameters: Sequence[Tensor], group: ProcessGroup, others
         for parameter, gradient, share in zip(parameters, gradients, there.tolist(), strict=True):
             if share > 0:
                 parameter.grad = gradient
-
-
-def _broadcast(tensors: Sequence[Tensor], mesh: DeviceMesh) -> None:
-    """Gives all ranks the tensors of the first rank of the mesh, in place."""
-    for dimension in range(mesh.ndim):
-        _in_one([tensor.detach() for tensor in tensors], mesh.get_group(dimension), average=False)
 
 
 def _in_one(tensors: Sequence[Tensor], group: ProcessGroup, *, average: bool) -> None:

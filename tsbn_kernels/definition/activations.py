@@ -76,10 +76,6 @@ def _gelu_tanh_derivative(z: Tensor, _: float) -> Tensor:
     return derivative
 
 
-def _hardswish_derivative(z: Tensor, _: float) -> Tensor:
-    return torch.where(z <= -3, torch.zeros_like(z), torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z)))
-
-
 TABLE: dict[Name, Activation] = {
     "relu": Activation(
         value=lambda z, _: torch.relu(z),
@@ -130,7 +126,7 @@ TABLE: dict[Name, Activation] = {
     ),
     "hardswish": Activation(
         value=lambda z, _: functional.hardswish(z),
-        derivative=_hardswish_derivative,
+        derivative=lambda z, _: torch.where(z <= -3, torch.zeros_like(z), torch.where(z < 3, z / 3 + 0.5, 1.0)),
         module=lambda _: nn.Hardswish(),
         types=(nn.Hardswish,),
         functions=(functional.hardswish,),
@@ -196,11 +192,6 @@ def activate(z: Tensor, activation: str, slope: float) -> Tensor:
 def activation_slope(z: Tensor, activation: str, slope: float) -> Tensor:
     """Computes ``act'(z)``."""
     return EPILOGUES[activation].derivative(z, slope)
-
-
-def invert_leaky_relu(y: Tensor, slope: float) -> Tensor:
-    """Computes the z of which ``y`` is the leaky ReLU; ``slope`` is positive."""
-    return torch.where(y > 0, y, y / slope)
 
 
 def as_module(activation: str, slope: float) -> nn.Module:

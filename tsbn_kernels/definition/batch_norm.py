@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.activations import INVERSE, NONE, activate, activation_slope, invert_leaky_relu
+from tsbn_kernels.definition.activations import INVERSE, NONE, activate, activation_slope
 from tsbn_kernels.definition.layout import task_view
 from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
 
@@ -154,7 +154,7 @@ def _before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tens
     raw, mean, rstd = _vectors(saved, options)
     if options.activation == INVERSE:
         dz = dz * activation_slope(view, options.activation, options.slope)
-        view = invert_leaky_relu(view, options.slope)
+        view = torch.where(view > 0, view, view / options.slope)
     elif options.activation != NONE:
         dz = dz * activation_slope(_affine(view, raw, mean, rstd, saved, options), options.activation, options.slope)
     return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, options.gate) * rstd
