@@ -1,9 +1,10 @@
-"""Fused kernels for task-specific sigmoid batch normalisation (TS-sigma-BN)."""
+"""Fused kernels for task-specific sigmoid normalisation (TS-sigma-BN, TS-sigma-LN)."""
 
 from tsbn_kernels import functional, memory
 from tsbn_kernels.backends import use_backend
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.late_fan_out import LateFanOut
+from tsbn_kernels.layers.layer_norm import FusedTSigmaLN, FusedTSigmaLN2d, FusedTSigmaRMSNorm
 from tsbn_kernels.models.convert import convert_model, expand_state_dict, revert_model
 from tsbn_kernels.models.earlier_names import find_earlier_names
 from tsbn_kernels.models.export import export_task, fold_into_conv
@@ -24,6 +25,9 @@ __all__ = [
     "FusedTSigmaBN1d",
     "FusedTSigmaBN2d",
     "FusedTSigmaBN3d",
+    "FusedTSigmaLN",
+    "FusedTSigmaLN2d",
+    "FusedTSigmaRMSNorm",
     "LateFanOut",
     "MultiTaskModel",
     "convert_model",

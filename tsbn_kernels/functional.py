@@ -12,7 +12,17 @@ from tsbn_kernels import backends
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import Saved, of_input
-from tsbn_kernels.operator import autograd, autograd_streams, autograd_synchronized, checks, recompute_outputs, runs
+from tsbn_kernels.operator import (
+    autograd,
+    autograd_streams,
+    autograd_synchronized,
+    checks,
+    layer_autograd,
+    layer_checks,
+    layer_streams,
+    recompute_outputs,
+    runs,
+)
 
 _MOST = 256  # numbers of values that are remembered
 _shares: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -229,3 +239,134 @@ def _update(running: Tensor, batch: Tensor, momentum: float | Tensor, compiling:
         running.lerp_(batch, momentum)
     else:
         running.copy_(before.lerp(batch, momentum))
+
+
+# ---- layer normalisation ---------------------------------------------------------------------------------------------
+
+
+def task_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_tasks: int,
+    eps: float = 1e-5,
+    gate: str = "sigmoid",
+    stacking: str = "task_major",
+    fan_out: bool = False,
+) -> Tensor:
+    """Layer normalisation with a gate and a bias of its own for each task.
+
+    ``y[t] = g(weight[t]) * (x[t] - mean) / sqrt(var + eps) + bias[t]``, where mean and variance are those of each row
+    of ``normalized_shape``, and ``g`` is the sigmoid (TS-sigma-LN) or the identity (TSLN). Statistics of float16 and
+    bfloat16 input are float32, and y is rounded once.
+
+    Args:
+        x: float32, float64, float16 or bfloat16 activation of all tasks: ``[T*N, *, *normalized_shape]`` stacked
+            task-major or sample-major, or ``[T, N, *, *normalized_shape]`` with ``stacking="task_axis"``.
+        weight: the raw gate parameter gamma, ``[T, *normalized_shape]``.
+        bias: of the shape of weight, or None.
+        num_tasks: T.
+        eps: added to the variance.
+        gate: ``"sigmoid"`` or ``"identity"``.
+        stacking: ``"task_major"`` (sample n of task t at ``t*N + n``), ``"sample_major"`` (at ``n*T + t``) or
+            ``"task_axis"``.
+        fan_out: x is one input ``[N, *, *normalized_shape]`` for all tasks. It is read, normalised and saved for the
+            backward once; y has T streams in ``stacking``.
+
+    Returns:
+        y, in the shape (with ``fan_out`` stacked) and dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: a shape or option does not fit.
+        TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
+        RuntimeError: tensors lie on different devices.
+    """
+    return normalize_rows((x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out))[0]
+
+
+def add_task_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_tasks: int,
+    eps: float = 1e-5,
+    gate: str = "sigmoid",
+    stacking: str = "task_major",
+    fan_out: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes ``s = x + residual`` and :func:`task_layer_norm` of it, in one pass: pre-norm blocks need both.
+
+    Args:
+        x, weight, bias, num_tasks, eps, gate, stacking, fan_out: as there.
+        residual: of the shape of x. Where its dtype is not that of x, both are promoted as in ``x + residual``.
+
+    Returns:
+        y, and s in the shape and dtype of ``x + residual``. Raises as :func:`task_layer_norm` does.
+    """
+    checks.check_tensor("residual", residual)
+    y, s = normalize_rows((x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out))
+    return y, s
+
+
+def task_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    num_tasks: int,
+    eps: float | None = None,
+    gate: str = "sigmoid",
+    stacking: str = "task_major",
+    fan_out: bool = False,
+) -> Tensor:
+    """Computes ``y[t] = g(weight[t]) * x[t] / sqrt(mean(x[t]^2) + eps)`` for each row of ``normalized_shape``.
+
+    Arguments are those of :func:`task_layer_norm`; without ``eps`` it is that of the dtype that is computed in, as in
+    ``nn.RMSNorm``.
+    """
+    return normalize_rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out))[0]
+
+
+def add_task_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    num_tasks: int,
+    eps: float | None = None,
+    gate: str = "sigmoid",
+    stacking: str = "task_major",
+    fan_out: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Computes ``s = x + residual`` and :func:`task_rms_norm` of it; see :func:`add_task_layer_norm`."""
+    checks.check_tensor("residual", residual)
+    y, s = normalize_rows((x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out))
+    return y, s
+
+
+def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_streams: bool = False) -> tuple[Tensor, ...]:
+    """Computes :func:`task_layer_norm` or one like it.
+
+    Args:
+        tensors: x, weight, bias and residual.
+        options: the values of a :class:`~tsbn_kernels.definition.options.LayerOptions`.
+        as_streams: return the streams of the tasks; there is no residual then.
+
+    Returns:
+        y, and with a residual ``x + residual`` too; or the streams.
+    """
+    compiling = torch.compiler.is_compiling()
+    call = (layer_checks.check_call if compiling else layer_checks.checked)(tensors, options)
+    x, weight, bias, residual = tensors
+    if residual is not None:
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        residual = residual.contiguous()
+    backend = backends.override(x.device.type) if backends.is_forced() else None
+    function = layer_streams if as_streams else layer_autograd
+    apply = function.apply_in_graph if compiling else function.apply
+    outputs = apply(x.contiguous(), weight, bias, residual, call, backend)
+    return outputs[: call.num_tasks if as_streams else 1 if residual is None else 2]

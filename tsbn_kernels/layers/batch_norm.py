@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +15,6 @@ from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize
 from tsbn_kernels.layers.task_specific import TaskSpecific, whole
 from tsbn_kernels.operator import autograd_synchronized, checks, runs
-
-GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
-VISIBLE = 1e-3  # clipping a scale by less is not worth a word
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _VECTORS = ("weight", "bias", *_STATISTICS)
@@ -76,6 +72,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
     running_mean: Tensor | None
     running_var: Tensor | None
     bias: Tensor | None  # type: ignore[assignment]
+    _plain_vectors = ("weight", "bias", "running_mean", "running_var")
 
     def __init__(
         self,
@@ -105,8 +102,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         flags = {"track_running_stats": track_running_stats, "fan_out": fan_out, "recover_input": recover_input}
         for name, flag in flags.items():
             checks.check_flag(name, flag)
-        if bias not in (True, False, "frozen"):
-            raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
+        checks.check_bias(bias)
         checks.check_layer_stacking(stacking)
         if recover_input:
             checks.check_recovery(activation, negative_slope, fan_out, process_group is not None)
@@ -147,9 +143,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
     def reset_parameters(self) -> None:
         """Sets the gates to one half (sigmoid of 0) or to one (identity), and the biases to 0."""
         self.reset_running_stats()
-        nn.init.constant_(self.weight, 0.0 if self.gate == "sigmoid" else 1.0)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        super().reset_parameters()
 
     @property
     def affine(self) -> bool:  # type: ignore[override]
@@ -327,50 +321,18 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         """Takes pickles from before the layer had all of its options."""
         super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
 
-    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone.
-
-        Raises:
-            ValueError: some entries are of a plain layer and others are not.
-        """
-        names = [prefix + name for name in ("weight", "bias", *_STATISTICS[:2]) if prefix + name in state_dict]
-        entries = [state_dict[name] for name in names]
-        plain = [name for name in names if state_dict[name].dim() == 1]
-        if not plain:
-            return
-        if others := [name for name in names if name not in plain]:
-            raise ValueError(
-                f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
-                f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
-                f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain one"
-            )
-        like: dict[str, Any] = {"device": entries[0].device, "dtype": self.weight.dtype}
-        state = {"weight": torch.ones(self.num_features, **like)}  # of affine=False
-        if self.bias is not None:
-            state["bias"] = torch.zeros(self.num_features, **like)
-        if self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
-            state["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=like["device"])
-        for name in _VECTORS:
-            if prefix + name in state_dict:
-                state[name] = state_dict[prefix + name]
-        if self.gate == "sigmoid":
-            weight = state["weight"]
-            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            if not exact.is_meta and bool(((exact < -VISIBLE) | (exact > 1 + VISIBLE)).any()):
-                warnings.warn(
-                    "scales of a plain checkpoint lie outside of (0, 1), where a sigmoid gate cannot be, and were "
-                    "clipped: the tasks do not start as the plain model; gate='identity' keeps its function",
-                    stacklevel=2,
-                )
-            state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
-        for name, vector in state.items():
-            state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
+    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        plain = super()._expand_plain_state(state_dict, prefix)
+        if plain and self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
+            device, name = state_dict[f"{prefix}weight"].device, f"{prefix}num_batches_tracked"
+            count = state_dict.get(name, torch.zeros((), dtype=torch.long, device=device))
+            state_dict[name] = count.repeat(self.num_tasks)
+        return plain
 
     def extra_repr(self) -> str:
-        bias = "frozen" if self.bias is not None and not isinstance(self.bias, nn.Parameter) else self.bias is not None
         return (
             f"{self.num_tasks}, {self.num_features}, eps={self.eps}, momentum={self.momentum}, gate={self.gate!r}, "
-            f"bias={bias!r}, stacking={self.stacking!r}, track_running_stats={self.track_running_stats}"
+            f"bias={self._bias_kind()!r}, stacking={self.stacking!r}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation!r}" if self.activation else "")
             + (f", negative_slope={self.negative_slope}" if EPILOGUES[self.activation or NONE].sloped else "")
             + ", fan_out=True" * self.fan_out

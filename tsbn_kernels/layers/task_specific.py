@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tsbn_kernels.backends import capture
+from tsbn_kernels.definition.layout import Stacking
 from tsbn_kernels.layers import participation
 from tsbn_kernels.operator import checks, runs
 
 Tasks = Sequence[int] | Tensor | None  # of a call: indices, each once; None stands for all
+
+GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
+VISIBLE = 1e-3  # clipping a scale by less is not worth a word
 
 
 class TaskSpecific(nn.Module):
@@ -20,29 +25,52 @@ class TaskSpecific(nn.Module):
 
     Conversion back, sharding, export, parameter groups, checkpoints of plain models and
     :class:`~tsbn_kernels.MultiTaskModel` take any layer of this class. A subclass sets the attributes, has
-    :meth:`task` and :meth:`_expand_plain_state`, and takes ``num_tasks`` and ``num_features`` as its first two
-    arguments. Its ``forward`` asks whose streams it gets (:meth:`_route`), takes their rows (:meth:`_own_rows`) and
+    :meth:`task`, and takes ``num_tasks`` and what is normalised (``num_features``, ``normalized_shape``) as its first
+    two arguments. Its ``forward`` asks whose streams it gets (:meth:`_route`), takes their rows (:meth:`_own_rows`) and
     lets the optimiser know what ran (:meth:`_take_part`).
 
     Attributes:
         num_tasks: T.
-        stacking: ``"task_major"`` or ``"sample_major"``: how the streams of the tasks lie in the batch.
+        stacking: ``"task_major"`` or ``"sample_major"``: how the streams of the tasks lie in the batch; of layer
+            normalisation ``"task_axis"`` too.
         gate: ``"sigmoid"`` or ``"identity"``: what the gates are of ``weight``.
-        weight: ``[T, C]``.
+        weight: ``[T, *]``.
+        bias: of the same shape, or None.
     """
 
+    _plain_vectors: ClassVar[tuple[str, ...]] = ("weight", "bias")  # that a plain layer has too, without the task axis
+
     num_tasks: int
-    stacking: Literal["task_major", "sample_major"]
+    stacking: Stacking
     gate: Literal["sigmoid", "identity"]
     weight: nn.Parameter
+    bias: Tensor | None
     _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
     _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer
     _routers: tuple[runs.Router, ...] = ()  # of the models that it is in the backbone of
 
     @property
     def gates(self) -> Tensor:
-        """The factors of the normalised activation, ``[T, C]``: ``sigmoid(weight)``, or ``weight`` itself."""
+        """The factors of the normalised activation, ``[T, *]``: ``sigmoid(weight)``, or ``weight`` itself."""
         return torch.sigmoid(self.weight) if self.gate == "sigmoid" else self.weight
+
+    def reset_parameters(self) -> None:
+        """Sets the gates to one half (sigmoid of 0) or to one (identity), and the biases to 0."""
+        nn.init.constant_(self.weight, 0.0 if self.gate == "sigmoid" else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _add_bias(self, kind: bool | Literal["frozen"]) -> None:
+        """Makes the bias, like the weight: a parameter, None, or a buffer, which is not trained."""
+        bias = torch.empty_like(self.weight, requires_grad=False) if kind else None
+        if kind == "frozen":
+            self.register_buffer("bias", bias)
+        else:
+            self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    def _bias_kind(self) -> bool | Literal["frozen"]:
+        """What :meth:`_add_bias` was given."""
+        return "frozen" if self.bias is not None and not isinstance(self.bias, nn.Parameter) else self.bias is not None
 
     def task(self, index: int) -> nn.Module:
         """The plain layer of one task, a copy with the same outputs, in the same mode.
@@ -117,9 +145,43 @@ class TaskSpecific(nn.Module):
         self._expand_plain_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone."""
-        raise NotImplementedError(f"{type(self).__name__} has no _expand_plain_state()")
+    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone.
+
+        Returns:
+            Whether they are of a plain layer.
+
+        Raises:
+            ValueError: some entries are of a plain layer and others are not.
+        """
+        entries = {name: state_dict[prefix + name] for name in self._plain_vectors if prefix + name in state_dict}
+        plain = [prefix + name for name, entry in entries.items() if entry.dim() == self.weight.dim() - 1]
+        if not plain:
+            return False
+        if others := [prefix + name for name in entries if prefix + name not in plain]:
+            raise ValueError(
+                f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
+                f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
+                f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain one"
+            )
+        like: dict[str, Any] = {"device": state_dict[plain[0]].device, "dtype": self.weight.dtype}
+        state = {"weight": torch.ones(self.weight.shape[1:], **like)}  # of affine=False
+        if self.bias is not None:
+            state["bias"] = torch.zeros(self.weight.shape[1:], **like)
+        state |= entries
+        if self.gate == "sigmoid":
+            weight = state["weight"]
+            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if not exact.is_meta and bool(((exact < -VISIBLE) | (exact > 1 + VISIBLE)).any()):
+                warnings.warn(
+                    "scales of a plain checkpoint lie outside of (0, 1), where a sigmoid gate cannot be, and were "
+                    "clipped: the tasks do not start as the plain model; gate='identity' keeps its function",
+                    stacklevel=2,
+                )
+            state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
+        for name, vector in state.items():
+            state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
+        return True
 
 
 def whole(vector: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -183,12 +184,11 @@ class EagerTaskBatchNorm(TaskBatchNorm):
 
 def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the layer, differentiable; takes and returns what :meth:`TaskBatchNorm.forward` does."""
-    function: type[TaskBatchNorm] = EagerTaskBatchNorm
+    outputs: tuple[Tensor, Tensor, Tensor]
     if torch._C._are_functorch_transforms_active():
-        if torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
-            return _below_functionalize(*inputs)
-        function = TaskBatchNorm
-    outputs: tuple[Tensor, Tensor, Tensor] = function.apply(*inputs)
+        outputs = transformed(TaskBatchNorm, apply, inputs)
+    else:
+        outputs = EagerTaskBatchNorm.apply(*inputs)
     return outputs
 
 
@@ -205,8 +205,13 @@ def apply_in_graph(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean.detach(), var.detach()
 
 
-def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies the layer under ``torch.func.functionalize``, which takes no ``autograd.Function``."""
+def transformed(function: type[torch.autograd.Function], apply: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """Applies a function under the transforms of ``torch.func``; ``apply`` does so under those that are further out.
+
+    ``functionalize`` takes no ``autograd.Function``: below it there is one.
+    """
+    if torch._C._functorch.peek_interpreter_stack().key() != _FUNCTIONALIZE:
+        return function.apply(*inputs)
     api: Any = torch
 
     def plain(value: Any) -> Any:
@@ -219,8 +224,7 @@ def _below_functionalize(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack():
         outputs = apply(*inputs)
     level: Any = torch._C._functorch.maybe_current_level()
-    y, mean, var = (torch._C._functorch._wrap_functional_tensor(output, level) for output in outputs)
-    return y, mean, var
+    return tuple(torch._C._functorch._wrap_functional_tensor(output, level) for output in outputs)
 
 
 # ---- the derivatives of the operators --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.options import Gradients, Needs, Options, Saved
+from tsbn_kernels.definition.options import Gradients, LayerOptions, Needs, Options, Saved
 from tsbn_kernels.operator import autograd
 from tsbn_kernels.operator.autograd import TaskBatchNorm, differentiable_twice
 from tsbn_kernels.operator.separate import aliases, separate
@@ -45,55 +45,74 @@ class TaskStreams(TaskBatchNorm):
         raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
 
 
+class Chosen:
+    """Some of T tasks, whose rows are taken out of stacks, and put back among zeros.
+
+    Args:
+        tasks: which.
+        num_tasks: T.
+        like: a tensor on the device of the stacks.
+    """
+
+    def __init__(self, tasks: list[int], num_tasks: int, like: Tensor) -> None:
+        self._tasks, self._num_tasks = tasks, num_tasks
+        self._index = None if len(tasks) == num_tasks else capture.task_indices(tasks, like)
+
+    def rows(self, stack: Any) -> Any:
+        """The rows of the tasks of ``[T, *]``; one task's, and all, are a view."""
+        if stack is None or self._index is None:
+            return stack
+        return stack[self._tasks[0]].unsqueeze(0) if len(self._tasks) == 1 else stack.index_select(0, self._index)
+
+    def streams(self, stack: Any, stacking: str) -> Any:
+        """The streams ``[K, N, *]`` of the tasks."""
+        return None if stack is None else self.rows(layout.streams(stack, self._num_tasks, stacking))
+
+    def spread(self, part: Tensor | None) -> Tensor | None:
+        """Rows ``[K, *]`` of the tasks as ``[T, *]``: zero for the others."""
+        if part is None or self._index is None:
+            return part
+        return part.new_zeros(self._num_tasks, *part.shape[1:]).index_copy(0, self._index, part)
+
+    def stacked(self, part: Tensor | None, stacking: str) -> Tensor | None:
+        """Streams of the tasks as a stack of all."""
+        part = self.spread(part)
+        return None if part is None else layout.stacked(part, stacking)
+
+    @staticmethod
+    def stack(parts: list[Tensor]) -> Tensor:
+        """One tensor ``[K, N, *]`` of the streams of the tasks."""
+        return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+
 def _gradients(ctx: Any, given: dict[int, Tensor], needs: Needs) -> Gradients:
     """What is needed of the gradients, from those of some tasks' streams."""
     options: Options = ctx.options
-    num_tasks, stacking, plain = options.num_tasks, options.stacking, options.activation == "none"
-    saved, tasks = Saved._make(ctx.saved_tensors), list(given)
-    index = None if len(tasks) == num_tasks else capture.task_indices(tasks, saved.x)
-
-    def rows(stack: Any) -> Any:
-        """The rows of the tasks that a gradient came for; one task's, and all, are a view."""
-        if stack is None or index is None:
-            return stack
-        return stack[tasks[0]].unsqueeze(0) if len(tasks) == 1 else stack.index_select(0, index)
-
-    def streams(stack: Any) -> Any:
-        return None if stack is None else rows(layout.streams(stack, num_tasks, stacking))
-
-    def spread(part: Tensor | None) -> Tensor | None:
-        """Zero for the other tasks."""
-        if part is None or index is None:
-            return part
-        return part.new_zeros(num_tasks, *part.shape[1:]).index_copy(0, index, part)
-
-    def stacked(part: Tensor | None) -> Tensor | None:
-        part = spread(part)
-        return None if part is None else layout.stacked(part, stacking)
-
-    dys = list(given.values())
-    dy = torch.stack(dys) if len(dys) > 1 else dys[0].unsqueeze(0)
+    stacking, plain, saved = options.stacking, options.activation == "none", Saved._make(ctx.saved_tensors)
+    chosen = Chosen(list(given), options.num_tasks, saved.x)
+    dy = chosen.stack(list(given.values()))
     own = Saved(
-        saved.x if options.fan_out else streams(saved.x),
-        rows(saved.weight),
-        rows(saved.bias),
-        streams(saved.residual),
-        rows(saved.mean),
-        rows(saved.var),
+        saved.x if options.fan_out else chosen.streams(saved.x, stacking),
+        chosen.rows(saved.weight),
+        chosen.rows(saved.bias),
+        chosen.streams(saved.residual, stacking),
+        chosen.rows(saved.mean),
+        chosen.rows(saved.var),
     )
     dx, dweight, dbias, dresidual = differentiable_twice(ctx.backend).backward(
         dy,
         own,
         ctx.training,
         needs._replace(dresidual=needs.dresidual and not plain),
-        options._replace(num_tasks=len(tasks), stacking="task_axis"),
+        options._replace(num_tasks=len(given), stacking="task_axis"),
     )
     if plain and needs.dresidual:
         dresidual = dy
-    return Gradients(dx if options.fan_out else stacked(dx), spread(dweight), spread(dbias), stacked(dresidual))
+    dx = dx if options.fan_out else chosen.stacked(dx, stacking)
+    return Gradients(dx, chosen.spread(dweight), chosen.spread(dbias), chosen.stacked(dresidual, stacking))
 
 
-def of_a_stack(y: Tensor, options: Options) -> Sequence[Tensor]:
+def of_a_stack(y: Tensor, options: Options | LayerOptions) -> Sequence[Tensor]:
     """The streams of an output that is there already, as tensors of their own."""
     streams = layout.streams(y, options.num_tasks, options.stacking)
     return separate([streams.flatten(0, 1)], options.num_tasks)[0]

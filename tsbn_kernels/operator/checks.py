@@ -21,7 +21,7 @@ _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LARGEST: Any = sys.float_info.max
 _PLAIN = {int, float, bool, str, type(None)}  # settings that keep nothing alive
 _DENSE = torch.strided
-_MOST = 1024  # calls that are remembered
+MOST = 1024  # calls that are remembered
 
 
 class Settings(NamedTuple):
@@ -128,6 +128,12 @@ def check_options(gate: str, stacking: str, activation: str | None) -> None:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def check_bias(bias: Any) -> None:
+    """Raises ValueError where this is no kind of bias."""
+    if bias not in (True, False, "frozen"):
+        raise ValueError(f"bias must be True, False or 'frozen', got {bias!r}")
+
+
 def check_layer_stacking(stacking: str) -> None:
     """Raises ValueError where a layer cannot have a stacking; a task axis it sees by the dimensions of its input."""
     if stacking not in ("task_major", "sample_major"):
@@ -158,24 +164,30 @@ def checked(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: bool, 
     key: Hashable = None
     try:
         types = type(num_tasks), type(training), type(fan_out), type(recover_input)  # 1 == True == 1.0
-        statistics = running_mean is None or _kind(running_mean), running_var is None or _kind(running_var)
-        more = bias is None or _kind(bias), residual is None or _kind(residual)
-        key = settings, types, grouped, alone, _kind(x), _kind(weight), statistics, more
+        statistics = running_mean is None or kind(running_mean), running_var is None or kind(running_var)
+        more = bias is None or kind(bias), residual is None or kind(residual)
+        key = settings, types, grouped, alone, kind(x), kind(weight), statistics, more
         known = _known.get(key)
         if known is not None:
             return known
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or sizes that are symbols
         pass
     call = check_call(tensors, settings, grouped, alone)
-    sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape]
-    if all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN:
-        if len(_known) >= _MOST:
+    if can_be_remembered(tensors, settings):
+        if len(_known) >= MOST:
             _known.clear()
         _known[key] = call
     return call
 
 
-def _kind(tensor: Tensor) -> Hashable:
+def can_be_remembered(tensors: Iterable[Tensor | None], settings: Iterable[Any]) -> bool:
+    """Whether the sizes of a call's tensors are no symbols, and its settings keep nothing alive."""
+    sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape]
+    return all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN
+
+
+def kind(tensor: Tensor) -> Hashable:
+    """All of a tensor that a check of a call looks at."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout is _DENSE
 
 
@@ -253,7 +265,7 @@ def check_vector(name: str, vector: Any, x: Tensor, num_tasks: int, channels: in
             f"{name} must have shape [num_tasks, channels] = {[num_tasks, channels]} for x of shape {list(x.shape)}, "
             f"got {list(vector.shape)}"
         )
-    _check_device(name, vector, x)
+    check_device(name, vector, x)
 
 
 def check_written(name: str, running: Tensor) -> None:
@@ -298,7 +310,7 @@ def momentum_value(momentum: Any, x: Tensor, num_tasks: int, channels: int) -> f
             f"momentum must broadcast over [num_tasks, channels] = {[num_tasks, channels]}, got shape "
             f"{list(momentum.shape)}"
         )
-    _check_device("momentum", momentum, x)
+    check_device("momentum", momentum, x)
     return momentum
 
 
@@ -311,7 +323,7 @@ def check_tasks(tasks: Tensor, num_tasks: int, like: Tensor) -> None:
         raise TypeError(f"tasks must be a dense int64 tensor, or a sequence of integers, got {tasks.dtype}")
     if tasks.dim() != 1 or len(tasks) == 0:
         raise ValueError(f"tasks must have shape [K] with K of 1 or more, got {list(tasks.shape)}")
-    _check_device("tasks", tasks, like)
+    check_device("tasks", tasks, like)
     if type(tasks) is Tensor and tasks.device.type == "cpu" and not torch.compiler.is_compiling():
         check_indices(tasks.tolist(), num_tasks)
 
@@ -328,9 +340,10 @@ def check_residual(residual: Tensor, x: Tensor, options: Options) -> None:
     expected = layout.output_shape(x, options)
     if residual.shape != torch.Size(expected):
         raise ValueError(f"residual must have the shape of the output, {list(expected)}, got {list(residual.shape)}")
-    _check_device("residual", residual, x)
+    check_device("residual", residual, x)
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises RuntimeError where a tensor is not on the device of ``x``."""
     if tensor.device != x.device:
         raise RuntimeError(f"{name} is on {tensor.device} and x on {x.device}; move one of them with .to()")
