@@ -141,7 +141,8 @@ class TaskLayerNorm(torch.autograd.Function):
             offset = None if dbias is None else dbias.to(dtype)
             parts.append(reference.affine(reference.normalized(saved), change, offset, options))
         tangent = sum(parts[1:], parts[0]).to(s.dtype) if parts else None
-        return tangent, *((ds,) if ctx.adds else ()), *(None,) * (1 if options.rms else 2)
+        of_sum = (torch.zeros_like(s) if ds is None else ds,) if ctx.adds else ()  # None would be an error of PyTorch's
+        return tangent, *of_sum, *(None,) * (1 if options.rms else 2)
 
 
 class EagerTaskLayerNorm(TaskLayerNorm):
