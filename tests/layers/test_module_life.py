@@ -5,49 +5,36 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.layers import (
+    GATES,
+    LAYERS,
+    SHAPE,
+    WITH_BIAS,
+    C,
+    N,
+    T,
+    assert_batches,
+    assert_same,
+    gradients,
+    of_any_kind,
+    train,
+    trained,
+    with_a_bias,
+)
 from support.processes import python_output
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torch.utils.checkpoint import checkpoint
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, parameter_groups
-from tsbn_kernels.functional import task_batch_norm
-from tsbn_kernels.operator import runs
+from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, convert_model, parameter_groups
+from tsbn_kernels.layers.task_specific import TaskSpecific
 
-T, N, C = 3, 4, 5
-SHAPE = (T * N, C, 3, 3)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def trained(layer: Any = None, **options: Any) -> Any:
-    """A layer with parameters and statistics of its own."""
-    layer = FusedTSigmaBN2d(T, C, **options) if layer is None else layer
-    with torch.no_grad():
-        for tensor in (layer.weight, layer.bias, layer.running_mean):
-            if tensor is not None:
-                tensor.normal_()
-        layer.running_var.uniform_(0.5, 1.5)
-    return layer
-
-
-def gradients(module: nn.Module, x: Tensor, dy: Tensor, call: Callable[..., Tensor] | None = None) -> list[Any]:
-    """Of x and all parameters; by ``backward()``, which is all that re-entrant checkpointing takes."""
-    x = x.clone().requires_grad_()
-    (module(x) if call is None else call(module, x)).backward(dy)
-    result = [x.grad, *(parameter.grad for parameter in module.parameters())]
-    module.zero_grad()
-    return result
-
-
-def assert_same(left: Any, right: Any) -> None:
-    for one, other in zip(left, right, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # ---- copies and files ------------------------------------------------------------------------------------------------
@@ -61,8 +48,10 @@ def saved_and_loaded(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
-def test_copies_go_on_by_themselves(duplicate: Any) -> None:
-    layer = trained(bias="frozen", activation="leaky_relu", negative_slope=0.3, momentum=None, stacking="sample_major")
+@with_a_bias
+def test_copies_go_on_by_themselves(duplicate: Any, kind: str) -> None:
+    more = {"activation": "leaky_relu", "negative_slope": 0.3, "momentum": None} if kind == "BN" else {}
+    layer = trained(kind, bias="frozen", stacking="sample_major", **more)
     other = duplicate(layer)
     assert repr(other) == repr(layer)
     before = copy.deepcopy(layer.state_dict())
@@ -75,8 +64,9 @@ def test_copies_go_on_by_themselves(duplicate: Any) -> None:
 
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("mmap", [True, False])
-def test_a_state_dict_passes_through_a_safe_file(mmap: bool, assign: bool, tmp_path: Any) -> None:
-    source, target = trained(bias=True), FusedTSigmaBN2d(T, C, bias=True)
+@with_a_bias
+def test_a_state_dict_passes_through_a_safe_file(mmap: bool, assign: bool, tmp_path: Any, kind: str) -> None:
+    source, target = trained(kind, bias=True), LAYERS[kind](bias=True)
     torch.save(source.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True, mmap=mmap)
     target.load_state_dict(state, assign=assign)
@@ -85,12 +75,13 @@ def test_a_state_dict_passes_through_a_safe_file(mmap: bool, assign: bool, tmp_p
     assert_same(target.state_dict().values(), source.state_dict().values())
 
 
-def test_a_whole_layer_passes_through_a_safe_file() -> None:
-    layer = trained()
+@of_any_kind
+def test_a_whole_layer_passes_through_a_safe_file(kind: str) -> None:
+    layer = trained(kind)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    with torch.serialization.safe_globals([FusedTSigmaBN2d]):
+    with torch.serialization.safe_globals([type(layer)]):
         other = torch.load(file, weights_only=True)
     assert_same(other.state_dict().values(), layer.state_dict().values())
 
@@ -109,33 +100,31 @@ def test_pickles_of_before_the_epilogue_load() -> None:
 # ---- devices, dtypes, memory -----------------------------------------------------------------------------------------
 
 
-def test_conversions_keep_what_they_should() -> None:
-    network = nn.Sequential(nn.Conv2d(3, C, 3), trained(bias=True))
+@with_a_bias
+def test_conversions_keep_what_they_should(kind: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, C, 3), trained(kind, bias=True))
     x, dy = torch.randn(T * N, 3, 5, 5), torch.randn(SHAPE)
     expected = gradients(copy.deepcopy(network), x, dy)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert_same(gradients(network, x.to(memory_format=torch.channels_last), dy), expected)
     wide = copy.deepcopy(network).double()
-    assert {t.dtype for t in wide[1].state_dict().values()} == {torch.float64, torch.int64}
+    assert {t.dtype for t in wide[1].state_dict().values()} - {torch.int64} == {torch.float64}
     for half in (copy.deepcopy(network).half(), copy.deepcopy(network).to(torch.bfloat16)):
         assert half[1](torch.randn(SHAPE, dtype=half[0].weight.dtype)).dtype == half[0].weight.dtype
     network.to("meta")
     assert network(x.to("meta")).shape == SHAPE
 
 
-@pytest.mark.parametrize("make", [FusedTSigmaBN2d, LateFanOut])
+@pytest.mark.parametrize("make", [*LAYERS.values(), partial(LateFanOut, T, C)])
 def test_built_on_meta_and_filled_from_a_checkpoint(make: Any) -> None:
-    source, target = make(T, C), make(T, C, device="meta")
+    source, target, x = make(), make(device="meta"), torch.randn(SHAPE)
     nn.init.normal_(source.weight)
     target.load_state_dict(source.state_dict(), assign=True)
-    if make is FusedTSigmaBN2d:
-        assert {tensor.device.type for tensor in (*target.parameters(), *target.buffers())} == {"cpu"}
-        x = torch.randn(SHAPE)
-        assert torch.equal(target(x), source(x))
-    emptied = make(T, C, device="meta").to_empty(device="cpu")
+    emptied = make(device="meta").to_empty(device="cpu")
     emptied.load_state_dict(source.state_dict())
-    if make is FusedTSigmaBN2d:
-        assert torch.equal(emptied(x), source(x))
+    for layer in (target, emptied) if isinstance(source, TaskSpecific) else ():
+        assert {tensor.device.type for tensor in (*layer.parameters(), *layer.buffers())} == {"cpu"}
+        assert torch.equal(layer(x), source(x))
 
 
 def test_statistics_in_shared_memory_stay_there() -> None:
@@ -174,7 +163,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_update_bn_measures_the_statistics_anew(momentum: float | None) -> None:
     network = nn.Sequential(FusedTSigmaBN2d(T, C, momentum=momentum), nn.ReLU()).eval()
-    trained(network[0])
+    train(network[0])
     batches = [torch.randn(SHAPE) * 2 + 1 for _ in range(4)]
     update_bn(batches, network)
     assert not network.training
@@ -187,23 +176,24 @@ def test_update_bn_measures_the_statistics_anew(momentum: float | None) -> None:
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_averaged_models(use_buffers: bool) -> None:
+@with_a_bias
+def test_averaged_models(use_buffers: bool, kind: str) -> None:
     """As with plain layers: parameters are averaged; statistics are the last, or averaged with ``use_buffers``."""
-    network = nn.Sequential(FusedTSigmaBN2d(T, C, bias=True))
+    network = nn.Sequential(LAYERS[kind](bias=True))
     averaged = AveragedModel(network, use_buffers=use_buffers)
     steps = []
     for _ in range(3):
-        trained(network[0])
+        train(network[0])
         averaged.update_parameters(network)
         steps.append(copy.deepcopy(network[0].state_dict()))
     got = averaged.module[0].state_dict()
     for name in ("weight", "bias"):
         torch.testing.assert_close(got[name], torch.stack([step[name] for step in steps]).mean(0))
-    for name in STATISTICS[:2]:
+    for name in STATISTICS[:2] if kind == "BN" else ():
         expected = torch.stack([step[name] for step in steps]).mean(0) if use_buffers else steps[-1][name]
         torch.testing.assert_close(got[name], expected)
     update_bn([torch.randn(SHAPE)], averaged)
-    assert averaged.module[0].num_batches_tracked.tolist() == [1] * T
+    assert_batches(averaged.module[0], 1)
 
 
 def test_a_converted_model_is_not_converted_again() -> None:
@@ -223,8 +213,9 @@ class Double(nn.Module):
         return 2 * weight
 
 
-def test_parametrized_weights() -> None:
-    layer, twin = trained(), FusedTSigmaBN2d(T, C)
+@of_any_kind
+def test_parametrized_weights(kind: str) -> None:
+    layer, twin = trained(kind), LAYERS[kind]()
     with torch.no_grad():
         twin.weight.copy_(2 * layer.weight)
     parametrize.register_parametrization(layer, "weight", Double())
@@ -234,25 +225,26 @@ def test_parametrized_weights() -> None:
     torch.testing.assert_close(layer.gates, twin.gates)
     torch.testing.assert_close(layer.task(1).weight, twin.gates[1])
     (group,) = parameter_groups(layer, lr=1.0)
-    assert (group["name"], group["lr"]) == ("gates", 100.0)
+    assert (group["name"], group["lr"]) == (GATES[kind], 100.0 if kind == "BN" else 10.0)
     parametrize.remove_parametrizations(layer, "weight")
     torch.testing.assert_close(layer.weight, twin.weight)
 
 
-def test_pruned_weights() -> None:
-    layer, twin = trained(bias=True), FusedTSigmaBN2d(T, C, bias=True)
+@with_a_bias
+def test_pruned_weights(kind: str) -> None:
+    layer, twin = trained(kind, bias=True), LAYERS[kind](bias=True)
     prune.l1_unstructured(layer, "weight", 0.5)
     with torch.no_grad():
         twin.weight.copy_(layer.weight)
         twin.bias.copy_(layer.bias)
-    assert (layer.weight == 0).sum() == round(T * C * 0.5)
+    assert (layer.weight == 0).sum() == round(layer.weight.numel() * 0.5)
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     dx, dbias, dweight = gradients(layer, x, dy)
     assert_same(
         (dx, dweight, dbias), [g * layer.weight_mask if i == 1 else g for i, g in enumerate(gradients(twin, x, dy))]
     )
     names = {group["name"]: len(group["params"]) for group in parameter_groups(layer, lr=1.0)}
-    assert names == {"base": 1, "gates": 1}
+    assert names == {"base": 1, GATES[kind]: 1}
     prune.remove(layer, "weight")
     assert torch.equal(layer(x), twin(x))
 
@@ -267,8 +259,9 @@ def test_a_parametrized_plain_layer_is_not_converted_in_silence() -> None:
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 
-def test_hooks_of_every_kind_run_and_see_the_tensors() -> None:
-    layer, seen = trained(), []
+@of_any_kind
+def test_hooks_of_every_kind_run_and_see_the_tensors(kind: str) -> None:
+    layer, seen = trained(kind), []
     layer.register_forward_pre_hook(lambda m, args: seen.append(("before", args[0].shape)))
     layer.register_forward_hook(lambda m, args, y: seen.append(("after", y.shape)))
     layer.register_full_backward_pre_hook(lambda m, dy: seen.append(("dy", dy[0].shape)))
@@ -280,8 +273,9 @@ def test_hooks_of_every_kind_run_and_see_the_tensors() -> None:
     assert seen == [(name, torch.Size(SHAPE)) for name in ("before", "after", "dy", "dx")]
 
 
-def test_hooks_may_replace_what_passes() -> None:
-    layer = trained()
+@of_any_kind
+def test_hooks_may_replace_what_passes(kind: str) -> None:
+    layer = trained(kind)
     x = torch.randn(SHAPE)
     expected = copy.deepcopy(layer)(2 * x) + 1
     layer.register_forward_pre_hook(lambda m, args: (2 * args[0],))
@@ -289,8 +283,9 @@ def test_hooks_may_replace_what_passes() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_state_dict_hooks() -> None:
-    layer, seen = trained(), []
+@of_any_kind
+def test_state_dict_hooks(kind: str) -> None:
+    layer, seen = trained(kind), []
     layer.register_state_dict_pre_hook(lambda m, prefix, keep: seen.append("save"))
     layer.register_state_dict_post_hook(lambda m, state, prefix, metadata: state.update(extra=torch.ones(1)))
     layer.register_load_state_dict_pre_hook(lambda m, state, *_: state.pop("extra"))
@@ -304,9 +299,9 @@ def test_state_dict_hooks() -> None:
 
 @pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
 @pytest.mark.parametrize("of_x", [True, False])
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_any_part_may_be_frozen(activation: Any, of_x: bool, frozen: tuple[str, ...]) -> None:
-    layer = trained(bias=True, activation=activation)
+@pytest.mark.parametrize(("kind", "options"), [("BN", {"activation": "relu"}), *((kind, {}) for kind in WITH_BIAS)])
+def test_any_part_may_be_frozen(kind: str, options: Any, of_x: bool, frozen: tuple[str, ...]) -> None:
+    layer = trained(kind, bias=True, **options)
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     expected = dict(zip(("x", "weight", "bias"), gradients(layer, x, dy), strict=True))
     for name in frozen:
@@ -322,19 +317,20 @@ def test_any_part_may_be_frozen(activation: Any, of_x: bool, frozen: tuple[str, 
             torch.testing.assert_close(tensor.grad, expected[name])
         else:
             assert tensor.grad is None
-    assert layer.num_batches_tracked.tolist() == [2] * T
+    assert_batches(layer, 2)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(without: Any) -> None:
-    layer = trained(activation="relu")
+@of_any_kind
+def test_without_gradients(kind: str, without: Any) -> None:
+    layer = trained(kind)
     x = torch.randn(SHAPE)
     twin = copy.deepcopy(layer)
     with without():
         y = layer(x.requires_grad_())
     assert not y.requires_grad
     assert torch.equal(y, twin(x))
-    assert_same([getattr(layer, name) for name in STATISTICS], [getattr(twin, name) for name in STATISTICS])
+    assert_same(layer.state_dict().values(), twin.state_dict().values())
     dy = torch.randn(SHAPE)
     assert_same(gradients(layer, x.detach(), dy), gradients(twin, x.detach(), dy))  # it trains on
 
@@ -342,9 +338,12 @@ def test_without_gradients(without: Any) -> None:
 # ---- one graph, several passes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"recover_input": True}])
-def test_backward_twice_over_a_retained_graph(options: Any) -> None:
-    layer = trained(**options)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("BN", {"activation": "silu"}), ("BN", {"recover_input": True}), *((kind, {}) for kind in LAYERS)],
+)
+def test_backward_twice_over_a_retained_graph(kind: str, options: Any) -> None:
+    layer = trained(kind, **options)
     x = torch.randn(SHAPE, requires_grad=True)
     y = layer(x)
     for _ in range(2):
@@ -356,18 +355,20 @@ def test_backward_twice_over_a_retained_graph(options: Any) -> None:
         y.backward(dy)
 
 
-def test_two_forwards_before_one_backward() -> None:
-    layer = trained(bias=True)
+@with_a_bias
+def test_two_forwards_before_one_backward(kind: str) -> None:
+    layer = trained(kind, bias=True)
     first, second = (torch.randn(SHAPE), torch.randn(SHAPE)), (torch.randn(SHAPE) * 3, torch.randn(SHAPE))
     separate = [gradients(copy.deepcopy(layer), *pass_) for pass_ in (first, second)]
     outputs = [layer(x) for x, _ in (first, second)]
     torch.autograd.backward(outputs, [dy for _, dy in (first, second)])
     assert_same([p.grad for p in layer.parameters()], [a + b for a, b in zip(*(s[1:] for s in separate), strict=True)])
-    assert layer.num_batches_tracked.tolist() == [2] * T
+    assert_batches(layer, 2)
 
 
-def test_tied_weights() -> None:
-    first, second = trained(), trained()
+@of_any_kind
+def test_tied_weights(kind: str) -> None:
+    first, second = trained(kind), trained(kind)
     second.weight = first.weight
     network = nn.Sequential(first, second)
     assert len(list(network.parameters())) == 1
@@ -380,121 +381,28 @@ def test_tied_weights() -> None:
     assert len(group["params"]) == 1
 
 
-def test_a_layer_used_twice() -> None:
-    layer = trained(momentum=0.5)
+@of_any_kind
+def test_a_layer_used_twice(kind: str) -> None:
+    layer = trained(kind, **({"momentum": 0.5} if kind == "BN" else {}))
     apart = nn.Sequential(copy.deepcopy(layer), copy.deepcopy(layer))
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     dx, dfirst, dsecond = gradients(apart, x, dy)
-    start = layer.running_mean.clone()
+    start = copy.deepcopy(layer)
     assert_same(gradients(nn.Sequential(layer, layer), x, dy), [dx, dfirst + dsecond])
-    assert layer.num_batches_tracked.tolist() == [2] * T
-    second = apart[1].running_mean - start / 2  # what the second use adds
-    torch.testing.assert_close(layer.running_mean, apart[0].running_mean / 2 + second)
+    assert_batches(layer, 2)
+    if kind == "BN":
+        second = apart[1].running_mean - start.running_mean / 2  # what the second use adds
+        torch.testing.assert_close(layer.running_mean, apart[0].running_mean / 2 + second)
 
 
-def test_functional_call_leaves_the_layer_alone() -> None:
-    layer = trained()
+@of_any_kind
+def test_functional_call_leaves_the_layer_alone(kind: str) -> None:
+    layer = trained(kind)
     before = copy.deepcopy(layer.state_dict())
-    state = {name: tensor.clone() for name, tensor in trained().state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in trained(kind).state_dict().items()}
     x = torch.randn(SHAPE)
     y = torch.func.functional_call(layer, state, (x,))
     assert_same(layer.state_dict().values(), before.values())
-    assert state["num_batches_tracked"].tolist() == [1] * T
+    assert state.get("num_batches_tracked", torch.ones(T)).tolist() == [1] * T
     layer.load_state_dict(state)
     torch.testing.assert_close(y, layer(x))
-
-
-# ---- activation checkpointing ----------------------------------------------------------------------------------------
-
-reentrant = pytest.mark.parametrize("use_reentrant", [True, False])
-
-
-@reentrant
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("tasks", [None, [2, 0]])
-def test_checkpointing_counts_a_batch_once(tasks: Any, momentum: Any, use_reentrant: bool) -> None:
-    layer = FusedTSigmaBN2d(T, C, momentum=momentum, activation="relu")
-    twin = copy.deepcopy(layer)
-
-    def plain(module: nn.Module, x: Tensor) -> Tensor:
-        return module(x, tasks=tasks)  # type: ignore[no-any-return]
-
-    shape = SHAPE if tasks is None else (2 * N, *SHAPE[1:])
-    for step in range(2):
-        x, dy = torch.randn(shape) * (step + 1) + step, torch.randn(shape)
-        got = gradients(layer, x, dy, lambda *args: checkpoint(plain, *args, use_reentrant=use_reentrant))
-        assert_same(got, gradients(twin, x, dy, plain))
-        assert_same([getattr(layer, name) for name in STATISTICS], [getattr(twin, name) for name in STATISTICS])
-
-
-def test_nested_checkpoints_count_a_batch_once() -> None:
-    inner = FusedTSigmaBN2d(T, C)
-    layer = nn.Sequential(FusedTSigmaBN2d(T, C), inner)
-    x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
-
-    def nested(module: Any, x: Tensor) -> Tensor:
-        return checkpoint(module[1], module[0](x), use_reentrant=False)  # type: ignore[no-any-return]
-
-    expected = gradients(copy.deepcopy(layer), x, dy)
-    assert_same(gradients(layer, x, dy, lambda *args: checkpoint(nested, *args, use_reentrant=False)), expected)
-    assert inner.num_batches_tracked is not None
-    assert inner.num_batches_tracked.tolist() == [1] * T
-
-
-@reentrant
-def test_a_checkpointed_functional_call_updates_once(use_reentrant: bool) -> None:
-    x, weight = torch.randn(SHAPE, requires_grad=True), torch.zeros(T, C)
-    means = []
-    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)):
-        mean, var = torch.zeros(T, C), torch.ones(T, C)
-        wrap(lambda x, mean=mean, var=var: task_batch_norm(x, weight, None, mean, var, num_tasks=T), x).backward(
-            torch.randn(SHAPE)
-        )
-        means.append(mean)
-    assert torch.equal(*means)
-
-
-class Checkpointed(nn.Module):
-    """A backbone of two blocks, each run again in the backward pass."""
-
-    def __init__(self, use_reentrant: bool | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()) for c in (3, 4)
-        )
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
-        return x.mean(dim=(2, 3))
-
-
-@reentrant
-@pytest.mark.parametrize("separately", [True, False])
-def test_checkpointed_backbones_know_which_tasks_ran(separately: bool, use_reentrant: bool) -> None:
-    """Two passes with two of four tasks each: in the backward pass the streams alone do not tell which."""
-    torch.manual_seed(1)
-    names = ["a", "b", "c", "d"]
-    heads = {name: nn.Linear(4, 2) for name in names}
-    plain = MultiTaskModel(convert_model(Checkpointed(None), 4, fuse_activation=False), heads).double()
-    for layer in plain.modules():
-        if isinstance(layer, FusedTSigmaBN2d):
-            nn.init.normal_(layer.weight)
-    model = copy.deepcopy(plain)
-    model.backbone.use_reentrant = use_reentrant
-    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-    dy = torch.randn(4, 4, 2, dtype=torch.float64)
-    for network in (plain, model):
-        outputs = {}
-        for tasks in (["a", "c"], ["d", "b"]):
-            outputs.update(network(x, tasks=tasks))
-        if separately:
-            for name in names:
-                outputs[name].backward(dy[names.index(name)], retain_graph=True)
-        else:
-            torch.autograd.backward([outputs[name] for name in names], list(dy))
-    for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert_same(model.buffers(), plain.buffers())
-    assert runs.current(model._router) == (None, False)
