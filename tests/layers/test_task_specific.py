@@ -1,16 +1,22 @@
-"""What is done to whole models, done to a layer of another normalisation: it asks for ``TaskSpecific`` alone."""
+"""What is done to whole models, done to layers of every normalisation: it asks for ``TaskSpecific`` alone."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support import ranks
+from support.layers import train
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tsbn_kernels import (
+    FusedTSigmaBN1d,
+    FusedTSigmaLN,
+    FusedTSigmaRMSNorm,
     MultiTaskModel,
     expand_state_dict,
     export_task,
@@ -21,49 +27,34 @@ from tsbn_kernels import (
     split_parameters,
     task_vector_names,
 )
-from tsbn_kernels.layers.task_specific import TaskSpecific, whole
+
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "BN": partial(nn.BatchNorm1d, 6),
+    "LN": partial(nn.LayerNorm, 6, bias=False),
+    "RMS": partial(nn.RMSNorm, 6),
+}
+FUSED: dict[str, Callable[[int], Any]] = {
+    "BN": partial(FusedTSigmaBN1d, num_features=6),
+    "LN": partial(FusedTSigmaLN, normalized_shape=6),
+    "RMS": partial(FusedTSigmaRMSNorm, normalized_shape=6),
+}
+of_any_kind = pytest.mark.parametrize("kind", PLAIN)
 
 
-class TaskLayerNorm(TaskSpecific):
-    """Layer normalisation of the channels of ``[T*N, C]``, as plainly as can be."""
-
-    def __init__(self, num_tasks: int, num_features: int) -> None:
-        super().__init__()
-        self.num_tasks, self.num_features = num_tasks, num_features
-        self.stacking, self.gate = "task_major", "sigmoid"
-        self.weight = nn.Parameter(torch.randn(num_tasks, num_features, dtype=torch.float64))
-
-    def forward(self, input: Tensor, *, tasks: Any = None, fan_out: bool | None = None) -> Tensor:
-        tasks, fan_out = self._route(input, tasks, fan_out)
-        (weight,), rows = self._own_rows((self.weight,), tasks)
-        weight, _ = self._take_part(weight if rows is None else weight[rows], rows, own_streams=False)
-        normalised = functional.layer_norm(input, (self.num_features,))
-        streams = normalised if fan_out else normalised.unflatten(0, (len(weight), -1))
-        return (streams * torch.sigmoid(weight).unsqueeze(1)).flatten(0, 1)
-
-    def task(self, index: int) -> nn.Module:
-        index = self._checked_task(index)
-        plain = nn.LayerNorm(self.num_features, dtype=torch.float64).train(self.training)
-        with torch.no_grad():
-            plain.weight.copy_(whole(self.gates)[index])
-        return plain
-
-    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.dim() == 1:
-            state_dict.pop(f"{prefix}bias", None)
-            state_dict[f"{prefix}weight"] = weight.logit(1e-5).repeat(self.num_tasks, 1)
-
-
-def plain() -> nn.Module:
+def plain(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU()).double()
+    return nn.Sequential(nn.Linear(4, 6), PLAIN[kind](), nn.ReLU()).double()
 
 
-def model(T: int = 3) -> MultiTaskModel:
-    backbone = plain()
-    backbone[1] = TaskLayerNorm(T, 6)
-    return MultiTaskModel(backbone, {f"task{t}": nn.Linear(6, 2, dtype=torch.float64) for t in range(T)})
+def task_specific(kind: str, T: int = 3) -> nn.Module:
+    backbone = plain(kind)
+    backbone[1] = train(FUSED[kind](T)).double()
+    return backbone
+
+
+def model(kind: str, T: int = 3) -> MultiTaskModel:
+    heads = {f"task{t}": nn.Linear(6, 2, dtype=torch.float64) for t in range(T)}
+    return MultiTaskModel(task_specific(kind, T), heads)
 
 
 def data(*size: int) -> Tensor:
@@ -72,38 +63,39 @@ def data(*size: int) -> Tensor:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("export", [revert_model, export_task])
-def test_the_plain_model_of_a_task(export: Any) -> None:
-    whole_model, x = model().eval(), data(5, 4)
+@of_any_kind
+def test_the_plain_model_of_a_task(kind: str, export: Any) -> None:
+    whole_model, x = model(kind).eval(), data(5, 4)
     for task, (name, wanted) in enumerate(whole_model(x).items()):
         if export is export_task:
             assert torch.allclose(export(whole_model, name)(x), wanted, rtol=1e-12)
         else:
             features = export(whole_model.backbone, task)
-            assert type(features[1]) is nn.LayerNorm
+            assert type(features[1]) is type(PLAIN[kind]())
             assert torch.allclose(whole_model.heads[name](features(x)), wanted, rtol=1e-12)
 
 
-def test_a_layer_that_computes_something_else_is_not_reverted() -> None:
-    class Doubled(TaskLayerNorm):
-        def forward(self, input: Tensor, **options: Any) -> Tensor:
-            return 2 * super().forward(input, **options)
-
-    backbone = plain()
-    backbone[1] = Doubled(3, 6)
+@of_any_kind
+def test_a_layer_that_computes_something_else_is_not_reverted(kind: str) -> None:
+    backbone = task_specific(kind)
+    own = type(backbone[1])
+    doubled = type("Doubled", (own,), {"forward": lambda self, input: 2 * own.forward(self, input)})
+    backbone[1].__class__ = doubled
     with pytest.raises(TypeError, match=r"'1' has a class with its own forward"):
         revert_model(backbone, 0)
 
 
-def test_attributes_of_a_user_go_along() -> None:
-    backbone = plain()
-    backbone[1] = TaskLayerNorm(3, 6)
+@of_any_kind
+def test_attributes_of_a_user_go_along(kind: str) -> None:
+    backbone = task_specific(kind)
     backbone[1].note = "kept"  # type: ignore[assignment]
     assert revert_model(backbone, 1)[1].note == "kept"
 
 
-def test_states_of_plain_models_load() -> None:
-    state = {name: value.sigmoid() for name, value in plain().state_dict().items()}
-    loaded = model().backbone
+@of_any_kind
+def test_states_of_plain_models_load(kind: str) -> None:
+    state = {name: value.sigmoid() for name, value in plain(kind).state_dict().items() if name != "1.bias"}
+    loaded = model(kind).backbone
     loaded.load_state_dict(state)
     expanded = expand_state_dict(loaded, state)
     assert expanded.keys() == loaded.state_dict().keys()
@@ -111,17 +103,19 @@ def test_states_of_plain_models_load() -> None:
         assert torch.allclose(got, state["1.weight"].expand(3, -1), rtol=1e-12)
 
 
-def test_parameters_have_their_groups() -> None:
-    whole_model = model()
+@of_any_kind
+def test_parameters_have_their_groups(kind: str) -> None:
+    whole_model = model(kind)
     gates = whole_model.backbone[1].weight
     groups = {group["name"]: group for group in parameter_groups(whole_model, 0.1)}
-    assert groups["gates"]["params"] == [gates]
+    assert groups["gates" if kind == "BN" else "layer_norm_gates"]["params"] == [gates]
     assert task_vector_names(whole_model) == ["backbone.1.weight"]
     assert any(p is gates for p in split_parameters(whole_model)[1])
 
 
-def test_absent_tasks_are_held() -> None:
-    whole_model, x = model(), data(5, 4)
+@of_any_kind
+def test_absent_tasks_are_held(kind: str) -> None:
+    whole_model, x = model(kind), data(5, 4)
     optimizer = torch.optim.Adam(whole_model.parameters(), 0.1)
     hold_absent_tasks(optimizer, whole_model)
     gates = whole_model.backbone[1].weight
@@ -134,10 +128,12 @@ def test_absent_tasks_are_held() -> None:
     assert moved == [True, False, True]
 
 
-def case_shards() -> None:
+def case_shards(kind: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    alone, sharded, x = model(4), model(4), data(5, 4)
+    torch.manual_seed(1)
+    alone = model(kind, 4)
+    sharded, x = copy.deepcopy(alone), data(5, 4)
     shard_tasks(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tasks",)))
     wanted = alone(x)
     sum(y.square().sum() for y in wanted.values()).backward()
@@ -152,5 +148,6 @@ def case_shards() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_tasks_are_sharded() -> None:
-    ranks.run(case_shards, 2)
+@of_any_kind
+def test_tasks_are_sharded(kind: str) -> None:
+    ranks.run(case_shards, 2, kind)
