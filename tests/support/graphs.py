@@ -10,7 +10,16 @@ from functorch.compile import aot_module_simplified, make_boxed_func
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, recompute_outputs
+from tsbn_kernels import (
+    FusedTSigmaBN2d,
+    FusedTSigmaLN,
+    FusedTSigmaLN2d,
+    FusedTSigmaRMSNorm,
+    LateFanOut,
+    MultiTaskModel,
+    convert_model,
+    recompute_outputs,
+)
 
 
 class GraphCounter:
@@ -45,11 +54,15 @@ T, C = 3, 8
 
 
 class Way(NamedTuple):
-    """A module that calls a layer, and how many samples it takes for each of a task; ``residual``: two inputs."""
+    """A module that calls a layer, and how many samples it takes for each of a task; ``residual``: two inputs.
+
+    ``operators`` are those that are in a graph: of training, of evaluation, and of the backward pass.
+    """
 
     make: Callable[[], nn.Module]
     streams: int
     residual: bool = False
+    operators: tuple[str, str, str] = ("tsbn.forward_training.", "tsbn.forward_eval.", "tsbn.backward.")
 
     def inputs(self, samples: int) -> list[Tensor]:
         count = 2 if self.residual else 1
@@ -59,13 +72,13 @@ class Way(NamedTuple):
 class Calling(nn.Module):
     """Calls a layer in a way of its own."""
 
-    def __init__(self, call: Callable[[Any, Tensor], Any], **options: Any) -> None:
+    def __init__(self, call: Callable[..., Any], layer: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
         self.call = call
-        self.layer = FusedTSigmaBN2d(T, C, **options)
+        self.layer = FusedTSigmaBN2d(T, C, **options) if layer is None else layer
 
-    def forward(self, x: Tensor) -> Any:
-        return self.call(self.layer, x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return self.call(self.layer, x) if residual is None else self.call(self.layer, x, residual)
 
 
 def model(**options: Any) -> nn.Module:
@@ -93,6 +106,16 @@ def checkpointed(layer: nn.Module, x: Tensor) -> Any:
     return checkpoint(layer, x, use_reentrant=False) if torch.compiler.is_compiling() else layer(x)
 
 
+def added(layer: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    y, s = layer.add(x, residual)
+    return y, s
+
+
+def of_rows(make: Callable[[], nn.Module], streams: int = T, residual: bool = False) -> Way:
+    """A way to call a layer normalisation, which does not train and evaluate by different operators."""
+    return Way(make, streams, residual, ("tsbn.layer_norm.", "tsbn.layer_norm.", "tsbn.layer_norm_backward."))
+
+
 WAYS = {
     "plain": Way(lambda: FusedTSigmaBN2d(T, C, bias=True), T),
     "cumulative average": Way(lambda: FusedTSigmaBN2d(T, C, momentum=None), T),
@@ -110,6 +133,15 @@ WAYS = {
     "late fan-out, convolution": Way(lambda: LateFanOut(T, C, conv=nn.Conv2d(C, C, 3, padding=1)), 1),
     "model": Way(model, 1),
     "model, recomputed": Way(lambda: model(recompute=True), 1),
+    "LN": of_rows(lambda: FusedTSigmaLN(T, 5, bias=True)),
+    "LN, sample_major": of_rows(lambda: FusedTSigmaLN(T, (6, 5), stacking="sample_major")),
+    "LN, fan_out": of_rows(lambda: FusedTSigmaLN(T, 5, fan_out=True), 1),
+    "LN, tasks": of_rows(lambda: Calling(lambda layer, x: layer(x, tasks=[2, 0]), FusedTSigmaLN(T, 5)), 2),
+    "LN, streams": of_rows(lambda: Calling(lambda layer, x: layer.streams(x), FusedTSigmaLN(T, 5))),
+    "LN, addition": of_rows(lambda: Calling(added, FusedTSigmaLN(T, 5)), residual=True),
+    "LN, channels first": of_rows(lambda: FusedTSigmaLN2d(T, C)),
+    "RMS": of_rows(lambda: FusedTSigmaRMSNorm(T, 5)),
+    "RMS, addition": of_rows(lambda: Calling(added, FusedTSigmaRMSNorm(T, 5)), residual=True),
 }
 
 
