@@ -34,8 +34,7 @@ from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Worklo
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
-from tsbn_kernels.backends.triton.passes import Backward, Forward
-from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward
+from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward
 from tsbn_kernels.definition.options import Gradients, Options, Saved
 
 TABLE = Path(__file__).with_name("compiled_kernels.csv")

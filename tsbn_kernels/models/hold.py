@@ -99,13 +99,11 @@ class _Held:
 
     def __init__(self, layers: dict[Tensor, list[TaskSpecific]], group: ProcessGroup | None) -> None:
         self._watched: dict[Tensor, list[Participation]] = {}
-        self._first: dict[Tensor, int] = {}  # task of a parameter's rows
         for parameter, users in layers.items():
             for layer in users:
                 if layer._participation is None:
                     layer._participation = Participation(parameter, len(local(parameter)))
                 self._watched.setdefault(parameter, []).append(layer._participation)
-                self._first[parameter] = 0 if layer._tasks is None else layer._tasks.start
         self._group = group
         self._whole: list[list[Tensor]] | None = None  # what the optimiser has, while it sees rows
         self._rows: dict[Tensor, Rows] = {}

@@ -99,12 +99,10 @@ def apart(work: Work, device: Device) -> Plan:
 
 def alternatives(plan: Plan) -> list[Plan]:
     """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
-    if plan.variant == "resident":
-        others = [(plan.tile, 0.5), (plan.tile, 2.0)]
-    else:
-        a, b = plan.tile
+    others, (a, b) = [(plan.tile, 0.5), (plan.tile, 2.0)], plan.tile
+    if plan.variant != "resident":
         tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
-        others = [(plan.tile, 0.5), (plan.tile, 2.0), *((tile, 1.0) for tile in tiles)]
+        others += [(tile, 1.0) for tile in tiles]
     found = [plan]
     for tile, factor in others:
         other = _plan(plan.work, plan.device, plan.variant, tile)

@@ -17,8 +17,7 @@ from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import Work, work_of
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.passes import Backward, Forward, Pass
-from tsbn_kernels.backends.triton.passes_fan_out import FanOutBackward
+from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward, Pass
 from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, PartMoments
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
