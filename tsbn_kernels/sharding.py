@@ -339,10 +339,9 @@ def _check_groups(layers: list[TaskSpecific], mesh: DeviceMesh) -> None:
 
 def _leave_other_heads(model: MultiTaskModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Ignores what is in the state of the whole model for the heads of other ranks."""
-    for name in model.tasks:
-        if name not in model.heads:
-            for key in [key for key in state_dict if key.startswith(f"{prefix}{_HEADS}{name}.")]:
-                del state_dict[key]
+    elsewhere = tuple(f"{prefix}{_HEADS}{name}." for name in model.tasks if name not in model.heads)
+    for key in [key for key in state_dict if key.startswith(elsewhere)]:
+        del state_dict[key]
 
 
 def _take_own_rows(layer: TaskSpecific, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

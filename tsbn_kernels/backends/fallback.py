@@ -87,13 +87,9 @@ class Health:
 
 
 def guarded(health: Health, name: str, find: Callable[[str], Operator], otherwise: Operator) -> Operator:
-    """The operator ``name`` of a backend, or ``otherwise`` where it does not run.
+    """The operator ``name`` of a backend, or ``otherwise``, that by the rest of the chain, where it does not run.
 
-    Args:
-        health: of the backend.
-        name: of the operator.
-        find: gives the operators of the backend; nothing is loaded before the first call.
-        otherwise: the same operator by the rest of the chain.
+    ``find`` gives the operators of the backend; nothing is loaded before the first call.
     """
 
     def call(*arguments: Any) -> Any:

@@ -46,10 +46,7 @@ def has_hooks(module: nn.Module, *kinds: str) -> bool:
 def deviation(module: nn.Module, kind: type[nn.Module], methods: Collection[str] = ()) -> str | None:
     """Says in which methods a module is not known to be equal to one of class ``kind``, a base of its own class.
 
-    Args:
-        module: the module.
-        kind: the class.
-        methods: the names to compare; by default those of all methods that ``kind`` has, apart from harmless ones.
+    It compares ``methods``, by default all that ``kind`` has, apart from harmless ones.
     """
     members = {name: getattr_static(kind, name) for name in dir(kind)}
     called = [name for name, member in members.items() if callable(member) or hasattr(member, "__get__")]
@@ -86,12 +83,9 @@ def _is_from(hook: Any, *packages: str) -> bool:
 
 
 def carry_attributes(source: nn.Module, target: nn.Module, known: Collection[str]) -> None:
-    """Takes the attributes that a user has put on a module, or on its tensors, to another module.
+    """Takes the attributes that a user has put on a module, or on its tensors, to what takes its place.
 
-    Args:
-        source: the module.
-        target: what takes its place.
-        known: attributes of ``source`` that are no user's.
+    Those of the module that are ``known`` are no user's.
 
     Raises:
         ValueError: ``target`` has an attribute of that name already.

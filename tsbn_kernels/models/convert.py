@@ -20,6 +20,7 @@ from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, Fused
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.fuse_activations import find_chains, fuse, unfuse
 from tsbn_kernels.models.starts import Starts
+from tsbn_kernels.models.sync_conversion import convert_sync_batchnorm  # noqa: F401  # where it was
 from tsbn_kernels.operator import checks
 
 VARIANTS = ("ts_sigma_bn", "tsbn")

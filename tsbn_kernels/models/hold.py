@@ -90,11 +90,9 @@ def hold_absent_tasks(optimizer: torch.optim.Optimizer, model: nn.Module, proces
 
 
 class _Held:
-    """What an optimiser sees of some parameters inside of its step: their rows.
+    """What an optimiser sees of the parameters of some layers inside of its step: their rows.
 
-    Args:
-        layers: of each parameter, those that it is a parameter of.
-        group: the ranks whose gradients are averaged, if there are others.
+    Gradients are averaged over the ranks of ``group``, if there are others.
     """
 
     def __init__(self, layers: dict[Tensor, list[TaskSpecific]], group: ProcessGroup | None) -> None:

@@ -39,11 +39,9 @@ def mark(module: nn.Module, names: Collection[str]) -> None:
 
 
 def site_of(node: fx.Node, called: nn.Module | None) -> Site | None:
-    """The call of a marked forward that a node has come from, where that can be left out.
+    """The call of a marked forward that a node of one tensor has come from, where that can be left out.
 
-    Args:
-        node: of a trace; it has one tensor for its input.
-        called: the module that it calls, if it calls one.
+    ``called`` is the module that the node calls, if it calls one.
     """
     site: Site | None = node.meta.get(_MARK)
     if site is None:

@@ -55,16 +55,12 @@ def _counters(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Cut:
-    """A hook of the nodes that cut stacks: a stack counts as changed in place where one of its parts has been.
-
-    Args:
-        rows: each stack and its parts.
-    """
+    """A hook of the nodes that cut stacks: a stack counts as changed in place where one of its parts has been."""
 
     run: runs.Run
     last: Sequence[Any]
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:  # each stack and its parts
         self._counters = [_counters(row) for row in rows if not row[0].is_inference()]
         differentiable = [row[0] for row in rows if row[0].requires_grad]
         memory = {stack.untyped_storage().data_ptr() for stack in differentiable} if len(differentiable) > 1 else ()

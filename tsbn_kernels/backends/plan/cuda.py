@@ -103,13 +103,9 @@ def lay_out(
     threads: int = 0,
     resident: int = -1,
 ) -> CudaPlan:
-    """The plan of a variant.
+    """The plan of a variant in which ``parts`` blocks share a slab.
 
     Args:
-        work: what is to be done.
-        device: where.
-        variant: how.
-        parts: blocks that share a slab.
         most_shared_bytes: of a block.
         threads: of a block; 0 chooses.
         resident: slots that a block keeps; -1 for all that fit.
@@ -227,8 +223,6 @@ def plan(
     """The plan with the least predicted time; of equal ones the simplest.
 
     Args:
-        work: what is to be done.
-        device: where.
         clusters: how many clusters of a plan run at a time; none where it returns 0.
         variant: the best of one kind alone.
 

@@ -12,10 +12,8 @@ from tsbn_kernels.backends.plan.work import Work
 def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequence[int] | None = None) -> str:
     """One column for each plan: what it launches, what it needs on chip, what it moves, how long that should take.
 
-    Args:
-        plans: of passes over one activation on one device.
-        bandwidth: bytes a second; None for the data sheet's.
-        unfused: bytes of the same without fusion, see :func:`unfused_bytes`.
+    The plans are of one activation on one device, ``bandwidth`` is in bytes a second (None: the data sheet's), and
+    ``unfused`` are the bytes of :func:`unfused_bytes`.
     """
     rate = bandwidth or plans[0].device.bandwidth
     rows = {"": [f"{plan.work.direction} {'training' if plan.work.training else 'evaluation'}" for plan in plans]}
