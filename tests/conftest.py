@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -37,8 +38,13 @@ FIRST = (
 
 
 def pytest_configure() -> None:
-    """Lets no rank, worker or command that a test has started outlive the tests."""
+    """Lets no rank, worker or command that a test has started outlive the tests.
+
+    Threads of OpenMP that wait sleep, in workers that start after this and in all that tests start. By default they
+    spin for a while, on cores that another worker needs.
+    """
     end_with_this_process()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
