@@ -35,8 +35,8 @@ class Layer:
         self, activation: str | None, fan_out: bool, training: bool = True, stacking: str = "sample_major"
     ) -> None:
         torch.manual_seed(1)
-        p = problem(T, N, C, (2, 2), dtype=torch.float64, stacking=stacking)
-        x = torch.randn(N, C, 2, 2, dtype=torch.float64) if fan_out else p.x
+        p = problem(T, N, C, (2,), dtype=torch.float64, stacking=stacking)
+        x = torch.randn(N, C, 2, dtype=torch.float64) if fan_out else p.x
         self.given = (None, None) if training else (torch.randn(T, C).double(), torch.rand(T, C).double() + 0.5)
         self.options = {"num_tasks": T, "training": training, "stacking": stacking, "fan_out": fan_out}
         assert p.bias is not None
