@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize
-from tsbn_kernels.layers.task_specific import TaskSpecific, whole
+from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific, whole
 from tsbn_kernels.operator import autograd_synchronized, checks, runs
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -223,7 +222,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        tasks: Sequence[int] | Tensor | None = None,
+        tasks: Tasks = None,
         fan_out: bool | None = None,
     ) -> Tensor:
         """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
@@ -246,7 +245,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        tasks: Sequence[int] | Tensor | None = None,
+        tasks: Tasks = None,
         fan_out: bool | None = None,
     ) -> tuple[Tensor, ...]:
         """Computes :meth:`forward`, and returns the streams ``[N, C, *]`` of the tasks as tensors of their own.
@@ -255,14 +254,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         """
         return tuple(self._call(True, input, residual, tasks, fan_out))
 
-    def _call(
-        self,
-        as_streams: bool,
-        x: Tensor,
-        residual: Tensor | None,
-        tasks: Sequence[int] | Tensor | None,
-        fan_out: bool | None,
-    ) -> Any:
+    def _call(self, as_streams: bool, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None) -> Any:
         if not isinstance(x, Tensor):
             if as_streams:
                 checks.check_tensor("input", x)
