@@ -1,9 +1,13 @@
 """Activations that a forward calls at several places, or as functions: left out at some, in the code of the forward."""
 
 from __future__ import annotations
+import __future__
 
 import copy
+import linecache
 import pickle
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -242,6 +246,30 @@ def test_the_code_is_what_its_file_says(monkeypatch: pytest.MonkeyPatch) -> None
         assert sites._definition(BehindAddition) is None
     finally:
         sites._definition.cache_clear()
+
+
+CELL = """
+class OfACell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.act(self.bn(x)) + x)
+"""
+
+
+def test_a_cell_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code is compiled with what an earlier cell has imported of the future, as here by this file."""
+    cell = types.ModuleType("cell")
+    cell.__file__ = "<cell>"
+    vars(cell)["nn"] = nn
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    monkeypatch.setitem(linecache.cache, "<cell>", (len(CELL), None, CELL.splitlines(keepends=True), "<cell>"))
+    exec(compile(CELL, "<cell>", "exec", __future__.annotations.compiler_flag), vars(cell))
+    model, unfused = both(nn.Sequential(cell.OfACell()))
+    assert fused(model) == {"0.bn": "silu"}
+    assert_same(model, unfused)
 
 
 def test_blocks_are_told_from_each_other() -> None:

@@ -5,6 +5,7 @@ layer, a trace of the model tells; only a change of the code can leave out that 
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
@@ -116,8 +117,9 @@ class _Definition(NamedTuple):
     def compile(self, body: list[ast.stmt]) -> CodeType | None:
         """The code of the forward with another body."""
         code, own, self.node.body = self.function.__code__, self.node.body, body
+        future = code.co_flags & __future__.annotations.compiler_flag  # a notebook has it of an earlier cell
         try:
-            compiled = compile(ast.fix_missing_locations(self.around), code.co_filename, "exec", dont_inherit=True)
+            compiled = compile(ast.fix_missing_locations(self.around), code.co_filename, "exec", future, True)
         finally:
             self.node.body = own
         return next(
