@@ -183,8 +183,8 @@ def _run(call: _Call, tensors: _Tensors) -> None:
     x, dy, residual = layout.readable(tensors.x, call.options, tensors.dy, tensors.residual)
     tensors = tensors._replace(x=x, dy=dy, residual=residual)
     places = _place(x), _place(dy), _place(residual), _place(tensors.out), _place(tensors.dresidual)
-    own = tensors.weight, tensors.bias, tensors.mean, tensors.var
-    vectors = tuple(None if v is None else (v.dtype, v.stride()) for v in own)
+    given = tensors.weight, tensors.bias, tensors.mean, tensors.var
+    vectors = tuple(None if v is None else (v.dtype, v.stride()) for v in given)
     launches, sizes = _prepare(call, x.dtype, places, vectors, x.device)
     buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in sizes]
     for kernel, numbers in launches:

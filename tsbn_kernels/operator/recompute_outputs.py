@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ def recompute_outputs() -> Iterator[None]:
         original = None if output is None else output.tensor()
         if output is None or original is None or not original._version == output.version == tensor._version:
             return tensor
-        view = tensor.size(), tensor.stride(), tensor.storage_offset()
-        return partial(_view_of, output.again, *view)
+        return partial(_view_of, output.again, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
@@ -70,7 +70,7 @@ def recompute_outputs() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _view_of(again: Callable[[], Tensor], size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+def _view_of(again: Callable[[], Tensor], size: Any, stride: Any, offset: Any) -> Tensor:
     return again().as_strided(size, stride, offset)
 
 

@@ -222,9 +222,9 @@ def work_of(x: Tensor, options: Options, needs: Needs | None = None, **details: 
     """The work of a pass over a readable ``x``: of a backward pass where the gradients are given that it ``needs``."""
     own = of_input(options)
     view = layout.task_view(x, own.num_tasks, own.stacking)
-    _, *sizes = view.shape
+    _, N, C, S = view.shape
     expanded = own.num_tasks > 1 and view.stride(0) == 0
     details |= {"expanded": expanded, "activation": options.activation, "fan_out": options.fan_out}
     if needs is not None:
         details |= {"direction": "backward", **{f"needs_{name}": needed for name, needed in needs._asdict().items()}}
-    return Work(options.num_tasks, *sizes, x.element_size(), layout.family(x, own.stacking) or "rows", **details)
+    return Work(options.num_tasks, N, C, S, x.element_size(), layout.family(x, own.stacking) or "rows", **details)
