@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hot_paths.host_cost import stubbed_launches
-from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model
+from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, FusedTSigmaRMSNorm, MultiTaskModel, convert_model
 from tsbn_kernels.backends import triton
-from tsbn_kernels.definition.options import Needs, Options, Saved
+from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved, Needs, Options, Saved
 from tsbn_kernels.functional import task_batch_norm
+from tsbn_kernels.layers.layer_norm import TaskRowNorm
+from tsbn_kernels.operator import layer_ops
 from tsbn_kernels.operator.ops import operators
 
 Make = Callable[[], Callable[[], object]]
@@ -24,6 +26,8 @@ Make = Callable[[], Callable[[], object]]
 TASKS, EPS = 4, 1e-5
 IN_CACHE = 4, 32, 12, 12  # N, C, H, W of a task: x and y take 0.6 MB in float32, and fit an L2 cache of 1 MB
 FLAT = 64, 256  # N, C of a task's one-dimensional layer
+TOKENS = 2, 98, 192  # samples of a task, tokens, D of a transformer's layer
+TINY_TOKENS = 2, 2, 64  # as many values as TINY has
 TINY = 2, 8, 4, 4  # nothing to compute: what is left is the host's share of a call
 
 
@@ -71,12 +75,37 @@ def _kernel(
     return calls[kind]
 
 
+def _row_kernel(
+    kind: str, dtype: torch.dtype = torch.float32, rms: bool = False, added: bool = False
+) -> Callable[[], object]:
+    samples, tokens, features = TOKENS
+    shape = TASKS * samples, tokens, features
+    x, residual, dy = (_tensor(shape, dtype, torch.contiguous_format) for _ in range(3))
+    weight = torch.randn(TASKS, features)
+    options = LayerOptions(TASKS, EPS, "sigmoid", "task_major", rms)
+    fused = layer_ops.operators(None)
+    more = residual if added else None
+    _, s, mean, rstd = fused.layer_norm(x, weight, None, more, options)
+    saved, needs = LayerSaved(x if s is None else s, weight, mean, rstd), LayerNeeds(True, True, False)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: fused.layer_norm(x, weight, None, more, options),
+        "backward": lambda: fused.layer_norm_backward(dy, more, saved, needs, options),
+    }
+    return calls[kind]
+
+
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"dtype": torch.bfloat16},
     "fp32 ReLU": {"activation": "relu"},
     "fp32 fan-out": {"fan_out": True},
+}
+ROW_VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp32 RMS": {"rms": True},
+    "fp32 addition": {"added": True},
 }
 
 
@@ -89,31 +118,45 @@ def _kernels() -> Iterator[HotPath]:
         yield HotPath(f"{layout} fp32 eval", partial(in_format, "eval"))
     for kind in ("forward", "backward"):
         yield HotPath(f"1d fp32 {kind}", partial(_kernel, kind, FLAT))
+        for variant, settings in ROW_VARIANTS.items():
+            yield HotPath(f"layer norm {variant} {kind}", partial(_row_kernel, kind, **settings))
 
 
 # ---- the host's share of a call --------------------------------------------------------------------------------------
 
 
-def _tiny() -> tuple[Tensor, FusedTSigmaBN2d]:
-    samples, channels, *rest = TINY
-    return torch.randn(TASKS * samples, channels, *rest, requires_grad=True), FusedTSigmaBN2d(TASKS, channels)
+def _input(sizes: tuple[int, ...] = TINY) -> Tensor:
+    samples, *rest = sizes
+    return torch.randn(TASKS * samples, *rest, requires_grad=True)
 
 
-def _module(training: bool) -> Callable[[], object]:
-    x, layer = _tiny()
-    layer.train(training)
+def _batch_norm(training: bool = True) -> FusedTSigmaBN2d:
+    return FusedTSigmaBN2d(TASKS, TINY[1]).train(training)
+
+
+def _layer_norm(kind: type[TaskRowNorm] = FusedTSigmaLN) -> TaskRowNorm:
+    return kind(TASKS, TINY_TOKENS[-1])
+
+
+def _module(make: Callable[[], nn.Module], sizes: tuple[int, ...] = TINY) -> Callable[[], object]:
+    x, layer = _input(sizes), make()
     return lambda: layer(x)
 
 
+def _added() -> Callable[[], object]:
+    x, layer = _input(TINY_TOKENS), _layer_norm()
+    return lambda: layer.add(x, x)
+
+
 def _functional() -> Callable[[], object]:
-    x, layer = _tiny()
+    x, layer = _input(), _batch_norm()
     return lambda: task_batch_norm(
         x, layer.weight, layer.bias, layer.running_mean, layer.running_var, num_tasks=TASKS, momentum=0.1
     )
 
 
-def _backward() -> Callable[[], object]:
-    x, layer = _tiny()
+def _backward(make: Callable[[], nn.Module] = _batch_norm, sizes: tuple[int, ...] = TINY) -> Callable[[], object]:
+    x, layer = _input(sizes), make()
     y, leaves = layer(x), [x, *layer.parameters()]
     dy = torch.randn_like(y)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
@@ -131,14 +174,18 @@ def _model() -> Callable[[], object]:
 
 
 def _host() -> Iterator[HotPath]:
-    yield HotPath("host: module, training", partial(_module, True))
-    yield HotPath("host: module, evaluation", partial(_module, False))
+    yield HotPath("host: module, training", partial(_module, _batch_norm))
+    yield HotPath("host: module, evaluation", partial(_module, partial(_batch_norm, False)))
     yield HotPath("host: functional", _functional)
     yield HotPath("host: operator", partial(_kernel, "forward", TINY))
     yield HotPath("host: backward", _backward)
+    yield HotPath("host: layer norm", partial(_module, _layer_norm, TINY_TOKENS))
+    yield HotPath("host: layer norm, addition", _added)
+    yield HotPath("host: layer norm, backward", partial(_backward, _layer_norm, TINY_TOKENS))
+    yield HotPath("host: RMS norm", partial(_module, partial(_layer_norm, FusedTSigmaRMSNorm), TINY_TOKENS))
     yield HotPath("host: model, step", _model)
     if triton.available:  # what precedes a launch on a GPU: the call of a backend whose kernels do not run
-        yield HotPath("host: Triton forward, launch stubbed", partial(_module, True), stubbed_launches)
+        yield HotPath("host: Triton forward, launch stubbed", partial(_module, _batch_norm), stubbed_launches)
         yield HotPath("host: Triton backward, launch stubbed", _backward, stubbed_launches)
 
 

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerOptions, LayerSaved
+from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
 from tsbn_kernels.operator.autograd import transformed
 from tsbn_kernels.operator.layer_ops import eager_operators, layer_norm, operators
 from tsbn_kernels.operator.registry import library
 
 _NEEDS = {flags: LayerNeeds(*flags) for flags in product((False, True), repeat=3)}
+
+
+def present(found: LayerNormalized) -> tuple[Tensor, ...]:
+    """What there is of a call's results."""
+    return tuple([tensor for tensor in found if tensor is not None])
 
 
 def keep(ctx: Any, saved: LayerSaved, options: LayerOptions, backend: str | None) -> None:
@@ -58,14 +63,11 @@ class TaskLayerNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """Takes x, weight, bias, residual, the options, and the name of a backend or None.
-
-        Returns:
-            What there is of :class:`~tsbn_kernels.definition.options.LayerNormalized`.
-        """
-        *operands, backend = inputs
-        return tuple([out for out in eager_operators(backend).layer_norm(*operands) if out is not None])
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions, backend: Any
+    ) -> tuple[Tensor, ...]:
+        """Takes the name of a backend, or None; returns what there is of ``LayerNormalized``."""
+        return present(eager_operators(backend).layer_norm(x, weight, bias, residual, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,7 +176,7 @@ def apply_in_graph(*inputs: Any) -> tuple[Tensor, ...]:
     """Applies the layer in a graph that is traced: see :func:`tsbn_kernels.operator.autograd.apply_in_graph`."""
     *operands, backend = inputs
     compute = operators("reference" if torch._C._are_functorch_transforms_active() else backend)
-    return tuple(out for out in compute.layer_norm(*operands) if out is not None)
+    return present(compute.layer_norm(*operands))
 
 
 # ---- the derivative of the operator ----------------------------------------------------------------------------------
