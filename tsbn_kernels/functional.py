@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tsbn_kernels import backends
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.options import Saved, of_input
+from tsbn_kernels.definition.options import LayerOptions, Options, Saved, of_input
 from tsbn_kernels.operator import (
     autograd,
     autograd_streams,
@@ -19,10 +20,12 @@ from tsbn_kernels.operator import (
     checks,
     layer_autograd,
     layer_checks,
+    layer_ops,
     layer_streams,
     recompute_outputs,
     runs,
 )
+from tsbn_kernels.operator.ops import operators
 
 _MOST = 256  # numbers of values that are remembered
 _shares: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -192,8 +195,13 @@ def normalize(
         saved = Saved(x, weight, bias, residual, mean, var)
         if group is not None:
             saved, options = autograd_synchronized.coefficients(saved, options)
-        recompute_outputs.offer(outputs, saved, options, backend)
+        compute = partial(_again, options, backend)
+        recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:]))
     return outputs
+
+
+def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
+    return operators(backend).forward_eval(Saved(x, weight, bias, *more), options)
 
 
 def _share(values: int, dtype: torch.dtype) -> Any:
@@ -368,5 +376,14 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     backend = backends.override(x.device.type) if backends.is_forced() else None
     function = layer_streams if as_streams else layer_autograd
     apply = function.apply_in_graph if compiling else function.apply
-    outputs = apply(x.contiguous(), weight, bias, residual, call, backend)
-    return outputs[: call.num_tasks if as_streams else 1 if residual is None else 2]
+    x = x.contiguous()
+    outputs = apply(x, weight, bias, residual, call, backend)
+    outputs = outputs[: call.num_tasks if as_streams else 1 if residual is None else 2]
+    if not compiling and recompute_outputs.wanted():
+        s = x if residual is None else outputs[1]
+        recompute_outputs.offer(outputs, partial(_rows_again, call, backend), (weight, bias), (s,))
+    return outputs
+
+
+def _rows_again(options: LayerOptions, backend: str | None, weight: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:
+    return layer_ops.operators(backend).layer_norm(s, weight, bias, None, options).y

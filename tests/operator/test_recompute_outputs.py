@@ -5,13 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from support.layers import train
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, recompute_outputs
+from tsbn_kernels import (
+    FusedTSigmaBN2d,
+    FusedTSigmaLN,
+    FusedTSigmaRMSNorm,
+    LateFanOut,
+    MultiTaskModel,
+    convert_model,
+    recompute_outputs,
+)
 from tsbn_kernels.definition.activations import ACTIVATIONS
 
 T, N, C = 3, 2, 4
@@ -69,6 +79,35 @@ def test_gradients_in_lower_precision(dtype: torch.dtype, x: Tensor) -> None:
     for got, wanted in zip(gradients(module, x.to(dtype), True), gradients(module, x.to(dtype), False), strict=True):
         scale = float(wanted.abs().max())
         torch.testing.assert_close(got, wanted, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.05))
+
+
+class Transformer(nn.Module):
+    """Linear layers behind layer normalisations, one of which fans out, and one of which adds a residual."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(C, C) for _ in range(4))
+        self.norms = nn.ModuleList(train(kind(T, C, fan_out=k == 0)) for k in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linears[0](x)
+        x = self.linears[1](self.norms[0](x))
+        y, s = self.norms[1].add(x, x.tanh())  # type: ignore[operator]
+        return self.linears[3](self.norms[2](s + self.linears[2](y)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [FusedTSigmaLN, FusedTSigmaRMSNorm])
+def test_layer_normalisation(kind: Any) -> None:
+    torch.manual_seed(3)
+    module, x = Transformer(kind).double(), torch.randn(N, 5, C, dtype=torch.float64)
+    for got, wanted in zip(gradients(module, x, True), gradients(module, x, False), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for recompute in (True, False):
+        memory = outputs_of(module)
+        with recompute_outputs() if recompute else nullcontext():
+            y = module(x)
+        assert [one.expired() for one in memory[-2:]] == 2 * [recompute]  # add() calls no hook
+        assert y.requires_grad
 
 
 def outputs_of(module: Network) -> list[StorageWeakRef]:

@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels.definition.options import Options, Saved
-from tsbn_kernels.operator.ops import operators
-
 
 @dataclass(frozen=True)
 class _Output:
@@ -79,16 +76,24 @@ def wanted() -> bool:
     return _outputs.get() is not None
 
 
-def offer(streams: Sequence[Tensor], saved: Saved, options: Options, backend: str | None) -> None:
+def offer(
+    streams: Sequence[Tensor],
+    compute: Callable[..., Tensor],
+    parameters: Sequence[Tensor | None],
+    activations: Sequence[Tensor | None],
+) -> None:
     """Says how to compute an output again; what is saved of it from now on need not be kept.
 
-    The output is one tensor, or views of one: the streams of its tasks.
+    Args:
+        streams: the output as one tensor, or views of one: the streams of its tasks.
+        compute: takes what ``parameters`` and ``activations`` are, without a graph.
+        parameters: those of the layer, which are copied: FSDP frees its own between the passes.
+        activations: what the layer saves for its backward pass in any case.
     """
     outputs = _outputs.get()
     assert outputs is not None
-    # FSDP frees its own parameters between the passes.
-    copies = saved._replace(weight=saved.weight.clone(), bias=None if saved.bias is None else saved.bias.clone())
-    tensors = [None if t is None else t.detach() for t in copies]
+    copies = [None if t is None else t.clone() for t in parameters]
+    tensors = [None if t is None else t.detach() for t in (*copies, *activations)]
     versions = [None if t is None else t._version for t in tensors]
 
     def again() -> Tensor:
@@ -97,7 +102,7 @@ def offer(streams: Sequence[Tensor], saved: Saved, options: Options, backend: st
                 "an input of a fused layer was changed in place after the forward pass, and its output is to be "
                 "computed again from it (recompute_outputs); change a copy, or after the backward pass"
             )
-        return operators(backend).forward_eval(Saved._make(tensors), options)
+        return compute(*tensors)
 
     y = streams[0]
     if y.requires_grad:
