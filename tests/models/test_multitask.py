@@ -133,24 +133,6 @@ def test_two_branches_may_normalise_the_shared_input() -> None:
         torch.testing.assert_close(y[task], plain(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_path_around_the_first_layer_takes_the_input_of_every_task() -> None:
-    class PreActivation(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.convolution = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.convolution(self.norm(x))
-
-    plain, x = PreActivation(), images()
-    model = MultiTaskModel(convert_model(plain, T, pretrained=True), dict.fromkeys(TASKS, nn.Identity()))
-    with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*in the backbone \(PreActivation\).*dict.fromkeys"):
-        model(x)
-    y = model(dict.fromkeys(TASKS, x))
-    for task in TASKS:
-        torch.testing.assert_close(y[task], plain(x), rtol=1e-4, atol=1e-4)
-
-
 def test_features_of_several_scales() -> None:
     class Pyramid(nn.Module):
         def __init__(self) -> None:

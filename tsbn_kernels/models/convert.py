@@ -18,6 +18,7 @@ from tsbn_kernels.definition.activations import of_module
 from tsbn_kernels.definition.plain import carry_attributes, carry_hooks, copy_of, deviation, held, is_plain
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import TaskSpecific
+from tsbn_kernels.models import parting
 from tsbn_kernels.models.fuse_activations import find_chains, fuse, unfuse
 from tsbn_kernels.models.starts import Starts
 from tsbn_kernels.models.sync_conversion import convert_sync_batchnorm  # noqa: F401  # where it was
@@ -208,6 +209,7 @@ def revert_model(model: nn.Module, task: int) -> nn.Module:
     """
     checks.check_module("model", model)
     model = copy_of(model)
+    parting.remove(model)
     activations = unfuse(model)  # before the layers are asked
     layers: dict[nn.Module, nn.Module] = {
         module: plain_layer(module, name, task)

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tsbn_kernels.definition.plain import carry_hooks, copy_of, is_plain
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import TaskSpecific
+from tsbn_kernels.models import parting
 from tsbn_kernels.models.convert import LAYERS, FusedTSigmaBNAct, FusedTSigmaBNAct2d, _replace, plain_layer
 from tsbn_kernels.models.fuse_activations import Tracer, twin_of, unfuse
 from tsbn_kernels.models.multitask import MultiTaskModel
@@ -145,6 +146,7 @@ class _Epilogue(nn.Module):
 def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = False) -> tuple[nn.Module, bool]:
     """The plain network, and whether it is known to return ``[N, C]``; ``flat`` says that it is given that."""
     model = copy_of(model).eval()
+    parting.remove(model)
     model = _replace(model, unfuse(model))
     norms = {module: name for name, module in model.named_modules() if isinstance(module, (TaskSpecific, _BatchNorm))}
     calls: list[_Call] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.features import has_function, of_each_task, tensors
+from tsbn_kernels.models.parting import Parting, calls, find, install
 from tsbn_kernels.operator import checks, runs
 from tsbn_kernels.operator.recompute_outputs import recompute_outputs
 
+_finding = Lock()  # one for all models: a lock of a model's own could not be copied with it
 _WORDS = "size", "shape", "dimension"  # of errors that may come from a path around the first task-specific layer
 _OTHER_FORM = "give every task the input, and it runs stacked from the start: model(dict.fromkeys(model.heads, x))"
 
@@ -42,6 +45,8 @@ class MultiTaskModel(nn.Module):
         ValueError: the backbone has no task-specific layer, or one with another number of tasks or stacking.
         TypeError: the backbone or a head is no module.
     """
+
+    _parting: Parting | None = None
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], *, recompute: bool = False) -> None:
         super().__init__()
@@ -140,17 +145,25 @@ class MultiTaskModel(nn.Module):
         if list(tasks) != list(self.heads):
             indices = capture.task_indices([self.tasks.index(task) for task in tasks], x)
         count = len(tasks)
+        parting = None
+        if count > 1:
+            compiling = torch.compiler.is_compiling()  # where an attribute that is read may not change
+            parting = self._find_parting(x) if compiling else self._parting or self._find_parting(x)
         run = runs.Run(self._router, indices, count, x.shape[0] if shared else x.shape[0] // count, shared)
         runs.enter(run)
         try:
             with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
         except (RuntimeError, ValueError) as error:
+            if parting is not None and not isinstance(error, runs.RowsError):
+                parting.check(self.backbone)
             if shared and run.fanned_out and not torch.compiler.is_compiling():
                 raise _explained(error, self.backbone) from error
             raise
         finally:
             runs.leave(run)
+        if parting is not None:
+            parting.check(self.backbone)
         streams, every = of_each_task(features, run, self.backbone)
         if run.passes is not None:
             for index, stream in enumerate(streams):
@@ -158,21 +171,28 @@ class MultiTaskModel(nn.Module):
                 run.passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _find_parting(self, x: Tensor) -> Parting:
+        """Where the streams part, found at the first call; one that is compiled finds it while it is compiled."""
+        with _finding:
+            if self._parting is None:
+                parting = find(self.backbone, self._router, len(self.tasks), x)
+                if parting.module is not None:
+                    install(self.backbone, parting, self._router)
+                self._parting = parting
+        return self._parting
+
 
 def _explained(error: Exception, backbone: nn.Module) -> Exception:
     """An error behind the first task-specific layer with the module that it came from; as it is if not of sizes."""
     text = str(error)
-    if type(error) not in (RuntimeError, ValueError) or not any(word in text for word in _WORDS):
+    if type(error) not in (RuntimeError, ValueError, runs.RowsError) or not any(word in text for word in _WORDS):
         return error
     names = {module: name for name, module in backbone.named_modules()}
-    where, traceback = backbone, error.__traceback__
-    while traceback is not None:
-        module = traceback.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and module in names:
-            where = module
-        traceback = traceback.tb_next
+    where = [call.module for call in calls(error) if call.module in names][-1]
     place = f"module {names[where]!r}" if names[where] else "the backbone"
-    return type(error)(
+    kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+    return kind(
         f"{text}\nin {place} ({type(where).__name__}), behind a task-specific layer that has fanned the input out into "
         f"streams. Where a path leads around that layer, or the number of samples was read before it, "
         f"{_OTHER_FORM}"
@@ -210,14 +230,14 @@ def _fans_out(layer: nn.Module, x: Tensor, run: runs.Run, repeated: bool) -> boo
         ValueError: the rows are those of neither, or may be those of both.
     """
     rows, stacked = x.shape[0], run.count * run.batch
-    if run.count == 1:
+    if run.count == 1 or (run.parted and stacked and rows % stacked == 0):
         return False
     first = run.shared and not run.fanned_out
     known = rows in run.flattened
     if not first and not known and (rows == stacked or (not run.shared and stacked and rows % stacked == 0)):
         return False
-    if run.shared and rows == run.batch:
-        run.fanned_out = True
+    if run.shared and rows == run.batch and not run.parted:
+        run.fan_out(rows)
         return True
     if repeated and known:
         return True
@@ -226,15 +246,15 @@ def _fans_out(layer: nn.Module, x: Tensor, run: runs.Run, repeated: bool) -> boo
             sure = repeated or torch.compiler.is_compiling() or x.grad_fn is None or has_function(x.grad_fn)
             if not known and sure:
                 return False
-            raise ValueError(
+            raise runs.RowsError(
                 f"{type(layer).__name__} got {rows} rows, which may be those of {run.count} streams, or "
                 f"{rows // run.batch} of each of {run.batch} samples that all tasks share; {_OTHER_FORM}"
             )
-        if rows % run.batch == 0:
-            run.fanned_out = True
-            run.flattened = (*run.flattened, rows)
+        if rows % run.batch == 0 and not run.parted:
+            run.fan_out(rows)
             return True
-    raise ValueError(
+    raise runs.RowsError(
         f"{type(layer).__name__} expected {run.batch} shared samples or {stacked} of {run.count} streams, or a "
-        f"multiple, got input of shape {list(x.shape)}; the backbone must not change the number of samples on the way"
+        f"multiple, got input of shape {list(x.shape)}; the backbone must not change the number of samples on the way, "
+        f"nor have them in another dimension than the first (as with batch_first=False)"
     )

@@ -25,13 +25,18 @@ _APPLY: set[CodeType] = {  # what the engine calls of an autograd.Function
 }
 
 
+class RowsError(ValueError):
+    """The rows that a layer gets are neither those that all tasks share, nor those of their streams."""
+
+
 class Run:
     """One pass of a backbone: ``count`` tasks (their ``indices``, None for all) with ``batch`` samples each.
 
     Attributes:
         owner: whose pass it is.
         shared: one input for all tasks, which the layers that it reaches fan out; else the streams stacked.
-        fanned_out: a layer has done so.
+        fanned_out: a layer has done so, or what it lies in.
+        parted: the numbers of rows that a module got that fanned out in the place of its layers.
         flattened: numbers of rows, other than ``batch``, that such layers got: tokens or windows of the shared input.
         first, last: sequence numbers of the nodes of its graph.
         passes: which of its streams a backward pass comes from (``participation.Passes``), where a layer is watched
@@ -39,6 +44,7 @@ class Run:
     """
 
     fanned_out = False
+    parted: tuple[int, ...] = ()
     flattened: tuple[int, ...] = ()
     outer: Run | None = None
     backward = first = last = -1
@@ -46,6 +52,12 @@ class Run:
 
     def __init__(self, owner: Any, indices: Tensor | None, count: int, batch: int, shared: bool) -> None:
         self.owner, self.indices, self.count, self.batch, self.shared = owner, indices, count, batch, shared
+
+    def fan_out(self, rows: int) -> None:
+        """Notes that the streams part where the shared input has so many rows."""
+        self.fanned_out = True
+        if rows != self.batch:
+            self.flattened = (*self.flattened, rows)
 
 
 class Router(Protocol):
