@@ -27,9 +27,11 @@ class MultiTaskModel(nn.Module):
     """A backbone with task-specific normalisation, and a head for each task.
 
     One input for all tasks runs through the shared stem once. The first task-specific layer fans it out, without
-    copying it, into one stream a task; from there on the streams run stacked, task-major. No path may lead around that
-    layer to where its streams are: for such a backbone (one that normalises before it convolves) give every task the
-    input, ``model(dict.fromkeys(model.heads, x))``, and it runs stacked from the start.
+    copying it, into one stream a task; from there on the streams run stacked, task-major. Where a path leads around
+    that layer, as in the pre-norm blocks of transformers, the input of the innermost module that holds the layer and
+    the end of the path is copied for every task. The first call finds that module, by a trial of a copy on the meta
+    device. Where a value decides what the backbone does, there is no trial; give every task the input then,
+    ``model(dict.fromkeys(model.heads, x))``, and it runs stacked from the start.
 
     Args:
         backbone: a model with task-major layers of T tasks, from :func:`~tsbn_kernels.convert_model`. It returns a
@@ -189,7 +191,7 @@ def _explained(error: Exception, backbone: nn.Module) -> Exception:
     if type(error) not in (RuntimeError, ValueError, runs.RowsError) or not any(word in text for word in _WORDS):
         return error
     names = {module: name for name, module in backbone.named_modules()}
-    where = [call.module for call in calls(error) if call.module in names][-1]
+    where = [backbone, *(call.module for call in calls(error) if call.module in names)][-1]
     place = f"module {names[where]!r}" if names[where] else "the backbone"
     kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
     return kind(
