@@ -389,9 +389,9 @@ def test_plain_checkpoints_that_do_not_fit_are_errors() -> None:
 
 def test_nothing_to_do_is_an_error() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    with pytest.raises(ValueError, match="Sequential has no batch normalisation to convert"):
+    with pytest.raises(ValueError, match="Sequential has no normalisation to convert"):
         convert_model(convert_model(model, T), T)
-    with pytest.raises(ValueError, match="Sequential has no batch normalisation to convert"):
+    with pytest.raises(ValueError, match="Sequential has no normalisation to convert"):
         convert_model(model, T, exclude=["1"])
     with pytest.raises(ValueError, match="Sequential has no task-specific layer to revert"):
         revert_model(model, 0)

@@ -253,7 +253,7 @@ def test_other_normalisation_that_stays_shared_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert_model(nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3)), T, exclude="0")
-    with pytest.raises(ValueError, match=r"no batch normalisation to convert.*; it has '0' \(FrozenBatchNorm2d\)"):
+    with pytest.raises(ValueError, match=r"no normalisation to convert.*; it has '0' \(FrozenBatchNorm2d\)"):
         convert_model(nn.Sequential(FrozenBatchNorm2d(3)), T)
 
 

@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor, nn
 
 from tsbn_kernels.definition.activations import of_module
 from tsbn_kernels.definition.plain import carry_attributes, carry_hooks, copy_of, deviation, held, is_plain
-from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.layers.batch_norm import FusedTSigmaBN
 from tsbn_kernels.layers.task_specific import TaskSpecific
-from tsbn_kernels.models import parting
+from tsbn_kernels.models import norms, parting
+from tsbn_kernels.models.fast_paths import close_fast_paths, open_fast_paths
 from tsbn_kernels.models.fuse_activations import find_chains, fuse, unfuse
+from tsbn_kernels.models.norms import FusedTSigmaBNAct, FusedTSigmaBNAct2d  # noqa: F401  # where they were
 from tsbn_kernels.models.starts import Starts
 from tsbn_kernels.models.sync_conversion import convert_sync_batchnorm  # noqa: F401  # where it was
 from tsbn_kernels.operator import checks
 
 VARIANTS = ("ts_sigma_bn", "tsbn")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _OWN = "_plain_class", "_tasks", "_participation", "_routers"  # attributes that only some layers have
-
-
-class FusedTSigmaBNAct(FusedTSigmaBN):
-    """timm's normalisation for T tasks that carries ``drop`` and ``act``: the layer, and then these.
-
-    They stay where they were, so that the names of parameters are those of the plain model. Where ``activation`` is
-    set, it is what they compute.
-    """
-
-    _plain_class: type[nn.Module]
-    drop: nn.Module
-    act: nn.Module
-
-    def _call(self, *args: Any) -> Any:
-        results = super()._call(*args)
-        whole = self.activation is not None or any(
-            isinstance(y, fx.Proxy) for y in results
-        )  # a call of the whole layer
-        return results if whole else tuple(map(self.activate, results))
-
-    def activate(self, y: Tensor) -> Tensor:
-        """``act(drop(y))``."""
-        activated: Tensor = self.act(self.drop(y))
-        return activated
-
-    def task(self, index: int) -> nn.Module:
-        """The plain layer of one task, a copy."""
-        plain = super().task(index)
-        if isinstance(plain, nn.Sequential):  # with the activation, which act is already
-            plain = plain[0]
-        # timm's classes add two children to PyTorch's; they cannot be built by their constructors without timm.
-        plain.__class__ = self._plain_class
-        plain.drop, plain.act = copy.deepcopy(self.drop), copy.deepcopy(self.act)
-        return plain.train(self.training)
-
-
-class FusedTSigmaBNAct2d(FusedTSigmaBNAct, FusedTSigmaBN2d):
-    __doc__ = FusedTSigmaBNAct.__doc__
-
-
-LAYERS: dict[type[nn.Module], type[FusedTSigmaBN]] = {  # by the plain ones
-    layer_class._plain: layer_class
-    for layer_class in (FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, FusedTSigmaBN)
-}
-_TIMM: dict[tuple[str, str], type[FusedTSigmaBNAct]] = {
-    (module, name): layer_class
-    for module in ("timm.layers.norm_act", "timm.models.layers.norm_act")
-    for name, layer_class in (("BatchNormAct2d", FusedTSigmaBNAct2d), ("SyncBatchNormAct", FusedTSigmaBNAct))
-}
 
 
 def convert_model(
@@ -83,20 +32,25 @@ def convert_model(
     num_tasks: int,
     *,
     variant: Literal["ts_sigma_bn", "tsbn"] = "ts_sigma_bn",
+    layer_norm: bool | None = None,
+    layer_norm_gate: Literal["identity", "sigmoid"] = "identity",
     stacking: Literal["task_major", "sample_major"] = "task_major",
     fuse_activation: bool = True,
     pretrained: bool | None = None,
     exclude: str | Iterable[str] = (),
     inplace: bool = False,
 ) -> nn.Module:
-    """Replaces every batch normalisation of a model by a task-specific one for ``num_tasks`` streams.
+    """Replaces the normalisation of a model by a task-specific one for ``num_tasks`` streams.
 
     ``nn.BatchNorm1d``, ``2d``, ``3d``, ``nn.SyncBatchNorm`` and timm's ``BatchNormAct2d`` and ``SyncBatchNormAct``
     become ``FusedTSigmaBN1d``, ``2d``, ``3d``, ``FusedTSigmaBN`` (with the ``process_group``), ``FusedTSigmaBNAct2d``
-    and ``FusedTSigmaBNAct``; so do subclasses that add to these without changing what they compute. A module that
-    stands in several places is replaced by one layer in all of them, in plain lists too. ``eps``, ``momentum``,
-    ``track_running_stats``, ``requires_grad`` of the weight, training mode, device and dtypes stay, as do attributes
-    that a user has given to the module or its parameters, and its hooks, which get the layer and all its streams.
+    and ``FusedTSigmaBNAct``. ``nn.LayerNorm`` becomes ``FusedTSigmaLN``, ``nn.RMSNorm`` ``FusedTSigmaRMSNorm``, and
+    the channels-first ``LayerNorm2d`` of torchvision and timm ``FusedTSigmaLN2d``; timm's ``LayerNorm`` and ``RmsNorm``
+    are among these, as are RMS norms of Hugging Face where they compute the same. So do subclasses that add to these
+    without changing what they compute. A module that stands in several places is replaced by one layer in all of them,
+    in plain lists too. ``eps``, ``momentum``, ``track_running_stats``, ``requires_grad`` of the weight, training mode,
+    device and dtypes stay, as do attributes that a user has given to the module or its parameters, and its hooks, which
+    get the layer and all its streams.
 
     The converted model takes the streams of all tasks stacked into its batch; :class:`~tsbn_kernels.MultiTaskModel`
     does the stacking. Its ``load_state_dict`` also takes checkpoints of the plain model.
@@ -114,7 +68,12 @@ def convert_model(
     Args:
         model: the shared backbone. Task heads are not to be converted: leave them out, or name them in ``exclude``.
         num_tasks: T.
-        variant: ``"ts_sigma_bn"`` (gate ``sigmoid(weight)``) or ``"tsbn"`` (weight and bias learned).
+        variant: of batch normalisation: ``"ts_sigma_bn"`` (gate ``sigmoid(weight)``) or ``"tsbn"`` (weight and bias
+            learned).
+        layer_norm: convert layer normalisation too, False leaves it alone. None does so where the model has no batch
+            normalisation, and leaves it shared, with a warning, beside that.
+        layer_norm_gate: ``"identity"`` (weight and bias learned), for pretrained scales often leave (0, 1), or
+            ``"sigmoid"``, which clips them. The start is that of ``"tsbn"`` and ``"ts_sigma_bn"``.
         stacking: of the streams, as in ``FusedTSigmaBN2d``.
         fuse_activation: let the layers apply the activations that follow them.
         pretrained: True starts every task from the plain layer: running statistics and ``num_batches_tracked`` are
@@ -137,59 +96,69 @@ def convert_model(
     Raises:
         ValueError: there is nothing to convert, a layer is parametrized or has state of its own or gradient hooks, or
             an option or a name in ``exclude`` is unknown.
-        TypeError: a batch normalisation that is not known to compute what these classes do, as with a ``forward`` of
+        TypeError: a normalisation that is not known to compute what these classes do, as with a ``forward`` of
             its own; or an argument of another type.
     """
     checks.check_module("model", model)
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    if pretrained is not None:
-        checks.check_flag("pretrained", pretrained)
+    checks.check_options(layer_norm_gate, stacking, None)
+    for key, flag in (("pretrained", pretrained), ("layer_norm", layer_norm)):
+        if flag is not None:
+            checks.check_flag(key, flag)
     names = _names(exclude)
     excluded = _modules_under(model, names)
-    classes = {
-        name: _layer_class(module, name)
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and not isinstance(module, FusedTSigmaBN) and module not in excluded
-    }
+    candidates = [(name, module) for name, module in model.named_modules() if module not in excluded]
+    found = [(name, module) for name, module in candidates if norms.is_batch_norm(module)]
+    rows = [(name, module) for name, module in candidates if norms.is_layer_norm(module)]
+    if layer_norm or (layer_norm is None and not found):
+        found, rows = found + rows, []
+    known = {name: norms.known(module, name) for name, module in found}
     shared = [
         f"{name!r} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if not isinstance(module, _BatchNorm)
-        and module not in excluded
-        and any(isinstance(getattr(module, statistic, None), Tensor) for statistic in _STATISTICS[:2])
+        for name, module in candidates
+        if not norms.is_batch_norm(module)
+        and any(isinstance(getattr(module, statistic, None), Tensor) for statistic in ("running_mean", "running_var"))
     ]
-    if not classes:
-        found = f"; it has {checks.some(shared)}, which an nn.BatchNorm2d would have to replace" if shared else ""
-        raise ValueError(
-            f"{type(model).__name__} has no batch normalisation to convert, apart from what is excluded{found}"
-        )
-    names_of: dict[Any, str] = {model.get_submodule(name): name for name in classes}
+    if not known:
+        there = f"; it has {checks.some(shared)}, which an nn.BatchNorm2d would have to replace" if shared else ""
+        there += f"; it has {checks.some(repr(name) for name, _ in rows)}, and layer_norm=False" if rows else ""
+        raise ValueError(f"{type(model).__name__} has no normalisation to convert, apart from what is excluded{there}")
+    names_of: dict[Any, str] = {model.get_submodule(name): name for name in known}
     if not inplace:
         model = copy_of(model)
-        names_of |= {model.get_submodule(name): name for name in classes}
-    starts = Starts(variant, pretrained)
-    layers = {
-        (norm := model.get_submodule(name)): _task_specific(
-            cast(_BatchNorm, norm), name, layer_class, model, num_tasks, stacking, starts
+        names_of |= {model.get_submodule(name): name for name in known}
+    tensors = chain(model.parameters(), model.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    batch_starts = Starts(variant == "ts_sigma_bn", pretrained, "variant='tsbn'")
+    row_starts = Starts(layer_norm_gate == "sigmoid", pretrained, "layer_norm_gate='identity'")
+    layers: dict[nn.Module, Any] = {}
+    for name, (_, layer_class) in known.items():
+        norm = model.get_submodule(name)
+        starts = batch_starts if norms.is_batch_norm(norm) else row_starts
+        layers[norm] = norms.task_specific(norm, name, layer_class, like, num_tasks, stacking, starts)
+    complaints = batch_starts.complaints() + row_starts.complaints()
+    if rows and layer_norm is None:
+        complaints.append(
+            f"{checks.some(repr(name) for name, _ in rows)} stay shared by all tasks: layer_norm=True converts layer "
+            f"normalisation too, and layer_norm=False says that this is meant"
         )
-        for name, layer_class in classes.items()
-    }
-    complaints = starts.complaints()
     if shared:
         complaints.append(
             f"{checks.some(shared)} stay shared by all tasks: they are none of PyTorch's or timm's BatchNorms"
         )
     kept = _modules_under(model, names)
-    activations, unknown = _fuse(model, layers, kept, complaints) if fuse_activation else ({}, [])
+    batch_norms = {norm: layer for norm, layer in layers.items() if isinstance(layer, FusedTSigmaBN)}
+    activations, unknown = _fuse(model, batch_norms, kept, complaints) if fuse_activation else ({}, [])
     model = _replace(model, {**layers, **activations})
-    unknown += held(model, lambda value: isinstance(value, _BatchNorm) and value in names_of)
+    unknown += held(model, lambda value: isinstance(value, nn.Module) and value in names_of)
     if unknown:
         places = dict.fromkeys(repr(names_of.get(module, module)) for module in unknown)
         complaints.append(
             f"{checks.some(places)} is called by the model as an object of its own, from a closure, a set, an "
             f"object or the like, and stays plain and shared by all tasks; call it as a module of the model"
         )
+    close_fast_paths(model)
     for complaint in complaints:
         warnings.warn(complaint, stacklevel=2)
     return model
@@ -218,7 +187,9 @@ def revert_model(model: nn.Module, task: int) -> nn.Module:
     }
     if not layers:
         raise ValueError(f"{type(model).__name__} has no task-specific layer to revert")
-    return _replace(model, {**layers, **activations})
+    model = _replace(model, {**layers, **activations})
+    open_fast_paths(model)
+    return model
 
 
 def plain_layer(layer: TaskSpecific, name: str, task: int) -> nn.Module:
@@ -315,86 +286,6 @@ def _modules_under(model: nn.Module, names: Iterable[str]) -> set[nn.Module]:
     if unknown := [name for name in names if name not in named]:
         raise ValueError(f"exclude names {', '.join(map(repr, unknown))}, not a module of {type(model).__name__}")
     return {module for name in names for module in named[name].modules()}
-
-
-def _task_specific(
-    module: _BatchNorm,
-    name: str,
-    layer_class: type[FusedTSigmaBN],
-    model: nn.Module,
-    num_tasks: int,
-    stacking: Any,
-    starts: Starts,
-) -> FusedTSigmaBN:
-    state: dict[str, Tensor] = {
-        key: tensor.detach()
-        for key, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-    }
-    # A layer without parameters and statistics lives where the rest of the model does.
-    like = next((t for t in chain(state.values(), model.parameters()) if t.is_floating_point()), torch.empty(0))
-    weight = state.get("weight", torch.ones(module.num_features, device=like.device, dtype=like.dtype))
-    pretrained = starts.pretrained is not False
-    frozen_bias: Any = "frozen" if pretrained and module.bias is not None else False
-    layer = layer_class(
-        num_tasks,
-        module.num_features,
-        module.eps,
-        module.momentum,
-        gate="sigmoid" if starts.sigmoid else "identity",
-        bias=frozen_bias if starts.sigmoid else True,
-        stacking=stacking,
-        track_running_stats=module.running_mean is not None,
-        device=like.device,
-        dtype=like.dtype,
-    )
-    layer.track_running_stats = module.track_running_stats
-    if isinstance(module, nn.SyncBatchNorm):
-        layer.process_group = module.process_group or "world"
-    if pretrained:
-        state["weight"] = starts.weight(module, name, weight)
-        layer.load_state_dict(state, assign=True)  # assigned, for statistics may have a dtype of their own
-    for plain, parameter in ((module.weight, layer.weight), (module.bias, layer.bias)):
-        if plain is not None and isinstance(parameter, nn.Parameter):
-            parameter.requires_grad_(plain.requires_grad)
-    if isinstance(layer, FusedTSigmaBNAct):
-        layer._plain_class = type(module)
-        layer.drop, layer.act = module.get_submodule("drop"), module.get_submodule("act")
-    carry_attributes(module, layer, known=vars(nn.SyncBatchNorm(1)))
-    carry_hooks(module, layer)
-    return layer.train(module.training)
-
-
-def _layer_class(module: _BatchNorm, name: str) -> type[FusedTSigmaBN]:
-    """What takes the place of a normalisation, which must be known to compute what its class or base does."""
-    own: type[nn.Module] = type(module)
-    layer_class: type[FusedTSigmaBN] | None = _TIMM.get((own.__module__, own.__qualname__))
-    kind = own if layer_class else next((plain for plain in LAYERS if isinstance(module, plain)), own)
-    layer_class = layer_class or LAYERS.get(kind)
-    if layer_class is None:
-        raise TypeError(
-            f"{name!r} is a {type(module).__name__}, expected nn.BatchNorm1d, 2d or 3d, nn.SyncBatchNorm or timm's "
-            f"BatchNormAct2d or SyncBatchNormAct; initialise a lazy layer by a forward pass, replace another by one of "
-            f"these, or exclude it"
-        )
-    if is_parametrized(module):
-        raise ValueError(
-            f"{name!r} is parametrized, which would be lost; call torch.nn.utils.parametrize.remove_parametrizations "
-            f"first, or exclude it"
-        )
-    if why := deviation(module, kind):
-        raise TypeError(
-            f"{name!r} is a {type(module).__name__} that {why}: it is not known to be equal to {kind.__name__}. "
-            f"Replace it by one, or exclude it"
-        )
-    known = {"weight", "bias", *_STATISTICS, *(("drop", "act") if issubclass(layer_class, FusedTSigmaBNAct) else ())}
-    if more := [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in known]:
-        raise ValueError(
-            f"{name!r} has its own {', '.join(more)}, which would be lost; remove it, with its hooks (of pruning or "
-            f"weight normalisation), or exclude the layer"
-        )
-    if any(tensor._backward_hooks or tensor._post_accumulate_grad_hooks for tensor in module.parameters(recurse=False)):
-        raise ValueError(f"{name!r} has parameters with gradient hooks, which would be lost; register them afterwards")
-    return layer_class
 
 
 def _replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -21,14 +21,16 @@ from tsbn_kernels.definition.plain import carry_hooks, copy_of, is_plain
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models import parting
-from tsbn_kernels.models.convert import LAYERS, FusedTSigmaBNAct, FusedTSigmaBNAct2d, _replace, plain_layer
+from tsbn_kernels.models.convert import _replace, plain_layer
+from tsbn_kernels.models.fast_paths import open_fast_paths
 from tsbn_kernels.models.fuse_activations import Tracer, twin_of, unfuse
 from tsbn_kernels.models.multitask import MultiTaskModel
+from tsbn_kernels.models.norms import BATCH_NORMS, FusedTSigmaBNAct, FusedTSigmaBNAct2d
 from tsbn_kernels.operator import checks
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-_NORMS = (*LAYERS, *LAYERS.values(), FusedTSigmaBNAct, FusedTSigmaBNAct2d)
+_NORMS = (*BATCH_NORMS, *BATCH_NORMS.values(), FusedTSigmaBNAct, FusedTSigmaBNAct2d)
 # What has as many axes as it is given.
 _SAME_AXES = (
     nn.Linear, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU,
@@ -150,13 +152,14 @@ def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = 
     model = _replace(model, unfuse(model))
     norms = {module: name for name, module in model.named_modules() if isinstance(module, (TaskSpecific, _BatchNorm))}
     calls: list[_Call] = []
-    if norms:
+    foldable = [name for module, name in norms.items() if isinstance(module, _BatchNorm)]
+    if foldable:
         try:
             calls, flat = _calls(model, flat=flat)
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             complaints.append(
                 f"torch.fx cannot trace {type(model).__name__}, its normalisation stays unfolded in "
-                f"{checks.some(map(repr, norms.values()))}: {type(error).__name__}: {error}"
+                f"{checks.some(map(repr, foldable))}: {type(error).__name__}: {error}"
             )
     replaced: dict[nn.Module, nn.Module] = {
         norm: plain_layer(norm, name, task) for norm, name in norms.items() if isinstance(norm, TaskSpecific)
@@ -168,7 +171,9 @@ def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = 
         elif extended:
             replaced[norm] = _Epilogue(*_split(norm, task))
             carry_hooks(norm, replaced[norm])
-    return _replace(model, replaced).eval(), flat
+    model = _replace(model, replaced).eval()
+    open_fast_paths(model)
+    return model, flat
 
 
 class _Call(NamedTuple):
@@ -205,7 +210,7 @@ def _calls(model: nn.Module, *, flat: bool) -> tuple[list[_Call], bool]:
 
     calls = []
     for node, norm in modules.items():
-        if not isinstance(norm, FusedTSigmaBN) and type(norm) not in LAYERS:
+        if not isinstance(norm, FusedTSigmaBN) and type(norm) not in BATCH_NORMS:
             continue
         source, *more = node.args or (None,)
         options = [*more, *node.kwargs.values()]

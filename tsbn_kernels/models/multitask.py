@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.layers.task_specific import TaskSpecific
+from tsbn_kernels.models.fast_paths import close_fast_paths
 from tsbn_kernels.models.features import has_function, of_each_task, tensors
 from tsbn_kernels.models.parting import Parting, calls, find, install
 from tsbn_kernels.operator import checks, runs
@@ -69,6 +70,7 @@ class MultiTaskModel(nn.Module):
                     f"layer {name!r} of the backbone must be task_major with a task for each of the {len(heads)} "
                     f"heads, got stacking={layer.stacking!r} and num_tasks={layer.num_tasks}"
                 )
+        close_fast_paths(backbone)
         self.backbone = backbone
         self.recompute = recompute
         self.heads = nn.ModuleDict(heads)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tsbn_kernels.definition.plain import CALL_HOOKS
+from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.features import has_function, of_each_task
 from tsbn_kernels.operator import runs
 
@@ -264,8 +265,8 @@ def _on_meta(backbone: nn.Module, router: runs.Router) -> nn.Module:
                 memo[id(value)] = nn.Parameter(empty, value.is_floating_point()) if learned else empty
     twin = copy.deepcopy(backbone, memo)
     for module in twin.modules():
-        if hasattr(module, "_tasks"):
-            module._tasks = None  # the whole of what processes share
+        if isinstance(module, TaskSpecific):
+            module._tasks = None  # it has the rows of all processes
         for name in CALL_HOOKS:
             hooks = getattr(module, name)
             for key, hook in list(hooks.items()):

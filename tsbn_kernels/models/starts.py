@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from tsbn_kernels.layers.task_specific import GATE_EPS, VISIBLE
 from tsbn_kernels.operator import checks
@@ -14,16 +13,17 @@ class Starts:
     """The plain weights that gates start from, for all layers of a model.
 
     Args:
-        variant: ``"ts_sigma_bn"`` or ``"tsbn"``.
+        sigmoid: the gates are sigmoids of the weights, and not the weights.
         pretrained: True takes the weights of the plain layers; None does so unless a layer is new.
+        remedy: the option that gives gates which keep any weight.
     """
 
-    def __init__(self, variant: str, pretrained: bool | None) -> None:
-        self.sigmoid, self.pretrained = variant == "ts_sigma_bn", pretrained
+    def __init__(self, sigmoid: bool, pretrained: bool | None, remedy: str) -> None:
+        self.sigmoid, self.pretrained, self.remedy = sigmoid, pretrained, remedy
         self.clipped: dict[str, Tensor] = {}  # by how much
         self.ones: list[str] = []
 
-    def weight(self, module: _BatchNorm, name: str, weight: Tensor) -> Tensor:
+    def weight(self, module: nn.Module, name: str, weight: Tensor) -> Tensor:
         """The plain weight that the gates of a layer are to stand for."""
         if not self.sigmoid or weight.is_meta:
             return weight
@@ -44,7 +44,7 @@ class Starts:
             complaints.append(
                 f"{count} scales of {len(self.clipped)} layers, {checks.some(map(repr, self.clipped))}, lie outside "
                 f"of (0, 1), where a sigmoid gate cannot be, and were clipped, by up to {most:.3g}: the tasks do not "
-                f"start as the plain model; variant='tsbn' keeps its function"
+                f"start as the plain model; {self.remedy} keeps its function"
             )
         if self.ones:
             complaints.append(
@@ -55,12 +55,13 @@ class Starts:
         return complaints
 
 
-def _is_new(module: _BatchNorm) -> bool:
+def _is_new(module: nn.Module) -> bool:
     """Whether a layer is as its constructor has left it; new residual branches have weights of 0."""
-    weight: Tensor | None = module.weight
-    if weight is None and module.num_batches_tracked is None:
+    weight, batches = getattr(module, "weight", None), getattr(module, "num_batches_tracked", None)
+    if weight is None and batches is None:
         return False  # which nothing shows
-    starts = (module.bias, 0), (module.running_mean, 0), (module.running_var, 1), (module.num_batches_tracked, 0)
+    others = {"bias": 0, "running_mean": 0, "running_var": 1}
+    starts = (batches, 0), *((getattr(module, name, None), start) for name, start in others.items())
     return (weight is None or bool((weight == 1).all()) or bool((weight == 0).all())) and all(
         tensor is None or bool((tensor == start).all()) for tensor, start in starts
     )
