@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from support.processes import ROOT, python, python_output
 from test_benchmarks_records import FIELDS
 from torch import Tensor
 from typer.testing import CliRunner
@@ -23,7 +23,6 @@ from benchmarks.network import celeba40
 from benchmarks.records.network_run import VARIANTS, Differences
 from benchmarks.timing.measure import Effort
 
-ROOT = Path(__file__).parents[2]
 TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
 EAGER = ["--impl", "fused", "--impl", "loop", "--impl", "folded"]
 
@@ -194,8 +193,7 @@ sys.path.insert(0, {str(ROOT)!r})
 sys.argv[1:] = {list(arguments)}
 runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)
 """
-    command = [sys.executable, "-c", hide]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    return python(hide, path=folder)
 
 
 def test_missing_packages_are_said_in_one_line(tmp_path: Path) -> None:
@@ -249,8 +247,7 @@ def test_what_a_command_lacks_is_said_in_one_line(module: str, package: str, arg
 
 def test_the_package_itself_needs_none_of_the_extras():
     code = "import sys, tsbn_kernels; print({'rich', 'typer', 'matplotlib', 'skimage', 'PIL'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
+    assert python_output(code).strip() == "set()"
 
 
 def test_host_overhead_needs_no_gpu(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from support.processes import python_output
 
 from benchmarks.hot_paths import check as command
 from benchmarks.hot_paths.baselines import Baselines
@@ -96,10 +95,7 @@ print(len(PATHS))
 
 def test_every_path_runs() -> None:
     """In a process of its own: the launches that are stubbed leave plans behind."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", EVERY_PATH], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(PATHS) > 20
+    assert int(python_output(EVERY_PATH)) == len(PATHS) > 20
 
 
 def test_counts_are_read_from_callgrinds_files(tmp_path: Path) -> None:

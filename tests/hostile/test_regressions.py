@@ -369,7 +369,7 @@ new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(name for name in new if name in ("numpy", "triton", "torchvision", "scipy")))
 tsbn_kernels.FusedTSigmaBN2d(2, 3)(torch.ones(4, 3, 2, 2))
 """
-    assert python_output(program, PATH="", CUDA_VISIBLE_DEVICES="").strip() == "[]"
+    assert python_output(program, fresh=True, PATH="", CUDA_VISIBLE_DEVICES="").strip() == "[]"
 
 
 def test_options_are_documented() -> None:

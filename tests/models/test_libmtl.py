@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from support.libmtl_stand_in import TaskGradients, install
 from support.networks import NETWORKS, pretrained
+from support.processes import python_output
 from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
@@ -165,5 +164,4 @@ def test_only_the_adapter_needs_libmtl() -> None:
         "try: import tsbn_kernels.models.libmtl\n"
         "except ModuleNotFoundError as error: print(error)"
     )
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "LibMTL" in run.stdout
+    assert "LibMTL" in python_output(code)

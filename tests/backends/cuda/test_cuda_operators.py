@@ -239,7 +239,7 @@ import torch, tsbn_kernels.backends as b
 from tsbn_kernels.backends import cuda
 print(b.select("cuda"), torch._C._dispatch_has_kernel_for_dispatch_key("tsbn::forward_training", "CUDA"))
 """
-    assert python_output(program).split() == ["cuda", "True"]
+    assert python_output(program, fresh=True).split() == ["cuda", "True"]
 
 
 CHAIN = """

@@ -46,7 +46,7 @@ def failure(folder: Path, stand_in: str) -> str:
     library = folder / "stand_in.so"
     command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library), "-ldl"]
     subprocess.run(command, input=stand_in, text=True, check=True)
-    done = python(PROGRAM, LD_PRELOAD=str(library), CUDA_VISIBLE_DEVICES="")
+    done = python(PROGRAM, fresh=True, LD_PRELOAD=str(library), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stderr
     return done.stderr
 

@@ -199,7 +199,7 @@ except RuntimeError as error:
 
 
 def test_without_triton() -> None:
-    lines = python_output(HIDDEN).splitlines()
+    lines = python_output(HIDDEN, fresh=True).splitlines()
     assert lines == [
         "Triton is not installed (pip install triton)",
         "backend 'triton' is not available: Triton is not installed (pip install triton)",
