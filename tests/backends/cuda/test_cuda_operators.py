@@ -118,6 +118,8 @@ def obey(inputs, outputs):
 for size, dtype, memory_format, stacking in itertools.product(
     {sizes!r}, (torch.float32, torch.bfloat16), ("contiguous", "channels_last"), ("task_major", "sample_major")
 ):
+    if size[0] == 1 and stacking == "sample_major":
+        continue  # one task has one order
     p = problem(*size, dtype=dtype, memory_format=memory_format, stacking=stacking)
     y, mean, var = flat.forward_training(p.x, p.weight, p.bias, *p.options)
     kinds = obey((p.x, p.weight, p.bias), (y, mean, var))
@@ -134,7 +136,10 @@ for size, dtype, memory_format, stacking in itertools.product(
     print(*kinds)
 
 for shared, activation, stacking in itertools.product((False, True), ("none", "silu"), ("sample_major", "task_axis")):
-    p = problem(*{sizes!r}[0], dtype=torch.bfloat16, memory_format="channels_last", stacking=stacking)
+    size = {sizes!r}[0]
+    if size[0] == 1 and stacking == "sample_major":
+        continue
+    p = problem(*size, dtype=torch.bfloat16, memory_format="channels_last", stacking=stacking)
     residual = p.dy.flip(0)
     x = p.x.unflatten(0, (-1, p.num_tasks))[:, 0] if stacking == "sample_major" else p.x[0]
     x = x if shared else p.x
