@@ -1,4 +1,4 @@
-// Implements, for CPU tensors, the operators that tsbn_kernels/operator/ops.py declares.
+// Implements, for CPU tensors, the operators that tsbn_kernels/operator/ops.py and layer_ops.py declare.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/batch_norm.h"

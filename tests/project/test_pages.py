@@ -84,6 +84,12 @@ def test_layer_options(tmp_path: Path) -> None:
     assert names["late"](names["images"]).shape == (4 * 8, 128, 16, 16)
 
 
+def test_layer_normalisation(tmp_path: Path) -> None:
+    names = run("docs/layer_normalisation.md", tmp_path)
+    assert torch.equal(names["s"], 2 * names["tokens"])
+    assert names["stream"].shape == names["tokens"].shape
+
+
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     images = torch.randn(4, 3, 8, 8)
