@@ -377,7 +377,7 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     function = layer_streams if as_streams else layer_autograd
     apply = function.apply_in_graph if compiling else function.apply
     x = x.contiguous()
-    outputs = apply(x, weight, bias, residual, call, backend)
+    outputs: tuple[Tensor, ...] = apply(x, weight, bias, residual, call, backend)
     outputs = outputs[: call.num_tasks if as_streams else 1 if residual is None else 2]
     if not compiling and recompute_outputs.wanted():
         s = x if residual is None else outputs[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.graphs import WAYS, Way, tensors
+from support.layers import LAYERS, SHAPE, WITH_BIAS
 from support.problems import DTYPES
 from support.tolerances import assert_same_bits
 from torch import Tensor, nn
@@ -21,10 +23,6 @@ T, N, C = 2, 4, 5
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
-def plain_twins(layer: FusedTSigmaBN2d) -> list[nn.Module]:
-    return [layer.task(t) for t in range(T)]
-
-
 def step(call: Any, x: Tensor, dy: Tensor, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     with nullcontext() if amp is None else torch.autocast("cpu", dtype=amp):
@@ -34,35 +32,39 @@ def step(call: Any, x: Tensor, dy: Tensor, amp: torch.dtype | None) -> tuple[Ten
     return y.detach(), leaf.grad
 
 
+REFUSALS = "mixed dtype|expected scalar type|same dtype"
+
+
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "training"), [("BN", True), ("BN", False), ("LN", True), ("RMS", True)])
 @pytest.mark.parametrize("parameter_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_combination_that_batch_norm_takes(
-    dtype: torch.dtype, parameter_dtype: torch.dtype, training: bool, amp: torch.dtype | None
+def test_every_combination_that_plain_layers_take(
+    dtype: torch.dtype, parameter_dtype: torch.dtype, kind: str, training: bool, amp: torch.dtype | None
 ) -> None:
-    """Dtypes of outputs, gradients and statistics are BatchNorm's; combinations that it refuses work, too."""
-    layer = FusedTSigmaBN2d(T, C, bias=True, dtype=parameter_dtype).train(training)
+    """Dtypes of results are those of the plain layers; combinations that these refuse work, too."""
+    bias = {"bias": True} if kind in WITH_BIAS else {}
+    layer = LAYERS[kind](dtype=parameter_dtype, **bias).train(training)
     nn.init.normal_(layer.weight)
-    plain = plain_twins(layer)
-    x, dy = torch.randn(T * N, C, 6, 5).to(dtype), torch.randn(T * N, C, 6, 5)
+    tasks = range(layer.num_tasks)
+    plain = [layer.task(t) for t in tasks]
+    x, dy = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE)
     y, dx = step(layer, x, dy, amp)
     assert (y.dtype, dx.dtype) == (dtype, dtype)
     try:
-        parts = [step(plain[t], x[t * N : (t + 1) * N], dy[t * N : (t + 1) * N], amp) for t in range(T)]
+        parts = [step(plain[t], x.chunk(len(tasks))[t], dy.chunk(len(tasks))[t], amp) for t in tasks]
     except RuntimeError as refusal:
-        if "mixed dtype" not in str(refusal):
+        if not re.search(REFUSALS, str(refusal)):
             raise
         return
-    close = {"rtol": CLOSE[dtype], "atol": CLOSE[dtype]}
-    torch.testing.assert_close(y, torch.cat([part[0] for part in parts]), **close)
-    torch.testing.assert_close(dx, torch.cat([part[1] for part in parts]), **close)
     coarse = max(CLOSE[dtype], CLOSE[parameter_dtype])
-    assert layer.bias is not None
-    torch.testing.assert_close(
-        layer.bias.grad, torch.stack([p.bias.grad for p in plain]), rtol=coarse, atol=coarse * 10
-    )
-    for name in ("running_mean", "running_var"):
+    for got, at in ((y, 0), (dx, 1)):
+        wanted = torch.cat([part[at] for part in parts])
+        torch.testing.assert_close(got, wanted, rtol=coarse, atol=coarse, check_dtype=kind != "RMS")
+    if layer.bias is not None:
+        wanted = torch.stack([p.bias.grad for p in plain])
+        torch.testing.assert_close(layer.bias.grad, wanted, rtol=coarse, atol=coarse * 10)
+    for name in ("running_mean", "running_var") if kind == "BN" else ():
         wanted = torch.stack([getattr(p, name) for p in plain])
         torch.testing.assert_close(getattr(layer, name), wanted, rtol=coarse, atol=coarse)
 

@@ -67,6 +67,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
     _stacked_dims: ClassVar[tuple[int, ...]] = ()  # of [T*N, C, *] inputs, one more is [T, N, C, *]; empty: any
     _plain: ClassVar[type[nn.Module]] = nn.SyncBatchNorm
 
+    stacking: Literal["task_major", "sample_major"]
     num_batches_tracked: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None

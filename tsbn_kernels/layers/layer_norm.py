@@ -85,7 +85,7 @@ class TaskRowNorm(TaskSpecific):
             fan_out: overrides the module's own for this call.
         """
         if not isinstance(input, Tensor):
-            return leaf_call(self, input, tasks=tasks, fan_out=fan_out)  # type: ignore[no-any-return]
+            return leaf_call(self, input, tasks=tasks, fan_out=fan_out)
         return self._call(input, None, tasks, fan_out)[0]
 
     def add(
@@ -245,5 +245,6 @@ class FusedTSigmaLN2d(FusedTSigmaLN):
             raise ValueError(
                 f"{type(self).__name__} expected {dims}D input, got {x.dim()}D input of shape {list(x.shape)}"
             )
-        rows = (None if tensor is None else tensor.movedim(-3, -1) for tensor in (x, residual))
-        return tuple(out.movedim(-1, -3) for out in super()._call(*rows, tasks, fan_out, as_streams))
+        residual = None if residual is None else residual.movedim(-3, -1)
+        outputs = super()._call(x.movedim(-3, -1), residual, tasks, fan_out, as_streams)
+        return tuple(out.movedim(-1, -3) for out in outputs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.batch_norm import gate_slope, gate_values
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
 from tsbn_kernels.operator.autograd import transformed
 from tsbn_kernels.operator.layer_ops import eager_operators, layer_norm, operators
@@ -135,11 +136,11 @@ class TaskLayerNorm(torch.autograd.Function):
             ds = dresidual if dx is None else dx + dresidual
         parts = []
         if ds is not None:
-            gates = reference.gate_values(weight.to(dtype), options.gate)
+            gates = gate_values(weight.to(dtype), options.gate)
             parts.append(reference.affine(reference.through_statistics(ds.to(dtype), saved), gates, None, options))
         if dweight is not None or dbias is not None:
             change = torch.zeros_like(weight) if dweight is None else dweight
-            change = reference.gate_slope(weight.to(dtype), options.gate) * change.to(dtype)
+            change = gate_slope(weight.to(dtype), options.gate) * change.to(dtype)
             offset = None if dbias is None else dbias.to(dtype)
             parts.append(reference.affine(reference.normalized(saved), change, offset, options))
         tangent = sum(parts[1:], parts[0]).to(s.dtype) if parts else None

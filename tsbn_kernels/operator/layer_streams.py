@@ -42,7 +42,7 @@ class TaskLayerStreams(TaskLayerNorm):
         chosen = Chosen(list(given), options.num_tasks, saved.s)
         sizes = reference.rows_of(saved.s, saved.weight)
 
-        def of_rows(statistic: Tensor | None) -> Tensor | None:
+        def of_rows(statistic: Any) -> Any:
             if statistic is None or options.fan_out:
                 return statistic
             return chosen.streams(statistic.view(sizes), options.stacking).flatten()

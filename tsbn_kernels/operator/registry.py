@@ -158,7 +158,7 @@ class Normalization(Generic[BackendT]):
                     "compile without TSBN_BACKEND and use_backend, or call the layer outside of the compiled function"
                 )
             plain = backend == "reference" or torch.onnx.is_in_onnx_export()  # ONNX knows none of our operators
-            return self.complete(reference) if plain else self._in_graphs  # type: ignore[no-any-return]
+            return self.complete(reference) if plain else self._in_graphs
         return self.eager(backend)
 
     def eager(self, backend: str | None) -> BackendT:
