@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model
+from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, LateFanOut, MultiTaskModel, convert_model
 from tsbn_kernels.backends import capture
 from tsbn_kernels.backends.triton import autotune
 
@@ -92,6 +92,10 @@ def of_model(model: MultiTaskModel, *tasks: str) -> list[Tensor]:
     return list(model(meta(2, 3, 7, 7), tasks=tasks).values())
 
 
+def rows(**options: Any) -> FusedTSigmaLN:
+    return FusedTSigmaLN(T, 5, device="meta", bias=True, **options)
+
+
 SOME = 4, C, 5, 5
 STEPS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "plain": (layer, lambda one: one(meta(*X))),
@@ -107,6 +111,11 @@ STEPS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "streams": (layer, lambda one: one.streams(meta(*X))),
     "some streams": (layer, lambda one: one.streams(meta(*X))[1:]),
     "one stream": (layer, lambda one: one.streams(meta(*X))[1]),
+    "LN": (rows, lambda one: one(meta(*X))),
+    "LN, addition": (rows, lambda one: one.add(meta(*X), meta(*X))),
+    "LN, fan-out": (lambda: rows(fan_out=True), lambda one: one(meta(*X))),
+    "LN, some tasks": (rows, lambda one: one(meta(*SOME), tasks=[0, 2])),
+    "LN, some streams": (rows, lambda one: one.streams(meta(*X))[1:]),
     "a model": (network, lambda model: of_model(model, "a", "b", "c")),
     "a model of some tasks": (network, lambda model: of_model(model, "c", "a")),
 }

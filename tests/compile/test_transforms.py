@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from support.layers import SHAPE, of_any_kind, trained, with_a_bias
 from support.problems import FORMATS, GATES, STACKINGS, Problem, defined, in_double, problem
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -95,32 +96,31 @@ def test_hessian_in_both_orders() -> None:
         torch.testing.assert_close(transform(fused)(p.weight), expected)
 
 
-@stackings
-@formats
-def test_batches_of_upstream_gradients(memory_format: str, stacking: str) -> None:
+@of_any_kind
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
+def test_batches_of_upstream_gradients(stacking: str, memory_format: torch.memory_format, kind: str) -> None:
     """``is_grads_batched``: what multi-task weighting methods use for the gradients of all losses at once."""
-    p = problem(T, N, C, stacking=stacking, memory_format=memory_format)
-    x, weight = p.x.clone().requires_grad_(), p.weight.clone().requires_grad_()
-    y = task_batch_norm(x, weight, num_tasks=T, stacking=stacking)
+    layer = trained(kind, stacking=stacking)
+    x = torch.randn(SHAPE).to(memory_format=memory_format).requires_grad_()
+    y = layer(x)
     upstream = torch.randn(5, *y.shape)
-    batched = torch.autograd.grad(y, (x, weight), upstream, is_grads_batched=True, retain_graph=True)
-    single = [torch.autograd.grad(y, (x, weight), dy, retain_graph=True) for dy in upstream]
+    batched = torch.autograd.grad(y, (x, layer.weight), upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, (x, layer.weight), dy, retain_graph=True) for dy in upstream]
     for got, wanted in zip(batched, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(got, torch.stack(wanted))
 
 
 @modes
+@with_a_bias
 @pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input each"])
 @pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
-def test_ensembles(stacking: str, shared: bool, training: bool) -> None:
+def test_ensembles(stacking: str, shared: bool, kind: str, training: bool) -> None:
     """``vmap`` over models: outputs, running statistics and gradients are those of the models one by one."""
-    models = [FusedTSigmaBN2d(T, C, stacking=stacking, bias=True).train(training) for _ in range(3)]  # type: ignore[arg-type]
-    for model in models:
-        for tensor in (model.weight, model.bias, model.running_mean):
-            torch.nn.init.normal_(tensor)
-    parameters, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    models = [trained(kind, stacking=stacking, bias=True).train(training) for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
     skeleton = copy.deepcopy(models[0]).to("meta")
-    inputs = torch.randn(3, T * N, C, 5, 5)
+    inputs = torch.randn(3, *SHAPE)
 
     def call(state: tuple[dict[str, Tensor], dict[str, Tensor]], x: Tensor) -> Tensor:
         return functional_call(skeleton, state, (x,))
@@ -133,10 +133,10 @@ def test_ensembles(stacking: str, shared: bool, training: bool) -> None:
         expected = model(inputs[0 if shared else e])
         torch.testing.assert_close(y[e], expected)
         expected.backward(gradient[e])
-        assert model.running_var is not None
-        torch.testing.assert_close(buffers["running_var"][e], model.running_var)
-        torch.testing.assert_close(parameters["weight"].grad[e], model.weight.grad)
-        torch.testing.assert_close(parameters["bias"].grad[e], model.bias.grad)
+        for name, tensor in buffers.items():
+            torch.testing.assert_close(tensor[e], model.get_buffer(name))
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.grad[e], model.get_parameter(name).grad)
 
 
 def test_ensembles_with_a_task_axis_and_another_batch_dimension() -> None:
