@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -284,6 +285,16 @@ def test_compiled_at_its_first_call(make: Any) -> None:
     assert_close(exported.module()(x), wanted)
 
 
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """What a cycle of references holds, it holds for good."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("make", [two_blocks, Tied, Scaled])
 def test_checkpoints(make: Any, use_reentrant: bool) -> None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from itertools import chain, takewhile
+from traceback import clear_frames
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -140,12 +141,12 @@ def find(backbone: nn.Module, router: runs.Router, count: int, x: Tensor) -> Par
             parting = Parting()
             while True:
                 trial = _Trial(router, count)
-                error = _attempt(twin, parting, trial, batch)
-                if error is None:
+                failed = _attempt(twin, parting, trial, batch)
+                if failed is None:
                     return parting
-                before = _before(parting, trial.paths, calls(error), names)
+                before = _before(parting, trial.paths, failed.calls, names)
                 if before is None:
-                    return Parting(obstacle=str(error) if isinstance(error, runs.RowsError) else None)
+                    return Parting(obstacle=failed.obstacle)
                 parting = before
 
 
@@ -206,8 +207,13 @@ class _NoStaleSamples(TorchFunctionMode):
         return result
 
 
-def _attempt(twin: nn.Module, parting: Parting, trial: _Trial, batch: Tensor) -> Exception | None:
-    """Runs the copy of a backbone whose streams part there; returns the error that it ends with."""
+class _Failed(NamedTuple):
+    calls: list[Call]  # that lead to the error
+    obstacle: str | None  # what it says of rows
+
+
+def _attempt(twin: nn.Module, parting: Parting, trial: _Trial, batch: Tensor) -> _Failed | None:
+    """Runs the copy of a backbone whose streams part there."""
     handle = None if parting.module is None else install(twin, parting, trial.owner)
     runs.enter(trial)
     try:
@@ -215,7 +221,9 @@ def _attempt(twin: nn.Module, parting: Parting, trial: _Trial, batch: Tensor) ->
             features = twin(batch.clone())  # a leaf could not be changed in place
         of_each_task(features, trial, twin)
     except Exception as error:  # of the model's own code, it may be any
-        return error
+        failed = _Failed(calls(error), str(error) if isinstance(error, runs.RowsError) else None)
+        clear_frames(error.__traceback__)  # a checkpoint that has raised keeps its hooks as long as its frame lives
+        return failed
     finally:
         runs.leave(trial)
         if handle is not None:
