@@ -3,6 +3,7 @@
 
 #include "cpu/batch_norm.h"
 #include "cpu/dispatch.h"
+#include "cpu/layer_norm.h"
 #include "cpu/pool.h"
 
 namespace {
@@ -27,6 +28,8 @@ STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("backward", TORCH_BOX(&tsbn::cpu::backward));
   m.impl("moments", TORCH_BOX(&tsbn::cpu::moments));
   m.impl("input_gradient", TORCH_BOX(&tsbn::cpu::input_gradient));
+  m.impl("layer_norm", TORCH_BOX(&tsbn::cpu::layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&tsbn::cpu::layer_norm_backward));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {

@@ -13,29 +13,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class F>
-void with_accumulate_type(const Work& w, F f) {
-  w.dtype == DType::f64 ? f(double{}) : f(float{});
-}
-
-// What gate (and slope, where there is room for one) are made of.
-template <class A>
-void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::string& gate) {
-  STD_TORCH_CHECK(gate == "sigmoid" || gate == "identity", "tsbn: unknown gate '", gate, "'");
-  const A* values = space.values(weight, "weight");
-  if (gate == "sigmoid") {
-    w.vectors.weight = values;
-    w.vectors.gate = space.vector();
-  } else {
-    w.vectors.gate = const_cast<A*>(values);
-    if (w.vectors.slope != nullptr) std::fill_n(static_cast<A*>(w.vectors.slope), w.T * w.C, A(1));
-  }
-}
-
 // The factors of z, by which a forward in evaluation computes y and a backward act'(z).
 template <class A>
 void set_preactivation(Work& w, Workspace<A>& space, const std::optional<Tensor>& bias) {
@@ -62,6 +39,9 @@ Apply forward_kernel(const Work& w) {
   return adds ? kernel.slabs.add_residual : kernel.epilogue(w.activation).forward;
 }
 
+// For a thread's reductions: five vectors over the channels.
+size_t scratch_bytes(const Work& w) { return 5 * size_t(w.channels() + 64) * sizeof(double); }
+
 // The backward of tasks that have an x each.
 void run_separate(Work& w, bool sums) {
   const Kernels& kernel = kernels(w.family, w.dtype);
@@ -85,7 +65,7 @@ void run_separate(Work& w, bool sums) {
   const auto apply = [&](int64_t group, int64_t chunk) { write(last, group, chunk); };
   const bool writes = dx.data != nullptr || other.data != nullptr;
   const Reduction products{kernel.vectors.prepare, epilogue.products, merge_sums, kernel.vectors.backward,
-                           2 * w.channels()};
+                           2 * w.channels(), scratch_bytes(w)};
   if (sums) reduce_then_apply(w, products, writes, apply);
   else if (writes) apply_all(w, apply);
 }
@@ -101,7 +81,7 @@ void run_shared(Work& w, Prepare prepare, Finish finish) {
   Work last = w;
   last.stream = half && should_stream(w, w.out, 1);
   const Reduction products{prepare, kernel.epilogue(w.activation).shared_products, merge_sums, finish,
-                           2 * w.channels() * w.T};
+                           2 * w.channels() * w.T, scratch_bytes(w)};
   reduce_then_apply(w, products, needs_dx && (half || w.training),
                     [&](int64_t group, int64_t chunk) { kernel.slabs.finish_shared(last, group, chunk); });
 }
@@ -145,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
     w.vectors.scale = space.vector();
     w.vectors.shift = space.vector();
     const Reduction moments{kernel.vectors.prepare, kernel.slabs.moments, merge_all_moments, kernel.vectors.forward,
-                            2 * w.channels()};
+                            2 * w.channels(), scratch_bytes(w)};
     reduce_then_apply(w, moments, true, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return {y, mean, var};
@@ -238,7 +218,8 @@ std::tuple<Tensor, Tensor> moments(Tensor x, int64_t num_tasks, std::string stac
   w.vectors.center = mean.mutable_data_ptr();
   w.vectors.var = var.mutable_data_ptr();
   const Kernels& kernel = kernels(w.family, w.dtype);
-  const Reduction moments{nullptr, kernel.slabs.moments, merge_all_moments, store_moments, 2 * w.channels()};
+  const Reduction moments{nullptr, kernel.slabs.moments, merge_all_moments, store_moments, 2 * w.channels(),
+                          scratch_bytes(w)};
   reduce_then_apply(w, moments, false, [](int64_t, int64_t) {});
   return {mean, var};
 }

@@ -13,6 +13,7 @@ namespace {
 #include "rows.h"
 #include "columns.h"
 #include "coefficients.h"
+#include "layer_norm_rows.h"
 
 template <class Slabs, template <class> class Act>
 constexpr EpilogueKernels epilogue() {
@@ -31,7 +32,7 @@ constexpr SlabKernels slabs_of{Slabs::moments, Slabs::template forward<Identity>
 #undef TSBN_EPILOGUE
 
 template <template <class> class Slabs, class T>
-constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels};
+constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels, LayerRows<T>::kernels};
 }  // namespace
 
 #ifdef TSBN_HAS_BF16  // the other dtypes gain nothing by it

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <type_traits>
 
 #include "pool.h"
@@ -101,5 +102,28 @@ class Workspace {
   PooledMemory memory_;
   A* next_;
 };
+
+inline ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class F>
+void with_accumulate_type(const Work& w, F f) {
+  w.dtype == DType::f64 ? f(double{}) : f(float{});
+}
+
+// What gate (and slope, where there is room for one) are made of.
+template <class A>
+void set_gates(Work& w, Workspace<A>& space, const Tensor& weight, const std::string& gate) {
+  STD_TORCH_CHECK(gate == "sigmoid" || gate == "identity", "tsbn: unknown gate '", gate, "'");
+  const A* values = space.values(weight, "weight");
+  if (gate == "sigmoid") {
+    w.vectors.weight = values;
+    w.vectors.gate = space.vector();
+  } else {
+    w.vectors.gate = const_cast<A*>(values);
+    if (w.vectors.slope != nullptr) std::fill_n(static_cast<A*>(w.vectors.slope), w.T * w.C, A(1));
+  }
+}
 
 }  // namespace tsbn::cpu

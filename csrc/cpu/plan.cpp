@@ -37,15 +37,6 @@ Partition partition_of(const Work& w) {
           std::max({int64_t(64), 4 * kRowBlock / w.C, w.N * w.S / 64})};
 }
 
-// A copy of a stacked tensor in a family's memory format. It has no loops of its own: callers that care about speed pass
-// what a kernel reads, and this serves those whose strides a compiler chose.
-Tensor copy_in(Family family, const Tensor& tensor, const std::string& stacking) {
-  const auto sizes = tensor.sizes();
-  Tensor copy = allocate_like(tensor, family_strides({sizes.begin(), sizes.end()}, family, stacking));
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
 bool reads(Family family, const std::optional<View>& view) {
   return view && (family == Family::rows ? view->rows() : view->columns());
 }
@@ -72,15 +63,6 @@ View input_view(Tensor& x, const Stacking& stacking) {
   }
   if (stacking.shared) view->operand.t = 0;
   return *view;
-}
-
-std::vector<int64_t> stacked_sizes(const Tensor& x, const Stacking& stacking) {
-  const auto sizes = x.sizes();
-  std::vector<int64_t> result(sizes.begin(), sizes.end());
-  if (!stacking.shared) return result;
-  if (stacking.name == "task_axis") result.insert(result.begin(), stacking.num_tasks);
-  else result[0] *= stacking.num_tasks;
-  return result;
 }
 
 Activation activation_of(const std::string& name) {
@@ -111,6 +93,22 @@ size_t element_size(DType dtype) {
 }
 
 }  // namespace
+
+Tensor copy_in(Family family, const Tensor& tensor, const std::string& stacking) {
+  const auto sizes = tensor.sizes();
+  Tensor copy = allocate_like(tensor, family_strides({sizes.begin(), sizes.end()}, family, stacking));
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+std::vector<int64_t> stacked_sizes(const Tensor& x, const Stacking& stacking) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> result(sizes.begin(), sizes.end());
+  if (!stacking.shared) return result;
+  if (stacking.name == "task_axis") result.insert(result.begin(), stacking.num_tasks);
+  else result[0] *= stacking.num_tasks;
+  return result;
+}
 
 Work work_of(Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope) {
   const View view = input_view(x, stacking);

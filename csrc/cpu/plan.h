@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "work.h"
 
@@ -20,9 +21,16 @@ struct Stacking {
 // The Work of an input; everything but `x` is still missing. An x that no kernel family reads is made contiguous.
 Work work_of(Tensor& x, const Stacking& stacking, double eps, const std::string& activation, double slope);
 
+// The sizes of y.
+std::vector<int64_t> stacked_sizes(const Tensor& x, const Stacking& stacking);
+
 // An operand that is stacked like y, of its shape and dtype. One of another memory format is replaced by a copy.
 Operand stacked_operand(const Work& w, Tensor& tensor, const Tensor& x, const Stacking& stacking,
                         const char* name);
+
+// A copy of a stacked tensor in a family's memory format. It has no loops of its own: callers that care about speed pass
+// what a kernel reads, and this serves those whose strides a compiler chose.
+Tensor copy_in(Family family, const Tensor& tensor, const std::string& stacking);
 
 // Fresh memory for y (or the gradient of a residual), and for dx; the operand is set.
 Tensor empty_stacked(const Work& w, const Tensor& x, const Stacking& stacking, Operand& operand);

@@ -12,6 +12,7 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+#include "pool.h"
 #include "work.h"
 
 namespace tsbn::cpu {
@@ -37,6 +38,7 @@ struct Reduction {
   Merge merge;
   Finish finish;
   int64_t width;
+  size_t scratch;  // bytes that each thread lends to `reduce`
 };
 
 constexpr int64_t kSerialElements = 16384;  // below this, waking threads costs more than they save
@@ -100,13 +102,13 @@ void apply_all(const Work& w, Apply apply) {
 }
 
 // Reduces each group over its chunks in order, calls finish, then apply(group, chunk) if that `writes` anything.
-// Many groups: one thread takes a group from reduction to output, while its slab is cached. Few: chunks are spread over
-// the threads. The sums are the same to the bit.
+// Many groups: one thread takes a group from reduction to output, while its slab is cached. Few, or no output: chunks are
+// spread over the threads. The sums are the same to the bit.
 template <class Apply>
 void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, Apply apply) {
   const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = reduction.width;
-  const size_t scratch_size = size_t(5 * (w.channels() + 64));
-  const bool many = groups >= 4 * threads || chunks == 1 || threads == 1;
+  const size_t scratch_size = reduction.scratch / sizeof(double) + 1;
+  const bool many = (writes && groups >= 4 * threads) || chunks == 1 || threads == 1;
   // With a task's sums, in its thread; single channels at once, in whole registers.
   const bool prepares_each = reduction.prepare != nullptr && many && w.family == Family::columns && !w.shared;
   if (reduction.prepare != nullptr && !prepares_each) reduction.prepare(w, 0, w.T * w.C);
@@ -135,14 +137,15 @@ void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, A
     return;
   }
 
-  std::vector<double> partials(size_t(groups * chunks * width));
+  const PooledMemory memory(size_t(groups * chunks * width) * sizeof(double));
+  double* partials = static_cast<double*>(memory.data());
   parallel_each(groups * chunks, threads, [&] {
     return [&, scratch = std::vector<double>(scratch_size)](int64_t i) mutable {
-      reduction.reduce(w, i / chunks, i % chunks, partials.data() + i * width, scratch.data());
+      reduction.reduce(w, i / chunks, i % chunks, partials + i * width, scratch.data());
     };
   });
   for (int64_t group = 0; group < groups; ++group) {
-    double* total = partials.data() + group * chunks * width;
+    double* total = partials + group * chunks * width;
     double count = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) add_chunk(total, count, total + chunk * width, chunk);
     reduction.finish(w, group, total);

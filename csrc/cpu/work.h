@@ -79,12 +79,15 @@ struct Work {
   int64_t T = 0, N = 0, C = 0, S = 0;
   double positions = 0, eps = 0, slope = 0;  // positions: N * S; slope: of leaky ReLU
   Operand x, dy, out, residual, dresidual;   // the last two may be missing; x and dx have no task stride where shared
+  Operand sum, mean, rstd;                   // layer norm: x + residual, if there is one; of each row. residual is like x,
+                                             // and in the backward it is what is added to dx
   void* h = nullptr;                         // shared: sum of g * z_scale over the tasks, in the accumulate type, cut like dx
   Vectors vectors;
   Partition partition;
   bool shared = false;
   bool training = true;  // the backward's statistics are functions of x
   bool stream = false;   // write past the caches
+  bool rms = false;      // layer norm: without a mean
 
   int64_t fan() const { return shared ? T : 1; }
   int64_t groups() const { return (shared ? 1 : T) * (family == Family::rows ? C : 1); }
@@ -123,9 +126,19 @@ struct VectorKernels {
   Finish backward;             // products -> dweight, dbias, scale, shift, dy_scale
 };
 
+// Layer norm. A group is a task, and where x is shared all tasks; `scratch` lends rows of channels() + kPadding values.
+struct LayerKernels {
+  void (*forward)(const Work&, int64_t group, int64_t chunk, void* scratch);  // kRowsTogether rows
+  Reduce backward;   // writes out, where there is one; sum dy, sum dy * xhat of each task, unless `partial` is nullptr.
+                     // 2 * kRowsTogether + 2 * fan() rows
+  Finish gradients;  // these sums -> dweight, dbias
+};
+inline constexpr int64_t kRowsTogether = 4, kPadding = 16;
+
 struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
+  LayerKernels layer;
   const EpilogueKernels& epilogue(Activation activation) const { return slabs.epilogues[int(activation)]; }
 };
 

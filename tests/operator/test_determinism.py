@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from support.backends import threads
+from support.layer_problems import layer_problem
+from support.layer_problems import run as run_layer
 from support.problems import DTYPES, FORMATS, Problem, problem, run
 from support.processes import python_output
 from support.tolerances import assert_same_bits
@@ -40,6 +42,21 @@ def test_same_bits_for_every_number_of_threads(
     for count in (1, 2, 3, 4, 1, 2):
         with threads(count):
             results.append((*run(p), *evaluate(p)))
+    for first, second in pairwise(results):
+        for a, b in zip(first, second, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("fan_out", [False, True])
+@pytest.mark.parametrize("size", [(8, 300, 65), (1, 1000, 300), (2, 40, 8192), (1, 70000, 3)])
+def test_same_bits_of_layer_norm_for_every_number_of_threads(size: tuple[int, int, int], fan_out: bool) -> None:
+    T, rows, D = size
+    p = layer_problem(T, rows, (), (D,), dtype=torch.bfloat16, fan_out=fan_out)
+    results = []
+    for count in (1, 2, 3, 1):
+        with threads(count):
+            results.append(run_layer(p))
     for first, second in pairwise(results):
         for a, b in zip(first, second, strict=True):
             assert_same_bits(a, b)

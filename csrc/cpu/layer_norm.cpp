@@ -1,0 +1,201 @@
+#include "layer_norm.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "allocate.h"
+#include "dispatch.h"
+#include "layout.h"
+#include "parameter.h"
+#include "plan.h"
+#include "schedule.h"
+
+namespace tsbn::cpu {
+namespace {
+
+constexpr int64_t kBlockElements = 65536, kChunkElements = 131072;
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return allocate(sizes, family_strides(sizes, Family::rows, "task_major"), dtype);
+}
+
+// A parameter [T, *normalized_shape] as [T, D].
+Tensor matrix(const Tensor& parameter) {
+  return parameter.dim() == 2 ? parameter : torch::stable::flatten(parameter, 1);
+}
+
+// A call: its rows are the positions of a Work, and where they lie is counted in rows. y has streams; x has, too, unless
+// all tasks share it.
+struct Call {
+  Work work;
+  Operand stream, input;
+  int64_t rows = 0;  // of x
+};
+
+Operand operand(const Operand& places, const Tensor& tensor, int64_t width) {
+  return {const_cast<void*>(tensor.const_data_ptr()), places.t * width, places.n * width, 1, places.s * width};
+}
+
+Call call_of(const Tensor& x, const Tensor& weight, const Stacking& stacking, double eps, bool rms) {
+  const auto sizes = sizes_of(x), shape = sizes_of(weight);
+  const bool sample_major = stacking.name == "sample_major", task_axis = stacking.name == "task_axis";
+  STD_TORCH_CHECK(sample_major || task_axis || stacking.name == "task_major", "tsbn: unknown stacking '",
+                  stacking.name, "'");
+  const size_t leading = task_axis && !stacking.shared ? 2 : 1, normalized = shape.size() - 1;
+  STD_TORCH_CHECK(shape.size() > 1 && sizes.size() >= leading + normalized &&
+                      std::equal(shape.begin() + 1, shape.end(), sizes.end() - normalized),
+                  "tsbn: the last dimensions of x are not those of weight, [T, *normalized_shape]");
+  Call call;
+  Work& w = call.work;
+  w.family = Family::columns;
+  w.dtype = dtype_of(x);
+  w.T = stacking.num_tasks, w.C = 1, w.S = 1;
+  const int64_t tasks = stacking.shared ? 1 : w.T;
+  STD_TORCH_CHECK(w.T > 0 && (leading == 2 ? sizes[0] == tasks : sizes[0] % tasks == 0),
+                  "tsbn: the first dimension of x does not hold ", w.T, " tasks");
+  w.N = leading == 2 ? sizes[1] : sizes[0] / tasks;
+  for (size_t axis = leading; axis < sizes.size(); ++axis) (axis < sizes.size() - normalized ? w.S : w.C) *= sizes[axis];
+  w.eps = eps;
+  w.rms = rms;
+  w.shared = stacking.shared;
+  call.rows = tasks * w.N * w.S;
+
+  call.stream = {nullptr, sample_major ? w.S : w.N * w.S, sample_major ? w.T * w.S : w.S, 1, 1};
+  call.input = w.shared ? Operand{nullptr, 0, w.S, 1, 1} : call.stream;
+  if (w.S == 1) {
+    call.stream.s = call.stream.n, call.input.s = call.input.n;
+  } else if (call.stream.n != w.S) {
+    return call;
+  }
+  w.S *= w.N;  // samples that follow one another are one
+  w.N = 1;
+  return call;
+}
+
+// A contiguous operand of `rows` rows of `width` values.
+Operand checked(const Operand& places, Tensor& tensor, ScalarType dtype, int64_t rows, int64_t width, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == rows * width, "tsbn: ", name,
+                  " has the wrong dtype or number of elements");
+  if (!tensor.is_contiguous()) tensor = copy_in(Family::rows, tensor, "task_major");
+  return operand(places, tensor, width);
+}
+
+void cut_rows(Work& w) {
+  w.partition = {w.N, w.S, std::clamp<int64_t>(kBlockElements / w.C, 16, 512),
+                 std::max<int64_t>(16, kChunkElements / w.C)};
+}
+
+bool is_aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % 64 == 0; }
+
+// Calls body(group, chunk, scratch) for every chunk, with `scratch` bytes for each thread.
+template <class Body>
+void run_chunks(const Work& w, size_t scratch, Body body) {
+  const int64_t chunks = w.partition.chunks;
+  parallel_each(w.groups() * chunks, threads_for(w), [&] {
+    return [&, memory = std::vector<double>(scratch / sizeof(double) + 1)](int64_t i) mutable {
+      body(i / chunks, i % chunks, memory.data());
+    };
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                      std::optional<Tensor> residual, double eps, std::string gate,
+                                                      std::string stacking, bool rms, bool shared) {
+  const Stacking stacked{weight.size(0), stacking, shared};
+  Call call = call_of(x, weight, stacked, eps, rms);
+  Work& w = call.work;
+  const ScalarType dtype = x.scalar_type(), accumulate = accumulate_type(x);
+  Tensor y = empty(stacked_sizes(x, stacked), dtype);
+  Tensor s = residual ? empty(sizes_of(x), dtype) : empty({0}, dtype);
+  Tensor mean = empty({rms ? 0 : call.rows}, accumulate), rstd = empty({call.rows}, accumulate);
+  if (x.numel() == 0) {
+    fill_zero(mean), fill_zero(rstd);
+    return {y, s, mean, rstd};
+  }
+  w.x = checked(call.input, x, dtype, call.rows, w.C, "x");
+  w.out = operand(call.stream, y, w.C);
+  if (residual) {
+    w.residual = checked(call.input, *residual, dtype, call.rows, w.C, "residual");
+    w.sum = operand(call.input, s, w.C);
+  }
+  w.mean = operand(call.input, mean, 1), w.rstd = operand(call.input, rstd, 1);
+  cut_rows(w);
+  w.stream = is_aligned(w.sum) && should_stream(w, w.out, w.T);
+  const Kernels& kernel = kernels(w.family, w.dtype);
+
+  with_accumulate_type(w, [&](auto zero) {
+    using A = decltype(zero);
+    Workspace<A> space(w.T, w.C);
+    weight = matrix(weight);
+    if (bias) bias = matrix(*bias);
+    set_gates(w, space, weight, gate);
+    w.vectors.bias = space.values_or_none(bias, "bias");
+    kernel.vectors.prepare(w, 0, w.T * w.C);
+    run_chunks(w, sizeof(A) * size_t(kRowsTogether * (w.C + kPadding)),
+               [&](int64_t group, int64_t chunk, void* scratch) { kernel.layer.forward(w, group, chunk, scratch); });
+  });
+  return {y, s, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<Tensor> ds, Tensor s, Tensor weight,
+                                                       Tensor mean, Tensor rstd, std::string gate, std::string stacking,
+                                                       bool rms, bool shared, bool need_dx, bool need_dweight,
+                                                       bool need_dbias) {
+  const Stacking stacked{weight.size(0), stacking, shared};
+  Call call = call_of(s, weight, stacked, 0, rms);
+  Work& w = call.work;
+  const ScalarType dtype = s.scalar_type(), accumulate = accumulate_type(s);
+  Tensor dx = empty(need_dx ? sizes_of(s) : std::vector<int64_t>{0}, dtype);
+  const auto vector_if = [&](bool needed) {
+    return empty(needed ? sizes_of(weight) : std::vector<int64_t>{0}, weight.scalar_type());
+  };
+  Tensor dweight = vector_if(need_dweight), dbias = vector_if(need_dbias);
+  if (s.numel() == 0) {
+    fill_zero(dweight), fill_zero(dbias);
+    return {dx, dweight, dbias};
+  }
+  w.x = checked(call.input, s, dtype, call.rows, w.C, "s");
+  w.dy = checked(call.stream, dy, dtype, shared ? call.rows * w.T : call.rows, w.C, "dy");
+  if (ds) w.residual = checked(call.input, *ds, dtype, call.rows, w.C, "ds");
+  if (need_dx) w.out = operand(call.input, dx, w.C);
+  if (!rms) w.mean = checked(call.input, mean, accumulate, call.rows, 1, "mean");
+  w.rstd = checked(call.input, rstd, accumulate, call.rows, 1, "rstd");
+  cut_rows(w);
+  w.stream = should_stream(w, w.out, shared ? 1 : w.T);
+  const Kernels& kernel = kernels(w.family, w.dtype);
+
+  with_accumulate_type(w, [&](auto zero) {
+    using A = decltype(zero);
+    Workspace<A> space(w.T, w.C);
+    w.vectors.slope = space.vector();
+    weight = matrix(weight);
+    set_gates(w, space, weight, gate);
+    const size_t scratch = sizeof(A) * size_t((2 * kRowsTogether + 2 * w.fan()) * (w.C + kPadding));
+    if (!need_dweight && !need_dbias) {
+      kernel.vectors.prepare(w, 0, w.T * w.C);
+      run_chunks(w, scratch, [&](int64_t group, int64_t chunk, void* memory) {
+        kernel.layer.backward(w, group, chunk, nullptr, memory);
+      });
+      return;
+    }
+    w.vectors.dweight = space.place(dweight);
+    w.vectors.dbias = space.place(dbias);
+    const Reduction sums{kernel.vectors.prepare, kernel.layer.backward, merge_sums, kernel.layer.gradients,
+                         2 * w.C * w.fan(), scratch};
+    reduce_then_apply(w, sums, false, [](int64_t, int64_t) {});
+    if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
+    if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace tsbn::cpu

@@ -1,0 +1,226 @@
+// Layer norm: each row of D = C contiguous values has statistics of its own. A row is a position of a Work.
+// Included inside an instruction set's namespace, after prefetch.h.
+
+template <class T>
+struct LayerRows {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  static constexpr int L = kLanes<T>;
+  static constexpr int kTogether = L == TSBN_VECTOR_BYTES / 4 && TSBN_VECTOR_BYTES == 64 ? kRowsTogether : kRowsTogether / 2;
+  static constexpr int64_t kPiece = 256 * L;  // bounds the terms of one fp32 sum: 256 a lane
+
+  static constexpr int64_t kAhead = 8192;
+
+  static int64_t padded(int64_t D) { return (D + L - 1) / L * L; }
+
+  // The first value of a row; nullptr where there is no such operand.
+  template <class P = T>
+  static TSBN_INLINE P* at(const Operand& o, int64_t task, int64_t n, int64_t s) {
+    return o.data == nullptr ? nullptr : static_cast<P*>(o.data) + task * o.t + n * o.n + s * o.s;
+  }
+
+  // Calls f(i, lane_count) for every vector of the values [begin, end).
+  template <class Function>
+  static TSBN_INLINE void each_vector(int64_t begin, int64_t end, Function f) {
+    int64_t i = begin;
+    for (; i + L <= end; i += L) f(i, L);
+    if (i < end) f(i, int(end - i));
+  }
+
+  // total[k] = sum over the vectors of what f(i, lane_count, sums) adds to sums[k].
+  template <int count, class Function>
+  static TSBN_INLINE void sum_vectors(int64_t length, double (&total)[count], Function f) {
+    for (double& t : total) t = 0;
+    for (int64_t begin = 0; begin < length; begin += kPiece) {
+      V sums[count] = {};
+      each_vector(begin, length < begin + kPiece ? length : begin + kPiece,
+                  [&](int64_t i, int lanes) TSBN_LAMBDA { f(i, lanes, sums); });
+      for (int k = 0; k < count; ++k) total[k] += sum_of_lanes(sums[k]);
+    }
+  }
+
+  // `count` adjacent rows: x is read once, into `rows` in the accumulate type; the variance is taken around the mean.
+  template <int count>
+  static TSBN_INLINE void forward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows) {
+    const int64_t D = w.C, width = padded(D), x_stride = w.x.s, y_stride = w.out.s;
+    const bool streams = w.stream;
+    const T *x = at(w.x, group, n, s), *residual = at(w.residual, group, n, s);
+    T* sum = at(w.sum, group, n, s);
+    double total[count], moments[2 * count];
+    sum_vectors(D, total, [&](int64_t i, int lanes, V* sums) TSBN_LAMBDA {
+      for (int j = 0; j < count; ++j) {
+        prefetch_ahead<kAhead>(x + j * x_stride + i);
+        V v = load_up_to(x + j * x_stride + i, lanes, V{});
+        if (residual != nullptr) {
+          v = rounded<T>(v + load_up_to(residual + j * x_stride + i, lanes, V{}));
+          write(sum + j * x_stride + i, lanes, v, streams);
+        }
+        store(rows + j * width + i, v);
+        sums[j] += v;
+      }
+    });
+    A origin[count];
+    for (int j = 0; j < count; ++j) {
+      origin[j] = w.rms ? A(0) : A(total[j] / double(D));
+      for (int64_t i = D; i < width; ++i) rows[j * width + i] = origin[j];
+    }
+    sum_vectors(width, moments, [&](int64_t i, int, V* sums) TSBN_LAMBDA {
+      for (int j = 0; j < count; ++j) {
+        const V d = load(rows + j * width + i) - origin[j];
+        sums[j] += d;
+        sums[count + j] += d * d;
+      }
+    });
+    V scale[count], shift[count];  // xhat = (x - origin) * scale + shift
+    for (int j = 0; j < count; ++j) {
+      const double offset = w.rms ? 0 : moments[j] / double(D);
+      const double var = moments[count + j] / double(D) - offset * offset;
+      const A rstd = A(1 / __builtin_sqrt(var + w.eps));
+      if (!w.rms) *at<A>(w.mean, group, n, s + j) = A(origin[j] + offset);
+      *at<A>(w.rstd, group, n, s + j) = rstd;
+      scale[j] = V{} + rstd;
+      shift[j] = V{} - A(offset * rstd);
+    }
+    for (int64_t k = 0; k < w.fan(); ++k) {
+      const A* gate = static_cast<const A*>(w.vectors.gate) + (group + k) * D;
+      const A* bias = w.vectors.bias == nullptr ? nullptr : static_cast<const A*>(w.vectors.bias) + (group + k) * D;
+      T* y = at(w.out, group + k, n, s);
+      each_vector(0, D, [&](int64_t i, int lanes) TSBN_LAMBDA {
+        const V g = load_up_to(gate + i, lanes, V{});
+        const V b = bias == nullptr ? V{} : load_up_to(bias + i, lanes, V{});
+        for (int j = 0; j < count; ++j) {
+          const V xhat = (load(rows + j * width + i) - origin[j]) * scale[j] + shift[j];
+          write(y + j * y_stride + i, lanes, xhat * g + b, streams);
+        }
+      });
+    }
+  }
+
+  // Two sums over rows for each task of a group: of dy, and of dy * xhat. Each is padded to whole registers.
+  struct Sums {
+    A* values;
+    int64_t width;
+    TSBN_INLINE A* dbias(int64_t k) const { return values + 2 * k * width; }
+    TSBN_INLINE A* dweight(int64_t k) const { return values + (2 * k + 1) * width; }
+  };
+
+  // `count` adjacent rows of dx, which share the loads and stores of `sums` (whose values may be nullptr).
+  template <int count>
+  static TSBN_INLINE void backward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows, const Sums& sums) {
+    const int64_t D = w.C, width = padded(D), fan = w.fan();
+    const int64_t x_stride = w.x.s, dy_stride = w.dy.s, dy_task = w.dy.t;
+    const bool streams = w.stream;
+    const T *x = at(w.x, group, n, s), *dy = at(w.dy, group, n, s), *ds = at(w.residual, group, n, s);
+    T* dx = at(w.out, group, n, s);
+    const A* gates = static_cast<const A*>(w.vectors.gate) + group * D;
+    A *all_xhat = rows, *all_dz = rows + count * width;
+    V mean[count] = {}, rstd[count];
+    for (int j = 0; j < count; ++j) {
+      if (!w.rms) mean[j] += *at<A>(w.mean, group, n, s + j);
+      rstd[j] = V{} + *at<A>(w.rstd, group, n, s + j);
+    }
+    double total[2 * count];
+    sum_vectors(D, total, [&](int64_t i, int lanes, V* row_sums) TSBN_LAMBDA {
+      V xhat[count], dz[count] = {};
+      for (int j = 0; j < count; ++j) prefetch_ahead<kAhead>(x + j * x_stride + i);
+      for (int j = 0; j < count; ++j) xhat[j] = (load_up_to(x + j * x_stride + i, lanes, mean[j]) - mean[j]) * rstd[j];
+      for (int64_t k = 0; k < fan; ++k) {
+        const V gate = load_up_to(gates + k * D + i, lanes, V{});
+        V first{}, second{};
+        for (int j = 0; j < count; ++j) {
+          prefetch_ahead<kAhead>(dy + k * dy_task + j * dy_stride + i);
+          const V upstream = load_up_to(dy + k * dy_task + j * dy_stride + i, lanes, V{});
+          dz[j] += gate * upstream;
+          first += upstream;
+          second += upstream * xhat[j];
+        }
+        if (sums.values != nullptr) {
+          store(sums.dbias(k) + i, load(sums.dbias(k) + i) + first);
+          store(sums.dweight(k) + i, load(sums.dweight(k) + i) + second);
+        }
+      }
+      if (dx == nullptr) return;
+      for (int j = 0; j < count; ++j) {
+        store(all_xhat + j * width + i, xhat[j]);
+        store(all_dz + j * width + i, dz[j]);
+        row_sums[j] += dz[j];
+        row_sums[count + j] += dz[j] * xhat[j];
+      }
+    });
+    if (dx == nullptr) return;
+    V dz_mean[count] = {}, dz_xhat_mean[count];
+    for (int j = 0; j < count; ++j) {
+      if (!w.rms) dz_mean[j] += A(total[j] / double(D));
+      dz_xhat_mean[j] = V{} + A(total[count + j] / double(D));
+    }
+    each_vector(0, D, [&](int64_t i, int lanes) TSBN_LAMBDA {
+      for (int j = 0; j < count; ++j) {
+        const V dz = load(all_dz + j * width + i) - dz_mean[j];
+        V v = (dz - load(all_xhat + j * width + i) * dz_xhat_mean[j]) * rstd[j];
+        if (ds != nullptr) v += load_up_to(ds + j * x_stride + i, lanes, V{});
+        write(dx + j * x_stride + i, lanes, v, streams);
+      }
+    });
+  }
+
+  template <int k> struct Count { static constexpr int value = k; };
+
+  // Calls f(n, s, Count<k>) for k adjacent rows at once: they share the loads of the task's vectors.
+  template <class Function>
+  static TSBN_INLINE void each_rows(const Block& b, Function f) {
+    for (int64_t n = b.n0; n < b.n1; ++n) {
+      int64_t s = b.s0;
+      for (; s + kTogether <= b.s1; s += kTogether) f(n, s, Count<kTogether>{});
+      for (; s < b.s1; ++s) f(n, s, Count<1>{});
+    }
+  }
+
+  static void forward(const Work& w, int64_t group, int64_t chunk, void* scratch) {
+    A* rows = static_cast<A*>(scratch);
+    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+      each_rows(w.partition.block(index), [&](int64_t n, int64_t s, auto count) TSBN_LAMBDA {
+        forward_rows<count.value>(w, group, n, s, rows);
+      });
+    }
+  }
+
+  static void backward(const Work& w, int64_t group, int64_t chunk, double* partial, void* scratch) {
+    const int64_t D = w.C, width = padded(D), fan = w.fan();
+    A* rows = static_cast<A*>(scratch);
+    const Sums sums{partial == nullptr ? nullptr : rows + 2 * kTogether * width, width};
+    if (partial != nullptr) {
+      for (int64_t i = 0; i < 2 * D * fan; ++i) partial[i] = 0;
+    }
+    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+      if (partial != nullptr) {
+        for (int64_t i = 0; i < 2 * width * fan; ++i) sums.values[i] = 0;
+      }
+      each_rows(w.partition.block(index), [&](int64_t n, int64_t s, auto count) TSBN_LAMBDA {
+        backward_rows<count.value>(w, group, n, s, rows, sums);
+      });
+      if (partial == nullptr) continue;
+      for (int64_t k = 0; k < fan; ++k) {
+        double* total = partial + 2 * D * k;
+        for (int64_t i = 0; i < D; ++i) {
+          total[i] += sums.dbias(k)[i];
+          total[D + i] += sums.dweight(k)[i];
+        }
+      }
+    }
+  }
+
+  // Of a group's tasks, from the sums of dy and of dy * xhat.
+  static void gradients(const Work& w, int64_t group, const double* total) {
+    for (int64_t k = 0; k < w.fan(); ++k, total += 2 * w.C) {
+      const int64_t first = (group + k) * w.C;
+      const A* slope = static_cast<const A*>(w.vectors.slope) + first;
+      A *dweight = static_cast<A*>(w.vectors.dweight) + first, *dbias = static_cast<A*>(w.vectors.dbias) + first;
+      TSBN_NO_OVERLAP for (int64_t i = 0; i < w.C; ++i) {
+        dbias[i] = A(total[i]);
+        dweight[i] = slope[i] * A(total[w.C + i]);
+      }
+    }
+  }
+
+  static constexpr LayerKernels kernels{forward, backward, gradients};
+};
