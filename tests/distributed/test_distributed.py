@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tsbn_kernels import FusedTSigmaBN2d, convert_model, expand_state_dict, parameter_groups
+from tsbn_kernels import convert_model, expand_state_dict, parameter_groups
+from tsbn_kernels.layers.task_specific import TaskSpecific
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +93,8 @@ NETWORKS = [
     ("celeba", {}, torch.contiguous_format, 1),
     ("celeba", {"variant": "tsbn", "fuse_activation": False}, torch.channels_last, 2),
     ("resnet18", {}, torch.channels_last, 1),
+    ("transformer", {}, torch.contiguous_format, 1),
+    ("transformer, RMS", {"layer_norm_gate": "sigmoid"}, torch.contiguous_format, 2),
 ]
 
 
@@ -136,7 +139,7 @@ def case_fsdp(name: str, options: Any, memory_format: Any, accumulated: int, rec
     state = {key: tensor.clone() for key, tensor in get_model_state_dict(model, options=FULL).items()}
     gradients = some_tasks(model)
     set_model_state_dict(model, dict(state), options=FULL)  # with the running statistics of before
-    layer = next(module for module in model.modules() if isinstance(module, FusedTSigmaBN2d))
+    layer = next(module for module in model.modules() if isinstance(module, TaskSpecific))
     with torch.no_grad():
         gates = layer.gates.full_tensor()
     return state, gradients, gates, layer.task(1).state_dict()
@@ -149,7 +152,7 @@ def test_fsdp_equals_one_process(name: str, options: Any, memory_format: Any, ac
     )[0]
     one = multitask(T, name, **options)
     assert_same_state(state, one_process(one, accumulated, memory_format), 1e-8)
-    layer = next(module for module in one.modules() if isinstance(module, FusedTSigmaBN2d))
+    layer = next(module for module in one.modules() if isinstance(module, TaskSpecific))
     torch.testing.assert_close(gates, layer.gates.detach(), rtol=1e-8, atol=1e-8)
     assert_same_state(task, layer.task(1).state_dict(), 1e-8)
     assert_gradients_of_some_tasks(gradients, one)

@@ -40,6 +40,7 @@ from tsbn_kernels import (
     parameter_groups,
     shard_tasks,
 )
+from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.sharding import clip_grad_norm_, full_state_dict, no_sync
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +92,7 @@ def case_training(num_tasks: int, data: int, name: str, options: dict[str, Any],
         for parameter in model.parameters():
             parameter.data.fill_(0.5)
     model = shard_tasks(model, mesh).double()
-    rows = {module.weight.to_local().shape[0] for module in model.modules() if isinstance(module, FusedTSigmaBN2d)}
+    rows = {module.weight.to_local().shape[0] for module in model.modules() if isinstance(module, TaskSpecific)}
     size = sum(p.numel() for p in model.heads.parameters())
     norms = train(model, adam(model), num_tasks, range(3), mesh.get_local_rank("data") if data > 1 else 0)
     state = full_state_dict(model)
@@ -106,6 +107,7 @@ def case_training(num_tasks: int, data: int, name: str, options: dict[str, Any],
         (7, (4, 1), "celeba", {"variant": "tsbn"}, torch.contiguous_format),
         (5, (2, 2), "celeba", {"exclude": "1"}, torch.channels_last),
         (3, (2, 1), "resnet18", {}, torch.channels_last),
+        (5, (2, 1), "transformer", {}, torch.contiguous_format),
         (3, (1, 2), "celeba", {"fuse_activation": False}, torch.contiguous_format),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -112,12 +114,34 @@ class CelebA(nn.Sequential):
         self.features = width
 
 
+class Transformer(nn.Module):
+    """A vision transformer of one pre-norm block, narrow, with a norm of its patches: 16 of an image of 32 by 32."""
+
+    features = 8
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        width = self.features
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.norm0, self.norm1, self.norm2, self.norm = (norm(width) for _ in range(4))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm0(self.patches(x).flatten(2).mT)
+        x = x + self.out(functional.scaled_dot_product_attention(*self.qkv(self.norm1(x)).chunk(3, -1)))
+        x = x + self.mlp(self.norm2(x))
+        return self.norm(x).mean(1)
+
+
 NETWORKS = {
     "resnet18": lambda: ResNet((2, 2, 2, 2)),
     "bottleneck": lambda: ResNet((2, 2), bottleneck=True),
     "resnet50": lambda: ResNet((3, 4, 6, 3), bottleneck=True),
     "segnet": SegNet,
     "celeba": CelebA,
+    "transformer": Transformer,
+    "transformer, RMS": partial(Transformer, nn.RMSNorm),
 }
 
 
@@ -136,4 +160,7 @@ def look_trained(network: nn.Module) -> nn.Module:
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
                 module.num_batches_tracked.fill_(7)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, 0.2, 0.95)
     return network
