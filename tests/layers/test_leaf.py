@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.layers import SHAPE, of_any_kind, trained
 from support.networks import look_trained
 from torch import Tensor, fx, nn
 
@@ -28,6 +29,17 @@ def test_every_tracer_takes_the_layers_for_leaves() -> None:
     torch.testing.assert_close(traced(x), model(x))
     assert traced.get_submodule("1") is model.get_submodule("1")
     torch.testing.assert_close(revert_model(traced.eval(), 1)(x), revert_model(model.eval(), 1)(x))
+
+
+@of_any_kind
+def test_a_layer_is_a_leaf(kind: str) -> None:
+    model = nn.Sequential(trained(kind), nn.ReLU())
+    traced = fx.symbolic_trace(model)
+    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(TypeError, match=f"cannot trace {type(model[0]).__name__} '' by itself"):
+        fx.symbolic_trace(model[0])
 
 
 class Calls(nn.Module):

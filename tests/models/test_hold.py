@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.holding import OPTIMISERS, SCHEDULE, C, N, Pair, T, multitask, optimiser
+from support.holding import KINDS, OPTIMISERS, SCHEDULE, C, N, Pair, T, multitask, optimiser
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_every_optimiser_does_as_in_a_loop(name: str, options: dict[str, Any]) -> None:
-    pair = Pair(optimiser(name, **options))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimiser_does_as_in_a_loop(kind: str, name: str, options: dict[str, Any]) -> None:
+    pair = Pair(optimiser(name, **options), kind=kind)
     for tasks, form in SCHEDULE * 2:
         pair.zero_grad()
         pair.backward(tasks, form)

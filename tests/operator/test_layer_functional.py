@@ -186,6 +186,44 @@ def test_a_backend_that_is_chosen_runs() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_saves_what_is_normalised_once(residual: bool) -> None:
+    """And the statistics of its rows; neither y nor xhat."""
+    call, tensors = call_of(layer_problem(N=8, residual=residual))
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = call(*leaves(tensors))
+    large = [tensor for tensor in saved if tensor.numel() >= tensors[0].numel()]
+    assert len(large) == 1
+    assert torch.equal(large[0], outputs[1] if residual else tensors[0])
+    assert len(saved) <= 4
+
+
+def test_an_input_that_is_changed_in_place_is_an_error() -> None:
+    call, (x, *more) = call_of(layer_problem())
+    operand = x.requires_grad_() * 1
+    y = call(operand, *more)
+    operand.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.randn_like(y))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_expanded_gradients(reduction: str) -> None:
+    """``sum()`` and ``mean()`` send back one number with strides of 0."""
+    call, tensors = call_of(layer_problem(dtype=torch.float64))
+    y = call(*(operands := leaves(tensors)))
+    found = torch.autograd.grad(getattr(y, reduction)(), operands, retain_graph=True)
+    wanted = torch.autograd.grad(y, operands, torch.full_like(y, 1.0 if reduction == "sum" else 1 / y.numel()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_outputs_can_be_changed_in_place() -> None:
     call, tensors = call_of(layer_problem(residual=True))
     y, _ = call(*leaves(tensors))

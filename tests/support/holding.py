@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tsbn_kernels import (
     FusedTSigmaBN2d,
+    FusedTSigmaLN,
     MultiTaskModel,
     convert_model,
     hold_absent_tasks,
@@ -35,6 +36,10 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
         )
     },
 }
+KINDS: dict[str, tuple[Any, Any, Any]] = {
+    "BN": (FusedTSigmaBN2d, nn.BatchNorm2d, C),
+    "LN": (FusedTSigmaLN, nn.LayerNorm, (3, 3)),
+}
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -45,9 +50,10 @@ def optimiser(name: str, **options: Any) -> Make:
 class Pair:
     """A layer whose absent tasks are held, and the same as a loop, each with an optimiser."""
 
-    def __init__(self, make: Make, dtype: torch.dtype = torch.float64) -> None:
-        self.layer = FusedTSigmaBN2d(T, C, gate="identity", bias=True, dtype=dtype)
-        self.loop = nn.ModuleList(nn.BatchNorm2d(C, dtype=dtype) for _ in range(T))
+    def __init__(self, make: Make, dtype: torch.dtype = torch.float64, kind: str = "BN") -> None:
+        fused, plain, shape = KINDS[kind]
+        self.layer = fused(T, shape, gate="identity", bias=True, dtype=dtype)
+        self.loop = nn.ModuleList(plain(shape, dtype=dtype) for _ in range(T))
         self.optimisers = make(self.layer.parameters()), make(self.loop.parameters())
         self.dtype = dtype
         hold_absent_tasks(self.optimisers[0], self.layer)
