@@ -12,6 +12,9 @@ from support.problems import GATES, STACKINGS, stack, unstack
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
+from tsbn_kernels.definition import layer_norm as reference
+from tsbn_kernels.definition.options import LayerOptions
+
 CASES = [
     {"gate": gate, "stacking": stacking, "fan_out": fan_out, "residual": residual, **form}
     for stacking in STACKINGS
@@ -77,6 +80,26 @@ def test_statistics_are_those_of_the_rows_of_x(case: dict[str, Any]) -> None:
     else:
         torch.testing.assert_close(found.mean, rows.mean(1))
         torch.testing.assert_close(found.rstd, (rows.var(1, correction=0) + p.eps).rsqrt())
+
+
+@pytest.mark.parametrize("stacking", STACKINGS)
+def test_the_task_of_a_row(stacking: str) -> None:
+    """What kernels go by: row r of what is stacked is one of task ``r // inner % T``."""
+    T, tokens = 3, (5, 2)
+    tasks = stack(torch.arange(T).view(T, 1, 1, 1, 1).expand(T, 4, *tokens, 7), stacking)
+    weight = torch.zeros(T, 7)
+    inner = reference.inner_rows(tasks, weight, LayerOptions(T, 1e-5, "sigmoid", stacking))
+    rows = torch.arange(T * 4 * 10)
+    assert torch.equal(rows // inner % T, tasks.flatten(0, -2)[:, 0])
+    # Of one input for all tasks: row r of stream t is (r // inner) * T * inner + t * inner + r % inner of y.
+    shared = torch.arange(4 * 10).view(4, *tokens, 1).expand(4, *tokens, 7)
+    inner = reference.inner_rows(shared, weight, LayerOptions(T, 1e-5, "sigmoid", stacking, fan_out=True))
+    y = stack(shared.expand(T, *shared.shape) + 1000 * torch.arange(T).view(T, 1, 1, 1, 1), stacking).flatten(0, -2)[
+        :, 0
+    ]
+    r = torch.arange(4 * 10)
+    for t in range(T):
+        assert torch.equal(y[(r // inner) * T * inner + t * inner + r % inner], r + 1000 * t)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -40,9 +40,7 @@ def rows_of(x: Tensor, weight: Tensor) -> tuple[int, ...]:
 def inner_rows(x: Tensor, weight: Tensor, options: LayerOptions) -> int:
     """How many rows follow each other before the task changes: row r of x is one of task ``r // inner % T``."""
     sizes = rows_of(x, weight)
-    if options.stacking == "sample_major":
-        return prod(sizes[1:])
-    if options.stacking == "task_axis" and not options.fan_out:
+    if options.stacking == "sample_major" or (options.stacking == "task_axis" and not options.fan_out):
         return prod(sizes[1:])
     return prod(sizes) // (1 if options.fan_out else options.num_tasks)
 
