@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tsbn_kernels.models.parting import Parting, calls, find, install
 from tsbn_kernels.operator import checks, runs
 from tsbn_kernels.operator.recompute_outputs import recompute_outputs
 
-_finding = Lock()  # one for all models: a lock of a model's own could not be copied with it
+_finding = RLock()  # one for all models, for a model's own could not be copied with it; they may be nested
 _WORDS = "size", "shape", "dimension"  # of errors that may come from a path around the first task-specific layer
 _OTHER_FORM = "give every task the input, and it runs stacked from the start: model(dict.fromkeys(model.heads, x))"
 

@@ -11,6 +11,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from itertools import chain, takewhile
 from traceback import clear_frames
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -128,26 +130,35 @@ def find(backbone: nn.Module, router: runs.Router, count: int, x: Tensor) -> Par
     It stays as it is, and so do its statistics and the state of random numbers. Where its copy cannot run on the meta
     device, for a value decides what it does, the layers themselves fan out.
     """
-    with _disable_current_modes(), warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+    with ExitStack() as contexts:
+        contexts.enter_context(_disable_current_modes())
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.enable_grad())
+        contexts.enter_context(saved_tensors_hooks(_save_nothing, _save_nothing))  # a checkpoint around would count
+        contexts.enter_context(warnings.catch_warnings())
+        contexts.enter_context(torch.device("meta"))
         warnings.simplefilter("ignore")
-        with torch.device("meta"):
-            try:
-                twin = _on_meta(backbone, router)
-            except Exception:  # whatever a model holds may refuse to be copied
-                return Parting()
-            names = {module: name for name, module in twin.named_modules()}
-            shape = _SAMPLES, *map(_hint, x.shape[1:])
-            batch = torch.empty(shape, dtype=x.dtype, requires_grad=x.is_floating_point())
-            parting = Parting()
-            while True:
-                trial = _Trial(router, count)
-                failed = _attempt(twin, parting, trial, batch)
-                if failed is None:
-                    return parting
-                before = _before(parting, trial.paths, failed.calls, names)
-                if before is None:
-                    return Parting(obstacle=failed.obstacle)
-                parting = before
+        try:
+            twin = _on_meta(backbone, router)
+        except Exception:  # whatever a model holds may refuse to be copied
+            return Parting()
+        names = {module: name for name, module in twin.named_modules()}
+        shape = _SAMPLES, *map(_hint, x.shape[1:])
+        batch = torch.empty(shape, dtype=x.dtype, requires_grad=x.is_floating_point())
+        parting = Parting()
+        while True:
+            trial = _Trial(router, count)
+            failed = _attempt(twin, parting, trial, batch)
+            if failed is None:
+                return parting
+            before = _before(parting, trial.paths, failed.calls, names)
+            if before is None:
+                return Parting(obstacle=failed.obstacle)
+            parting = before
+
+
+def _save_nothing(_: Any) -> None:
+    """No backward pass comes from a trial."""
 
 
 class Call(NamedTuple):
@@ -217,7 +228,7 @@ def _attempt(twin: nn.Module, parting: Parting, trial: _Trial, batch: Tensor) ->
     handle = None if parting.module is None else install(twin, parting, trial.owner)
     runs.enter(trial)
     try:
-        with _NoStaleSamples():
+        with nullcontext() if parting.module == "" else _NoStaleSamples():  # where nothing is read before
             features = twin(batch.clone())  # a leaf could not be changed in place
         of_each_task(features, trial, twin)
     except Exception as error:  # of the model's own code, it may be any
