@@ -117,7 +117,8 @@ def convert_model(
     shared = [
         f"{name!r} ({type(module).__name__})"
         for name, module in candidates
-        if not norms.is_batch_norm(module)
+        if not isinstance(module, TaskSpecific)
+        and not norms.is_batch_norm(module)
         and any(isinstance(getattr(module, statistic, None), Tensor) for statistic in ("running_mean", "running_var"))
     ]
     if not known:

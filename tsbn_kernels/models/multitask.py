@@ -175,7 +175,6 @@ class MultiTaskModel(nn.Module):
                 run.passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _find_parting(self, x: Tensor) -> Parting:
         """Where the streams part, found at the first call; one that is compiled finds it while it is compiled."""
         with _finding:
@@ -185,6 +184,10 @@ class MultiTaskModel(nn.Module):
                     install(self.backbone, parting, self._router)
                 self._parting = parting
         return self._parting
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler with the package.
+MultiTaskModel._find_parting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _explained(error: Exception, backbone: nn.Module) -> Exception:
