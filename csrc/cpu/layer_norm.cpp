@@ -172,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
   cut_rows(w);
   w.stream = should_stream(w, w.out, shared ? 1 : w.T);
   const Kernels& kernel = kernels(w.family, w.dtype);
+  const Reduce backward = shared ? kernel.layer.shared_backward : kernel.layer.backward;
 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
@@ -179,17 +180,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
     w.vectors.slope = space.vector();
     weight = matrix(weight);
     set_gates(w, space, weight, gate);
-    const size_t scratch = sizeof(A) * size_t((2 * kRowsTogether + 2 * w.fan()) * (w.C + kPadding));
+    const size_t scratch = sizeof(A) * size_t((kRowsTogether + 2 * w.fan()) * (w.C + kPadding));
     if (!need_dweight && !need_dbias) {
       kernel.vectors.prepare(w, 0, w.T * w.C);
       run_chunks(w, scratch, [&](int64_t group, int64_t chunk, void* memory) {
-        kernel.layer.backward(w, group, chunk, nullptr, memory);
+        backward(w, group, chunk, nullptr, memory);
       });
       return;
     }
     w.vectors.dweight = space.place(dweight);
     w.vectors.dbias = space.place(dbias);
-    const Reduction sums{kernel.vectors.prepare, kernel.layer.backward, merge_sums, kernel.layer.gradients,
+    const Reduction sums{kernel.vectors.prepare, backward, merge_sums, kernel.layer.gradients,
                          2 * w.C * w.fan(), scratch};
     reduce_then_apply(w, sums, false, [](int64_t, int64_t) {});
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));

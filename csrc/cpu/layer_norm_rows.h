@@ -1,13 +1,16 @@
 // Layer norm: each row of D = C contiguous values has statistics of its own. A row is a position of a Work.
 // Included inside an instruction set's namespace, after prefetch.h.
 
+// For the rows that are gone through together: unrolled, as their sums must lie in registers.
+#define TSBN_EACH_ROW(j) _Pragma("GCC unroll 4") for (int j = 0; j < count; ++j)
+
 template <class T>
 struct LayerRows {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int L = kLanes<T>;
   static constexpr int kTogether = L == TSBN_VECTOR_BYTES / 4 && TSBN_VECTOR_BYTES == 64 ? kRowsTogether : kRowsTogether / 2;
-  static constexpr int64_t kPiece = 256 * L;  // bounds the terms of one fp32 sum: 256 a lane
+  static constexpr int64_t kPiece = 64 * L;  // bounds the terms of one fp32 sum
 
   static constexpr int64_t kAhead = 8192;
 
@@ -39,44 +42,57 @@ struct LayerRows {
     }
   }
 
-  // `count` adjacent rows: x is read once, into `rows` in the accumulate type; the variance is taken around the mean.
+  // A row of the accumulate type, of whole registers, around its mean.
+  static void centred_moments(const A* row, int64_t width, A origin, double (&moments)[2]) {
+    sum_vectors(width, moments, [&](int64_t i, int, V* sums) TSBN_LAMBDA {
+      const V d = load(row + i) - origin;
+      sums[0] += d;
+      sums[1] += d * d;
+    });
+  }
+
+  // `count` adjacent rows: x is read once, into `rows` in the accumulate type, and summed around the mean of its first few
+  // values; again around its own mean where that was too far off. So |mean| >> std cancels nothing.
   template <int count>
   static TSBN_INLINE void forward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows) {
     const int64_t D = w.C, width = padded(D), x_stride = w.x.s, y_stride = w.out.s;
     const bool streams = w.stream;
     const T *x = at(w.x, group, n, s), *residual = at(w.residual, group, n, s);
     T* sum = at(w.sum, group, n, s);
-    double total[count], moments[2 * count];
-    sum_vectors(D, total, [&](int64_t i, int lanes, V* sums) TSBN_LAMBDA {
-      for (int j = 0; j < count; ++j) {
-        prefetch_ahead<kAhead>(x + j * x_stride + i);
-        V v = load_up_to(x + j * x_stride + i, lanes, V{});
-        if (residual != nullptr) {
-          v = rounded<T>(v + load_up_to(residual + j * x_stride + i, lanes, V{}));
-          write(sum + j * x_stride + i, lanes, v, streams);
-        }
-        store(rows + j * width + i, v);
-        sums[j] += v;
-      }
-    });
-    A origin[count];
-    for (int j = 0; j < count; ++j) {
-      origin[j] = w.rms ? A(0) : A(total[j] / double(D));
-      for (int64_t i = D; i < width; ++i) rows[j * width + i] = origin[j];
+    const auto read = [&](int j, int64_t i, int lanes, V fill) TSBN_LAMBDA {
+      const V v = load_up_to(x + j * x_stride + i, lanes, fill);
+      return residual == nullptr ? v : rounded<T>(v + load_up_to(residual + j * x_stride + i, lanes, V{}));
+    };
+    V origin[count] = {};
+    if (!w.rms) {
+      const int few = D < L ? int(D) : L;
+      TSBN_EACH_ROW(j) origin[j] = rounded<T>(V{} + A(sum_of_lanes(read(j, 0, few, V{})) / few));
     }
-    sum_vectors(width, moments, [&](int64_t i, int, V* sums) TSBN_LAMBDA {
-      for (int j = 0; j < count; ++j) {
-        const V d = load(rows + j * width + i) - origin[j];
+    double total[2 * count];
+    sum_vectors(D, total, [&](int64_t i, int lanes, V* sums) TSBN_LAMBDA {
+      TSBN_EACH_ROW(j) {
+        prefetch_ahead<kAhead>(x + j * x_stride + i);
+        if (residual != nullptr) prefetch_ahead<kAhead>(residual + j * x_stride + i);
+        const V v = read(j, i, lanes, origin[j]);
+        if (residual != nullptr) write(sum + j * x_stride + i, lanes, v, streams);
+        store(rows + j * width + i, v);
+        const V d = v - origin[j];
         sums[j] += d;
         sums[count + j] += d * d;
       }
     });
     V scale[count], shift[count];  // xhat = (x - origin) * scale + shift
-    for (int j = 0; j < count; ++j) {
-      const double offset = w.rms ? 0 : moments[j] / double(D);
-      const double var = moments[count + j] / double(D) - offset * offset;
+    TSBN_EACH_ROW(j) {
+      double moments[2] = {total[j], total[count + j]};
+      if (!w.rms && is_far(moments[0] / double(D), moments[1] / double(D))) {
+        origin[j] = V{} + A(double(origin[j][0]) + moments[0] / double(D));
+        for (int64_t i = D; i < width; ++i) rows[j * width + i] = origin[j][0];
+        centred_moments(rows + j * width, width, origin[j][0], moments);
+      }
+      const double offset = w.rms ? 0 : moments[0] / double(D);
+      const double var = moments[1] / double(D) - offset * offset;
       const A rstd = A(1 / __builtin_sqrt(var + w.eps));
-      if (!w.rms) *at<A>(w.mean, group, n, s + j) = A(origin[j] + offset);
+      if (!w.rms) *at<A>(w.mean, group, n, s + j) = A(double(origin[j][0]) + offset);
       *at<A>(w.rstd, group, n, s + j) = rstd;
       scale[j] = V{} + rstd;
       shift[j] = V{} - A(offset * rstd);
@@ -88,7 +104,7 @@ struct LayerRows {
       each_vector(0, D, [&](int64_t i, int lanes) TSBN_LAMBDA {
         const V g = load_up_to(gate + i, lanes, V{});
         const V b = bias == nullptr ? V{} : load_up_to(bias + i, lanes, V{});
-        for (int j = 0; j < count; ++j) {
+        TSBN_EACH_ROW(j) {
           const V xhat = (load(rows + j * width + i) - origin[j]) * scale[j] + shift[j];
           write(y + j * y_stride + i, lanes, xhat * g + b, streams);
         }
@@ -104,32 +120,39 @@ struct LayerRows {
     TSBN_INLINE A* dweight(int64_t k) const { return values + (2 * k + 1) * width; }
   };
 
-  // `count` adjacent rows of dx, which share the loads and stores of `sums` (whose values may be nullptr).
-  template <int count>
+  // `count` adjacent rows of dx, which share the loads and stores of `sums` (whose values may be nullptr). Where x is
+  // shared, `rows` hold dz, the sum over the tasks; else it is made again, as x is, of what the cache holds.
+  template <int count, bool kShared>
   static TSBN_INLINE void backward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows, const Sums& sums) {
-    const int64_t D = w.C, width = padded(D), fan = w.fan();
+    const int64_t D = w.C, width = padded(D), fan = kShared ? w.T : 1;
     const int64_t x_stride = w.x.s, dy_stride = w.dy.s, dy_task = w.dy.t;
     const bool streams = w.stream;
     const T *x = at(w.x, group, n, s), *dy = at(w.dy, group, n, s), *ds = at(w.residual, group, n, s);
     T* dx = at(w.out, group, n, s);
     const A* gates = static_cast<const A*>(w.vectors.gate) + group * D;
-    A *all_xhat = rows, *all_dz = rows + count * width;
     V mean[count] = {}, rstd[count];
-    for (int j = 0; j < count; ++j) {
+    TSBN_EACH_ROW(j) {
       if (!w.rms) mean[j] += *at<A>(w.mean, group, n, s + j);
       rstd[j] = V{} + *at<A>(w.rstd, group, n, s + j);
     }
-    double total[2 * count];
+    const auto deviation = [&](int j, int64_t i, int lanes) TSBN_LAMBDA {
+      return load_up_to(x + j * x_stride + i, lanes, mean[j]) - mean[j];
+    };
+    double total[2 * count];  // of dz, and of dz * (x - mean)
     sum_vectors(D, total, [&](int64_t i, int lanes, V* row_sums) TSBN_LAMBDA {
-      V xhat[count], dz[count] = {};
-      for (int j = 0; j < count; ++j) prefetch_ahead<kAhead>(x + j * x_stride + i);
-      for (int j = 0; j < count; ++j) xhat[j] = (load_up_to(x + j * x_stride + i, lanes, mean[j]) - mean[j]) * rstd[j];
+      V d[count], xhat[count], dz[count] = {};
+      TSBN_EACH_ROW(j) {
+        prefetch_ahead<kAhead>(x + j * x_stride + i);
+        d[j] = deviation(j, i, lanes);
+        xhat[j] = d[j] * rstd[j];
+      }
       for (int64_t k = 0; k < fan; ++k) {
         const V gate = load_up_to(gates + k * D + i, lanes, V{});
         V first{}, second{};
-        for (int j = 0; j < count; ++j) {
-          prefetch_ahead<kAhead>(dy + k * dy_task + j * dy_stride + i);
-          const V upstream = load_up_to(dy + k * dy_task + j * dy_stride + i, lanes, V{});
+        TSBN_EACH_ROW(j) {
+          const T* p = dy + k * dy_task + j * dy_stride + i;
+          prefetch_ahead<kAhead>(p);
+          const V upstream = load_up_to(p, lanes, V{});
           dz[j] += gate * upstream;
           first += upstream;
           second += upstream * xhat[j];
@@ -139,24 +162,23 @@ struct LayerRows {
           store(sums.dweight(k) + i, load(sums.dweight(k) + i) + second);
         }
       }
-      if (dx == nullptr) return;
-      for (int j = 0; j < count; ++j) {
-        store(all_xhat + j * width + i, xhat[j]);
-        store(all_dz + j * width + i, dz[j]);
+      TSBN_EACH_ROW(j) {
+        if (kShared) store(rows + j * width + i, dz[j]);
         row_sums[j] += dz[j];
-        row_sums[count + j] += dz[j] * xhat[j];
+        row_sums[count + j] += dz[j] * d[j];
       }
     });
     if (dx == nullptr) return;
-    V dz_mean[count] = {}, dz_xhat_mean[count];
-    for (int j = 0; j < count; ++j) {
+    V dz_mean[count] = {}, scale[count];  // dx = rstd * (dz - mean(dz) - (x - mean) * scale)
+    TSBN_EACH_ROW(j) {
       if (!w.rms) dz_mean[j] += A(total[j] / double(D));
-      dz_xhat_mean[j] = V{} + A(total[count + j] / double(D));
+      scale[j] = rstd[j] * rstd[j] * A(total[count + j] / double(D));
     }
     each_vector(0, D, [&](int64_t i, int lanes) TSBN_LAMBDA {
-      for (int j = 0; j < count; ++j) {
-        const V dz = load(all_dz + j * width + i) - dz_mean[j];
-        V v = (dz - load(all_xhat + j * width + i) * dz_xhat_mean[j]) * rstd[j];
+      const V gate = kShared ? V{} : load_up_to(gates + i, lanes, V{});
+      TSBN_EACH_ROW(j) {
+        const V dz = kShared ? load(rows + j * width + i) : gate * load_up_to(dy + j * dy_stride + i, lanes, V{});
+        V v = ((dz - dz_mean[j]) - deviation(j, i, lanes) * scale[j]) * rstd[j];
         if (ds != nullptr) v += load_up_to(ds + j * x_stride + i, lanes, V{});
         write(dx + j * x_stride + i, lanes, v, streams);
       }
@@ -184,10 +206,11 @@ struct LayerRows {
     }
   }
 
+  template <bool kShared>
   static void backward(const Work& w, int64_t group, int64_t chunk, double* partial, void* scratch) {
-    const int64_t D = w.C, width = padded(D), fan = w.fan();
+    const int64_t D = w.C, width = padded(D), fan = kShared ? w.T : 1;
     A* rows = static_cast<A*>(scratch);
-    const Sums sums{partial == nullptr ? nullptr : rows + 2 * kTogether * width, width};
+    const Sums sums{partial == nullptr ? nullptr : rows + kTogether * width, width};
     if (partial != nullptr) {
       for (int64_t i = 0; i < 2 * D * fan; ++i) partial[i] = 0;
     }
@@ -196,7 +219,7 @@ struct LayerRows {
         for (int64_t i = 0; i < 2 * width * fan; ++i) sums.values[i] = 0;
       }
       each_rows(w.partition.block(index), [&](int64_t n, int64_t s, auto count) TSBN_LAMBDA {
-        backward_rows<count.value>(w, group, n, s, rows, sums);
+        backward_rows<count.value, kShared>(w, group, n, s, rows, sums);
       });
       if (partial == nullptr) continue;
       for (int64_t k = 0; k < fan; ++k) {
@@ -222,5 +245,5 @@ struct LayerRows {
     }
   }
 
-  static constexpr LayerKernels kernels{forward, backward, gradients};
+  static constexpr LayerKernels kernels{forward, backward<false>, backward<true>, gradients};
 };

@@ -129,9 +129,9 @@ struct VectorKernels {
 // Layer norm. A group is a task, and where x is shared all tasks; `scratch` lends rows of channels() + kPadding values.
 struct LayerKernels {
   void (*forward)(const Work&, int64_t group, int64_t chunk, void* scratch);  // kRowsTogether rows
-  Reduce backward;   // writes out, where there is one; sum dy, sum dy * xhat of each task, unless `partial` is nullptr.
-                     // 2 * kRowsTogether + 2 * fan() rows
-  Finish gradients;  // these sums -> dweight, dbias
+  Reduce backward;         // writes out, where there is one; sum dy, sum dy * xhat of each task, unless `partial` is
+  Reduce shared_backward;  // nullptr. kRowsTogether + 2 * fan() rows
+  Finish gradients;        // these sums -> dweight, dbias
 };
 inline constexpr int64_t kRowsTogether = 4, kPadding = 16;
 
