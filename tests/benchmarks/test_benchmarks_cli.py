@@ -204,6 +204,7 @@ def test_missing_packages_are_said_in_one_line(tmp_path: Path) -> None:
 
 OF_SOME = ("matplotlib", "mlxtend", "PIL", "scipy", "skimage")
 SMALL = "--device cpu --tasks 2 --batch 4 --quick --impl fused"
+LAYERS = "layers --shape 2x4,3,5,5 --device cpu --quick --impl fused"
 
 
 @pytest.mark.parametrize("arguments", ["--help", "celeba40 --predict H100"])
@@ -215,8 +216,8 @@ def test_commands_start_without_what_they_do_not_use(arguments: str, tmp_path: P
 @pytest.mark.parametrize(
     ("hidden", "arguments"),
     [
-        (("mlxtend", "skimage"), f"celeba40 {SMALL} --layers bn8 --no-network"),
-        (("matplotlib", "mlxtend", "PIL", "skimage"), "layers --shape 2x4,3,5,5 --device cpu --quick --impl fused"),
+        (("mlxtend", "skimage"), f"celeba40 {SMALL} --layers bn8 --no-network --dtype float32"),
+        (("matplotlib", "mlxtend", "PIL", "skimage"), f"{LAYERS} --dtype float32"),
         (OF_SOME, "host --quick --tasks 2"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
 NAMES = ["single_task", "hard_sharing", "tsbn x1", "ts_sigma_bn x1", "ts_sigma_bn x100"]
 
 
+@cache
 def few_digits(_folder) -> Splits:
     from experiments.forty_tasks.digits import digits40
 
