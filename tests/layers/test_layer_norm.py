@@ -193,6 +193,11 @@ def test_every_public_name_of_the_plain_layer(fused: Any, plain: Any, sample: tu
         (lambda: FusedTSigmaLN(T, C).task(3), IndexError, "task 3 is out of range for num_tasks=3"),
         (lambda: FusedTSigmaLN2d(T, C)(torch.ones(6, 4, C)), ValueError, r"expected 4D input, got 3D input of shape"),
         (
+            lambda: FusedTSigmaLN2d(T, C).add(torch.ones(6, C, 4, 4), torch.ones(6, C)),
+            ValueError,
+            r"expected 4D residual, got 2D residual of shape \[6, 5\]",
+        ),
+        (
             lambda: FusedTSigmaLN2d(T, C, stacking="task_axis")(torch.ones(3, C, 4, 4)),
             ValueError,
             "FusedTSigmaLN2d expected 5D input, got 4D",

@@ -12,6 +12,8 @@ from support.problems import STACKINGS, unstack
 from torch import Tensor
 
 from tsbn_kernels import functional, use_backend
+from tsbn_kernels.definition.options import LayerOptions
+from tsbn_kernels.operator import layer_autograd
 
 Call = Callable[..., Any]
 FORMS = [{"bias": True}, {"bias": False, "gate": "identity"}, {"rms": True}]
@@ -74,15 +76,30 @@ def test_each_gradient_alone(fan_out: bool, index: int) -> None:
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_of_two(used: int) -> None:
     """The sum alone, or the normalisation alone, may go on."""
-    call, tensors = call_of(layer_problem(dtype=torch.float64, residual=True))
-    operands = leaves(tensors)
-    outputs = call(*operands)
-    dy = torch.randn_like(outputs[used])
-    found = torch.autograd.grad(outputs[used], operands, dy, allow_unused=True, retain_graph=True)
-    zeros = [dy if at == used else torch.zeros_like(out) for at, out in enumerate(outputs)]
-    wanted = torch.autograd.grad(outputs, operands, zeros, allow_unused=True)
-    for a, b in zip(found, wanted, strict=True):
-        assert (torch.zeros_like(b) if a is None else a).sub(b).abs().max() < 1e-12
+    p = layer_problem(dtype=torch.float64, residual=True)
+    call, tensors = call_of(p)
+    dy, results = torch.randn_like(p.dy), []
+    for function in (call, lambda x, r, w, b: defined.layer_norm(x, w, b, r, *p.options)):
+        operands = leaves(tensors)
+        results.append(torch.autograd.grad(function(*operands)[used], operands, dy, allow_unused=True))
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@cases
+def test_statistics_under_vmap(case: dict[str, Any]) -> None:
+    """All that the function returns is in the order of the rows of x, for it is saved."""
+    p = layer_problem(dtype=torch.float64, **case)
+    options = LayerOptions(len(p.weight), p.eps, p.gate, p.stacking, p.rms, p.fan_out)
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        return layer_autograd.apply(x, p.weight, p.bias, p.residual, options, None)
+
+    many = torch.randn(3, *p.x.shape, dtype=torch.float64)
+    for found, wanted in zip(torch.vmap(call)(many), zip(*map(call, many), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(wanted))
 
 
 @cases
@@ -120,17 +137,19 @@ def test_streams(used: tuple[int, ...], rms: bool, fan_out: bool, stacking: str)
     p = layer_problem(dtype=torch.float64, stacking=stacking, fan_out=fan_out, rms=rms)
     call, tensors = call_of(p)
     operands = leaves(tensors)
-    options = len(p.weight), p.eps, p.gate, p.stacking, p.rms, p.fan_out
+    settings = len(p.weight), p.eps, p.gate, p.stacking, p.rms, p.fan_out
     x, weight, bias = (*operands, None)[:3]
-    found = functional.normalize_rows((x, weight, bias, None), options, as_streams=True)
+    found = functional.normalize_rows((x, weight, bias, None), settings, as_streams=True)
     whole = unstack(call(*operands), 3, stacking)
     for one, other in zip(found, whole, strict=True):
         assert torch.equal(one, other)
     dys = [torch.randn_like(found[task]) for task in used]
-    gradients = torch.autograd.grad([found[task] for task in used], operands, dys, create_graph=True)
-    wanted = torch.autograd.grad([whole[task] for task in used], operands, dys, create_graph=True)
-    for a, b in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for create_graph in (False, True):
+        options = {"retain_graph": True, "create_graph": create_graph}
+        gradients = torch.autograd.grad([found[task] for task in used], operands, dys, **options)
+        wanted = torch.autograd.grad([whole[task] for task in used], operands, dys, **options)
+        for a, b in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     again = [torch.randn_like(gradient) for gradient in gradients[:2]]  # that of the bias depends on none of them
     second, expected = (torch.autograd.grad(of[:2], operands, again, allow_unused=True) for of in (gradients, wanted))
     for a, b in zip(second, expected, strict=True):
@@ -172,6 +191,7 @@ def test_an_input_of_any_strides(stacking: str) -> None:
     p = layer_problem(dtype=torch.float64, tokens=(5, 3), stacking=stacking)
     call, (x, *more) = call_of(p)
     strided = x.transpose(-2, -3).contiguous().transpose(-2, -3).requires_grad_()
+    assert call(strided, *more).grad_fn.saved_tensors[0].is_contiguous()  # it is copied once
     torch.testing.assert_close(call(strided, *more), call(x, *more))
     (dx,) = torch.autograd.grad(call(strided, *more), [strided], p.dy.mT.contiguous().mT)
     torch.testing.assert_close(dx, torch.autograd.grad(call(plain := x.requires_grad_(), *more), [plain], p.dy)[0])

@@ -241,10 +241,12 @@ class FusedTSigmaLN2d(FusedTSigmaLN):
     ) -> tuple[Tensor, ...]:
         checks.check_tensor("input", x)
         dims = 4 + (self.stacking == "task_axis" and not (self.fan_out if fan_out is None else fan_out))
-        if x.dim() != dims:
-            raise ValueError(
-                f"{type(self).__name__} expected {dims}D input, got {x.dim()}D input of shape {list(x.shape)}"
-            )
+        for name, tensor in (("input", x), ("residual", residual)):
+            if tensor is not None and tensor.dim() != dims:
+                raise ValueError(
+                    f"{type(self).__name__} expected {dims}D {name}, got {tensor.dim()}D {name} of shape "
+                    f"{list(tensor.shape)}"
+                )
         residual = None if residual is None else residual.movedim(-3, -1)
         outputs = super()._call(x.movedim(-3, -1), residual, tasks, fan_out, as_streams)
         return tuple(out.movedim(-1, -3) for out in outputs)
