@@ -231,6 +231,23 @@ def test_a_trial_leaves_no_trace() -> None:
     assert all(module.training for module in model.modules())
 
 
+def test_a_trial_is_on_the_device_of_the_model() -> None:
+    class Asking(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones(C, 1, dtype=torch.float64)  # no buffer
+
+        def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                shift = torch.zeros(C, 1, dtype=x.dtype)
+                return super().forward(x * self.scale.to(x.device) + shift, scale=scale)
+
+    model = built(lambda: nn.Sequential(nn.Conv1d(C, C, 1), Asking()))
+    assert_equals_plain(model, batch())
+    assert model._parting is not None
+    assert model._parting.module == "1"
+
+
 @pytest.mark.parametrize("around", [True, False])
 def test_what_cannot_be_tried_fans_out_in_its_layers(around: bool) -> None:
     class Looks(nn.Module):

@@ -30,8 +30,8 @@ class MultiTaskModel(nn.Module):
     One input for all tasks runs through the shared stem once. The first task-specific layer fans it out, without
     copying it, into one stream a task; from there on the streams run stacked, task-major. Where a path leads around
     that layer, as in the pre-norm blocks of transformers, the input of the innermost module that holds the layer and
-    the end of the path is copied for every task. The first call finds that module, by a trial of a copy on the meta
-    device. Where a value decides what the backbone does, there is no trial; give every task the input then,
+    the end of the path is copied for every task. The first call finds that module, by a trial of a copy
+    without values. Where a value decides what the backbone does, there is no trial; give every task the input then,
     ``model(dict.fromkeys(model.heads, x))``, and it runs stacked from the start.
 
     Args:

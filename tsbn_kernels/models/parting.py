@@ -1,4 +1,4 @@
-"""Where the streams of a backbone part: found by a trial of a copy on the meta device, which computes nothing.
+"""Where the streams of a backbone part: found by a trial of a copy whose tensors have no values.
 
 The first task-specific layer fans the shared input out. In a residual network a path may lead around that layer, to
 where its streams are. Then the streams part before: at the input of the innermost module that holds both the layer and
@@ -127,24 +127,26 @@ def remove(model: nn.Module) -> None:
 def find(backbone: nn.Module, router: runs.Router, count: int, x: Tensor) -> Parting:
     """Finds where the streams of ``count`` tasks part in a backbone that is given ``x`` for all of them.
 
-    It stays as it is, and so do its statistics and the state of random numbers. Where its copy cannot run on the meta
-    device, for a value decides what it does, the layers themselves fan out.
+    It stays as it is, and so do its statistics and the state of random numbers. Where its copy cannot run, for a value
+    decides what it does, the layers themselves fan out.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # which takes long to import
+
     with ExitStack() as contexts:
         contexts.enter_context(_disable_current_modes())
         contexts.enter_context(torch.inference_mode(False))
         contexts.enter_context(torch.enable_grad())
         contexts.enter_context(saved_tensors_hooks(_save_nothing, _save_nothing))  # a checkpoint around would count
         contexts.enter_context(warnings.catch_warnings())
-        contexts.enter_context(torch.device("meta"))
+        contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         warnings.simplefilter("ignore")
         try:
-            twin = _on_meta(backbone, router)
+            twin = _without_values(backbone, router)
         except Exception:  # whatever a model holds may refuse to be copied
             return Parting()
         names = {module: name for name, module in twin.named_modules()}
         shape = _SAMPLES, *map(_hint, x.shape[1:])
-        batch = torch.empty(shape, dtype=x.dtype, requires_grad=x.is_floating_point())
+        batch = torch.empty(shape, dtype=x.dtype, device=x.device, requires_grad=x.is_floating_point())
         parting = Parting()
         while True:
             trial = _Trial(router, count)
@@ -273,13 +275,13 @@ def _batches(call: Call) -> tuple[int, ...]:
     )
 
 
-def _on_meta(backbone: nn.Module, router: runs.Router) -> nn.Module:
-    """A copy without memory, without the hooks of others, whose parameters all require a gradient if they can."""
+def _without_values(backbone: nn.Module, router: runs.Router) -> nn.Module:
+    """A copy without the hooks of others, of fake tensors; its parameters require a gradient if they can."""
     memo: dict[int, Any] = {id(router): router}
     for module in backbone.modules():
         for value in chain(module._parameters.values(), module._buffers.values(), vars(module).values()):
             if isinstance(value, Tensor):
-                empty = torch.empty(value.shape, dtype=value.dtype)
+                empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
                 learned = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(empty, value.is_floating_point()) if learned else empty
     twin = copy.deepcopy(backbone, memo)
