@@ -118,5 +118,18 @@ struct Coefficients {
     if (w.shared) add_tasks(w, 0, w.C);
   }
 
-  static constexpr VectorKernels kernels{prepare, given, forward, backward};
+  // Layer norm. total, for each task of the group: sum dy, sum dy * xhat.
+  static void layer_gradients(const Work& w, int64_t group, const double* total) {
+    for (int64_t k = 0; k < w.fan(); ++k, total += 2 * w.C) {
+      const int64_t first = (group + k) * w.C;
+      const A* slope = vector(w.vectors.slope) + first;
+      A *dweight = vector(w.vectors.dweight) + first, *dbias = vector(w.vectors.dbias) + first;
+      TSBN_NO_OVERLAP for (int64_t i = 0; i < w.C; ++i) {
+        dbias[i] = A(total[i]);
+        dweight[i] = slope[i] * A(total[w.C + i]);
+      }
+    }
+  }
+
+  static constexpr VectorKernels kernels{prepare, given, forward, backward, layer_gradients};
 };

@@ -14,6 +14,10 @@ namespace {
 #include "columns.h"
 #include "coefficients.h"
 #include "layer_norm_rows.h"
+#include "layer_norm_tiles.h"
+
+template <class Rows>
+constexpr LayerKernels layer_of{Rows::forward, Rows::template backward<false>, Rows::template backward<true>};
 
 template <class Slabs, template <class> class Act>
 constexpr EpilogueKernels epilogue() {
@@ -32,7 +36,8 @@ constexpr SlabKernels slabs_of{Slabs::moments, Slabs::template forward<Identity>
 #undef TSBN_EPILOGUE
 
 template <template <class> class Slabs, class T>
-constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels, LayerRows<T>::kernels};
+constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels, layer_of<LayerRows<T>>, layer_of<LayerTiles<T>>,
+                             kLanes<T>};
 }  // namespace
 
 #ifdef TSBN_HAS_BF16  // the other dtypes gain nothing by it

@@ -140,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, s
     set_gates(w, space, weight, gate);
     w.vectors.bias = space.values_or_none(bias, "bias");
     kernel.vectors.prepare(w, 0, w.T * w.C);
-    run_chunks(w, sizeof(A) * size_t(kRowsTogether * (w.C + kPadding)),
-               [&](int64_t group, int64_t chunk, void* scratch) { kernel.layer.forward(w, group, chunk, scratch); });
+    run_chunks(w, sizeof(A) * size_t(kRowsTogether * w.layer_piece()),
+               [&](int64_t group, int64_t chunk, void* scratch) { kernel.layer(w).forward(w, group, chunk, scratch); });
   });
   return {y, s, mean, rstd};
 }
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
   cut_rows(w);
   w.stream = should_stream(w, w.out, shared ? 1 : w.T);
   const Kernels& kernel = kernels(w.family, w.dtype);
-  const Reduce backward = shared ? kernel.layer.shared_backward : kernel.layer.backward;
+  const Reduce backward = shared ? kernel.layer(w).shared_backward : kernel.layer(w).backward;
 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
     w.vectors.slope = space.vector();
     weight = matrix(weight);
     set_gates(w, space, weight, gate);
-    const size_t scratch = sizeof(A) * size_t((kRowsTogether + 2 * w.fan()) * (w.C + kPadding));
+    const size_t scratch = sizeof(A) * size_t((kRowsTogether + 2 * w.fan()) * w.layer_piece());
     if (!need_dweight && !need_dbias) {
       kernel.vectors.prepare(w, 0, w.T * w.C);
       run_chunks(w, scratch, [&](int64_t group, int64_t chunk, void* memory) {
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
     }
     w.vectors.dweight = space.place(dweight);
     w.vectors.dbias = space.place(dbias);
-    const Reduction sums{kernel.vectors.prepare, backward, merge_sums, kernel.layer.gradients,
+    const Reduction sums{kernel.vectors.prepare, backward, merge_sums, kernel.vectors.layer_gradients,
                          2 * w.C * w.fan(), scratch};
     reduce_then_apply(w, sums, false, [](int64_t, int64_t) {});
     if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));

@@ -231,19 +231,4 @@ struct LayerRows {
       }
     }
   }
-
-  // Of a group's tasks, from the sums of dy and of dy * xhat.
-  static void gradients(const Work& w, int64_t group, const double* total) {
-    for (int64_t k = 0; k < w.fan(); ++k, total += 2 * w.C) {
-      const int64_t first = (group + k) * w.C;
-      const A* slope = static_cast<const A*>(w.vectors.slope) + first;
-      A *dweight = static_cast<A*>(w.vectors.dweight) + first, *dbias = static_cast<A*>(w.vectors.dbias) + first;
-      TSBN_NO_OVERLAP for (int64_t i = 0; i < w.C; ++i) {
-        dbias[i] = A(total[i]);
-        dweight[i] = slope[i] * A(total[w.C + i]);
-      }
-    }
-  }
-
-  static constexpr LayerKernels kernels{forward, backward<false>, backward<true>, gradients};
 };

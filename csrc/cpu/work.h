@@ -91,6 +91,7 @@ struct Work {
 
   int64_t fan() const { return shared ? T : 1; }
   int64_t groups() const { return (shared ? 1 : T) * (family == Family::rows ? C : 1); }
+  int64_t layer_piece() const { return std::max<int64_t>(C + 16, 256); }  // a row in whole vectors, or a tile
   int64_t channels() const { return family == Family::rows ? 1 : C; }
 };
 
@@ -124,21 +125,23 @@ struct VectorKernels {
   void (*given)(const Work&);  // gate, var, dz_mean, dz_xhat_mean -> scale, shift, dy_scale of the backward
   Finish forward;              // moments -> center, var, scale, shift
   Finish backward;             // products -> dweight, dbias, scale, shift, dy_scale
+  Finish layer_gradients;      // sums of a layer norm's backward -> dweight, dbias
 };
 
-// Layer norm. A group is a task, and where x is shared all tasks; `scratch` lends rows of channels() + kPadding values.
+// Layer norm. A group is a task, and where x is shared all tasks; `scratch` lends so many pieces of layer_piece() values.
 struct LayerKernels {
-  void (*forward)(const Work&, int64_t group, int64_t chunk, void* scratch);  // kRowsTogether rows
+  void (*forward)(const Work&, int64_t group, int64_t chunk, void* scratch);  // kRowsTogether pieces
   Reduce backward;         // writes out, where there is one; sum dy, sum dy * xhat of each task, unless `partial` is
-  Reduce shared_backward;  // nullptr. kRowsTogether + 2 * fan() rows
-  Finish gradients;        // these sums -> dweight, dbias
+  Reduce shared_backward;  // nullptr. kRowsTogether + 2 * fan() pieces
 };
-inline constexpr int64_t kRowsTogether = 4, kPadding = 16;
+inline constexpr int64_t kRowsTogether = 4;
 
 struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
-  LayerKernels layer;
+  LayerKernels rows, tiles;  // of rows longer than a vector, and of others
+  int64_t lanes;
+  const LayerKernels& layer(const Work& w) const { return w.C > lanes ? rows : tiles; }
   const EpilogueKernels& epilogue(Activation activation) const { return slabs.epilogues[int(activation)]; }
 };
 
