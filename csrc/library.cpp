@@ -24,6 +24,7 @@ bool set_cpu_instruction_set(std::string name) { return tsbn::cpu::set_instructi
 
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("forward_training", TORCH_BOX(&tsbn::cpu::forward_training));
+  m.impl("forward_tracked", TORCH_BOX(&tsbn::cpu::forward_tracked));
   m.impl("forward_eval", TORCH_BOX(&tsbn::cpu::forward_eval));
   m.impl("backward", TORCH_BOX(&tsbn::cpu::backward));
   m.impl("moments", TORCH_BOX(&tsbn::cpu::moments));

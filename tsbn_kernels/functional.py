@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tsbn_kernels import backends
 from tsbn_kernels.backends import capture
+from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.options import LayerOptions, Options, Saved, of_input
+from tsbn_kernels.definition.options import LayerOptions, Options, Running, Saved, of_input
 from tsbn_kernels.operator import (
     autograd,
     autograd_streams,
@@ -27,8 +28,7 @@ from tsbn_kernels.operator import (
 )
 from tsbn_kernels.operator.ops import operators
 
-_MOST = 256  # numbers of values that are remembered
-_shares: dict[tuple[int, torch.dtype], Tensor] = {}
+_INT64 = torch.int64
 
 
 def task_batch_norm(
@@ -100,7 +100,7 @@ def task_batch_norm(
     tensors = x, weight, bias, running_mean, running_var, residual
     settings = num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input
     y: Tensor
-    (y,) = normalize(tensors, settings, momentum, process_group)
+    (y,) = normalize(tensors, settings, _running(running_mean, running_var, momentum, training), process_group)
     return y
 
 
@@ -127,25 +127,33 @@ def task_streams(
         ValueError: also where ``recover_input`` is set.
     """
     tensors = x, weight, bias, running_mean, running_var, residual
-    return tuple(normalize(tensors, checks.Settings(**options), momentum, process_group, as_streams=True))
+    settings = checks.Settings(**options)
+    running = _running(running_mean, running_var, momentum, settings.training)
+    return tuple(normalize(tensors, settings, running, process_group, as_streams=True))
+
+
+def _running(mean: Any, var: Any, momentum: Any, training: bool) -> Running:
+    """What a call updates: nothing in evaluation, and where activation checkpointing repeats it."""
+    if training is False or runs.is_repetition():
+        return Running(momentum=momentum)
+    return Running(mean, var, None, momentum)
 
 
 def normalize(
     tensors: tuple[Any, ...],
     settings: tuple[Any, ...],
-    momentum: float | Tensor,
+    running: Running,
     process_group: autograd_synchronized.GroupLike,
     as_streams: bool = False,
-    repeated: bool | None = None,
 ) -> Sequence[Tensor]:
     """Computes :func:`task_batch_norm`, and returns y alone, or the streams of its tasks.
 
     Args:
         tensors: the six of :func:`task_batch_norm`, in its order.
         settings: a :class:`checks.Settings`, or its values: a plain tuple is made at a third of the cost.
-        momentum, process_group: as there.
+        running: the statistics to update, if any.
+        process_group: as there.
         as_streams: return the streams.
-        repeated: whether activation checkpointing repeats the pass, where that is known.
     """
     compiling, (_, training, *_, recover_input) = torch.compiler.is_compiling(), settings
     group = None
@@ -155,11 +163,14 @@ def normalize(
     check = checks.check_call if compiling else checks.checked
     options, channels, values = check(tensors, settings, process_group is not None, group is None)
     x, weight, bias, running_mean, running_var, residual = tensors
-    if training and not compiling:
-        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-            if running is not None:
-                checks.check_written(name, running)
-    momentum = checks.momentum_value(momentum, x, options.num_tasks, channels)
+    if not compiling:
+        for name, vector in (("running_mean", running.mean), ("running_var", running.var)):
+            if vector is not None:
+                checks.check_written(name, vector)
+    if running.momentum is not None or running.batches is None:
+        momentum = checks.momentum_value(running.momentum, x, options.num_tasks, channels)
+        if momentum is not running.momentum:
+            running = running._replace(momentum=momentum)
     if residual is None:
         x = layout.supported(x, of_input(options).stacking)
     else:
@@ -173,24 +184,25 @@ def normalize(
     if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
         recover_input = not compiling and not capture.is_capturing()
     backend = backends.override(x.device.type) if backends.is_forced() else None
-    tracked = training and not (runs.is_repetition() if repeated is None else repeated)
+    tracked = running.mean is not None or running.var is not None or running.batches is not None
     outputs: Sequence[Tensor]
     if group is not None:
         y, mean, var, count = autograd_synchronized.apply(x, weight, bias, residual, options, group, backend)
         outputs = autograd_streams.of_a_stack(y, options) if as_streams else (y,)
         if tracked:
+            momentum = reference.advance(running, mean.dtype)
             momentum = momentum * (count > 0).to(count.dtype)  # an empty batch leaves the running statistics alone
-            unbiased = var * (count / (count - 1).clamp_min(1))
-            _track(running_mean, running_var, mean, unbiased, momentum, compiling)
+            reference.move(running, mean, var * (count / (count - 1).clamp_min(1)), momentum)
     else:
         function = autograd_streams if as_streams else autograd
         apply = function.apply_in_graph if compiling else function.apply
         given = (None, None) if training else (running_mean, running_var)
-        *outputs, mean, var = apply(x, weight, bias, residual, *given, options, recover_input, backend)
-        if tracked and values > 0:
-            kept = type(var) is Tensor and not compiling
-            unbiased = var * (_share(values, var.dtype) if kept else values / (values - 1))
-            _track(running_mean, running_var, mean, unbiased, momentum, compiling)
+        at_once = running if tracked and not compiling and values > 0 and _by_an_operator(running, x) else None
+        *outputs, mean, var = apply(x, weight, bias, residual, *given, at_once, options, recover_input, backend)
+        if at_once is not None:
+            torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
+        elif tracked:
+            reference.track(running, mean, var, values)
     if not compiling and recompute_outputs.wanted() and not recover_input:
         saved = Saved(x, weight, bias, residual, mean, var)
         if group is not None:
@@ -204,49 +216,16 @@ def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor |
     return operators(backend).forward_eval(Saved(x, weight, bias, *more), options)
 
 
-def _share(values: int, dtype: torch.dtype) -> Any:
-    """``values / (values - 1)``, as a tensor that is kept: by that PyTorch multiplies at half the cost on the host."""
-    known = _shares.get((values, dtype))
-    if known is not None:
-        return known
-    share = values / (values - 1)
-    if torch._C._are_functorch_transforms_active():  # which would be left by a tensor that is made in it
-        return share
-    if len(_shares) >= _MOST:
-        _shares.clear()
-    with torch.inference_mode(False):
-        return _shares.setdefault((values, dtype), torch.tensor(share, dtype=dtype, device="cpu"))
-
-
-def _track(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | Tensor,
-    compiling: bool,
-) -> None:
-    for running, batch in ((running_mean, mean), (running_var, var)):
-        if running is None:
-            continue
-        if running.dtype == batch.dtype and type(momentum) is float and not compiling:  # the usual case
-            running.lerp_(batch, momentum)
-        else:
-            _update(running, batch, momentum, compiling)
-
-
-def _update(running: Tensor, batch: Tensor, momentum: float | Tensor, compiling: bool) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, rounded once where ``running`` is the narrower."""
-    dtype = torch.promote_types(running.dtype, batch.dtype)
-    before, batch = running.to(dtype), batch.to(dtype)
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(dtype)
-    if compiling:
-        running.copy_(before + (batch - before) * momentum)  # lerp would cost a graph for every momentum
-    elif before is running:
-        running.lerp_(batch, momentum)
-    else:
-        running.copy_(before.lerp(batch, momentum))
+def _by_an_operator(running: Running, x: Tensor) -> bool:
+    """Whether the operator that computes the batch's statistics can update the running ones."""
+    mean, var, batches, momentum, _ = running
+    return (
+        (type(momentum) is float or momentum is None)
+        and not torch._C._are_functorch_transforms_active()
+        and (mean is None or mean.is_contiguous())
+        and (var is None or var.is_contiguous())
+        and (batches is None or (batches.dtype is _INT64 and batches.is_contiguous() and batches.device == x.device))
+    )
 
 
 # ---- layer normalisation ---------------------------------------------------------------------------------------------

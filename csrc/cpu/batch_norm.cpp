@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "parameter.h"
 #include "plan.h"
+#include "running.h"
 #include "schedule.h"
 
 namespace tsbn::cpu {
@@ -129,6 +130,19 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
     reduce_then_apply(w, moments, true, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
   return {y, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                   std::optional<Tensor> running_mean,
+                                                   std::optional<Tensor> running_var, std::optional<Tensor> batches,
+                                                   std::optional<double> momentum, std::optional<Tensor> rows,
+                                                   int64_t num_tasks, double eps, std::string gate,
+                                                   std::string stacking, std::optional<Tensor> residual,
+                                                   std::string activation, double slope, bool shared) {
+  auto result = forward_training(x, weight, bias, num_tasks, eps, gate, stacking, residual, activation, slope, shared);
+  const auto& [y, mean, var] = result;
+  track({running_mean, running_var, batches, momentum, rows}, mean, var, double(y.numel()) / double(mean.numel()));
+  return result;
 }
 
 Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,

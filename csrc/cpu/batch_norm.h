@@ -15,6 +15,15 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
                                                     std::string stacking, std::optional<Tensor> residual,
                                                     std::string activation, double slope, bool shared);
 
+// The same; running statistics and the number of batches are updated in place, in the row of each task (running.h).
+std::tuple<Tensor, Tensor, Tensor> forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                   std::optional<Tensor> running_mean,
+                                                   std::optional<Tensor> running_var, std::optional<Tensor> batches,
+                                                   std::optional<double> momentum, std::optional<Tensor> rows,
+                                                   int64_t num_tasks, double eps, std::string gate,
+                                                   std::string stacking, std::optional<Tensor> residual,
+                                                   std::string activation, double slope, bool shared);
+
 Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
                     double eps, std::string gate, std::string stacking, std::optional<Tensor> residual,
                     std::string activation, double slope, bool shared);

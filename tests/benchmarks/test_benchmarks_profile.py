@@ -33,7 +33,7 @@ def test_nearly_all_of_a_step_is_named(variant: str, tmp_path: Path) -> None:
         assert calls["aten::native_batch_norm"] == calls["aten::native_batch_norm_backward"] == 9 * 2
         assert calls["aten::cat"] == 9 * 2  # forward, and behind the split
     else:
-        assert calls["tsbn::forward_training"] == calls["tsbn::backward"] == 9
+        assert calls["tsbn::forward_tracked"] == calls["tsbn::backward"] == 9
     shares = [found.share_of(kind) for kind in (*profiling.KINDS, profiling.OPTIMIZER, profiling.OTHER)]
     assert sum(shares) == pytest.approx(found.named)
     assert found.share_of("convolution") > 0.3

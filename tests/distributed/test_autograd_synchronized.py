@@ -223,7 +223,7 @@ def one_collective_each_way() -> None:
     rank = distributed.get_rank()
     groups = [distributed.new_group([member]) for member in range(distributed.get_world_size())]
     single = new_layer(process_group=groups[rank])
-    assert counts(single) == [{"tsbn::forward_training": 1}, {"tsbn::backward": 1}]
+    assert counts(single) == [{"tsbn::forward_tracked": 1}, {"tsbn::backward": 1}]
     late = LateFanOut.from_layer(new_layer(), nn.MaxPool2d(2))
     assert counts(late)[0] == {"tsbn::moments": 1, "c10d::_allgather_base_": 1, "tsbn::forward_eval": 2}
 

@@ -15,7 +15,7 @@ from support.tolerances import assert_same_bits
 
 from tsbn_kernels import FusedTSigmaBN2d, functional
 from tsbn_kernels.definition import batch_norm as reference
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.operator import checks, ops
 
@@ -24,6 +24,9 @@ OPTIONS = "int num_tasks, float eps, str gate, str stacking"
 # Programs that were exported, and the C++ kernels, were made for these.
 SCHEMAS = {
     "forward_training": f"(Tensor x, Tensor weight, Tensor? bias, {OPTIONS}, {EPILOGUE}) -> "
+    "(Tensor y, Tensor mean, Tensor var)",
+    "forward_tracked": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    f"Tensor(c!)? batches, float? momentum, Tensor? rows, {OPTIONS}, {EPILOGUE}) -> "
     "(Tensor y, Tensor mean, Tensor var)",
     "forward_eval": f"(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, {OPTIONS}, {EPILOGUE}) -> "
     "Tensor",
@@ -72,6 +75,10 @@ def test_flat_arguments_become_what_a_backend_takes() -> None:
 
     flat.forward_training(x, p.weight, p.bias, *p.options, *end)
     assert listening.heard == (x, p.weight, p.bias, residual, options)
+    count, rows = torch.zeros(2, dtype=torch.long), torch.tensor([1, 0])
+    running = Running(saved.mean.clone(), saved.var.clone(), count, 0.5, rows)
+    flat.forward_tracked(x, p.weight, p.bias, *running, *p.options, *end)
+    assert listening.heard == (x, p.weight, p.bias, residual, running, options)
     flat.forward_eval(x, p.weight, p.bias, saved.mean, saved.var, *p.options, *end)
     assert listening.heard == (saved, options)
     flat.backward(p.dy, x, *vectors, *p.options, False, True, False, True, p.bias, *end, True)
@@ -177,7 +184,7 @@ def test_other_tensors_of_a_known_call(checked: list[int]) -> None:
 
 
 def test_what_is_known_is_bounded_and_keeps_no_tensor(checked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_MOST", 4)
+    monkeypatch.setattr(checks, "MOST", 4)
     for size in range(2, 12):
         p = problem(2, size, 3, (2,))
         tasks, alive = torch.tensor(2), weakref.ref(p.x)
@@ -191,7 +198,7 @@ def test_what_is_known_is_bounded_and_keeps_no_tensor(checked: list[int], monkey
 
 
 def test_threads_share_what_is_known(checked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_MOST", 3)
+    monkeypatch.setattr(checks, "MOST", 3)
     problems = [problem(2, size, 3, (4,), seed=size) for size in range(2, 10)]
     wanted = [task_batch_norm(p.x, p.weight, num_tasks=2) for p in problems]
     with ThreadPoolExecutor(8) as pool:

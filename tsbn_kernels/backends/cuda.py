@@ -22,7 +22,7 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
 
 DISPATCH_KEY = "CUDA"
 _LIBRARY = Path(__file__).parent.parent / "_cuda.so"
@@ -211,6 +211,15 @@ def forward_training(
     tensors = _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
     _run(_Call(options, True), tensors)
     return Normalized(y, mean, var)
+
+
+def forward_tracked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
+) -> Normalized:
+    """Updates the running statistics beside the kernels."""
+    found = forward_training(x, weight, bias, residual, options)
+    reference.track(running, found.mean, found.var, reference.values_of(x, options))
+    return found
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE, activate, activation_slope
 from tsbn_kernels.definition.layout import task_view
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,6 +102,67 @@ def forward_training(
     """Normalises by the batch's own statistics. Returns y, mean ``[T, C]`` and biased variance ``[T, C]``."""
     mean, var = statistics(x, options)
     return Normalized(forward_eval(Saved(x, weight, bias, residual, mean, var), options), mean, var)
+
+
+def forward_tracked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
+) -> Normalized:
+    """Computes :func:`forward_training`, and updates the running statistics by those of the batch."""
+    found = forward_training(x, weight, bias, residual, options)
+    track(running, found.mean, found.var, values_of(x, options))
+    return found
+
+
+def values_of(x: Tensor, options: Options) -> int:
+    """How many values of x a task and channel has."""
+    own = of_input(options)
+    return x.numel() // (own.num_tasks * x.shape[layout.channel_axis(own.stacking)])
+
+
+def track(running: Running, mean: Tensor, var: Tensor, values: int) -> None:
+    """Updates running statistics by those of a batch with ``values`` values a task and channel; an empty one counts."""
+    momentum = advance(running, mean.dtype)
+    if values > 0:
+        move(running, mean, var * (values / (values - 1)), momentum)
+
+
+def advance(running: Running, dtype: torch.dtype) -> float | Tensor:
+    """Counts a batch. Returns its share in the running statistics, of ``dtype`` where it is ``[T, 1]``."""
+    count(running)
+    if running.momentum is not None:
+        return running.momentum
+    batches, rows = running.batches, running.rows
+    assert batches is not None
+    return 1.0 / (batches if rows is None else batches.index_select(0, rows)).to(dtype).unsqueeze(1)
+
+
+def count(running: Running) -> None:
+    """Counts a batch, where batches are counted."""
+    batches, rows = running.batches, running.rows
+    if batches is not None and rows is not None:
+        batches.index_add_(0, rows, torch.ones_like(rows))
+    elif batches is not None:
+        batches.add_(1)
+
+
+def move(running: Running, mean: Tensor, unbiased: Tensor, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * batch``, rounded once where ``running`` is the narrower."""
+    rows, compiling = running.rows, torch.compiler.is_compiling()
+    for old, found in ((running.mean, mean), (running.var, unbiased)):
+        if old is None:
+            continue
+        dtype = torch.promote_types(old.dtype, found.dtype)
+        before, batch = (old if rows is None else old.index_select(0, rows)).to(dtype), found.to(dtype)
+        share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
+        if before is old and not compiling:
+            old.lerp_(batch, share)
+            continue
+        # In a graph lerp would cost a graph for every momentum.
+        after = before + (batch - before) * share if compiling else before.lerp(batch, share)
+        if rows is None:
+            old.copy_(after)
+        else:
+            old.index_copy_(0, rows, after.to(old.dtype))
 
 
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:

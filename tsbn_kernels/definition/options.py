@@ -49,6 +49,23 @@ class Saved(NamedTuple):
     var: Tensor
 
 
+class Running(NamedTuple):
+    """Running statistics that a forward pass in training updates in place; None where there are none.
+
+    Attributes:
+        mean, var: ``[R, C]``.
+        batches: how many were seen, int64 ``[R]``.
+        momentum: the batch's share; a tensor broadcasts over ``[T, C]``. None: 1 / batches, the cumulative average.
+        rows: the row of each task, int64 ``[T]``; None: there are T rows, in the order of the tasks.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+    momentum: float | Tensor | None = 0.1
+    rows: Tensor | None = None
+
+
 class Normalized(NamedTuple):
     """The output, and the statistics ``[T, C]`` that it was normalised by."""
 
@@ -83,6 +100,20 @@ class Backend(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
     ) -> Normalized:
         """Normalises by the batch's own statistics."""
+
+    def forward_tracked(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        options: Options,
+    ) -> Normalized:
+        """Normalises by the batch's own statistics, and updates the running ones by them.
+
+        The batch is not empty, the running statistics are contiguous, and their momentum is no tensor.
+        """
 
     def forward_eval(self, saved: Saved, options: Options) -> Tensor:
         """Normalises by given statistics."""

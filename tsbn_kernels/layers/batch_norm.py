@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
+from tsbn_kernels.definition.options import Running
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific, whole
@@ -270,36 +271,32 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         vectors = self._vectors()
         if tasks is not None or self._tasks is not None:
             vectors, tasks = self._own_rows(vectors, tasks)
-        rows = vectors
+        weight, bias, running_mean, running_var, num_batches_tracked = vectors
+        training = self.training
+        tracked = training and self.track_running_stats and not runs.is_repetition()
+        running = Running()
+        if tracked:
+            momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
+            running = Running(running_mean, running_var, num_batches_tracked, momentum, tasks)
+        if training and (tasks is not None or not tracked):  # not read, and updated, if at all, by their rows
+            running_mean = running_var = None
         if tasks is not None:
-            rows = tuple(None if vector is None else vector.index_select(0, tasks) for vector in vectors)
-        weight, bias, running_mean, running_var, num_batches_tracked = rows
+            weight, bias, running_mean, running_var = (
+                None if vector is None else vector.index_select(0, tasks)
+                for vector in (weight, bias, running_mean, running_var)
+            )
         passes = None
         if self._participation is not None:
             weight, passes = self._take_part(weight, tasks, own_streams=as_streams)
-        training = self.training
-        tracking = training and self.track_running_stats and not runs.is_repetition()
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if tracking and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-            if self.momentum is None:  # cumulative average
-                momentum = 1.0 / num_batches_tracked.unsqueeze(1)
-        if training and not tracking:
-            running_mean = running_var = None
         tensors = x, weight, bias, running_mean, running_var, residual
         of_batch = training or running_mean is None
         arithmetic = self.eps, self.gate, stacking, self.activation, self.negative_slope
         settings = weight.shape[0], of_batch, *arithmetic, fan_out, self.recover_input
         group = self.process_group if training else None
-        result = normalize(tensors, settings, momentum, group, as_streams, not tracking)
+        result = normalize(tensors, settings, running, group, as_streams)
         if passes is not None and as_streams:
             for index, stream in enumerate(result):
                 passes.watch(index, [stream])
-        if tracking and tasks is not None:
-            _, _, *statistics = vectors
-            for vector, changed in zip(statistics, (running_mean, running_var, num_batches_tracked), strict=True):
-                if vector is not None:
-                    vector.index_copy_(0, tasks, changed)
         return result
 
     def _vectors(self) -> tuple[Any, ...]:

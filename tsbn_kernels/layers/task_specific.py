@@ -131,7 +131,7 @@ class TaskSpecific(nn.Module):
     def _indices(self, tasks: Sequence[int] | Tensor) -> Tensor:
         if isinstance(tasks, Tensor):
             checks.check_tasks(tasks, self.num_tasks, self.weight)
-            return tasks
+            return tasks.contiguous()
         if not isinstance(tasks, Sequence) or isinstance(tasks, (str, bytes)):
             raise TypeError(f"tasks must be a sequence of integers or an int64 tensor, got {tasks!r}")
         indices = [checks.index("each of tasks", task) for task in tasks]

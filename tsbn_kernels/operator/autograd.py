@@ -12,7 +12,7 @@ from torch import Tensor
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import NONE, activation_slope
-from tsbn_kernels.definition.options import Backend, Gradients, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import Backend, Gradients, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.operator import recover_input as recovery
 from tsbn_kernels.operator.ops import batch_norm, eager_operators, operators
 from tsbn_kernels.operator.registry import library
@@ -49,9 +49,15 @@ def _normalize(
     residual: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    running: Running | None,
     options: Options,
 ) -> Normalized:
-    """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given."""
+    """Returns y and the statistics it was normalised by: the batch's where ``mean`` is None, else those given.
+
+    Those of the batch update the ``running`` ones, where there are some.
+    """
+    if running is not None:
+        return compute.forward_tracked(x, weight, bias, residual, running, options)
     if mean is None or var is None:
         return compute.forward_training(x, weight, bias, residual, options)
     y = compute.forward_eval(Saved(x, weight, bias, residual, mean, var), options)
@@ -73,7 +79,7 @@ class TaskBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, given_mean, _, options, recover_input, backend = inputs
+        x, weight, bias, residual, given_mean, _, _, options, recover_input, backend = inputs
         y, mean, var = output
         ctx.options, ctx.recover_input, ctx.backend = options, recover_input, backend
         ctx.training = given_mean is None
@@ -91,14 +97,14 @@ class TaskBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, *_ = ctx.needs_input_grad
-        return *gradients(ctx, dy, _NEEDS[x, weight, bias, residual]), None, None, None, None, None
+        return *gradients(ctx, dy, _NEEDS[x, weight, bias, residual]), None, None, None, None, None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
         """E models of T tasks are one model of E*T tasks: still one call."""
-        *tensors, options, recover_input, backend = inputs
+        *tensors, _, options, recover_input, backend = inputs
         models, num_tasks, stacking = info.batch_size, options.num_tasks, options.stacking
 
         def batched(tensor: Any, dim: int | None) -> Any:
@@ -120,9 +126,8 @@ class TaskBatchNorm(torch.autograd.Function):
             residual = layout.in_family(residual, layout.family(x, "task_axis"), "task_axis")
         of_all = options._replace(num_tasks=models * num_tasks, stacking="task_axis", fan_out=False)
         vectors = vector(weight), vector(bias), residual, vector(mean), vector(var)
-        y, *statistics = (
-            result.unflatten(0, (models, -1)) for result in apply(x, *vectors, of_all, recover_input, backend)
-        )
+        results = apply(x, *vectors, None, of_all, recover_input, backend)
+        y, *statistics = (result.unflatten(0, (models, -1)) for result in results)
         return (layout.stacked(y, stacking, dim=1), *statistics), (0, 0, 0)
 
     @staticmethod
@@ -239,7 +244,7 @@ def _register(name: str) -> None:
         mean, var = given.pop("mean", None), given.pop("var", None)
         TaskBatchNorm.setup_context(
             ctx,
-            (given["x"], given["weight"], given["bias"], given["residual"], mean, var, options, False, None),
+            (given["x"], given["weight"], given["bias"], given["residual"], mean, var, None, options, False, None),
             output if mean is None else (output, mean, var),
         )
 

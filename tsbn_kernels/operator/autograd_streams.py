@@ -38,7 +38,7 @@ class TaskStreams(TaskBatchNorm):
         found = Gradients()
         if given and (x or weight or bias or residual):
             found = _gradients(ctx, given, Needs(x, weight, bias, residual))
-        return *found, None, None, None, None, None
+        return *found, None, None, None, None, None, None
 
     @staticmethod
     def vmap(*_: Any) -> Any:

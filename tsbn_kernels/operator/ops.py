@@ -6,7 +6,8 @@ and back. ``x`` is a stacked activation, or where ``shared`` (``fan_out``) is se
 which are copied. Parameters and statistics are ``[T, C]``; statistics are float64 for float64 input, else float32;
 moments are float64. ``activation`` is ``"none"`` or one of
 :data:`tsbn_kernels.definition.activations.ACTIVATIONS`; the backward takes ``"inverse_leaky_relu"`` too (see the
-reference). A gradient that is not needed is an empty tensor.
+reference). A gradient that is not needed is an empty tensor. ``forward_tracked`` alone changes what it is given, the
+running statistics: it is for eager code, and called below autograd.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Backend, Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+from tsbn_kernels.definition.options import (
+    Backend,
+    Gradients,
+    Moments,
+    Needs,
+    Normalized,
+    Options,
+    Running,
+    Saved,
+    of_input,
+)
 from tsbn_kernels.operator.registry import Normalization, Operator, or_empty
 
 if TYPE_CHECKING:
@@ -34,6 +45,7 @@ class Operators(NamedTuple):
     """The functions of a backend, by the names of the operators."""
 
     forward_training: Callable[..., Any]
+    forward_tracked: Callable[..., Any]
     forward_eval: Callable[..., Any]
     backward: Callable[..., Any]
     moments: Callable[..., Any]
@@ -43,6 +55,7 @@ class Operators(NamedTuple):
 # ---- the schemas: options are fields of Options, those that have defaults follow the residual ------------------------
 
 _FLAT_NAMES = {name: "shared" if name == "fan_out" else name for name in Options._fields}
+_RUNNING = ("running_mean", "running_var", "batches", "momentum", "rows")
 _NOT_ASKED = {"eps": 0.0, "gate": "identity"}  # of moments
 
 
@@ -63,6 +76,12 @@ SCHEMAS = {
     "forward_training": (
         f"(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}, {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)"
     ),
+    # In a graph the statistics are updated beside the layer.
+    "forward_tracked": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+        f" Tensor(c!)? batches, float? momentum, Tensor? rows, {_OPTIONS}, {_EPILOGUE})"
+        " -> (Tensor y, Tensor mean, Tensor var)"
+    ),
     "forward_eval": (
         f"(Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor var, {_OPTIONS}, {_EPILOGUE}) -> Tensor"
     ),
@@ -81,6 +100,19 @@ SCHEMAS = {
 
 
 # ---- from flat arguments to a backend --------------------------------------------------------------------------------
+
+
+def _forward_tracked(
+    run: Callable[..., Normalized],
+    options: Options,
+    *,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    **running: Any,
+) -> Normalized:
+    return run(x, weight, bias, residual, Running(*(running[name] for name in _RUNNING)), options)
 
 
 def _backward(
@@ -103,6 +135,7 @@ def _input_gradient(
 
 _ADAPTERS: dict[str, Callable[..., Any]] = {
     "forward_training": lambda run, options, x, weight, bias, residual: run(x, weight, bias, residual, options),
+    "forward_tracked": _forward_tracked,
     "forward_eval": lambda run, options, **saved: run(Saved(**saved), options),
     "backward": _backward,
     "moments": lambda run, options, x: run(x, options),
@@ -138,6 +171,21 @@ class Dispatched:
         num_tasks, eps, gate, stacking, *end = options
         epilogue = () if residual is None and end == _NO_EPILOGUE else (residual, *end)
         return Normalized._make(self.flat.forward_training(x, weight, bias, num_tasks, eps, gate, stacking, *epilogue))
+
+    def forward_tracked(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        options: Options,
+    ) -> Normalized:
+        num_tasks, eps, gate, stacking, *end = options
+        epilogue = () if residual is None and end == _NO_EPILOGUE else (residual, *end)
+        return Normalized._make(
+            self.flat.forward_tracked(x, weight, bias, *running, num_tasks, eps, gate, stacking, *epilogue)
+        )
 
     def forward_eval(self, saved: Saved, options: Options) -> Tensor:
         x, weight, bias, residual, mean, var = saved
@@ -190,6 +238,12 @@ class _Fake:
     ) -> Normalized:
         mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
         return Normalized(layout.empty_output(x, options), mean, torch.empty_like(mean))
+
+    @staticmethod
+    def forward_tracked(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
+    ) -> Normalized:
+        return _Fake.forward_training(x, weight, bias, residual, options)
 
     @staticmethod
     def forward_eval(saved: Saved, options: Options) -> Tensor:

@@ -23,7 +23,7 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Saved, of_input
+from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
 
 _forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
 _backwards: dict[Hashable, Any] = {}
@@ -93,6 +93,15 @@ def forward_training(
         return reference.forward_training(x, weight, bias, residual, options)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options), mean, var)
+
+
+def forward_tracked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
+) -> Normalized:
+    """Updates the running statistics beside the kernels."""
+    found = forward_training(x, weight, bias, residual, options)
+    reference.track(running, found.mean, found.var, reference.values_of(x, options))
+    return found
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
