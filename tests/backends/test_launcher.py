@@ -73,7 +73,7 @@ for change in {changes!r}:
 """
 CHANGES = [
     "",
-    "slab._run = lambda *a: right(*a[:7], a[8], a[7], *a[9:])",
+    "slab._run = lambda *a: right(*a[:12], a[13], a[12], *a[14:])",
     "slab._run = lambda *a: right(a[0]._replace(n=a[0].c, c=a[0].n), *a[1:])",
     "slab._run = lambda *a: right(*a, stream=5)",
     "slab._run = lambda *a: (right(*a), right(*a))",

@@ -166,6 +166,7 @@ class Kernels(NamedTuple):
     activations: Any
     epilogue: Any
     statistics: Any
+    running: Any
     forward: Any
     backward: Any
     fan_out: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -141,6 +142,23 @@ def joined() -> None:
         twice(lambda: make_call(2, 6, 4, (4, 4), residual=True, shared=fan_out), run)  # noqa: B023
 
 
+def tracked() -> None:
+    """Running statistics: the second time at addresses of which nothing is promised, and with another momentum."""
+    for some, fan_out in product((False, True), (False, True)):
+        places = iter((0, 1))
+
+        def run(call: Call) -> None:
+            p, first = call.p, next(places)  # noqa: B023
+            tasks, channels = p.weight.shape
+            mean, var = torch.zeros(2, 16 + tasks * channels)[:, first : first + tasks * channels].unbind()
+            batches, rows = torch.zeros(2, 16 + tasks, dtype=torch.int64)[:, first : first + tasks].unbind()
+            statistics = mean.view(tasks, channels), var.view(tasks, channels), batches, 0.25 * (1 + first)
+            given = rows.copy_(torch.arange(tasks)) if some else None  # noqa: B023
+            TRITON.forward_tracked(p.x, p.weight, p.bias, *statistics, given, *p.options, *call.epilogue)
+
+        twice(lambda: make_call(2, 6, 4, (4, 4), shared=fan_out), run)  # noqa: B023
+
+
 def far_apart() -> None:
     """Strides of more than 32 bits, which no tensor of this machine has."""
     for stride in (1 << 33, (1 << 33) + 1):
@@ -159,6 +177,7 @@ def main(driver: Driver) -> dict[str, Any]:
     judge = Judge(driver)
     names = all_kinds()
     joined()
+    tracked()
     far_apart()
     assert judge.first == judge.again, f"launched but once: {judge.first - judge.again}"
     return {"kernels": sorted(judge.first), "kinds": names, "launches": driver.launches}

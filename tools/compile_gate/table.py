@@ -34,8 +34,8 @@ from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Worklo
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
-from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward
-from tsbn_kernels.definition.options import Gradients, Options, Saved
+from tsbn_kernels.backends.triton.passes import NOT_TRACKED, Backward, FanOutBackward, Forward
+from tsbn_kernels.definition.options import Gradients, Options, Running, Saved
 
 TABLE = Path(__file__).with_name("compiled_kernels.csv")
 
@@ -156,7 +156,9 @@ class LaidOut:
                 gradients(y, saved, Gradients(dx, vector, None, dresidual))
             else:
                 values = Forward(plan, x, *options)
-                values(saved, values.stacked_like(x))
+                batches = torch.empty(self.shape[0], dtype=torch.int64, device="meta")
+                tracked = Running(vector, vector, batches) if plan.work.training else NOT_TRACKED
+                values(saved, values.stacked_like(x), tracked)
         return calls
 
 

@@ -17,7 +17,7 @@ from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import Work, work_of
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward, Pass
+from tsbn_kernels.backends.triton.passes import NOT_TRACKED, Backward, FanOutBackward, Forward, Pass
 from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, PartMoments
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
@@ -27,6 +27,7 @@ from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalize
 
 _forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
 _backwards: dict[Hashable, Any] = {}
+_HERE = nullcontext()
 
 
 @cache
@@ -38,7 +39,7 @@ def _device(device: torch.device) -> Device:
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device of the tensors the current one, if it is not."""
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
-        return nullcontext()
+        return _HERE
     return torch.accelerator.device_index(device.index)
 
 
@@ -63,26 +64,28 @@ def _work(saved: Saved, training: bool, options: Options, needs: Needs | None = 
     return work_of(x, options, needs, training=training, **own)
 
 
-def _normalize(saved: Saved, training: bool, options: Options) -> Tensor:
+def _normalize(saved: Saved, training: bool, options: Options, running: Running = NOT_TRACKED) -> Tensor:
+    saved = _contiguous(saved)
     x, _, _, residual, *_ = saved
-    key = _class(x), _class(residual), _dtypes(saved), training, options
+    kinds = running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
+    key = _class(x), _class(residual), _dtypes(saved), kinds, training, options
     run = _forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options, residual)
         if own_x is not x or own_residual is not residual:
-            return _normalize(saved._replace(x=own_x, residual=own_residual), training, options)
+            return _normalize(saved._replace(x=own_x, residual=own_residual), training, options, running)
         make = partial(Forward, x=x, options=options, residual=residual)
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
-            return partial(candidate, _contiguous(saved), candidate.stacked_like(x))
+            return partial(candidate, saved, candidate.stacked_like(x))
 
         with _on(x.device):
             plan = rules.plan(_work(saved, training, options), _device(x.device))
             run = _forwards[key] = make(choose(plan, prepare))
     y: Tensor = run.stacked_like(x)
     with _on(x.device):
-        run(_contiguous(saved), y)
+        run(saved, y, running)
     return y
 
 
@@ -91,17 +94,33 @@ def forward_training(
 ) -> Normalized:
     if x.numel() == 0:
         return reference.forward_training(x, weight, bias, residual, options)
-    mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options), mean, var)
+    return _training(x, weight, bias, residual, NOT_TRACKED, options)
 
 
 def forward_tracked(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
 ) -> Normalized:
-    """Updates the running statistics beside the kernels."""
-    found = forward_training(x, weight, bias, residual, options)
-    reference.track(running, found.mean, found.var, reference.values_of(x, options))
+    """Updates the running statistics in the launch that writes those of the batch.
+
+    Two things are done beside it: for a cumulative average the batch is counted, since all programs read the count; and
+    float64 is updated, whose momentum a launch would round.
+    """
+    if x.dtype == torch.float64:
+        found = forward_training(x, weight, bias, residual, options)
+        reference.track(running, found.mean, found.var, reference.values_of(x, options))
+        return found
+    found = _training(x, weight, bias, residual, running, options)
+    if running.momentum is None:
+        reference.count(running)
     return found
+
+
+def _training(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
+) -> Normalized:
+    mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
+    var = torch.empty_like(mean)  # at half the cost on the host
+    return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options, running), mean, var)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
@@ -111,9 +130,10 @@ def forward_eval(saved: Saved, options: Options) -> Tensor:
 def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
     if options.activation in (NONE, INVERSE):  # nothing depends on what went into the activation
         saved = saved._replace(bias=None, residual=None)
-    x, weight, _, residual, *_ = saved
     if not any(needs):
         return Gradients()
+    saved = _contiguous(saved)
+    x, weight, _, residual, *_ = saved
     if x.numel() == 0:
         return reference.backward(dy, saved, training, needs, options)
     key = _class(dy), _class(x), _class(residual), _dtypes(saved), training, needs, options
@@ -121,8 +141,8 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
     def outputs(run: Pass) -> Gradients:
         return Gradients(
             run.input_like(x) if needs.dx else None,
-            weight.new_empty(weight.shape) if needs.dweight else None,
-            weight.new_empty(weight.shape) if needs.dbias else None,
+            torch.empty_like(weight) if needs.dweight else None,
+            torch.empty_like(weight) if needs.dbias else None,
             run.stacked_like(x) if needs.dresidual else None,
         )
 
@@ -136,14 +156,14 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
 
         def prepare(plan: Plan) -> Callable[[], None]:
             candidate = make(plan)
-            return partial(candidate, dy, _contiguous(saved), outputs(candidate))
+            return partial(candidate, dy, saved, outputs(candidate))
 
         with _on(x.device):
             plan = rules.plan(_work(saved, training, options, needs), _device(x.device))
             run = _backwards[key] = make(choose(plan, prepare))
     results = outputs(run)
     with _on(x.device):
-        run(dy, _contiguous(saved), results)
+        run(dy, saved, results)
     return results
 
 

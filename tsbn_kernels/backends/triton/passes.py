@@ -17,9 +17,11 @@ from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import EPILOGUES, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Options, Saved, of_input
+from tsbn_kernels.definition.options import Gradients, Options, Running, Saved, of_input
 
 Strides = tuple[int, int, int, int]
+
+NOT_TRACKED = Running(momentum=None)
 
 # The kernels that no epilogue ends: compiled once for all activations.
 WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")
@@ -133,20 +135,20 @@ class Forward(Pass):
         else:
             self.slab = self.launch("forward_slab", plan.variant == "resident", *self.formula)
 
-    def __call__(self, saved: Saved, y: Tensor) -> None:
-        """Writes y, and mean and var where the plan reduces; reads them where it does not."""
+    def __call__(self, saved: Saved, y: Tensor, running: Running = NOT_TRACKED) -> None:
+        """Writes y, and mean, var and the running statistics where the plan reduces; else reads mean and var."""
         x, weight, bias, residual, mean, var = saved
         source = View(x, *self.x)
         tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
         if self.plan.variant in ("resident", "streaming"):
-            self.slab(*tensors, *self.sizes)
+            self.slab(*tensors, *running, *self.sizes)
             return
         partials = None
         if self.plan.variant == "split":
             streams, (_, *of_one) = self.plan.work.streams, self.sizes
             partials = self.partials(4, streams, weight)
             self.first(source, partials, streams, *of_one, *self.split)
-        self.apply(*tensors, partials, *self.sizes, *self.split)
+        self.apply(*tensors, *running, partials, *self.sizes, *self.split)
 
 
 class BackwardPass(Pass):

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels import backward, forward
 from tsbn_kernels.backends.triton.kernels.epilogue import through
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
 from tsbn_kernels.backends.triton.kernels.statistics import add_splits, merge_splits, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -33,12 +34,15 @@ def of_task(t, T, slab):
 
 
 @triton.jit
-def store_statistics(mean, var, average, variance, T, slab):
-    """Writes the statistics of x for every task."""
+def store_statistics(
+    mean, var, running_mean, running_var, batches, momentum, rows, average, variance, T, slab, tile
+):  # fmt: skip
+    """Writes the statistics of x for every task, and updates the running ones."""
     for t in range(T):
         task = of_task(t, T, slab)
         store_vector(mean, average, task)
         store_vector(var, variance, task)
+        track(running_mean, running_var, batches, momentum, rows, average, variance, task, tile)
 
 
 @triton.jit
@@ -58,9 +62,9 @@ def store_outcomes(
         forward.store_outcome(y, deviation, residual, scale, offset, task, place, tile)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TRACKED)
 def fan_out_slab(
-    x, residual, y, weight, bias, mean, var, T, N, C, S, tile,
+    x, residual, y, weight, bias, mean, var, running_mean, running_var, batches, momentum, rows, T, N, C, S, tile,
     EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Statistics and every task's y of a slab of x that is one tile, which stays in registers."""
@@ -69,16 +73,18 @@ def fan_out_slab(
     values = load(x, slab, place, tile)
     average, rest, squares, count = tile_statistics(values, place, slab, tile)
     variance = squares / count
-    store_statistics(mean, var, average, variance, T, slab)
+    store_statistics(
+        mean, var, running_mean, running_var, batches, momentum, rows, average, variance, T, slab, tile
+    )  # fmt: skip
     store_outcomes(
         values, residual, y, weight, bias, mean, var, average, rest, variance, T, slab, place, tile, EPS, SIGMOID
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TRACKED)
 def fan_out_apply(
-    x, residual, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
-    EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    x, residual, y, weight, bias, mean, var, running_mean, running_var, batches, momentum, rows, partials,
+    T, N, C, S, splits, share, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Every task's y of a split, by the statistics that ``partials`` give, or by those given where there are none."""
     split = tl.program_id(0) % splits
@@ -88,7 +94,9 @@ def fan_out_apply(
     else:
         average, rest, variance = merge_splits(partials, splits, slab, tile)
         if split == 0:
-            store_statistics(mean, var, average, variance, T, slab)
+            store_statistics(
+                mean, var, running_mean, running_var, batches, momentum, rows, average, variance, T, slab, tile
+            )  # fmt: skip
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))
     for i in range(first, last):

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels.epilogue import before_activation
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
 from tsbn_kernels.backends.triton.kernels.statistics import merge_splits, slab_statistics, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -42,9 +43,9 @@ def normalize_tiles(x, residual, y, slab, first, last, mean, scale, offset, tile
         store_outcome(y, load(x, slab, place, tile) - mean, residual, scale, offset, slab, place, tile)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TRACKED)
 def forward_slab(
-    x, residual, y, weight, bias, mean, var, T, N, C, S, tile,
+    x, residual, y, weight, bias, mean, var, running_mean, running_var, batches, momentum, rows, T, N, C, S, tile,
     RESIDENT: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y of a slab by one program. RESIDENT: the slab is one tile, which stays in registers."""
@@ -60,6 +61,7 @@ def forward_slab(
     scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     store_vector(mean, average, slab)
     store_vector(var, variance, slab)
+    track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile)
     if RESIDENT:
         store_outcome(y, values - average, residual, scale, offset, slab, place, tile)
     else:
@@ -85,10 +87,10 @@ def forward_partial(x, partials, T, N, C, S, splits, share, tile):
     store_vector(data + 3 * splits * size, count, slab)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TRACKED)
 def forward_apply(
-    x, residual, y, weight, bias, mean, var, partials, T, N, C, S, splits, share, tile,
-    EPS: tl.constexpr, SIGMOID: tl.constexpr,
+    x, residual, y, weight, bias, mean, var, running_mean, running_var, batches, momentum, rows, partials,
+    T, N, C, S, splits, share, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a split, by the statistics that the splits' ``partials`` give, or by those given where there are none."""
     split = tl.program_id(0) % splits
@@ -100,6 +102,7 @@ def forward_apply(
         if split == 0:
             store_vector(mean, average, slab)
             store_vector(var, variance, slab)
+            track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile)
     scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))

@@ -1,0 +1,82 @@
+"""Running statistics by the launch that computes the batch's: every plan in the interpreter, and what is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import cycle, product
+
+import pytest
+import torch
+from support.problems import FORMATS, STACKINGS, problem
+
+pytest.importorskip("triton")
+from support.interpreter import device, interpreted, passes
+
+from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition.options import Options, Running
+
+SMALL = [(3, 4, 2, (8,)), (2, 5, 3, (7,)), (2, 3, 2, (211,)), (3, 8, 2, (64,)), (2, 3, 37, (5,))]
+
+
+def running(tasks: int, channels: int, momentum: float | None, rows: bool, dtype: torch.dtype) -> Running:
+    """Statistics of one task more than there are where ``rows`` picks some."""
+    made = torch.Generator().manual_seed(7)
+    size = tasks + rows, channels
+    mean, var = torch.randn(size, generator=made).to(dtype), torch.rand(size, generator=made).to(dtype)
+    count = torch.arange(3, 3 + tasks + rows)
+    return Running(mean, var, count, momentum, torch.arange(tasks, 0, -1) if rows else None)
+
+
+def copied(given: Running) -> Running:
+    return Running._make(v.clone() if isinstance(v, torch.Tensor) else v for v in given)
+
+
+@pytest.mark.parametrize("fan_out", [False, True])
+def test_every_plan_updates_what_the_reference_does(fan_out: bool) -> None:
+    reached: set[Hashable] = set()
+    kinds = product((0.1, None, 0.75), (False, True), (torch.float32, torch.bfloat16, torch.float64))
+    rounds = zip(cycle(kinds), cycle(STACKINGS), strict=False)
+    for (tasks, samples, channels, positions), memory_format in product(SMALL, FORMATS):
+        for multiprocessors in (1, 8):
+            (momentum, rows, dtype), stacking = next(rounds)
+            p = problem(tasks, samples, channels, positions, stacking=stacking, memory_format=memory_format)
+            options = Options(*p.options, fan_out=fan_out)
+            x = problem(1, samples, channels, positions, memory_format=memory_format).x if fan_out else p.x
+            got = running(tasks, channels, momentum, rows, dtype)
+            wanted, before = copied(got), copied(got)
+            with interpreted(device(threads=16, multiprocessors=multiprocessors)):
+                found = ops.forward_tracked(x, p.weight, p.bias, None, got, options)
+                reached.update((one.plan.variant, one.plan.work.family) for one in passes())
+            exact = reference.forward_tracked(x, p.weight, p.bias, None, wanted, options)
+            torch.testing.assert_close(found.y, exact.y)
+            for one, defined, old in zip(got[:3], wanted[:3], before[:3], strict=True):
+                assert isinstance(one, torch.Tensor)
+                assert isinstance(defined, torch.Tensor)
+                torch.testing.assert_close(one, defined)
+                assert isinstance(old, torch.Tensor)
+                assert not torch.equal(one, old)
+    variants = ("resident", "split") if fan_out else ("resident", "streaming", "split")
+    assert reached >= set(product(variants, ("rows", "columns")))
+
+
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_some_statistics_alone(missing: tuple[int, ...]) -> None:
+    p = problem(2, 3, 5, (4,))
+    given = running(2, 5, 0.25, False, torch.float32)
+    got = Running._make(None if k in missing else v for k, v in enumerate(given))
+    wanted = copied(got)
+    with interpreted(device(threads=16)):
+        ops.forward_tracked(p.x, p.weight, p.bias, None, got, Options(*p.options))
+    reference.forward_tracked(p.x, p.weight, p.bias, None, wanted, Options(*p.options))
+    torch.testing.assert_close([v for v in got if v is not None], [v for v in wanted if v is not None])
+
+
+def test_float64_is_updated_with_all_digits() -> None:
+    p = problem(2, 3, 5, (4,), dtype=torch.float64)
+    got = running(2, 5, 0.1, False, torch.float64)
+    wanted = copied(got)
+    with interpreted(device(threads=16)):
+        ops.forward_tracked(p.x, p.weight, p.bias, None, got, Options(*p.options))
+    reference.forward_tracked(p.x, p.weight, p.bias, None, wanted, Options(*p.options))
+    torch.testing.assert_close(list(got[:3]), list(wanted[:3]), rtol=1e-13, atol=1e-13)
