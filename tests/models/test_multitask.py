@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model, revert_model
+from tsbn_kernels.layers.layer_norm import LayerNorm2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -264,11 +265,12 @@ def test_outputs_of_the_backbone_are_recomputed() -> None:
         close(got, wanted)
 
 
-def test_onnx_takes_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, LayerNorm2d])
+def test_onnx_takes_the_model(norm: type[nn.Module], tmp_path: Path) -> None:
     """With all of its heads, in operators of ONNX alone."""
     pytest.importorskip("onnxscript")
     reference = pytest.importorskip("onnx.reference")
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 1), norm(4))
     backbone = convert_model(layers, T, pretrained=False)
     for module in backbone.modules():
         if hasattr(module, "gates"):
