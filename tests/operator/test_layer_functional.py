@@ -95,7 +95,7 @@ def test_statistics_under_vmap(case: dict[str, Any]) -> None:
     options = LayerOptions(len(p.weight), p.eps, p.gate, p.stacking, p.rms, p.fan_out)
 
     def call(x: Tensor) -> tuple[Tensor, ...]:
-        return layer_autograd.apply(x, p.weight, p.bias, p.residual, options, None)
+        return layer_autograd.apply_transformed(x, p.weight, p.bias, p.residual, options, None)
 
     many = torch.randn(3, *p.x.shape, dtype=torch.float64)
     for found, wanted in zip(torch.vmap(call)(many), zip(*map(call, many), strict=True), strict=True):

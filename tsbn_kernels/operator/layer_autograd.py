@@ -79,7 +79,7 @@ class TaskLayerNorm(torch.autograd.Function):
         mean = None if options.rms else statistics[0]
         keep(ctx, LayerSaved(s, weight, mean, statistics[-1]), options, backend)
         ctx.save_for_forward(s, weight)
-        ctx.adds = residual is not None
+        ctx.adds, ctx.statistics = residual is not None, len(statistics)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *more: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,7 +114,7 @@ class TaskLayerNorm(torch.autograd.Function):
         vectors = weight.flatten(0, 1), None if bias is None else bias.flatten(0, 1)
         of_all = options._replace(num_tasks=models * num_tasks, stacking="task_axis", fan_out=False)
         x = streams(x)
-        y, *more = apply(x, *vectors, streams(residual), of_all, backend)
+        y, *more = apply_transformed(x, *vectors, streams(residual), of_all, backend)
         y = layout.stacked(y.unflatten(0, (models, num_tasks)), stacking, dim=1)
         sizes = reference.rows_of(x, vectors[0])
         outputs = [of_input(s) for s in more[: residual is not None]]
@@ -145,31 +145,47 @@ class TaskLayerNorm(torch.autograd.Function):
             parts.append(reference.affine(reference.normalized(saved), change, offset, options))
         tangent = sum(parts[1:], parts[0]).to(s.dtype) if parts else None
         of_sum = (torch.zeros_like(s) if ds is None else ds,) if ctx.adds else ()  # None would be an error of PyTorch's
-        return tangent, *of_sum, *(None,) * (1 if options.rms else 2)
+        return tangent, *of_sum, *(None,) * ctx.statistics
 
 
 class EagerTaskLayerNorm(TaskLayerNorm):
     """The layer for eager code: one call without a signature that arguments are bound to, at half the cost on the host.
 
-    ``torch.func`` takes no function whose forward is given the context.
+    It returns y, and the sum with a residual: what is saved need not be returned. ``torch.func`` takes no function
+    whose forward is given the context, and saves inputs and outputs alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = TaskLayerNorm.forward(*inputs)
-        TaskLayerNorm.setup_context(ctx, inputs, output)
-        return output
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, residual: Any, options: LayerOptions, backend: Any
+    ) -> tuple[Tensor, ...]:
+        y, s, mean, rstd = eager_operators(backend).layer_norm(x, weight, bias, residual, options)
+        ctx.adds, ctx.statistics = s is not None, 0
+        read = x if s is None else s
+        keep(ctx, LayerSaved(read, weight, mean, rstd), options, backend)
+        ctx.save_for_forward(read, weight)
+        return (y,) if s is None else (y, s)
 
     setup_context = torch.autograd.Function.setup_context  # as a class that has none of its own
 
 
 def apply(*inputs: Any) -> tuple[Tensor, ...]:
-    """Applies the layer, differentiable; takes and returns what :meth:`TaskLayerNorm.forward` does."""
+    """Applies the layer, differentiable; takes what :meth:`TaskLayerNorm.forward` does, and returns that or less."""
     outputs: tuple[Tensor, ...]
     if torch._C._are_functorch_transforms_active():
-        outputs = transformed(TaskLayerNorm, apply, inputs)
+        outputs = apply_transformed(*inputs)
     else:
         outputs = EagerTaskLayerNorm.apply(*inputs)
+    return outputs
+
+
+def apply_transformed(*inputs: Any) -> tuple[Tensor, ...]:
+    """Applies the layer under the transforms of ``torch.func``, or below those; returns all of it."""
+    outputs: tuple[Tensor, ...]
+    if torch._C._are_functorch_transforms_active():
+        outputs = transformed(TaskLayerNorm, apply_transformed, inputs)
+    else:
+        outputs = TaskLayerNorm.apply(*inputs)
     return outputs
 
 
