@@ -159,15 +159,15 @@ class MultiTaskModel(nn.Module):
             with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
         except (RuntimeError, ValueError) as error:
-            if parting is not None and not isinstance(error, runs.RowsError):
-                parting.check(self.backbone)
+            if parting is not None and parting.obstacle and not isinstance(error, runs.RowsError):
+                raise parting.error(self.backbone) from error
             if shared and run.fanned_out and not torch.compiler.is_compiling():
                 raise _explained(error, self.backbone) from error
             raise
         finally:
             runs.leave(run)
-        if parting is not None:
-            parting.check(self.backbone)
+        if parting is not None and parting.obstacle:
+            raise parting.error(self.backbone)
         streams, every = of_each_task(features, run, self.backbone)
         if run.passes is not None:
             for index, stream in enumerate(streams):

@@ -47,13 +47,12 @@ class Parting(NamedTuple):
     leaves: tuple[int, ...] = (0,)
     obstacle: str | None = None
 
-    def check(self, backbone: nn.Module) -> None:
-        """Raises a ``ValueError`` where the rows of layers do not fit, of any input."""
-        if self.obstacle is not None:
-            raise ValueError(
-                f"the tasks of {type(backbone).__name__} have no streams: a trial with {_SAMPLES} samples has found "
-                f"that {self.obstacle}"
-            )
+    def error(self, backbone: nn.Module) -> ValueError:
+        """What the obstacle is for a user."""
+        return ValueError(
+            f"the tasks of {type(backbone).__name__} have no streams: a trial with {_SAMPLES} samples has found that "
+            f"{self.obstacle}"
+        )
 
 
 class PartStreams:
@@ -159,8 +158,9 @@ def find(backbone: nn.Module, router: runs.Router, count: int, x: Tensor) -> Par
             parting = before
 
 
-def _save_nothing(_: Any) -> None:
-    """No backward pass comes from a trial."""
+def _save_nothing(_: Any) -> Any:
+    """What a trial keeps for a backward pass, of which there is none."""
+    return None
 
 
 class Call(NamedTuple):
