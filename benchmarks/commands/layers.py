@@ -30,14 +30,17 @@ from benchmarks.layers.run import FULL_EFFORT, QUICK_EFFORT, run_cases
 from benchmarks.layers.verify import MismatchError
 from benchmarks.records.record import Record, write_json
 from benchmarks.records.workloads import (
+    LAYER_NORM,
     NO_ACTIVATION,
-    SLAB_BATCH,
+    SERIES_BATCH,
+    SERIES_TASKS,
     SLAB_LAYERS,
-    SLAB_TASKS,
     SWEEP_SLAB,
     SWEEP_TASKS,
+    SWEEP_WIDTH,
     TASK_COUNTS,
     TASKS_LAYER,
+    WIDTH_LAYERS,
     WORKLOADS,
     parse_shape,
 )
@@ -45,7 +48,7 @@ from benchmarks.report.console import choices, fail, progress, wide_console
 from benchmarks.report.tables import show
 from benchmarks.timing import environment, host_memory
 
-SERIES = {"tasks": SWEEP_TASKS, "slab": SWEEP_SLAB}
+SERIES = {"tasks": SWEEP_TASKS, "slab": SWEEP_SLAB, "width": SWEEP_WIDTH}
 QUICK_LAYERS, QUICK_POINTS = 2, slice(0, 6, 2)  # points of a series: every other one
 
 
@@ -53,7 +56,10 @@ def layers(
     workload: Annotated[str | None, typer.Argument(help=f"One of {', '.join(WORKLOADS)}; none with --shape.")] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: TASKSxSAMPLES,CHANNELS[,HEIGHT,WIDTH], as in 40x16,64,32,32."),
+        typer.Option(
+            help="Repeatable: TASKSxSAMPLES,CHANNELS[,HEIGHT,WIDTH], as in 40x16,64,32,32; of layer normalisation "
+            "TASKSxSAMPLES,TOKENS,WIDTH, as in 5x8,1024,384."
+        ),
     ] = None,
     names: Annotated[
         list[str] | None, typer.Option("--layers", help="Of the workload: repeatable, or with commas. Default: all.")
@@ -89,7 +95,6 @@ def layers(
     if (workload is None) == (not shape):
         raise typer.BadParameter("give either a workload or a --shape", param_hint="WORKLOAD")
     where = parse_device(device)
-    impls = parse_impls(impl, where)
     if workload is None:
         if names or tasks or batch:
             raise typer.BadParameter("--layers, --tasks and --batch go with a workload", param_hint="--shape")
@@ -122,7 +127,8 @@ def layers(
             activation=activation or network.activation,
             workload=workload,
         )
-    records = _measure(console, todo, impls, quick, fresh_memory)
+    _check_activation(activation, todo)
+    records = _measure(console, todo, impl, quick, fresh_memory)
     show(console, records, None)
     if workload is not None:
         path = plot_path or Path(f"results/{workload}.png")
@@ -132,7 +138,10 @@ def layers(
 
 
 def sweep(
-    series: Annotated[str, typer.Argument(help="tasks: 1 to 128; slab: positions of each task and channel.")],
+    series: Annotated[
+        str,
+        typer.Argument(help="tasks: 1 to 128; slab: positions of each task and channel; width: rows of layer norms."),
+    ],
     batch: Annotated[
         int | None, typer.Option(min=2, help="Samples of each task. Default: what fits in memory.")
     ] = None,
@@ -144,7 +153,9 @@ def sweep(
     fresh_memory: FreshMemory = False,
     json_path: Json = None,
 ) -> None:
-    """One layer for more and more tasks, or larger and larger, fused and by every peer; the report draws them.
+    """One layer for more and more tasks, larger and larger, or of longer rows, fused and by every peer.
+
+    The report draws them.
 
     Exits with 1 if a result differs from the reference.
     """
@@ -153,13 +164,12 @@ def sweep(
     dtypes = choices(dtype or ["float32"], list(DTYPES), "--dtype")
     formats = choices(memory_format or ["contiguous"], list(MEMORY_FORMATS), "--memory-format")
     where = parse_device(device)
-    impls = parse_impls(impl, where)
     points = QUICK_POINTS if quick else slice(None)
     try:
         todo = _sweep(console, series, points, batch, dtypes, formats, where)
     except ValueError as error:
         fail(str(error))
-    records = _measure(console, todo, impls, quick, fresh_memory)
+    records = _measure(console, todo, impl, quick, fresh_memory)
     show(console, records, None)
     _keep(console, json_path, records)
     if json_path is not None:
@@ -187,6 +197,12 @@ def _of_shapes(
     return todo
 
 
+def _check_activation(given: str | None, todo: Sequence[Case]) -> None:
+    """Ends the command where an activation was asked for that no layer has."""
+    if given not in (None, NO_ACTIVATION) and any(case.norm == LAYER_NORM for case in todo):
+        raise typer.BadParameter("layer normalisation has no activation", param_hint="--activation")
+
+
 def _sweep(
     console: Console,
     series: str,
@@ -202,14 +218,14 @@ def _sweep(
         ValueError: none does.
     """
     available = environment.available_bytes(device)
-    counts, sizes = TASK_COUNTS[points], SLAB_LAYERS[points]
+    counts, sizes = TASK_COUNTS[points], (WIDTH_LAYERS if series == "width" else SLAB_LAYERS)[points]
     if series == "tasks":
         sizes, reason = (TASKS_LAYER,), "given"
         if batch is None:
             batch, reason = choose_batch(sizes, max(counts), dtypes, device, available)
     else:
-        counts, batch, reason = (SLAB_TASKS,), batch or SLAB_BATCH, "given" if batch else "the default"
-        fitting = tuple(size for size in sizes if batch_that_fits([size], SLAB_TASKS, dtypes, available)[0] >= batch)
+        counts, batch, reason = (SERIES_TASKS,), batch or SERIES_BATCH, "given" if batch else "the default"
+        fitting = tuple(size for size in sizes if batch_that_fits([size], SERIES_TASKS, dtypes, available)[0] >= batch)
         if missing := [size.name for size in sizes if size not in fitting]:
             tell(console, f"{', '.join(missing)} left out: too large for {available / 2**30:.1f} GiB of memory")
         if not fitting:
@@ -233,8 +249,9 @@ def _sweep(
 
 
 def _measure(
-    console: Console, todo: Sequence[Case], impls: Sequence[str], quick: bool, fresh_memory: bool
+    console: Console, todo: Sequence[Case], impl: Sequence[str] | None, quick: bool, fresh_memory: bool
 ) -> list[Record]:
+    impls = parse_impls(impl, todo[0].device, dict.fromkeys(case.norm for case in todo))
     impls = announce(console, impls, todo, fresh_memory)
     try:
         with host_memory.keep_freed(not fresh_memory), progress(console) as notify:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.layers.cases import DTYPES, MEMORY_FORMATS, Case
-from benchmarks.layers.registry import PEERS, defaults, runnable
-from benchmarks.records.workloads import Layer, select_layers
+from benchmarks.layers.registry import NAMES, defaults, runnable
+from benchmarks.records.workloads import BATCH_NORM, Layer, select_layers
 from benchmarks.report.console import choices, fail
 from benchmarks.timing import environment, host_memory
 
@@ -20,7 +20,7 @@ Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help=f"Repeatable: 
 Formats = Annotated[list[str] | None, typer.Option("--memory-format", help=f"Repeatable: {', '.join(MEMORY_FORMATS)}.")]
 Impls = Annotated[
     list[str] | None,
-    typer.Option("--impl", help=f"Repeatable: {', '.join(PEERS)}. Default: all, on a CPU those quickly compiled."),
+    typer.Option("--impl", help=f"Repeatable: {', '.join(NAMES)}. Default: all, on a CPU those quickly compiled."),
 ]
 OnDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... Default: the accelerator, or else cpu.")]
 FreshMemory = Annotated[
@@ -41,9 +41,9 @@ def parse_device(name: str | None) -> torch.device:
         raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
-def parse_impls(given: Sequence[str] | None, device: torch.device) -> list[str]:
-    """The implementations of an option, or the defaults."""
-    return choices(given or defaults(device), list(PEERS), "--impl")
+def parse_impls(given: Sequence[str] | None, device: torch.device, norms: Iterable[str] = (BATCH_NORM,)) -> list[str]:
+    """The implementations of an option, or the defaults for what is normalised."""
+    return choices(given or defaults(device, norms), NAMES, "--impl")
 
 
 def parse_layers(names: Sequence[str] | None, layers: Sequence[Layer]) -> tuple[Layer, ...]:

@@ -70,7 +70,7 @@ def main(backend: str, layer: str, order: str) -> None:
         device=torch.device("cuda"),
     )
     with use_backend(backend):
-        peer = PEERS["fused"](case, case.inputs())
+        peer = PEERS[case.norm]["fused"](case, case.inputs())
         for step in range(3):
             if step == 2:
                 torch.cuda.synchronize()

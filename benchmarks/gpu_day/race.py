@@ -18,11 +18,12 @@ from benchmarks.gpu_day.facts import KERNELS
 from benchmarks.gpu_day.risky import risky
 from benchmarks.gpu_day.step_api import Setting, SkippedError
 from benchmarks.layers.cases import Case, Inputs
-from benchmarks.layers.peers import Peer
-from benchmarks.layers.registry import PEERS
+from benchmarks.layers.peer import Peer
+from benchmarks.layers.registry import PEERS, why_not
 from benchmarks.layers.run import COPY, records_of
 from benchmarks.layers.verify import MismatchError, check_by_tasks, outcome_of
 from benchmarks.records.summary import Summary
+from benchmarks.records.workloads import BATCH_NORM
 from benchmarks.timing import environment, replay
 from benchmarks.timing.measure import (
     Effort,
@@ -62,7 +63,7 @@ def ours(device: torch.device) -> list[Entrant]:
 
 def peers(device: torch.device, names: Sequence[str] = ("loop", "cudnn", "folded")) -> list[Entrant]:
     """The peers that run on the device; the folded ones last, for they copy the input."""
-    return [Entrant(name) for name in names if PEERS[name].unavailable(device) is None]
+    return [Entrant(name) for name in names if PEERS[BATCH_NORM][name].unavailable(device) is None]
 
 
 def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) -> None:
@@ -83,7 +84,7 @@ def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) ->
         try:
             with risky(entrant.name, setting.folder, case.device):
                 try:
-                    if PEERS[entrant.impl].unsupported(case) is None:
+                    if why_not(entrant.impl, case) is None:
                         _enter(case, inputs, entrant, setting, kind, effort, buffers, copy)
                 except torch.OutOfMemoryError:
                     journal.note(setting.folder, "left out", **where, why="out of memory")
@@ -112,7 +113,7 @@ def _enter(
     wrong = None
     with use_backend(entrant.backend) if entrant.backend else nullcontext():
         started = time.perf_counter()
-        peer = PEERS[entrant.impl](case, inputs)
+        peer = PEERS[case.norm][entrant.impl](case, inputs)
         some = None if entrant.backend else range(0, case.tasks, -(-case.tasks // SOME_TASKS))
         errors = {}
         try:

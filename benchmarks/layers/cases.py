@@ -30,6 +30,10 @@ class Case:
     workload: str = GIVEN
 
     @property
+    def norm(self) -> str:
+        return self.layer.norm
+
+    @property
     def record_name(self) -> str:
         """What its records have for a workload: ``segnet+relu``."""
         return self.workload + f"+{self.activation}" * (self.activation != NO_ACTIVATION)
@@ -95,12 +99,12 @@ def cases(
     activation: str = NO_ACTIVATION,
     workload: str = GIVEN,
 ) -> list[Case]:
-    """Every combination; 1-d layers have no memory format and come once for each dtype."""
+    """Every combination; layers without a memory format come once for each dtype."""
     return [
         Case(layer, tasks, batch, dtype, memory_format, device, activation, workload)
         for layer in layers
         for dtype in dtypes
-        for memory_format in ((NO_FORMAT,) if layer.size is None else memory_formats)
+        for memory_format in (memory_formats if layer.has_format else (NO_FORMAT,))
     ]
 
 

@@ -1,4 +1,4 @@
-"""The ways to run one training step of a layer for T tasks, and of the activation behind it: what PyTorch runs at once.
+"""The ways to run a training step of batch normalisation for T tasks, and its activation: what PyTorch runs at once.
 
 All do the same work: normalise by the batch, update running statistics with momentum 0.1, multiply by sigmoid(gamma),
 and give gradients of the activation and of gamma. Parameters and statistics are float32 (float64 for float64).
@@ -9,8 +9,7 @@ normalisation without a bias.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import deque
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.layers.cases import DTYPES, Case, Inputs
-from benchmarks.records.workloads import NO_ACTIVATION
+from benchmarks.layers.peer import EPS, Outcome, Peer
+from benchmarks.records.workloads import BATCH_NORM, NO_ACTIVATION
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
 from tsbn_kernels.definition import activations
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition.options import Options
 
 MOMENTUM = 0.1
-EPS = 1e-5
 SLOPE = 0.01  # of a leaky ReLU
 
 # In place where the derivative does not need the input. A BatchNorm does not need its output.
@@ -78,76 +77,33 @@ class LoopOfBatchNorms(nn.Module):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step gives, to be compared: y and dx task-major in the shape of x, the rest ``[T, C]``."""
+class BatchNormOutcome(Outcome):
+    """The running statistics too, ``[T, C]``."""
 
-    y: Tensor
-    dx: Tensor
-    dgamma: Tensor
     running_mean: Tensor
     running_var: Tensor
 
 
-class Peer(ABC):
-    """One way to run the layer. It is built on a case's inputs; only ``forward`` and ``backward`` are timed."""
+class BatchNormPeer(Peer):
+    """One way to run batch normalisation and the activation behind it; its forward updates the running statistics."""
 
-    name: ClassVar[str]
-    default_on_cpu: ClassVar[bool] = True  # whether a CPU measures it unless told otherwise
-
-    x: Tensor
-    dy: Tensor
-    parameters: list[Tensor]
-    _waiting: deque[tuple[Tensor, Tensor]]
+    norm = BATCH_NORM
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.tasks, self.batch, self.channels = case.tasks, case.batch, case.layer.channels
-        self.activation = case.activation
-        self.x, self.dy = inputs.x.detach().requires_grad_(), inputs.dy
-
-    @staticmethod
-    def unavailable(device: torch.device) -> str | None:
-        """Why this peer cannot run on the device; None where it can."""
-        return None
-
-    @staticmethod
-    def unsupported(case: Case) -> str | None:
-        """Why this peer has no part in a case, on a device where it can run; None where it has."""
-        return None
-
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """Runs the forward pass in training, with its autograd graph, and updates the running statistics."""
-
-    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x and of the parameters for the incoming gradient dy."""
-        return torch.autograd.grad(y, (self.x, *self.parameters), self.dy)
-
-    def rotate_over(self, buffers: int) -> None:
-        """Sets of x and dy that take turns from now on, all with the values that there are."""
-        self._waiting = deque((self.x.detach().clone().requires_grad_(), self.dy.clone()) for _ in range(buffers - 1))
-
-    def next_buffers(self) -> None:
-        """The next set takes its turn."""
-        self._waiting.append((self.x, self.dy))
-        self.x, self.dy = self._waiting.popleft()
+        super().__init__(case, inputs)
+        self.batch, self.activation = case.batch, case.activation
 
     @abstractmethod
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance ``[T, C]``."""
 
-    def task_major(self, tensor: Tensor) -> Tensor:
-        """A tensor in the shape of this peer's x in the task-major shape of the case."""
-        return tensor
-
-    def step(self) -> Outcome:
+    def step(self) -> BatchNormOutcome:
         """One forward and backward, for verification."""
-        y = self.forward()
-        dx, *dgamma = self.backward(y)
-        stacked = torch.stack(list(dgamma)).view(self.tasks, self.channels)
-        return Outcome(self.task_major(y.detach()), self.task_major(dx), stacked, *self.statistics())
+        outcome = super().step()
+        return BatchNormOutcome(outcome.y, outcome.dx, outcome.dgamma, *self.statistics())
 
 
-class Fused(Peer):
+class Fused(BatchNormPeer):
     """``FusedTSigmaBN`` on task-major input, with the activation inside."""
 
     name = "fused"
@@ -191,7 +147,7 @@ def _loop_step(module: LoopOfBatchNorms, x: Tensor, activation: str) -> Tensor:
     return activate(module(x), activation)
 
 
-class Loop(Peer):
+class Loop(BatchNormPeer):
     """T ``nn.BatchNorm2d`` on the chunks of task-major input, joined by ``cat``; then the activation."""
 
     name = "loop"
@@ -214,7 +170,7 @@ class Loop(Peer):
         return torch.stack([mean for mean, _, _ in buffers]), torch.stack([var for _, var, _ in buffers])
 
 
-class _Functional(Peer):
+class _Functional(BatchNormPeer):
     """A step written as a function of x, gamma, the running statistics and the activation's name."""
 
     step_function: Callable[..., Tensor]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.layers.cases import Case, Inputs
-from benchmarks.layers.peers import Folded, Loop, Peer, Reference, Vmap
+from benchmarks.layers.peer import Peer
+from benchmarks.layers.peers import Folded, Loop, Reference, Vmap
+from benchmarks.layers.peers_layer_norm import LoopOfLayerNorms, Scaled
 
 # Without CUDA graphs: they spare launches, for whatever is put into them, and would copy x into a buffer of theirs.
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
@@ -44,14 +46,16 @@ class Compiled(Peer):
 def _compiled(prefix: str, peer: type[Peer]) -> type[Peer]:
     """A class of the peer, compiled.
 
-    By default a CPU measures neither the loop, which takes minutes to compile, nor what is autotuned: there
-    max-autotune tries kernels of matrix products and convolutions alone, and makes the same code of a normalisation.
+    By default a CPU measures neither the loop of batch normalisations, which takes minutes to compile, nor what is
+    autotuned: there max-autotune tries kernels of matrix products and convolutions alone, and makes the same
+    code of a normalisation.
     """
     name, default = f"{prefix}_{peer.name}", peer.default_on_cpu and peer is not Loop and prefix == "compiled"
     return type(name, (Compiled, peer), {"name": name, "mode": MODES[prefix], "default_on_cpu": default})
 
 
-COMPILED = [_compiled(prefix, peer) for prefix in MODES for peer in (Loop, Reference, Folded, Vmap)]
+_PEERS: tuple[type[Peer], ...] = (Loop, Reference, Folded, Vmap, LoopOfLayerNorms, Scaled)
+COMPILED = [_compiled(prefix, peer) for prefix in MODES for peer in _PEERS]
 
 
 def warm_up(impls: Sequence[str], device: torch.device) -> None:

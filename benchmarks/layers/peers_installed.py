@@ -1,4 +1,5 @@
-"""The peers of other packages, where these are installed: kernels of apex and of inplace_abn, on the folded form.
+"""The peers of other packages, where these are installed: kernels of apex and of inplace_abn on the folded form, and of
+Liger in the loop of layer normalisations.
 
 Their layers have a weight where ours has a gate: its sigmoid is given to them at every step.
 """
@@ -10,10 +11,12 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.layers.cases import Case, Inputs
-from benchmarks.layers.peers import EPS, MOMENTUM, SLOPE, Folded, Outcome, Peer
+from benchmarks.layers.peer import EPS, Peer
+from benchmarks.layers.peers import MOMENTUM, SLOPE, BatchNormOutcome, Folded
+from benchmarks.layers.peers_layer_norm import LoopOfLayerNorms
 from benchmarks.records.workloads import NO_ACTIVATION
 
 
@@ -124,7 +127,7 @@ class InPlaceABN(Folded):
         options = True, MOMENTUM, EPS, self.activations[activation], SLOPE
         return self.function(_Overwritable.apply(x), *vectors, *options)  # type: ignore[no-any-return]
 
-    def step(self) -> Outcome:
+    def step(self) -> BatchNormOutcome:
         """One forward and backward on the case's values, which an earlier step has overwritten."""
         with torch.no_grad():
             self.x.copy_(self.values)
@@ -145,4 +148,34 @@ class InPlaceABN(Folded):
         return None
 
 
-INSTALLED: tuple[type[Peer], ...] = (ApexGroupBN, ApexSyncBN, InPlaceABN)
+class _LigerNorm(nn.Module):
+    """One task's layer normalisation by Liger, with sigmoid(weight) as its weight and a bias of zeros."""
+
+    def __init__(self, function: Any, gamma: Tensor) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(gamma.clone())
+        self.register_buffer("bias", torch.zeros_like(gamma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x, torch.sigmoid(self.weight), self.bias, EPS)  # type: ignore[no-any-return]
+
+
+class Liger(LoopOfLayerNorms):
+    """The loop with ``LigerLayerNormFunction`` for the layer normalisation of each task."""
+
+    name = "liger"
+    source = "liger_kernel.ops.layer_norm", "LigerLayerNormFunction"
+
+    def one(self, case: Case, gamma: Tensor) -> nn.Module:
+        return _LigerNorm(_found(*self.source)[0], gamma)
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return "Liger's kernels run on GPUs alone" if device.type == "cpu" else _found(*cls.source)[1]
+
+    @classmethod
+    def unsupported(cls, case: Case) -> str | None:
+        return "it computes in float32 alone" if case.dtype == "float64" else None
+
+
+INSTALLED: tuple[type[Peer], ...] = (ApexGroupBN, ApexSyncBN, InPlaceABN, Liger)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.layers.cases import Case, Inputs
-from benchmarks.layers.peers import Peer
-from benchmarks.layers.registry import PEERS
+from benchmarks.layers.peer import Peer
+from benchmarks.layers.registry import PEERS, why_not
 from benchmarks.layers.verify import Expected, check, outcome_of
 from benchmarks.records.record import OURS, PASSES, USEFUL_TENSORS, Record, fraction_of_copy_bandwidth
 from benchmarks.records.summary import Summary
@@ -46,7 +46,7 @@ def run_cases(cases: Sequence[Case], impls: Sequence[str], effort: Effort, notif
     """
     total = effort.visits * work(cases)
     done = 0.0
-    taking_part = {case: [impl for impl in impls if PEERS[impl].unsupported(case) is None] for case in cases}
+    taking_part = {case: [impl for impl in impls if why_not(impl, case) is None] for case in cases}
     visits: dict[Case, list[dict[str, Rounds]]] = {case: [] for case in cases}
     # What was compiled at the first visit serves the later ones, but for what holds a module of its own.
     with torch._dynamo.config.patch(recompile_limit=effort.visits * len(cases) + 1):
@@ -62,7 +62,7 @@ def run_cases(cases: Sequence[Case], impls: Sequence[str], effort: Effort, notif
                     peers = _verified(case, taking_part[case], inputs, on_stage, tell)
                     taking_part[case] = list(peers)
                 else:
-                    peers = {impl: PEERS[impl](case, inputs) for impl in taking_part[case]}
+                    peers = {impl: PEERS[case.norm][impl](case, inputs) for impl in taking_part[case]}
                 visits[case].append(_visit(case, inputs, peers, effort, on_stage))
                 del inputs, peers
                 gc.collect()
@@ -91,7 +91,7 @@ def _verified(
     for impl in impls:
         on_stage(f"verifying {impl}")
         try:
-            peer = PEERS[impl](case, inputs)
+            peer = PEERS[case.norm][impl](case, inputs)
             outcome = outcome_of(peer)
         except Exception as error:
             if impl in OURS:
@@ -149,6 +149,7 @@ def records_of(case: Case, summaries: dict[str, list[Summary]]) -> list[Record]:
                     tasks=case.tasks,
                     outliers=summary.outliers,
                     visits_ms=tuple(1e3 * visit for visit in summary.visits),
+                    norm=case.norm,
                 )
             )
     return records

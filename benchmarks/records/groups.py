@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.records.record import PASSES, TRAINING_STEP, Means, Record, means
-from benchmarks.records.workloads import NO_FORMAT, SWEEPS
+from benchmarks.records.workloads import LAYER_NORM, NO_FORMAT, SWEEPS
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,22 @@ def series_of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
 def series_of_slabs(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records that differ in the size of the activation alone, by what they have in common; three sizes at least."""
     return _series(
-        records,
+        [record for record in records if record.norm != LAYER_NORM],
         lambda record: (record.tasks, record.shape[1]),
         positions,
         3,
         lambda record: f"{record.shape[1]} channels, {batch(record)}",
+    )
+
+
+def series_of_widths(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of layer normalisation that differ in the length of a row alone, in activations of one size; three."""
+    return _series(
+        [record for record in records if record.norm == LAYER_NORM],
+        lambda record: (record.tasks, math.prod(record.shape)),
+        lambda record: record.shape[-1],
+        3,
+        lambda record: f"{math.prod(record.shape):,} values, {batch(record)}",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.records.network_run import VARIANTS, Differences, NetworkRun, NetworkSteps
 from benchmarks.records.record import PASSES, TRAINING_STEP, Record
 from benchmarks.records.summary import Summary
+from benchmarks.records.workloads import NORMS
 
 
 class RecordsError(ValueError):
@@ -36,6 +37,7 @@ def _are_versions(value: Any) -> bool:
 
 _EXPECTED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("workload layer dtype memory_format impl device", "a text", lambda value: isinstance(value, str) and bool(value)),
+    ("norm", " or ".join(NORMS), lambda value: value in NORMS),
     ("pass", " or ".join((*PASSES, TRAINING_STEP)), lambda value: value in (*PASSES, TRAINING_STEP)),
     ("median_ms copy_ms fraction_of_copy_bandwidth speedup_over_loop", "a finite number above 0", _is_time),
     ("iqr_ms", "a finite number, 0 or more", lambda value: value == 0 or _is_time(value)),

@@ -25,7 +25,8 @@ class Record:
     """One measurement. ``layer`` names all layers of the shape; ``pass_`` is ``pass`` in JSON.
 
     The last fields are None in records of files that were written before they were kept. ``visits_ms`` are the medians
-    of the visits, which lie minutes apart and tell how far two runs may differ.
+    of the visits, which lie minutes apart and tell how far two runs may differ. Without a
+    ``norm`` it was batch normalisation.
     """
 
     workload: str
@@ -48,6 +49,7 @@ class Record:
     tasks: int | None = None
     outliers: int | None = None
     visits_ms: tuple[float, ...] | None = None
+    norm: str | None = None
 
     @property
     def layers(self) -> int:

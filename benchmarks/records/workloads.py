@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # of the dtypes that are measured
+BATCH_NORM, LAYER_NORM = NORMS = ("batch_norm", "layer_norm")
 NO_ACTIVATION = "none"
-NO_FORMAT = "none"  # the memory format of [N, C] layers: measured once, part of the means of every format
+NO_FORMAT = "none"  # of [N, C] layers and of layer normalisation: measured once, part of the means of every format
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,27 @@ class Layer:
     """Layers of one shape, measured once: ``bn2,bn3`` stands for two layers, ``512@36x48 x3`` for three.
 
     Attributes:
-        size: height and width; None is a 1-d layer.
+        channels: how many gates a task has; of layer normalisation the length D of a row.
+        size: height and width; None is a 1-d layer. Of layer normalisation the number of tokens, each a row.
         times: how many layers have this shape, where they have no names of their own.
     """
 
     names: tuple[str, ...]
     channels: int
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
     times: int = 1
+    norm: str = BATCH_NORM
 
     @classmethod
-    def of(cls, channels: int, size: tuple[int, ...], times: int = 1) -> Layer:
+    def of(cls, channels: int, size: tuple[int, ...], times: int = 1, norm: str = BATCH_NORM) -> Layer:
         """Named by its shape; the size is height and width, or empty."""
-        name = f"{channels}@{size[0]}x{size[1]}" if size else str(channels)
-        return cls((name,), channels, (size[0], size[1]) if size else None, times)
+        name = "@".join([str(channels), *["x".join(map(str, size))] * bool(size)])
+        return cls((name,), channels, size or None, times, norm)
+
+    @classmethod
+    def of_rows(cls, width: int, tokens: int, times: int = 1) -> Layer:
+        """Layer normalisation of so many tokens of this width, named by its shape: ``384@1024``."""
+        return cls.of(width, (tokens,), times, LAYER_NORM)
 
     @property
     def name(self) -> str:
@@ -42,8 +50,14 @@ class Layer:
         return math.prod(self.shape(1, 1))
 
     def shape(self, tasks: int, batch: int) -> tuple[int, ...]:
-        """Shape of all tasks' activation: ``[T*N, C, H, W]`` or ``[T*N, C]``."""
-        return (tasks * batch, self.channels, *(self.size or ()))
+        """Shape of all tasks' activation: ``[T*N, C, H, W]`` or ``[T*N, C]``; rows are ``[T*N, L, D]``."""
+        sizes = [self.channels, *(self.size or ())]
+        return (tasks * batch, *(sizes[::-1] if self.norm == LAYER_NORM else sizes))
+
+    @property
+    def has_format(self) -> bool:
+        """Whether its activation may lie in one memory format or another."""
+        return self.norm == BATCH_NORM and self.size is not None
 
 
 def layers_named(name: str) -> int:
@@ -122,35 +136,43 @@ RESNET50 = tuple(
     for tasks, batch, height, width in ((3, 4, 256, 256), (3, 4, 288, 384), (2, 16, 128, 256))
 )
 VIT_FUSION = Workload("vit_fusion", 5, 8, (Layer.of(512, (32, 32)),), "gelu")
+# A ViT-S/16 at 512x512 as the paper trains it on PascalContext, and BERT base: before the attention and the MLP of each
+# of 12 blocks, and behind or before all of them. The batches are not those of papers.
+VIT_S16 = Workload("vit_s16_512", 5, 8, (Layer.of_rows(384, 1024, 25),), NO_ACTIVATION)
+BERT_BASE = Workload("bert_base", 8, 32, (Layer.of_rows(768, 512, 25),), NO_ACTIVATION)
 CELEBA = Workload("celeba40", 40, 256, CELEBA40, "relu")
-WORKLOADS = {workload.name: workload for workload in (CELEBA, SEGNET, *RESNET50, VIT_FUSION)}
+WORKLOADS = {workload.name: workload for workload in (CELEBA, SEGNET, *RESNET50, VIT_FUSION, VIT_S16, BERT_BASE)}
 
-# Series: one layer for more and more tasks, and one number of tasks and channels for larger and larger activations.
-SWEEP_TASKS, SWEEP_SLAB = "sweep_tasks", "sweep_slab"
-SWEEPS = (SWEEP_TASKS, SWEEP_SLAB)
+# Series: one layer for more and more tasks, one number of tasks and channels for larger and larger activations, and
+# layer normalisation of longer and longer rows in activations of one size.
+SWEEP_TASKS, SWEEP_SLAB, SWEEP_WIDTH = SWEEPS = ("sweep_tasks", "sweep_slab", "sweep_width")
 TASK_COUNTS = tuple(2**power for power in range(8))
 TASKS_LAYER = Layer.of(128, (16, 16))
-SLAB_TASKS, SLAB_BATCH = 8, 8
+SERIES_TASKS, SERIES_BATCH = 8, 8  # of the other two
 SLAB_LAYERS = tuple(Layer.of(64, (2**power, 2**power)) for power in range(1, 9))
+WIDTH_LAYERS = tuple(Layer.of_rows(2**power, 2 ** (17 - power)) for power in range(2, 15, 2))
 GIVEN = "shape"  # the workload of what a user gives
 
 
 def parse_shape(text: str) -> tuple[int, int, Layer]:
-    """Tasks, samples of each and layer of ``TxN,C,H,W`` or ``TxN,C``.
+    """Tasks, samples of each and layer of ``TxN,C,H,W`` or ``TxN,C``, or of layer normalisation ``TxN,L,D``.
 
     Raises:
         ValueError: the text is no such shape.
     """
-    found = re.fullmatch(r"(\d+)x(\d+),(\d+)(?:,(\d+),(\d+))?", text)
-    sizes = [int(size) for size in found.groups(default="1")] if found else [0]
-    if found is None or 0 in sizes:
+    found = re.fullmatch(r"(\d+)x(\d+)((?:,\d+){1,3})", text)
+    sizes = [int(size) for size in re.findall(r"\d+", text)] if found else [0]
+    if 0 in sizes:
         raise ValueError(
-            f"{text!r} is no shape; expected TASKSxSAMPLES,CHANNELS[,HEIGHT,WIDTH], such as 40x16,64,32,32"
+            f"{text!r} is no shape; expected TASKSxSAMPLES,CHANNELS[,HEIGHT,WIDTH], such as 40x16,64,32,32, or "
+            "for layer normalisation TASKSxSAMPLES,TOKENS,WIDTH, such as 5x8,1024,384"
         )
     tasks, samples, channels, *size = sizes
+    if len(size) == 1:
+        return tasks, samples, Layer.of_rows(size[0], channels)
     if samples * math.prod(size) < 2:
         raise ValueError(f"{text!r} has a single value for each task and channel; statistics need two")
-    return tasks, samples, Layer.of(channels, tuple(size) if found[4] else ())
+    return tasks, samples, Layer.of(channels, tuple(size))
 
 
 def activation_named(workload: str) -> str:

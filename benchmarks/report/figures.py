@@ -146,6 +146,16 @@ def by_slab(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | None
     return panels(_of_pass(series, pass_), draw, *labels, share=False)
 
 
+def by_width(series: Mapping[str, Sequence[Record]], pass_: str) -> Figure | None:
+    """Share of the copy's bandwidth by the length of a normalised row, a panel for each of the series."""
+    draw = lines(
+        lambda record: (record.shape[-1], record.fraction_of_copy_bandwidth or math.nan),
+        lambda record: (record.shape[-1], 1.0),
+    )
+    labels = "of the copy's bandwidth (log)", "values of a row (log)"
+    return panels(_of_pass(series, pass_), draw, *labels, share=False)
+
+
 def _of_pass(series: Mapping[str, Sequence[Record]], pass_: str) -> dict[str, list[Record]]:
     found = {name: [record for record in records if record.pass_ == pass_] for name, records in series.items()}
     return {name: records for name, records in found.items() if records}

@@ -15,7 +15,15 @@ from typing import NamedTuple, TypeVar
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.records.groups import RecordGroup, backend_of, groups, machine, series_of_slabs, series_of_tasks
+from benchmarks.records.groups import (
+    RecordGroup,
+    backend_of,
+    groups,
+    machine,
+    series_of_slabs,
+    series_of_tasks,
+    series_of_widths,
+)
 from benchmarks.records.network_run import NetworkRun
 from benchmarks.records.record import PASSES, Record
 from benchmarks.report import figures
@@ -217,6 +225,15 @@ SECTIONS: Mapping[str, Section] = {
             "useful bytes a second over the copy's, by how many values each mean is taken of.",
         ),
         "The records do not differ in the size of the activation alone; measure `sweep slab`",
+    ),
+    "widths": Section(
+        "Scaling with the length of a row",
+        lambda found: _each_pass(
+            figures.by_width,
+            series_of_widths(found.records),
+            "useful bytes a second over the copy's, by how many values a layer normalisation takes its mean of.",
+        ),
+        "The records do not differ in the length of a normalised row alone; measure `sweep width`",
     ),
     "network": Section(
         "Training step of the network",

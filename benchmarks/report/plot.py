@@ -22,19 +22,23 @@ COLORS = {
     "separate": "#7fb69f",
     "loop": "#9aa0a6",
     "folded": "#e0a030",
+    "scaled": "#d9b44a",
     "vmap": "#8e6bbf",
     "cudnn": "#2a9db0",
     "compiled_loop": "#63686d",
     "compiled_reference": "#c75146",
     "compiled_folded": "#5b7db1",
+    "compiled_scaled": "#3f7fa6",
     "compiled_vmap": "#b79fd8",
     "autotuned_loop": "#3d4146",
     "autotuned_reference": "#8f2f27",
     "autotuned_folded": "#2f4f80",
+    "autotuned_scaled": "#234d66",
     "autotuned_vmap": "#5b3a8c",
     "apex_groupbn": "#d97fb0",
     "apex_syncbn": "#a04a7a",
     "inplace_abn": "#8a6d3b",
+    "liger": "#c2498a",
 }
 _LABELLED = 30  # bars of a panel that have room for their values; of more the fused layer's have
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from benchmarks.profile.predict import DIRECTIONS, work_of
 from benchmarks.records.groups import backend_of
 from benchmarks.records.record import FORWARD, Record
-from benchmarks.records.workloads import ITEM_BYTES, activation_named
+from benchmarks.records.workloads import ITEM_BYTES, LAYER_NORM, activation_named
 from tsbn_kernels.backends.plan import Device, Plan, Work
 from tsbn_kernels.backends.plan import cuda as cuda_rules
 from tsbn_kernels.backends.plan import triton as triton_rules
@@ -19,12 +19,12 @@ RULES: dict[str, Callable[[Work, Device], Plan]] = {"triton": triton_rules.plan,
 
 
 def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
-    """The plan of each pass of the fused layer, for records of a GPU known on paper that name their tasks."""
+    """The plan of each pass of batch normalisation, for records of a GPU known on paper that name their tasks."""
     found = []
     for record in records:
         rules, device = RULES.get(backend_of(record)[0]), by_driver(record.device)
         known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in ITEM_BYTES
-        if rules and device and known and record.tasks:
+        if rules and device and known and record.tasks and record.norm != LAYER_NORM:
             for direction in DIRECTIONS:
                 work = work_of(
                     record.shape,

@@ -21,6 +21,7 @@ from benchmarks.layers.peers import Fused
 from benchmarks.layers.registry import PEERS, defaults
 from benchmarks.network import celeba40
 from benchmarks.records.network_run import VARIANTS, Differences
+from benchmarks.records.workloads import BATCH_NORM
 from benchmarks.timing.measure import Effort
 
 TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
@@ -91,7 +92,9 @@ def test_quick_takes_every_peer_through_the_compiler(invoke, monkeypatch, tmp_pa
     )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "q.json").read_text())
-    left_out = {"separate"} | {name for name, peer in PEERS.items() if peer.unavailable(torch.device("cpu"))}
+    left_out = {"separate"} | {
+        name for name, peer in PEERS[BATCH_NORM].items() if peer.unavailable(torch.device("cpu"))
+    }
     assert {row["impl"] for row in rows} == set(defaults(torch.device("cpu"))) - left_out
     assert (tmp_path / "results" / "celeba40.png").exists()  # where it goes by default
 
@@ -105,7 +108,7 @@ class Wrong(Fused):
 
 @pytest.mark.parametrize("impl", ["fused", "folded"])
 def test_a_wrong_candidate_ends_the_run_with_status_1(invoke, monkeypatch, tmp_path, impl):
-    monkeypatch.setitem(PEERS, impl, Wrong)
+    monkeypatch.setitem(PEERS[BATCH_NORM], impl, Wrong)
     timed = []
     monkeypatch.setattr(run, "measure", lambda *_: timed.append(1))
     result = invoke(*EAGER, "--no-network", "--dtype", "float32", "--json", "out.json")

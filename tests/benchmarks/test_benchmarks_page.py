@@ -96,6 +96,7 @@ def test_every_section_is_there_and_says_something(reader):
         "sizes": ["the copy is the roof"],
         "tasks": ["time a task; flat"],
         "slabs": ["measure `sweep slab`"],
+        "widths": ["measure `sweep width`"],
         "network": ["and late fan-out", "peak memory of the step", "1024 MiB", "4 tasks, batch 8"],
         "plan": ["native C++, avx512", "Plans of the triton backend for H100", "resident"],
         "machines": ["threads", "torch", "2.14", "several machines or versions"],

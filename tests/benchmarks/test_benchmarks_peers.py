@@ -14,10 +14,10 @@ from torch.nn import functional
 from benchmarks.layers.cases import Case
 from benchmarks.layers.peers import ACTIVATIONS, CuDNN, Loop
 from benchmarks.layers.peers_compiled import COMPILED
-from benchmarks.layers.registry import PEERS, defaults, runnable
+from benchmarks.layers.registry import NAMES, PEERS, defaults, runnable, why_not
 from benchmarks.layers.run import run_cases
 from benchmarks.layers.verify import Expected, MismatchError, check, outcome_of
-from benchmarks.records.workloads import NO_FORMAT, Layer
+from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM, NO_FORMAT, NORMS, Layer
 from benchmarks.timing.measure import Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -27,15 +27,22 @@ def small(dtype="float32", memory_format="contiguous", size=(3, 5), activation="
     return Case(Layer.of(8, size or ()), 3, 4, dtype, memory_format if size else NO_FORMAT, CPU, activation)
 
 
+def rows(dtype="float32", width=37, tokens=5) -> Case:
+    return Case(Layer.of_rows(width, tokens), 3, 4, dtype, NO_FORMAT, CPU)
+
+
 def errors_of(impl: str, case: Case) -> dict[str, float]:
     inputs = case.inputs()
     expected = Expected.of(case, inputs)
-    return check(impl, case, outcome_of(PEERS[impl](case, inputs)), expected)
+    return check(impl, case, outcome_of(PEERS[case.norm][impl](case, inputs)), expected)
 
 
 def test_names_are_those_of_the_registry():
-    assert [peer.name for peer in PEERS.values()] == list(PEERS)
-    assert len(PEERS) == 17
+    for norm in NORMS:
+        assert [(peer.norm, name) for name, peer in PEERS[norm].items()] == [(norm, one) for one in PEERS[norm]]
+        assert [peer.name for peer in PEERS[norm].values()] == list(PEERS[norm])
+    assert [len(PEERS[norm]) for norm in NORMS] == [17, 8]
+    assert set(NAMES) == {name for norm in NORMS for name in PEERS[norm]}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
@@ -50,30 +57,37 @@ def test_another_activation_is_found(impl):
     case = small(activation="gelu")
     inputs = case.inputs()
     expected = Expected.of(case, inputs)
-    peer = PEERS[impl](Case(**vars(case) | {"activation": "silu"}), inputs)
+    peer = PEERS[BATCH_NORM][impl](Case(**vars(case) | {"activation": "silu"}), inputs)
     with pytest.raises(MismatchError, match=f"{impl} is wrong: y of"):
         check(impl, case, outcome_of(peer), expected)
 
 
 @pytest.mark.skipif(bool(COMPILED[0].unavailable(CPU)), reason="no C++ compiler")
-@pytest.mark.parametrize("impl", ["compiled_loop", "compiled_vmap", "autotuned_folded"])
-def test_compiled_peers_do_the_same_work(impl):
+@pytest.mark.parametrize(
+    ("norm", "impl"),
+    [
+        (BATCH_NORM, "compiled_loop"),
+        (BATCH_NORM, "compiled_vmap"),
+        (BATCH_NORM, "autotuned_folded"),
+        (LAYER_NORM, "compiled_scaled"),
+    ],
+)
+def test_compiled_peers_do_the_same_work(norm, impl):
     torch.compiler.reset()
-    case = small("bfloat16", "channels_last", activation="gelu")
-    assert PEERS[impl].unsupported(case) is None
+    case = rows("bfloat16") if norm == LAYER_NORM else small("bfloat16", "channels_last", activation="gelu")
+    assert why_not(impl, case) is None
     errors_of(impl, case)
 
 
 def test_compiled_peers_are_those_that_are_not(monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda step, **options: given.append((step, options)) or step)
-    case = small()
-    inputs = case.inputs()
+    cases = {BATCH_NORM: small(), LAYER_NORM: rows()}
     for peer in COMPILED:
-        plain = peer.name.partition("_")[2]
-        assert isinstance(peer(case, inputs), peer.__mro__[2])
+        plain, case = peer.name.partition("_")[2], cases[peer.norm]
+        assert isinstance(peer(case, case.inputs()), peer.__mro__[2])
         assert peer.__mro__[2].name == plain
-    assert len({step for step, _ in given}) == 4
+    assert len({step for step, _ in given}) == 6
     assert {options["mode"] for _, options in given} == {"default", "max-autotune-no-cudagraphs"}
     assert all(options["dynamic"] is False for _, options in given)
 
@@ -81,7 +95,7 @@ def test_compiled_peers_are_those_that_are_not(monkeypatch):
 def test_folded_input_is_copied_once():
     case = small(memory_format="channels_last")
     inputs = case.inputs()
-    peers = [PEERS[name](case, inputs) for name in ("folded", "cudnn", "compiled_folded")]
+    peers = [PEERS[BATCH_NORM][name](case, inputs) for name in ("folded", "cudnn", "compiled_folded")]
     assert len({peer.x.data_ptr() for peer in peers}) == len({peer.dy.data_ptr() for peer in peers}) == 1
     assert peers[0].x.is_contiguous(memory_format=torch.channels_last)
     assert peers[0].x.shape == (4, 24, 3, 5)
@@ -185,7 +199,7 @@ def packages(monkeypatch):
 )
 def test_apex_on_its_own_layout(packages, impl, dtype, activation):
     case = small(dtype, "channels_last", activation=activation)
-    assert PEERS[impl].unavailable(CUDA) is PEERS[impl].unsupported(case) is None
+    assert PEERS[BATCH_NORM][impl].unavailable(CUDA) is PEERS[BATCH_NORM][impl].unsupported(case) is None
     errors_of(impl, case)
 
 
@@ -193,11 +207,13 @@ def test_apex_on_its_own_layout(packages, impl, dtype, activation):
 @pytest.mark.parametrize("size", [(3, 5), None])
 def test_inplace_abn_writes_over_its_input_and_no_other(packages, size, activation):
     case = small(size=size, activation=activation)
-    assert PEERS["inplace_abn"].unavailable(CPU) is PEERS["inplace_abn"].unsupported(case) is None
+    assert (
+        PEERS[BATCH_NORM]["inplace_abn"].unavailable(CPU) is PEERS[BATCH_NORM]["inplace_abn"].unsupported(case) is None
+    )
     errors_of("inplace_abn", case)
     inputs = case.inputs()
     before = inputs.x.clone()
-    peer = PEERS["inplace_abn"](case, inputs)
+    peer = PEERS[BATCH_NORM]["inplace_abn"](case, inputs)
     for _ in range(3):
         y = peer.forward()
         assert y.data_ptr() == peer.x.data_ptr()
@@ -211,19 +227,67 @@ def test_inplace_abn_of_one_task_leaves_the_others_their_input(packages):
     case = Case(Layer.of(8, (3, 5)), 1, 4, "float32", "contiguous", CPU)  # folding copies nothing
     inputs = case.inputs()
     before = inputs.x.clone()
-    PEERS["inplace_abn"](case, inputs).step()
+    PEERS[BATCH_NORM]["inplace_abn"](case, inputs).step()
     assert torch.equal(inputs.x, before)
+
+
+class LigerNorm(torch.autograd.Function):
+    """Stands for Liger's layer normalisation: it insists on a bias, and gives gradients of all three."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        assert x.is_contiguous()
+        assert weight.shape == bias.shape == x.shape[-1:]
+        with torch.enable_grad():
+            ctx.inputs = [one.detach().requires_grad_() for one in (x, weight, bias)]
+            ctx.y = functional.layer_norm(ctx.inputs[0].float(), x.shape[-1:], *ctx.inputs[1:], eps).to(x.dtype)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (*torch.autograd.grad(ctx.y, ctx.inputs, dy), None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_liger_in_the_loop_of_the_tasks(monkeypatch, dtype):
+    for path in ("liger_kernel", "liger_kernel.ops.layer_norm"):
+        monkeypatch.setitem(sys.modules, path, ModuleType(path))
+    liger, case = PEERS[LAYER_NORM]["liger"], rows(dtype)
+    sys.modules["liger_kernel"].__spec__ = ModuleSpec("liger_kernel", None)
+    assert liger.unavailable(CUDA).startswith("the installed liger_kernel has no liger_kernel.ops.layer_norm.Liger")
+    sys.modules["liger_kernel.ops.layer_norm"].LigerLayerNormFunction = LigerNorm
+    assert liger.unavailable(CUDA) is liger.unsupported(case) is None
+    errors_of("liger", case)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert liger.unavailable(CUDA) == "liger_kernel is not installed"
+
+
+def test_a_peer_of_another_norm_has_no_part():
+    assert why_not("folded", rows()) == "it is no way to run layer_norm"
+    assert why_not("scaled", small()) == "it is no way to run batch_norm"
+    assert runnable(["fused", "folded", "scaled"], [rows()]) == (
+        ["fused", "scaled"],
+        {"folded": "it is no way to run layer_norm"},
+    )
+    effort = Effort(1, 1, 0.0, 0.0, visits=1)
+    records = run_cases([small(), rows()], ["fused", "folded", "scaled"], effort, lambda *_: None, print)
+    assert {(record.norm, record.impl) for record in records} == {
+        (BATCH_NORM, "fused"),
+        (BATCH_NORM, "folded"),
+        (LAYER_NORM, "fused"),
+        (LAYER_NORM, "scaled"),
+    }
 
 
 def test_what_is_not_installed_is_said(monkeypatch, packages):
     monkeypatch.delattr(sys.modules["apex.parallel"], "SyncBatchNorm")
-    message = PEERS["apex_syncbn"].unavailable(CUDA)
+    message = PEERS[BATCH_NORM]["apex_syncbn"].unavailable(CUDA)
     assert message.startswith("the installed apex has no apex.parallel.SyncBatchNorm: ")
     for package in ("apex", "inplace_abn"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert PEERS["apex_groupbn"].unavailable(CUDA) == "apex is not installed"
-    assert PEERS["inplace_abn"].unavailable(CPU) == "inplace_abn is not installed"
-    assert PEERS["apex_syncbn"].unavailable(CPU) == "apex runs on CUDA alone"
+    assert PEERS[BATCH_NORM]["apex_groupbn"].unavailable(CUDA) == "apex is not installed"
+    assert PEERS[BATCH_NORM]["inplace_abn"].unavailable(CPU) == "inplace_abn is not installed"
+    assert PEERS[BATCH_NORM]["apex_syncbn"].unavailable(CPU) == "apex runs on CUDA alone"
 
 
 @pytest.mark.parametrize(
@@ -237,10 +301,11 @@ def test_what_is_not_installed_is_said(monkeypatch, packages):
         ("inplace_abn", small("float16"), "it takes no float16 on cpu"),
         ("inplace_abn", small(activation="relu"), "of the activations it knows none, leaky_relu"),
         ("separate", small(), "it is the fused layer where no activation follows"),
+        ("liger", rows("float64"), "it computes in float32 alone"),
     ],
 )
 def test_what_a_peer_cannot_do_is_said(impl, case, why):
-    assert PEERS[impl].unsupported(case) == why
+    assert PEERS[case.norm][impl].unsupported(case) == why
 
 
 def test_a_peer_with_a_part_in_one_case_is_kept():
@@ -255,7 +320,7 @@ def test_a_peer_with_a_part_in_one_case_is_kept():
 
 
 def test_what_is_slow_to_compile_is_no_default_on_a_cpu():
-    assert set(defaults(CUDA)) == set(PEERS)
+    assert set(defaults(CUDA)) == set(PEERS[BATCH_NORM])
     left = {
         "vmap",
         "compiled_vmap",
@@ -266,6 +331,9 @@ def test_what_is_slow_to_compile_is_no_default_on_a_cpu():
         "autotuned_vmap",
     }
     assert set(defaults(CUDA)) - set(defaults(CPU)) == left
+    kept = ["fused", "loop", "scaled", "compiled_loop", "compiled_scaled", "liger"]  # a loop of rows compiles quickly
+    assert defaults(CPU, [LAYER_NORM]) == kept
+    assert defaults(CPU, NORMS) == [*defaults(CPU), *(name for name in kept if name not in defaults(CPU))]
 
 
 @pytest.mark.parametrize("impl", ["loop", "fused"])
@@ -274,7 +342,7 @@ def test_a_peer_that_fails_is_left_out_but_ours(impl, monkeypatch):
         def forward(self):
             raise RuntimeError("no kernel image")
 
-    monkeypatch.setitem(PEERS, impl, Failing)
+    monkeypatch.setitem(PEERS[BATCH_NORM], impl, Failing)
     told = []
 
     def run():

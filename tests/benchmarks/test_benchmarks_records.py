@@ -34,6 +34,7 @@ FIELDS = [
     "tasks",
     "outliers",
     "visits_ms",
+    "norm",
 ]
 
 

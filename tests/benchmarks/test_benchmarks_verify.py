@@ -10,8 +10,8 @@ import torch
 from benchmarks.layers.cases import DTYPES, Case, cases, choose_batch
 from benchmarks.layers.peers import Fused
 from benchmarks.layers.registry import PEERS
-from benchmarks.layers.verify import Expected, MismatchError, check, outcome_of
-from benchmarks.records.workloads import CELEBA40, NO_FORMAT, Layer, select_layers
+from benchmarks.layers.verify import Expected, MismatchError, check, check_by_tasks, outcome_of
+from benchmarks.records.workloads import BATCH_NORM, CELEBA40, LAYER_NORM, NO_FORMAT, Layer, select_layers
 
 CPU = torch.device("cpu")
 EAGER = ("fused", "loop", "folded", "vmap")
@@ -83,11 +83,52 @@ def test_inputs_are_repeatable_and_in_the_memory_format():
 @pytest.mark.parametrize("impl", EAGER)
 def test_every_peer_does_the_same_work(impl, dtype, memory_format, size):
     case = small(dtype, memory_format, size)
-    if why := PEERS[impl].unsupported(case):
+    if why := PEERS[BATCH_NORM][impl].unsupported(case):
         pytest.skip(why)
     inputs = case.inputs()
-    errors = check(impl, case, outcome_of(PEERS[impl](case, inputs)), Expected.of(case, inputs))
+    errors = check(impl, case, outcome_of(PEERS[BATCH_NORM][impl](case, inputs)), Expected.of(case, inputs))
     assert set(errors) == {"y", "dx", "dgamma", "running_mean", "running_var"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", ["fused", "loop", "scaled"])
+def test_every_peer_of_layer_normalisation_does_the_same_work(impl, dtype):
+    case = Case(Layer.of_rows(37, 5), 3, 4, dtype, NO_FORMAT, CPU)
+    inputs = case.inputs()
+    errors = check(impl, case, outcome_of(PEERS[LAYER_NORM][impl](case, inputs)), Expected.of(case, inputs))
+    assert set(errors) == {"y", "dx", "dgamma"}
+
+
+@pytest.mark.parametrize("field", ["y", "dx", "dgamma"])
+def test_a_wrong_result_of_layer_normalisation_is_found(field):
+    case = Case(Layer.of_rows(37, 5), 3, 4, "float32", NO_FORMAT, CPU)
+    inputs = case.inputs()
+    outcome = outcome_of(PEERS[LAYER_NORM]["fused"](case, inputs))
+    value = getattr(outcome, field).detach().clone()
+    value[-1] *= 1.001
+    wrong = replace(outcome, **{field: value})
+    with pytest.raises(MismatchError, match=f"fused is wrong: {field} of 37@5 float32"):
+        check("fused", case, wrong, Expected.of(case, inputs))
+    with pytest.raises(MismatchError, match=f"fused is wrong: {field} of 37@5 float32"):
+        check_by_tasks("fused", case, inputs, wrong)
+    check_by_tasks("fused", case, inputs, outcome)
+
+
+def test_reference_is_the_loop_of_float64_layer_norms(monkeypatch):
+    case = Case(Layer.of_rows(8, 5), 3, 4, "float64", NO_FORMAT, CPU)
+    inputs = case.inputs()
+    monkeypatch.setattr("benchmarks.layers.verify.BLOCK", 3 * 8)  # blocks of three rows, the last of two
+    expected = Expected.of(case, inputs).outcome
+    for task in range(case.tasks):
+        own = slice(4 * task, 4 * task + 4)
+        norm = torch.nn.LayerNorm(8, bias=False, dtype=torch.float64)
+        x = inputs.x[own].clone().requires_grad_()
+        gamma = inputs.gamma[task].clone().requires_grad_()
+        y = norm(x) * torch.sigmoid(gamma)
+        dx, dgamma = torch.autograd.grad(y, (x, gamma), inputs.dy[own])
+        torch.testing.assert_close(expected.y[own], y.detach())
+        torch.testing.assert_close(expected.dx[own], dx)
+        torch.testing.assert_close(expected.dgamma[task], dgamma)
 
 
 def test_reference_is_the_loop_of_float64_batch_norms(monkeypatch):
@@ -115,7 +156,7 @@ def test_reference_is_the_loop_of_float64_batch_norms(monkeypatch):
 def test_a_wrong_result_is_found(dtype, field, defect):
     case = small(dtype)
     inputs = case.inputs()
-    outcome = outcome_of(PEERS["fused"](case, inputs))
+    outcome = outcome_of(PEERS[BATCH_NORM]["fused"](case, inputs))
     value = getattr(outcome, field).detach().clone()
     if defect == "nan":
         value[-1, -1] = float("nan")
@@ -128,7 +169,7 @@ def test_a_wrong_result_is_found(dtype, field, defect):
 def test_the_fused_layer_is_allowed_less_than_its_peers():
     case = small("bfloat16")
     inputs = case.inputs()
-    outcome = outcome_of(PEERS["fused"](case, inputs))
+    outcome = outcome_of(PEERS[BATCH_NORM]["fused"](case, inputs))
     expected = Expected.of(case, inputs)
     unit = torch.nextafter(outcome.y, torch.full_like(outcome.y, float("inf"))).detach()
     check("folded", case, replace(outcome, y=unit), expected)
@@ -139,7 +180,7 @@ def test_the_fused_layer_is_allowed_less_than_its_peers():
 def test_a_wrong_shape_is_found():
     case = small()
     inputs = case.inputs()
-    outcome = outcome_of(PEERS["fused"](case, inputs))
+    outcome = outcome_of(PEERS[BATCH_NORM]["fused"](case, inputs))
     with pytest.raises(MismatchError, match="a result of shape"):
         check("candidate", case, replace(outcome, y=outcome.y[..., :1]), Expected.of(case, inputs))
 
@@ -147,7 +188,7 @@ def test_a_wrong_shape_is_found():
 def test_a_candidate_in_another_dtype_is_found():
     case = small("bfloat16")
     inputs = case.inputs()
-    outcome = outcome_of(PEERS["fused"](case, inputs))
+    outcome = outcome_of(PEERS[BATCH_NORM]["fused"](case, inputs))
     with pytest.raises(MismatchError, match=r"y .* is torch\.float32, expected torch\.bfloat16"):
         check("candidate", case, replace(outcome, y=outcome.y.float()), Expected.of(case, inputs))
 
@@ -166,7 +207,7 @@ def test_statistics_that_are_not_updated_are_found():
 def test_folded_input_is_a_view_of_sample_major():
     case = small()
     inputs = case.inputs()
-    peer = PEERS["folded"](case, inputs)
+    peer = PEERS[BATCH_NORM]["folded"](case, inputs)
     assert peer.x.shape == (4, 24, 4, 4)
     # Sample 1 of task 2, channel 5.
     assert torch.equal(peer.x[1, 2 * 8 + 5], inputs.x[2 * 4 + 1, 5])
@@ -196,7 +237,7 @@ def test_buffers_take_turns(impl):
     case = small(memory_format="channels_last")
     inputs = case.inputs()
     expected = Expected.of(case, inputs)
-    peer = PEERS[impl](case, inputs)
+    peer = PEERS[BATCH_NORM][impl](case, inputs)
     peer.rotate_over(3)
     seen = []
     for _ in range(6):

@@ -20,7 +20,7 @@ from benchmarks.layers.cases import Case
 from benchmarks.layers.peers import Fused, Loop
 from benchmarks.layers.registry import PEERS
 from benchmarks.layers.verify import MismatchError
-from benchmarks.records.workloads import Layer
+from benchmarks.records.workloads import BATCH_NORM, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,8 +68,8 @@ def lines(folder: Path, kind: str = "speed") -> list[dict[str, Any]]:
 
 
 def test_a_peer_that_is_wrong_or_too_large_is_left_out_and_the_rest_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setitem(PEERS, "wrong", Wrong)
-    monkeypatch.setitem(PEERS, "huge", Huge)
+    monkeypatch.setitem(PEERS[BATCH_NORM], "wrong", Wrong)
+    monkeypatch.setitem(PEERS[BATCH_NORM], "huge", Huge)
     entrants = [Entrant("wrong"), Entrant("huge"), Entrant("fused", "cpu"), Entrant("loop")]
     race.run(LAYER, entrants, setting(tmp_path), "speed")
     assert [(line["entrant"], line["pass"]) for line in lines(tmp_path)] == [
@@ -85,7 +85,7 @@ def test_a_peer_that_is_wrong_or_too_large_is_left_out_and_the_rest_is_timed(tmp
 
 
 def test_ours_is_timed_and_marked_where_it_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setitem(PEERS, "fused", WrongOurs)
+    monkeypatch.setitem(PEERS[BATCH_NORM], "fused", WrongOurs)
     with pytest.raises(AssertionError, match="cpu: MismatchError: fused is wrong"):
         race.run(LAYER, [Entrant("fused", "cpu"), Entrant("loop")], setting(tmp_path), "speed")
     assert {line["entrant"]: line["verified"] for line in lines(tmp_path)} == {"cpu": False, "loop": True}
@@ -129,7 +129,7 @@ def test_a_step_is_timed_by_calls_and_by_replay_over_all_buffers(tmp_path, monke
     monkeypatch.setattr(race, "can_capture", lambda _: True)
     monkeypatch.setattr(race.replay, "captured", captured)
     monkeypatch.setattr(race, "rotating_buffers", lambda *_: 3)
-    monkeypatch.setitem(PEERS, "loop", Noted)
+    monkeypatch.setitem(PEERS[BATCH_NORM], "loop", Noted)
     race.run(LAYER, [Entrant("loop")], replace(setting(tmp_path), quick=False), "speed")
     assert [line["by"] for line in lines(tmp_path)] == ["eager", "eager", "graph", "graph"]
     assert {line["buffers"] for line in lines(tmp_path)} == {3}

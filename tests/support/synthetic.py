@@ -16,7 +16,16 @@ from benchmarks.records.network_run import VARIANTS, Differences, NetworkRun, Ne
 from benchmarks.records.read import network_file
 from benchmarks.records.record import PASSES, TRAINING_STEP, USEFUL_TENSORS, Record, write_json
 from benchmarks.records.summary import Summary
-from benchmarks.records.workloads import SLAB_LAYERS, SWEEP_SLAB, SWEEP_TASKS, TASK_COUNTS, TASKS_LAYER
+from benchmarks.records.workloads import (
+    NO_FORMAT,
+    SLAB_LAYERS,
+    SWEEP_SLAB,
+    SWEEP_TASKS,
+    SWEEP_WIDTH,
+    TASK_COUNTS,
+    TASKS_LAYER,
+    WIDTH_LAYERS,
+)
 
 KIND = "float32", "contiguous", torch.device("cpu")
 VERSIONS = {"torch": "2.14", "tsbn_kernels": "0.1", "cpu": "A", "threads": 2, "backend": "cpu: native C++, avx512"}
@@ -87,6 +96,7 @@ def simulated_sweep(series: str) -> list[Record]:
     cases = {
         "tasks": [Case(TASKS_LAYER, tasks, 4, *KIND, workload=SWEEP_TASKS) for tasks in TASK_COUNTS],
         "slab": [Case(layer, 8, 8, *KIND, workload=SWEEP_SLAB) for layer in SLAB_LAYERS],
+        "width": [Case(layer, 8, 8, KIND[0], NO_FORMAT, KIND[2], workload=SWEEP_WIDTH) for layer in WIDTH_LAYERS],
     }[series]
     records = []
     for case, pass_, (impl, copies) in product(cases, PASSES, {"fused": 1, "vmap": 2, "compiled_vmap": 2.2}.items()):
@@ -112,6 +122,7 @@ def simulated_sweep(series: str) -> list[Record]:
                 VERSIONS,
                 15,
                 case.tasks,
+                norm=case.norm,
             )
         )
     return records
