@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -229,6 +230,17 @@ def test_a_trial_leaves_no_trace() -> None:
     assert model.backbone.count == before + 1
     assert_close(model.backbone[1].running_mean, other.backbone[1].running_mean)
     assert all(module.training for module in model.modules())
+
+
+def test_a_trial_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(caplog.handler)
+    try:
+        built(two_blocks)(batch())
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert not log.disabled
 
 
 def test_a_trial_is_on_the_device_of_the_model() -> None:

@@ -8,6 +8,7 @@ the place where the path ends.
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -139,6 +140,9 @@ def find(backbone: nn.Module, router: runs.Router, count: int, x: Tensor) -> Par
         contexts.enter_context(warnings.catch_warnings())
         contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         warnings.simplefilter("ignore")
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # which tells of every error, also of those that help
+        contexts.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True
         try:
             twin = _without_values(backbone, router)
         except Exception:  # whatever a model holds may refuse to be copied
