@@ -84,13 +84,14 @@ struct LayerRows {
     V scale[count], shift[count];  // xhat = (x - origin) * scale + shift
     TSBN_EACH_ROW(j) {
       double moments[2] = {total[j], total[count + j]};
-      if (!w.rms && is_far(moments[0] / double(D), moments[1] / double(D))) {
-        origin[j] = V{} + A(double(origin[j][0]) + moments[0] / double(D));
+      double offset = w.rms ? 0 : moments[0] / double(D), var = moments[1] / double(D) - offset * offset;
+      if (is_far(offset, var)) {
+        origin[j] = V{} + A(double(origin[j][0]) + offset);
         for (int64_t i = D; i < width; ++i) rows[j * width + i] = origin[j][0];
         centred_moments(rows + j * width, width, origin[j][0], moments);
+        offset = moments[0] / double(D);
+        var = moments[1] / double(D) - offset * offset;
       }
-      const double offset = w.rms ? 0 : moments[0] / double(D);
-      const double var = moments[1] / double(D) - offset * offset;
       const A rstd = A(1 / __builtin_sqrt(var + w.eps));
       if (!w.rms) *at<A>(w.mean, group, n, s + j) = A(double(origin[j][0]) + offset);
       *at<A>(w.rstd, group, n, s + j) = rstd;

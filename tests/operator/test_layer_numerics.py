@@ -123,6 +123,16 @@ def test_rows_far_from_zero(D: int, mean: float, bound: float) -> None:
     assert_within(found.y, wanted.y, Tolerance(bound, 0))
 
 
+@dtypes
+def test_rows_that_begin_far_from_their_mean(dtype: torch.dtype) -> None:
+    """Sums are taken around the mean of the first few values, which says little of these rows."""
+    p = layer_problem(2, 3, (3,), (16384,), dtype=dtype)
+    far = 100 * torch.linspace(-1, 1, 9)[:, None]
+    x = (p.x.double().reshape(2, 9, -1) + far).index_fill(-1, torch.arange(16), 0.0).reshape_as(p.x).to(dtype)
+    p = p._replace(x=x)
+    assert_relative(run(p).rstd, definition(p).rstd, STATISTICS[dtype])
+
+
 def test_extreme_values_keep_to_their_row() -> None:
     """Infinity and NaN make a row NaN and no other; a constant row gives the bias."""
     for D in (4, 40):
