@@ -7,14 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.backends import instruction_sets
-from support.layer_problems import LayerProblem, LayerResults, definition, layer_problem, run
+from support.layer_problems import LayerResults, assert_matches_definition, definition, layer_problem, run
 from support.problems import DTYPES, GATES, STACKINGS
 from support.tolerances import (
-    BACKWARD,
-    FORWARD,
-    STATISTICS,
     Tolerance,
-    assert_relative,
     assert_same_bits,
     assert_within,
 )
@@ -33,25 +29,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.set_instruction_set(request.param)
     yield request.param
     cpu.set_instruction_set("")
-
-
-def assert_matches_definition(p: LayerProblem, actual: LayerResults) -> None:
-    expected = definition(p)
-    dtype = p.x.dtype
-    assert_within(actual.y, expected.y, FORWARD[dtype], scale=max(1.0, float(expected.y.abs().max()) / 4))
-    if p.residual is not None:
-        assert_same_bits(actual.s, p.x + p.residual)
-    if not p.rms:
-        deviation = torch.maximum(expected.mean.abs(), 1 / expected.rstd)
-        assert_within(actual.mean, expected.mean, Tolerance(STATISTICS[dtype], 1), deviation)
-    assert_relative(actual.rstd, expected.rstd, STATISTICS[dtype])
-    # In a row of few values dx is what is left of terms as large as rstd * dz.
-    rstd = expected.rstd.reshape(*p.x.shape[: 1 + p.x.dim() - p.weight.dim()], *(1,) * (p.weight.dim() - 1))
-    terms = (len(p.weight) if p.fan_out else 1) * float(p.dy.abs().max()) / 4
-    assert_within(actual.dx, expected.dx, BACKWARD[dtype], scale=rstd.clamp_min(1) * max(1.0, terms))
-    rows = p.dy.numel() // p.weight.numel()
-    for got, wanted in ((actual.dweight, expected.dweight), (actual.dbias, expected.dbias)):
-        assert_within(got, wanted, Tolerance(STATISTICS[dtype], 1), scale=max(1.0, rows**0.5) * 4)
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,16 @@ from triton.runtime import JITFunction
 
 from benchmarks.hot_paths.fake_driver import STREAM, Driver
 from support.epilogues import Call, backward, forward, make_call
+from support.layer_problems import layer_problem
+from support.layer_problems import run as layer_pass
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.definition.options import Saved
-from tsbn_kernels.operator import ops
+from tsbn_kernels.operator import layer_ops, ops
 
 TRITON = ops.flat(ops.operators("triton"))
+TRITON_ROWS = layer_ops.flat(layer_ops.operators("triton"))
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f", "fp64": "d"}
 Place = tuple[int, ...]
 
@@ -102,7 +105,7 @@ class Judge:
         assert seen.parameters == wanted, f"{launch.kernel}: {seen.parameters} instead of {wanted}"
 
 
-def twice(make: Callable[[], Call], run: Callable[[Call], object]) -> None:
+def twice(make: Callable[[], Any], run: Callable[[Any], object]) -> None:
     """The second time with tensors that lie elsewhere: they must not be those that the first launch was made for."""
     calls = [make(), make()]
     for call in calls:
@@ -159,6 +162,19 @@ def tracked() -> None:
         twice(lambda: make_call(2, 6, 4, (4, 4), shared=fan_out), run)  # noqa: B023
 
 
+def of_rows() -> None:
+    """Layer normalisation: one and several programs a task, with and without what may be absent, on any address."""
+    forms: tuple[dict[str, Any], ...] = (
+        {},
+        {"residual": True},
+        {"fan_out": True},
+        {"rms": True, "dtype": torch.bfloat16},
+    )
+    for form in forms:
+        for samples in (1, 40):
+            twice(lambda: layer_problem(2, samples, (9,), (100,), **form), lambda p: layer_pass(p, TRITON_ROWS))  # noqa: B023
+
+
 def far_apart() -> None:
     """Strides of more than 32 bits, which no tensor of this machine has."""
     for stride in (1 << 33, (1 << 33) + 1):
@@ -178,6 +194,7 @@ def main(driver: Driver) -> dict[str, Any]:
     names = all_kinds()
     joined()
     tracked()
+    of_rows()
     far_apart()
     assert judge.first == judge.again, f"launched but once: {judge.first - judge.again}"
     return {"kernels": sorted(judge.first), "kinds": names, "launches": driver.launches}

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 from support.problems import stack
+from support.tolerances import (
+    BACKWARD,
+    FORWARD,
+    STATISTICS,
+    Tolerance,
+    assert_relative,
+    assert_same_bits,
+    assert_within,
+)
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.operator import layer_ops
 
@@ -112,3 +121,23 @@ def definition(p: LayerProblem) -> LayerResults:
     s = p.x.double() + p.residual.double()
     rounded = s.to(p.x.dtype).double()
     return run(wide._replace(x=rounded, residual=torch.zeros_like(rounded)), defined)
+
+
+def assert_matches_definition(p: LayerProblem, actual: LayerResults) -> None:
+    """Within the tolerances of the package; of the results both operators return."""
+    expected = definition(p)
+    dtype = p.x.dtype
+    assert_within(actual.y, expected.y, FORWARD[dtype], scale=max(1.0, float(expected.y.abs().max()) / 4))
+    if p.residual is not None:
+        assert_same_bits(actual.s, p.x + p.residual)
+    if not p.rms:
+        deviation = torch.maximum(expected.mean.abs(), 1 / expected.rstd)
+        assert_within(actual.mean, expected.mean, Tolerance(STATISTICS[dtype], 1), deviation)
+    assert_relative(actual.rstd, expected.rstd, STATISTICS[dtype])
+    # In a row of few values dx is what is left of terms as large as rstd * dz.
+    rstd = expected.rstd.reshape(*p.x.shape[: 1 + p.x.dim() - p.weight.dim()], *(1,) * (p.weight.dim() - 1))
+    terms = (len(p.weight) if p.fan_out else 1) * float(p.dy.abs().max()) / 4
+    assert_within(actual.dx, expected.dx, BACKWARD[dtype], scale=rstd.clamp_min(1) * max(1.0, terms))
+    rows = p.dy.numel() // p.weight.numel()
+    for got, wanted in ((actual.dweight, expected.dweight), (actual.dbias, expected.dbias)):
+        assert_within(got, wanted, Tolerance(STATISTICS[dtype], 1), scale=max(1.0, rows**0.5) * 4)

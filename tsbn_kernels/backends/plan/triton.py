@@ -61,7 +61,7 @@ def plan(work: Work, device: Device) -> Plan:
         return _fan_out(work, device)
     if not work.reduces:
         whole = _plan(work, device, "elementwise", _tile(work, device))
-        return _split(whole, "elementwise", _ceil(whole.tiles, TILES_PER_PROGRAM))
+        return _split(whole, "elementwise", ceil(whole.tiles, TILES_PER_PROGRAM))
     if slab := _resident_tile(work, device):
         return _plan(work, device, "resident", slab)
     streaming = _plan(work, device, "streaming", _tile(work, device))
@@ -232,11 +232,11 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
     """The tile that holds a whole slab, where the threads of one block can."""
     most = _most_threads(work, device) * _values_per_thread(work, "resident") // (1 + _crowds(work))
     if work.family == "rows":
-        a, b = _power(work.samples), _power(work.positions)
+        a, b = power(work.samples), power(work.positions)
         return (a, b) if a * b <= most else None
-    a, widest, narrowest = _power(work.values), *_channel_blocks(work)
+    a, widest, narrowest = power(work.values), *_channel_blocks(work)
     b = min(widest, most // a)
-    while b > narrowest and work.streams * _ceil(work.channels, b) < device.multiprocessors:
+    while b > narrowest and work.streams * ceil(work.channels, b) < device.multiprocessors:
         b //= 2
     if b < narrowest:
         return None
@@ -252,14 +252,14 @@ def _tile(work: Work, device: Device) -> Tile:
         b, narrowest = _channel_blocks(work)
         if work.gathers:  # long tiles: each leaves two sums a channel and a task
             most, b = 2 * most, max(narrowest, b // 2)
-        return min(most // b, _power(work.values)), b
+        return min(most // b, power(work.values)), b
 
     def cost(tile: Tile) -> tuple[int, int]:
         a, b = tile
-        return _ceil(work.samples, a) * _ceil(work.positions, b) * (a * b + TILE_OVERHEAD), -b
+        return ceil(work.samples, a) * ceil(work.positions, b) * (a * b + TILE_OVERHEAD), -b
 
-    shortest = min(_power(work.positions), SECTOR // work.item_size)
-    rows, positions = _powers(1, _power(work.samples)), _powers(shortest, _power(work.positions))
+    shortest = min(power(work.positions), SECTOR // work.item_size)
+    rows, positions = _powers(1, power(work.samples)), _powers(shortest, power(work.positions))
     return min(((a, b) for a, b in product(rows, positions) if a * b <= most), key=cost)
 
 
@@ -270,16 +270,16 @@ def _most_threads(work: Work, device: Device) -> int:
 
 def _channel_blocks(work: Work) -> tuple[int, int]:
     """The widest and the narrowest block of channels of a column tile."""
-    channels = _power(work.channels)
+    channels = power(work.channels)
     return min(channels, LINE // work.item_size), min(channels, SECTOR // work.item_size)
 
 
 def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int = 0) -> Plan:
     a, b = tile
     if work.family == "columns":
-        slabs, tiles = work.streams * _ceil(work.channels, b), _ceil(work.values, a)
+        slabs, tiles = work.streams * ceil(work.channels, b), ceil(work.values, a)
     else:
-        slabs, tiles = work.streams * work.channels, _ceil(work.samples, a) * _ceil(work.positions, b)
+        slabs, tiles = work.streams * work.channels, ceil(work.samples, a) * ceil(work.positions, b)
     # A thread of a full block has 64 registers: enough for rows, too few for columns.
     most = device.block_threads // 2 if work.family == "columns" else _most_threads(work, device)
     threads = warps * device.warp if warps else max(device.warp, min(a * b // _values_per_thread(work, variant), most))
@@ -294,19 +294,20 @@ def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int =
 
 def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
     """The plan with ``splits`` programs a slab, or as many as have at least one tile."""
-    share = _ceil(plan.tiles, splits)
-    splits = _ceil(plan.tiles, share)
+    share = ceil(plan.tiles, splits)
+    splits = ceil(plan.tiles, share)
     if splits == 1 and variant == "split":
         return plan
     registers = _registers(plan.work, plan.device, variant, plan.tile, plan.warps * plan.device.warp)
     return replace(plan, variant=variant, splits=splits, registers=registers)
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
+    """The quotient, rounded up."""
     return -(-a // b)
 
 
-def _power(value: int) -> int:
+def power(value: int) -> int:
     """The next power of two."""
     return 1 << max(0, value - 1).bit_length()
 

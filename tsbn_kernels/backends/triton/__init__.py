@@ -42,6 +42,6 @@ def detail() -> str:
 @cache
 def operator(name: str) -> Callable[..., Any]:
     """An operator by Triton's kernels, or the reference's where they have none."""
-    operators = importlib.import_module("tsbn_kernels.backends.triton.ops")
-    function: Callable[..., Any] = getattr(operators, name, getattr(reference, name))
-    return function
+    modules = (importlib.import_module(f"tsbn_kernels.backends.triton.{module}") for module in ("ops", "layer_norm"))
+    found: Callable[..., Any] = next((getattr(m, name) for m in modules if hasattr(m, name)), getattr(reference, name))
+    return found

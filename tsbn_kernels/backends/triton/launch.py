@@ -9,7 +9,7 @@ from triton.errors import TritonError
 
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
-from tsbn_kernels.backends.triton.kernels import backward, fan_out, forward
+from tsbn_kernels.backends.triton.kernels import backward, fan_out, forward, layer_norm
 
 
 class Launch:
@@ -30,7 +30,9 @@ class Launch:
     def function(self) -> Any:
         """The ``triton.jit`` function."""
         return next(
-            getattr(module, self.kernel) for module in (forward, backward, fan_out) if hasattr(module, self.kernel)
+            getattr(module, self.kernel)
+            for module in (forward, backward, fan_out, layer_norm)
+            if hasattr(module, self.kernel)
         )
 
     def __call__(self, *arguments: Any) -> None:

@@ -45,6 +45,17 @@ def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
     return None if tensor is None else View(tensor, *strides)
 
 
+def tile_of(plan: Plan, activation: str = NONE, slope: float = 0.0) -> Tile:
+    """The tile that the kernels of a plan are compiled for."""
+    work = plan.work
+    index = tl.int64 if work.values >= 1 << 31 else tl.int32
+    accumulate = tl.float64 if work.statistics_size == 8 else tl.float32
+    kind = work.family == "columns", *plan.tile, rules.is_even(work, plan.tile), work.expanded, index, accumulate
+    end = activation, EPILOGUES[activation].exponential, slope
+    fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
+    return Tile(*fields)
+
+
 class Pass:
     """A plan with the launches that carry it out, for tensors like x."""
 
@@ -59,7 +70,7 @@ class Pass:
         self.sizes = work.tasks, work.samples, work.channels, work.positions
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(x.dtype)
-        self.tile = self._tile(work.activation, options.slope)
+        self.tile = tile_of(plan, work.activation, options.slope)
         if plan.programs >= 1 << 31:
             raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
@@ -70,16 +81,6 @@ class Pass:
     def stacked_like(self, x: Tensor) -> Tensor:
         """Fresh memory for y or dresidual."""
         return x.new_empty_strided(*self.stacked_sizes)
-
-    def _tile(self, activation: str, slope: float) -> Tile:
-        plan, work = self.plan, self.plan.work
-        index = tl.int64 if work.values >= 1 << 31 else tl.int32
-        accumulate = tl.float64 if self.accumulate == torch.float64 else tl.float32
-        even = rules.is_even(work, plan.tile)
-        kind = work.family == "columns", *plan.tile, even, work.expanded, index, accumulate
-        end = activation, EPILOGUES[activation].exponential, slope
-        fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
-        return Tile(*fields)
 
     def views(self, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
         """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
@@ -107,7 +108,7 @@ class Pass:
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
         tile = self.tile
         if kernel in WITHOUT_EPILOGUE:
-            tile = self._tile(NONE, 0.0)
+            tile = tile_of(plan)
         return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, streams: int, like: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""The operators of :class:`tsbn_kernels.definition.options.LayerBackend` by the Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.backends.plan.layer_norm import plans, work_of
+from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerForward
+from tsbn_kernels.definition import layer_norm as reference
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import (
+    LayerGradients,
+    LayerNeeds,
+    LayerNormalized,
+    LayerOptions,
+    LayerSaved,
+)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions
+) -> LayerNormalized:
+    """Raises ValueError where a row is longer than a program holds."""
+    if x.numel() == 0:
+        return reference.layer_norm(x, weight, bias, residual, options)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    key = "layer_norm", *map(ops._class, (x, residual, weight, bias)), options
+    run = ops._forwards.get(key)
+    if run is None:
+        work = work_of(x, weight, options, bias=bias is not None, residual=residual is not None)
+        (plan,) = plans(work, ops._device(x.device))
+        run = ops._forwards[key] = LayerForward(plan, options)
+    rstd = x.new_empty(x.numel() // weight[0].numel(), dtype=accumulate_dtype(x.dtype))
+    found = LayerNormalized(
+        x.new_empty(layout.output_shape(x, options)),
+        None if residual is None else torch.empty_like(x),
+        None if options.rms else torch.empty_like(rstd),
+        rstd,
+    )
+    with ops._on(x.device):
+        run(x, weight, bias, residual, found)
+    return found
+
+
+def layer_norm_backward(
+    dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
+) -> LayerGradients:
+    """Raises ValueError where a row is longer than a program holds, and the gradient of x is needed."""
+    if saved.s.numel() == 0:
+        return reference.layer_norm_backward(dy, ds, saved, needs, options)
+    if not any(needs):
+        return LayerGradients()
+    x, weight, mean, rstd = saved
+    x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    ds = None if ds is None else ds.contiguous()
+    key = "layer_norm", *map(ops._class, (dy, ds, x, weight)), needs, options
+    runs = ops._backwards.get(key)
+    if runs is None:
+        work = work_of(x, weight, options, needs, residual=ds is not None)
+        chosen = plans(work, ops._device(x.device))
+        runs = ops._backwards[key] = tuple(LayerBackward(plan, options) for plan in chosen)
+    found = LayerGradients(
+        torch.empty_like(x) if needs.dx else None,
+        torch.empty_like(weight) if needs.dweight else None,
+        torch.empty_like(weight) if needs.dbias else None,
+    )
+    with ops._on(x.device):
+        for run in runs:
+            run(dy, ds, LayerSaved(x, weight, mean, rstd), found)
+    return found
