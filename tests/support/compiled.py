@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 from torch import Tensor
 
 from benchmarks.profile.compile_offline import Call, compile_call, lines
+from support.interpreter import passes
 from tools.ptxvm import Out, Report
 from tools.ptxvm import launch as run_ptx
 from tsbn_kernels.backends.plan import Device, Plan
-from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.triton import kernels, ops
+from tsbn_kernels.backends.triton import launch as launches
 from tsbn_kernels.backends.triton.launch import Launch
 
 # What a kernel writes: each element once, the machine sees to that.
@@ -31,6 +36,9 @@ OUTPUTS = {
     "fan_out_gather": ("dx", "dresidual", "dweight", "dbias", "partials"),
     "fan_out_sums": ("dweight", "dbias", "terms"),
     "fan_out_gradient": ("dx",),
+    "layer_norm_forward": ("y", "added", "mean", "rstd"),
+    "layer_norm_backward": ("dx", "dweight", "dbias"),
+    "layer_norm_parameters": ("dweight", "dbias"),
 }
 
 
@@ -85,7 +93,7 @@ def machine(device: Device, schedule: str | int = "forward") -> Iterator[Machine
         mock.patch.dict(ops._backwards, clear=True),
     ):
         yield done
-        done.plans = [run.plan for run in (*ops._forwards.values(), *ops._backwards.values())]
+        done.plans = [run.plan for run in passes()]
 
 
 @dataclass(frozen=True)
@@ -109,3 +117,36 @@ def moved(report: Report, what: str, activations: bool) -> Moved:
 def _by_tiles(source: str, what: str) -> bool:
     place = re.match(r"tiles\.py:(\d+)\b", source)
     return place is not None and int(place[1]) in lines(what)
+
+
+# ---- broken on purpose -----------------------------------------------------------------------------------------------
+
+
+def break_kernel(module: str, text: str, broken: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches kernels of a copy of their package in which ``text`` of one module, which it has once, is ``broken``."""
+    package = "mutant_" + "".join(c for c in folder.name if c.isalnum())
+    (folder / package).mkdir()
+    for source in Path(kernels.__file__).parent.glob("*.py"):
+        code = source.read_text().replace(kernels.__name__, package)
+        if source.stem == module:
+            assert code.count(text) == 1
+            code = code.replace(text, broken)
+        (folder / package / source.name).write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    for part in ("forward", "backward", "fan_out", "layer_norm"):
+        monkeypatch.setattr(launches, part, importlib.import_module(f"{package}.{part}"))
+
+
+@contextmanager
+def without_barriers() -> Iterator[None]:
+    """Takes all barriers out of what is compiled."""
+
+    compile_whole = compile_call
+
+    def without(*arguments: Any) -> Any:
+        made, values = compile_whole(*arguments)
+        made.asm["ptx"] = made.asm["ptx"].replace("bar.sync", "// bar.sync")
+        return made, values
+
+    with mock.patch.dict(globals(), compile_call=without):
+        yield

@@ -6,13 +6,9 @@ once; targets, schedules, stackings, gates and bias go round with them, so that 
 
 from __future__ import annotations
 
-import importlib
 import math
-import shutil
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +34,6 @@ from benchmarks.records.workloads import CELEBA40
 from tools.ptxvm.launch import Violation
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work
 from tsbn_kernels.backends.plan import triton as rules
-from tsbn_kernels.backends.triton import launch
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.operator.ops import flat
@@ -269,7 +264,6 @@ def test_the_last_celeba_layers_stay_on_chip():
 
 # ---- broken on purpose -------------------------------------------------------------------------------------------
 
-PACKAGE = "tsbn_kernels.backends.triton.kernels"
 MUTANTS = {
     "reads past the end": ("tiles", "(s < slab.S)", "(s <= slab.S)", "resident", "rows", False, "race|out of"),
     "walks one tile too far": (
@@ -289,21 +283,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name, tmp_path, monkeypatch):
     module, text, broken, variant, family, even, message = MUTANTS[name]
-    package = "mutant_" + "".join(c for c in name if c.isalpha())
-    folder = tmp_path / package
-    folder.mkdir()
-    for source in Path(importlib.import_module(PACKAGE).__file__).parent.glob("*.py"):
-        shutil.copy(source, folder)
-        copy = folder / source.name
-        code = copy.read_text().replace(PACKAGE, package)
-        if source.stem == module:
-            assert code.count(text) == 1
-            code = code.replace(text, broken)
-        copy.write_text(code)
-    (folder / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    for part in ("forward", "backward"):
-        monkeypatch.setattr(launch, part, importlib.import_module(f"{package}.{part}"))
+    compiled.break_kernel(module, text, broken, tmp_path, monkeypatch)
     p = problem(*SIZES[variant, family, even], memory_format="contiguous" if family == "rows" else "channels_last")
     with (
         compiled.machine(toy(variant, "sm_90")),
@@ -313,15 +293,9 @@ def test_mutants_are_caught(name, tmp_path, monkeypatch):
 
 
 def test_a_missing_barrier_is_caught():
-    def without(*arguments):
-        made, values = compile_call(*arguments)
-        made.asm["ptx"] = made.asm["ptx"].replace("bar.sync", "// bar.sync")
-        return made, values
-
-    compile_call = compiled.compile_call
     p = problem(*SIZES["streaming", "rows", True])
     with (
-        mock.patch.object(compiled, "compile_call", without),
+        compiled.without_barriers(),
         compiled.machine(toy("streaming", "sm_90")),
         pytest.raises(Violation, match=r"race|unwritten"),
     ):
