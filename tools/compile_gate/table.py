@@ -31,6 +31,8 @@ from benchmarks.profile.compile_offline import (
     specialize,
 )
 from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
+from tools.compile_gate import layer_norm
+from tools.compile_gate.layer_norm import LaidOutRows
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
@@ -166,7 +168,7 @@ class LaidOut:
 class Asked:
     """A kernel that a layer asks for, and the plan that asks."""
 
-    layer: LaidOut
+    layer: LaidOut | LaidOutRows
     pass_: str
     plan: Plan
     call: Call
@@ -191,6 +193,10 @@ def asked(target: str) -> list[Asked]:
         for call in layer.calls(plan):
             key = layer.fused.fan_out, specialize(call, target).key  # a fan-out has a budget of its own
             found.setdefault(key, Asked(layer, pass_, plan, call))
+    for rows, pass_ in product(layer_norm.layers(), layer_norm.PASSES):
+        for plan in rows.plans(pass_, DEVICES[TARGETS[target]]):
+            for call in rows.calls(plan):
+                found.setdefault(specialize(call, target).key, Asked(rows, pass_, plan, call))
     return list(found.values())
 
 
@@ -254,7 +260,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What tells one row from another."""
-        where = self.shape, self.dtype, self.memory_format, self.stacking, self.fused
+        where = self.shape, self.dtype, self.memory_format, self.stacking, self.fused, self.tile
         return self.target, self.kernel, self.pass_, *where
 
     @property
