@@ -150,7 +150,8 @@ TASK_COUNTS = tuple(2**power for power in range(8))
 TASKS_LAYER = Layer.of(128, (16, 16))
 SERIES_TASKS, SERIES_BATCH = 8, 8  # of the other two
 SLAB_LAYERS = tuple(Layer.of(64, (2**power, 2**power)) for power in range(1, 9))
-WIDTH_LAYERS = tuple(Layer.of_rows(2**power, 2 ** (17 - power)) for power in range(2, 15, 2))
+WIDTH_LAYERS = tuple(Layer.of_rows(2**power, 2 ** (17 - power)) for power in range(4, 15, 2))
+LEAST_WIDTH = 16
 GIVEN = "shape"  # the workload of what a user gives
 
 
@@ -169,6 +170,11 @@ def parse_shape(text: str) -> tuple[int, int, Layer]:
         )
     tasks, samples, channels, *size = sizes
     if len(size) == 1:
+        if size[0] < LEAST_WIDTH:
+            raise ValueError(
+                f"{text!r} has rows of {size[0]}; of random rows below {LEAST_WIDTH} values some have so small a "
+                "deviation that rounding hides what is wrong"
+            )
         return tasks, samples, Layer.of_rows(size[0], channels)
     if samples * math.prod(size) < 2:
         raise ValueError(f"{text!r} has a single value for each task and channel; statistics need two")
