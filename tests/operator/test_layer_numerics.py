@@ -9,11 +9,7 @@ import torch
 from support.backends import instruction_sets
 from support.layer_problems import LayerResults, assert_matches_definition, definition, layer_problem, run
 from support.problems import DTYPES, GATES, STACKINGS
-from support.tolerances import (
-    Tolerance,
-    assert_same_bits,
-    assert_within,
-)
+from support.tolerances import STATISTICS, Tolerance, assert_relative, assert_same_bits, assert_within
 from torch import Tensor
 
 from tsbn_kernels.backends import cpu
