@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.networks import NETWORKS, look_trained, pretrained
+from support.networks import BATCH_NORMALISED, NETWORKS, look_trained, pretrained
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,6 +22,7 @@ from tsbn_kernels import (
     parameter_groups,
     revert_model,
 )
+from tsbn_kernels.layers.task_specific import TaskSpecific
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,8 +61,9 @@ def assert_same_state(one: nn.Module, other: nn.Module, **tolerance: float) -> N
 def test_every_task_starts_as_the_plain_model(stacking: Any, variant: Any, name: str) -> None:
     plain = pretrained(name).eval()
     converted = convert_model(plain, T, variant=variant, stacking=stacking)
-    norms = [module for module in converted.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert norms and all(isinstance(norm, FusedTSigmaBN) for norm in norms)
+    kinds = nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm
+    norms = [name for name, module in plain.named_modules() if isinstance(module, kinds)]
+    assert norms and all(isinstance(converted.get_submodule(norm), TaskSpecific) for norm in norms)
     x = torch.randn(N, 3, 16, 16)
     stacked = x.repeat(T, 1, 1, 1) if stacking == "task_major" else x.repeat_interleave(T, 0)
     y, expected = converted(stacked), plain(x)
@@ -132,7 +134,7 @@ class LoopOfBatchNorms(nn.Module):
         return torch.stack([getattr(norm, name) for norm in self.norms])
 
 
-@networks
+@pytest.mark.parametrize("name", BATCH_NORMALISED)
 @variants
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 def test_twenty_training_steps_equal_a_loop_of_batch_norms(

@@ -29,6 +29,7 @@ def multitask(name: str = "celeba", **options: Any) -> MultiTaskModel:
     for module in backbone.modules():
         if hasattr(module, "gates"):
             nn.init.normal_(module.weight)
+        if hasattr(module, "running_mean"):
             nn.init.normal_(module.running_mean, std=0.1)
     return MultiTaskModel(backbone, {task: nn.Identity() for task in TASKS})
 

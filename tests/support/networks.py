@@ -134,12 +134,15 @@ class Transformer(nn.Module):
         return self.norm(x).mean(1)
 
 
-NETWORKS = {
+BATCH_NORMALISED = {
     "resnet18": lambda: ResNet((2, 2, 2, 2)),
     "bottleneck": lambda: ResNet((2, 2), bottleneck=True),
     "resnet50": lambda: ResNet((3, 4, 6, 3), bottleneck=True),
     "segnet": SegNet,
     "celeba": CelebA,
+}
+NETWORKS = {
+    **BATCH_NORMALISED,
     "transformer": Transformer,
     "transformer, RMS": partial(Transformer, nn.RMSNorm),
 }

@@ -175,6 +175,9 @@ _EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
     ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
     ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
 }
+# What a program of a resident slab may take for the running statistics, forward, where that costs no resident program;
+# half of it with a residual. With all that there are the compiler spills.
+_SPARE: _Budgets = {"rows": (16, 0), "columns": (0, 16)}
 # Of a program that goes through all tasks.
 _FAN_OUT: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
@@ -203,7 +206,12 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
     if not is_even(work, tile):
         budget += 40 if _counts(work, variant) else 24
     budget += 32 * (work.statistics_size == 8)
-    return min(budget, 255, device.registers // threads // 8 * 8)
+    budget = min(budget, 255, device.registers // threads // 8 * 8)
+    if variant == "resident" and not work.backward:
+        programs = max(1, device.registers // (budget * threads))
+        spare = _SPARE[work.family][amd] // (1 + work.reads_residual)
+        budget = min(budget + spare, device.registers // (programs * threads) // 8 * 8)
+    return budget
 
 
 def _counts(work: Work, variant: Variant) -> bool:
