@@ -18,6 +18,7 @@ from tsbn_kernels.operator import autograd_synchronized, checks, runs
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _VECTORS = ("weight", "bias", *_STATISTICS)
+_UNTRACKED = Running()
 _LATER_OPTIONS = {
     "activation": None,
     "negative_slope": 0.01,
@@ -274,7 +275,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         weight, bias, running_mean, running_var, num_batches_tracked = vectors
         training = self.training
         tracked = training and self.track_running_stats and not runs.is_repetition()
-        running = Running()
+        running = _UNTRACKED
         if tracked:
             momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
             running = Running(running_mean, running_var, num_batches_tracked, momentum, tasks)
