@@ -8,9 +8,17 @@ import threading
 from pathlib import Path
 
 FIELDS = (
-    "timestamp", "name", "pstate", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.used",
-    "utilization.gpu", "clocks_event_reasons.active",
-)  # fmt: skip
+    "timestamp",
+    "name",
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "temperature.gpu",
+    "power.draw",
+    "memory.used",
+    "utilization.gpu",
+    "clocks_event_reasons.active",
+)
 FILE, SECONDS = "clocks.csv", 5.0
 
 

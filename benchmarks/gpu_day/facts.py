@@ -20,10 +20,21 @@ from tsbn_kernels.backends.plan import devices
 KERNELS = ("triton", "cuda", "cpu")  # backends with kernels of their own
 SETTINGS = ("TSBN_", "TRITON_", "CUDA_", "PYTORCH_", "TORCH")  # variables that change what runs
 SMI_FIELDS = (
-    "name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
-    "temperature.gpu", "power.draw", "power.limit", "memory.total", "memory.used", "utilization.gpu",
+    "name",
+    "driver_version",
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "memory.total",
+    "memory.used",
+    "utilization.gpu",
     "mig.mode.current",
-)  # fmt: skip
+)
 
 
 def device(name: str) -> dict[str, Any]:

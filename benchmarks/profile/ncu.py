@@ -21,10 +21,24 @@ SECTORS = (
 METRICS = (SECONDS, READ, WRITTEN, MEMORY_SHARE, OCCUPANCY, REGISTERS, LOCAL_BYTES, SECTORS)
 
 _SCALES = {
-    "%": 1.0, "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,
-    "second": 1.0, "msecond": 1e-3, "usecond": 1e-6, "nsecond": 1e-9, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9,
-    "register/thread": 1.0, "inst": 1.0, "sector/request": 1.0, "": 1.0,
-}  # fmt: skip
+    "%": 1.0,
+    "byte": 1.0,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+    "second": 1.0,
+    "msecond": 1e-3,
+    "usecond": 1e-6,
+    "nsecond": 1e-9,
+    "s": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "ns": 1e-9,
+    "register/thread": 1.0,
+    "inst": 1.0,
+    "sector/request": 1.0,
+    "": 1.0,
+}
 
 
 class NcuError(ValueError):

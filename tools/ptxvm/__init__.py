@@ -7,6 +7,18 @@ from .ptx import PTXError, parse
 from .report import Report, Row, Traffic
 
 __all__ = [
-    "Out", "PTXError", "Report", "Row", "Struct", "Traffic", "Violation", "compile_cuda", "compile_triton", "find_nvcc",
-    "launch", "launch_cuda", "launch_triton", "parse",
-]  # fmt: skip
+    "Out",
+    "PTXError",
+    "Report",
+    "Row",
+    "Struct",
+    "Traffic",
+    "Violation",
+    "compile_cuda",
+    "compile_triton",
+    "find_nvcc",
+    "launch",
+    "launch_cuda",
+    "launch_triton",
+    "parse",
+]
