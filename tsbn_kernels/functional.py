@@ -174,9 +174,7 @@ def normalize(
     if residual is None:
         x = layout.supported(x, of_input(options).stacking)
     else:
-        if residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+        x, residual = _promoted(x, residual)
         x, residual = layout.readable(x, options, residual)
 
     if recover_input and as_streams:
@@ -210,6 +208,14 @@ def normalize(
         compute = partial(_again, options, backend)
         recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:]))
     return outputs
+
+
+def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of ``x + residual``."""
+    if residual.dtype == x.dtype:
+        return x, residual
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(dtype), residual.to(dtype)
 
 
 def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
@@ -348,9 +354,7 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     call = (layer_checks.check_call if compiling else layer_checks.checked)(tensors, options)
     x, weight, bias, residual = tensors
     if residual is not None:
-        if residual.dtype != x.dtype:
-            dtype = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(dtype), residual.to(dtype)
+        x, residual = _promoted(x, residual)
         residual = residual.contiguous()
     backend = backends.override(x.device.type) if backends.is_forced() else None
     function = layer_streams if as_streams else layer_autograd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -64,6 +65,13 @@ def _normalize(
     return Normalized(y, mean.detach(), var.detach())
 
 
+def of_each_model(models: int, tensor: Any, dim: int | None) -> Any:
+    """A tensor under ``vmap``, or None, the models first; ``dim`` is where they are, None: all share it."""
+    if tensor is None:
+        return None
+    return tensor.expand(models, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
 class TaskBatchNorm(torch.autograd.Function):
     """Saves x and the ``[T, C]`` vectors, and the residual where an activation follows; y, xhat and gates are not kept.
 
@@ -107,15 +115,10 @@ class TaskBatchNorm(torch.autograd.Function):
         *tensors, _, options, recover_input, backend = inputs
         models, num_tasks, stacking = info.batch_size, options.num_tasks, options.stacking
 
-        def batched(tensor: Any, dim: int | None) -> Any:
-            if tensor is None:
-                return None
-            return tensor.expand(models, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
         def vector(tensor: Any) -> Any:
             return None if tensor is None else tensor.flatten(0, 1)
 
-        x, weight, bias, residual, mean, var = map(batched, tensors, in_dims)
+        x, weight, bias, residual, mean, var = map(partial(of_each_model, models), tensors, in_dims)
         if options.fan_out:
             x = x.unsqueeze(1).expand(-1, num_tasks, *(-1,) * (x.dim() - 1))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import gate_slope, gate_values
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
-from tsbn_kernels.operator.autograd import transformed
+from tsbn_kernels.operator.autograd import of_each_model, transformed
 from tsbn_kernels.operator.layer_ops import eager_operators, layer_norm, operators
 from tsbn_kernels.operator.registry import library
 
@@ -92,11 +93,6 @@ class TaskLayerNorm(torch.autograd.Function):
         *tensors, options, backend = inputs
         models, num_tasks, stacking, fan_out = info.batch_size, options.num_tasks, options.stacking, options.fan_out
 
-        def batched(tensor: Any, dim: int | None) -> Any:
-            if tensor is None:
-                return None
-            return tensor.expand(models, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
         def streams(tensor: Any) -> Any:
             if tensor is None:
                 return None
@@ -110,7 +106,7 @@ class TaskLayerNorm(torch.autograd.Function):
             streams = streams.unflatten(0, (models, num_tasks))
             return streams[:, 0] if fan_out else layout.stacked(streams, stacking, dim=1)
 
-        x, weight, bias, residual = map(batched, tensors, in_dims)
+        x, weight, bias, residual = map(partial(of_each_model, models), tensors, in_dims)
         vectors = weight.flatten(0, 1), None if bias is None else bias.flatten(0, 1)
         of_all = options._replace(num_tasks=models * num_tasks, stacking="task_axis", fan_out=False)
         x = streams(x)
