@@ -173,17 +173,19 @@ def checked(tensors: tuple[Any, ...], settings: tuple[Any, ...], grouped: bool, 
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or sizes that are symbols
         pass
     call = check_call(tensors, settings, grouped, alone)
-    if can_be_remembered(tensors, settings):
-        if len(_known) >= MOST:
-            _known.clear()
-        _known[key] = call
+    remember(_known, key, call, tensors, settings)
     return call
 
 
-def can_be_remembered(tensors: Iterable[Tensor | None], settings: Iterable[Any]) -> bool:
-    """Whether the sizes of a call's tensors are no symbols, and its settings keep nothing alive."""
+def remember(
+    known: dict[Hashable, Any], key: Hashable, call: Any, tensors: Iterable[Tensor | None], settings: Iterable[Any]
+) -> None:
+    """Keeps a checked call, where the sizes of its tensors are no symbols, and its settings keep nothing alive."""
     sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape]
-    return all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN
+    if all(type(size) is int for size in sizes) and {type(value) for value in settings} <= _PLAIN:
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = call
 
 
 def kind(tensor: Tensor) -> Hashable:

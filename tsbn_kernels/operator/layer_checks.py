@@ -42,10 +42,7 @@ def checked(tensors: Sequence[Any], options: Sequence[Any]) -> LayerOptions:
     except (AttributeError, RuntimeError, TypeError):  # no tensor, a nested one, or sizes that are symbols
         pass
     call = check_call(tensors, options)
-    if checks.can_be_remembered(tensors, options):
-        if len(_known) >= checks.MOST:
-            _known.clear()
-        _known[key] = call
+    checks.remember(_known, key, call, tensors, options)
     return call
 
 
