@@ -1,4 +1,4 @@
-// The operators of layer norm for CPU tensors. Shapes, formulas and errors are those of tsbn_kernels/operator/ops.py.
+// The operators of layer norm for CPU tensors. Shapes, formulas and errors are those of tsbn_kernels/operator/layer_ops.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
