@@ -43,10 +43,10 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
     with (
         recorded() as calls,
         triton_forced(),
-        mock.patch.object(ops, "_device", return_value=device),
-        mock.patch.object(ops, "_on", return_value=nullcontext()),
-        mock.patch.dict(ops._forwards, clear=True),  # passes that are planned for no device that is here
-        mock.patch.dict(ops._backwards, clear=True),
+        mock.patch.object(ops, "device_of", return_value=device),
+        mock.patch.object(ops, "on_device", return_value=nullcontext()),
+        mock.patch.dict(ops.forwards, clear=True),  # passes that are planned for no device that is here
+        mock.patch.dict(ops.backwards, clear=True),
     ):
         yield calls
 

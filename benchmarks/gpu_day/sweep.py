@@ -249,7 +249,7 @@ def forced(plan: Plan) -> Iterator[None]:
     if not isinstance(plan, cuda_rules.CudaPlan):
         from tsbn_kernels.backends.triton import ops
 
-        with mock.patch.multiple(ops, choose=lambda *_: plan, _forwards={}, _backwards={}):
+        with mock.patch.multiple(ops, choose=lambda *_: plan, forwards={}, backwards={}):
             yield
         return
     cuda_backend._prepare.cache_clear()

@@ -59,7 +59,7 @@ from tsbn_kernels.definition.options import Saved
 launches.Judge(driver)
 call = make_call(2, 6, 4, (4, 8))
 _, mean, var = forward(call, launches.TRITON)
-(run,) = launches.triton_ops._forwards.values()
+(run,) = launches.triton_ops.forwards.values()
 slab, right = run.slab, run.slab._run
 for change in {changes!r}:
     x, view, programs, options = call.p.x, run.x, slab.programs, dict(slab.options)

@@ -95,21 +95,21 @@ def test_triton_runs_the_plan_it_is_told(planned: list[sweep.SweptPlan]) -> None
     from benchmarks.profile.compile_offline import recorded
     from tsbn_kernels.backends.triton import ops
 
-    before = dict(ops._forwards)
+    before = dict(ops.forwards)
     some = [one for one in planned if one.backend == "triton"][::29]
     assert len({one.plan.variant for one in some}) > 2
     for one in some:
         with (
             recorded() as calls,
-            mock.patch.object(ops, "_device", return_value=H100),
-            mock.patch.object(ops, "_on", return_value=nullcontext()),
+            mock.patch.object(ops, "device_of", return_value=H100),
+            mock.patch.object(ops, "on_device", return_value=nullcontext()),
         ):
             one.on_meta()
         assert len(calls) == one.plan.launches
         for call in calls:
             assert (call.launch.options["num_warps"], call.launch.programs) == (one.plan.warps, one.plan.programs)
             assert call.launch.options.get("maxnreg", one.plan.registers) == one.plan.registers
-    assert ops._forwards == before
+    assert ops.forwards == before
 
 
 def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def planned(backend: str, device: str) -> dict[Spec, set[str]]:
     if backend == "triton":
         from tsbn_kernels.backends.triton import ops
 
-        return smallest(partial(triton_kinds, device=ops._device(where)))
+        return smallest(partial(triton_kinds, device=ops.device_of(where)))
     if backend == "cuda":
         return smallest(lambda spec: cuda_kinds(spec, cuda._device(where), cuda._clusters(spec.dtype, where)))
     return smallest(layout_kinds)

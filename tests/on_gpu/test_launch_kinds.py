@@ -45,11 +45,11 @@ def _observe_triton(spec: Spec) -> Iterator[Seen]:
     """By the passes that the backend has made for the call: it makes one where it has none."""
     from tsbn_kernels.backends.triton import ops
 
-    ops._forwards.clear()
-    ops._backwards.clear()
+    ops.forwards.clear()
+    ops.backwards.clear()
 
     def seen() -> set[str]:
-        plans = [run.plan for run in (*ops._forwards.values(), *ops._backwards.values())]
+        plans = [run.plan for run in (*ops.forwards.values(), *ops.backwards.values())]
         return {kinds.triton_kind(plan.work, plan.variant) for plan in plans}
 
     yield seen
@@ -135,11 +135,11 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         from tsbn_kernels.backends.triton import launch
         from tsbn_kernels.backends.triton import ops as triton_ops
 
-        monkeypatch.setattr(triton_ops, "_device", lambda _: h100)
+        monkeypatch.setattr(triton_ops, "device_of", lambda _: h100)
         monkeypatch.setattr(launch.Launch, "__call__", lambda self, *_: None)
         monkeypatch.setattr(ops.batch_norm, "triton", lambda: planned(triton_ops))
-        monkeypatch.setattr(triton_ops, "_forwards", {})
-        monkeypatch.setattr(triton_ops, "_backwards", {})
+        monkeypatch.setattr(triton_ops, "forwards", {})
+        monkeypatch.setattr(triton_ops, "backwards", {})
 
 
 @pytest.mark.usefixtures("without_launches")

@@ -88,9 +88,9 @@ def machine(device: Device, schedule: str | int = "forward") -> Iterator[Machine
 
     with (
         mock.patch.object(Launch, "__call__", launch),
-        mock.patch.object(ops, "_device", return_value=device),
-        mock.patch.dict(ops._forwards, clear=True),
-        mock.patch.dict(ops._backwards, clear=True),
+        mock.patch.object(ops, "device_of", return_value=device),
+        mock.patch.dict(ops.forwards, clear=True),
+        mock.patch.dict(ops.backwards, clear=True),
     ):
         yield done
         done.plans = [run.plan for run in passes()]

@@ -201,9 +201,9 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
         for name in ("forward", "backward", "fan_out", "layer_norm"):
             patch.setattr(launch, name, getattr(loaded, name))
         patch.setattr(backend_passes, "activations", loaded.activations)
-        patch.setattr(ops, "_forwards", {})
-        patch.setattr(ops, "_backwards", {})
-        patch.setattr(ops, "_device", lambda _: device)
+        patch.setattr(ops, "forwards", {})
+        patch.setattr(ops, "backwards", {})
+        patch.setattr(ops, "device_of", lambda _: device)
         yield
 
 
@@ -222,5 +222,5 @@ def dispatched(device: Device, overflow: bool = False) -> Iterator[None]:
 
 def passes() -> list[Pass]:
     """What ran since :func:`interpreted` began, each kind once."""
-    kept = (*ops._forwards.values(), *ops._backwards.values())
+    kept = (*ops.forwards.values(), *ops.backwards.values())
     return [one for run in kept for one in (run if isinstance(run, tuple) else (run,))]

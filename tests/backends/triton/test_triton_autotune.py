@@ -180,7 +180,7 @@ def test_plans_are_timed_on_the_device_of_the_tensors(monkeypatch: pytest.Monkey
 
     p = problem(2, 2, 1, (2,))
     with interpreted(device(threads=64)):
-        monkeypatch.setattr(ops, "_on", on)
+        monkeypatch.setattr(ops, "on_device", on)
         monkeypatch.setattr(ops, "choose", choose)
         _, mean, var = backend.operator("forward_training")(p.x, p.weight, p.bias, None, Options(*p.options))
         saved, needs = Saved(p.x, p.weight, None, None, mean, var), Needs(True, True, True, False)

@@ -40,9 +40,9 @@ def test_compiled(memory_format: str, dtype: torch.dtype, target: str, activatio
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_machine_code(memory_format: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the plan's registers on an H100, and without a spill."""
-    for name in ("_forwards", "_backwards"):
+    for name in ("forwards", "backwards"):
         monkeypatch.setattr(ops, name, {})
-    monkeypatch.setattr(ops, "_device", lambda _: DEVICES["H100"])
+    monkeypatch.setattr(ops, "device_of", lambda _: DEVICES["H100"])
     call = make_call(
         3,
         4,
@@ -57,7 +57,7 @@ def test_machine_code(memory_format: str, activation: str, monkeypatch: pytest.M
     with recorded() as calls:
         moments(call, flat(ops))
         gradient(call, vectors(call), flat(ops))
-    plans = [run.plan for run in (*ops._forwards.values(), *ops._backwards.values())]
+    plans = [run.plan for run in (*ops.forwards.values(), *ops.backwards.values())]
     for launch, plan in zip(calls, plans, strict=True):
         used = resources(compile_call(launch, "sm_90")[0])
         assert used.spills == 0

@@ -29,12 +29,12 @@ def layer_norm(
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    key = "layer_norm", *map(ops._class, (x, residual, weight, bias)), options
-    run = ops._forwards.get(key)
+    key = "layer_norm", *map(ops.class_of, (x, residual, weight, bias)), options
+    run = ops.forwards.get(key)
     if run is None:
         work = work_of(x, weight, options, bias=bias is not None, residual=residual is not None)
-        (plan,) = plans(work, ops._device(x.device))
-        run = ops._forwards[key] = LayerForward(plan, options)
+        (plan,) = plans(work, ops.device_of(x.device))
+        run = ops.forwards[key] = LayerForward(plan, options)
     rstd = x.new_empty(x.numel() // weight[0].numel(), dtype=accumulate_dtype(x.dtype))
     found = LayerNormalized(
         x.new_empty(layout.output_shape(x, options)),
@@ -42,7 +42,7 @@ def layer_norm(
         None if options.rms else torch.empty_like(rstd),
         rstd,
     )
-    with ops._on(x.device):
+    with ops.on_device(x.device):
         run(x, weight, bias, residual, found)
     return found
 
@@ -59,18 +59,18 @@ def layer_norm_backward(
     x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
     mean = None if mean is None else mean.contiguous()
     ds = None if ds is None else ds.contiguous()
-    key = "layer_norm", *map(ops._class, (dy, ds, x, weight)), needs, options
-    runs = ops._backwards.get(key)
+    key = "layer_norm", *map(ops.class_of, (dy, ds, x, weight)), needs, options
+    runs = ops.backwards.get(key)
     if runs is None:
         work = work_of(x, weight, options, needs, residual=ds is not None)
-        chosen = plans(work, ops._device(x.device))
-        runs = ops._backwards[key] = tuple(LayerBackward(plan, options) for plan in chosen)
+        chosen = plans(work, ops.device_of(x.device))
+        runs = ops.backwards[key] = tuple(LayerBackward(plan, options) for plan in chosen)
     found = LayerGradients(
         torch.empty_like(x) if needs.dx else None,
         torch.empty_like(weight) if needs.dweight else None,
         torch.empty_like(weight) if needs.dbias else None,
     )
-    with ops._on(x.device):
+    with ops.on_device(x.device):
         for run in runs:
             run(dy, ds, LayerSaved(x, weight, mean, rstd), found)
     return found

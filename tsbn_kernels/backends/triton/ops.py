@@ -25,25 +25,25 @@ from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
 
-_forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
-_backwards: dict[Hashable, Any] = {}
+forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
+backwards: dict[Hashable, Any] = {}
 _HERE = nullcontext()
 
 
 @cache
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
     """The GPU; on the CPU, where the interpreter runs the kernels, one on paper."""
     return DEVICES["H100"] if device.type == "cpu" else devices.of(device)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device of the tensors the current one, if it is not."""
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         return _HERE
     return torch.accelerator.device_index(device.index)
 
 
-def _class(x: Tensor | None) -> Hashable:
+def class_of(x: Tensor | None) -> Hashable:
     """All of an activation that a compiled kernel depends on."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
@@ -68,8 +68,8 @@ def _normalize(saved: Saved, training: bool, options: Options, running: Running 
     saved = _contiguous(saved)
     x, _, _, residual, *_ = saved
     kinds = running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
-    key = _class(x), _class(residual), _dtypes(saved), kinds, training, options
-    run = _forwards.get(key)
+    key = class_of(x), class_of(residual), _dtypes(saved), kinds, training, options
+    run = forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options, residual)
         if own_x is not x or own_residual is not residual:
@@ -80,11 +80,11 @@ def _normalize(saved: Saved, training: bool, options: Options, running: Running 
             candidate = make(plan)
             return partial(candidate, saved, candidate.stacked_like(x))
 
-        with _on(x.device):
-            plan = rules.plan(_work(saved, training, options), _device(x.device))
-            run = _forwards[key] = make(choose(plan, prepare))
+        with on_device(x.device):
+            plan = rules.plan(_work(saved, training, options), device_of(x.device))
+            run = forwards[key] = make(choose(plan, prepare))
     y: Tensor = run.stacked_like(x)
-    with _on(x.device):
+    with on_device(x.device):
         run(saved, y, running)
     return y
 
@@ -136,7 +136,7 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
     x, weight, _, residual, *_ = saved
     if x.numel() == 0:
         return reference.backward(dy, saved, training, needs, options)
-    key = _class(dy), _class(x), _class(residual), _dtypes(saved), training, needs, options
+    key = class_of(dy), class_of(x), class_of(residual), _dtypes(saved), training, needs, options
 
     def outputs(run: Pass) -> Gradients:
         return Gradients(
@@ -146,7 +146,7 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
             run.stacked_like(x) if needs.dresidual else None,
         )
 
-    run = _backwards.get(key)
+    run = backwards.get(key)
     if run is None:
         own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
         if own_x is not x or own_dy is not dy or own_residual is not residual:
@@ -158,11 +158,11 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
             candidate = make(plan)
             return partial(candidate, dy, saved, outputs(candidate))
 
-        with _on(x.device):
-            plan = rules.plan(_work(saved, training, options, needs), _device(x.device))
-            run = _backwards[key] = make(choose(plan, prepare))
+        with on_device(x.device):
+            plan = rules.plan(_work(saved, training, options, needs), device_of(x.device))
+            run = backwards[key] = make(choose(plan, prepare))
     results = outputs(run)
-    with _on(x.device):
+    with on_device(x.device):
         run(dy, saved, results)
     return results
 
@@ -173,15 +173,15 @@ def moments(x: Tensor, options: Options) -> Moments:
         return Moments(mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1))
     if x.numel() == 0:
         return reference.moments(x, options)
-    key = "moments", _class(x), options
-    run = _forwards.get(key)
+    key = "moments", class_of(x), options
+    run = forwards.get(key)
     if run is None:
         (read,) = layout.readable(x, options)
         if read is not x:
             return moments(read, options)
-        plan = rules.apart(work_of(x, options), _device(x.device))
-        run = _forwards[key] = PartMoments(plan, x, options)
-    with _on(x.device):
+        plan = rules.apart(work_of(x, options), device_of(x.device))
+        run = forwards[key] = PartMoments(plan, x, options)
+    with on_device(x.device):
         result: Moments = run(x)
     return result
 
@@ -194,17 +194,17 @@ def input_gradient(
     x, _, _, residual, *_ = saved
     if x.numel() == 0:
         return reference.input_gradient(dy, saved, dz_mean, dz_xhat_mean, needs_dresidual, options)
-    key = "input_gradient", _class(dy), _class(x), _class(residual), _dtypes(saved), needs_dresidual, options
-    run: Any = _backwards.get(key)
+    key = "input_gradient", class_of(dy), class_of(x), class_of(residual), _dtypes(saved), needs_dresidual, options
+    run: Any = backwards.get(key)
     if run is None:
         own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
         if own_x is not x or own_dy is not dy or own_residual is not residual:
             own = saved._replace(x=own_x, residual=own_residual)
             return input_gradient(own_dy, own, dz_mean, dz_xhat_mean, needs_dresidual, options)
         work = _work(saved, not options.fan_out, options, Needs(True, False, False, needs_dresidual))
-        plan = (rules.plan if options.fan_out else rules.apart)(work, _device(x.device))
-        run = _backwards[key] = InputGradient(plan, dy, x, options, residual)
+        plan = (rules.plan if options.fan_out else rules.apart)(work, device_of(x.device))
+        run = backwards[key] = InputGradient(plan, dy, x, options, residual)
     found = Gradients(run.input_like(x), dresidual=run.stacked_like(x) if needs_dresidual else None)
-    with _on(x.device):
+    with on_device(x.device):
         run(dy, _contiguous(saved), dz_mean, dz_xhat_mean, found)
     return found
