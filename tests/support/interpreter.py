@@ -6,7 +6,8 @@ Triton 3.8 does something else than a GPU, it is mended:
 
 - a sum goes row by row, which costs float32 digits that a GPU's tree keeps: here it goes by halves;
 - float32 is cut to bfloat16, where a GPU rounds to the nearest, and float64 to bfloat16 is nonsense;
-- a function that a kernel calls patches ``triton.language`` again, slowly, and never restores it.
+- a function that a kernel calls patches ``triton.language`` again, slowly, and never restores it;
+- it looks for overflow, and for NumPy's name of a type, in a roundabout way that takes a third of the time.
 
 What a GPU would not tell is an error: an address outside of the tensors that a kernel was given, a second write to an
 address in one launch and, where asked for, a 32-bit integer that overflows.
@@ -79,7 +80,7 @@ def extent(tensor: Tensor) -> int:
 class Builder(interpreter.InterpreterBuilder):
     """What Triton's functions compute with."""
 
-    overflow = False  # whether to look for it: that takes a third of the time
+    overflow = False  # whether to look for it
 
     def __init__(self, accessible: list[Tensor]) -> None:
         super().__init__()
@@ -117,6 +118,32 @@ class Builder(interpreter.InterpreterBuilder):
         return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(new)), new)
 
 
+_RANGES = {f"{sign}int{bits}": np.iinfo(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32)}
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def assert_no_overflow(left: tl.tensor, right: tl.tensor, operation: Any) -> None:
+    """Computes a sum, difference or product of narrow integers in 64 bits; wider ones are not looked at."""
+    held = _RANGES.get(left.dtype.name)
+    if interpreter.interpreter_builder.overflow and held is not None:
+        exact = _EXACT[operation.__name__](*(operand.handle.data.astype(np.int64) for operand in (left, right)))
+        assert ((exact >= held.min) & (exact <= held.max)).all(), f"{left.dtype} overflow in {operation.__name__}"
+
+
+class NumpyTypes(dict[str, Any]):
+    """NumPy's types by the names of Triton's; pointers are integers."""
+
+    def __call__(self, dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in self:
+            self[name] = _get_np_dtype(dtype)
+        return self[name]
+
+
+_get_np_dtype = interpreter._get_np_dtype
+_numpy_types = NumpyTypes()
+
+
 class Reduction(interpreter.ReduceOps):
     """Reduces by halves, as lanes that exchange values do."""
 
@@ -148,7 +175,9 @@ def language(builder: Builder) -> Iterator[Builder]:
                 patch.setattr(tl, name, function)
         patch.setattr(interpreter, "ReduceOps", Reduction)
         patch.setattr(interpreter, "interpreter_builder", builder)
+        patch.setattr(interpreter, "_get_np_dtype", _numpy_types)
         patch.setattr(interpreter.interpreter_semantic, "builder", builder)
+        patch.setattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", assert_no_overflow)
         scope = interpreter._patch_lang(Function.run)
         try:
             yield builder
