@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from benchmarks.network.model import CelebaNetwork, stacked_gradients, task_spec
 from benchmarks.records.network_run import VARIANTS, Differences, NetworkSteps
 from benchmarks.records.summary import Summary
 from benchmarks.timing.environment import memory_in_use
+from benchmarks.timing.fresh_process import in_fresh_process
 from benchmarks.timing.measure import Effort, measure, step_candidate, timer_for
 
 LEARNING_RATE = 3e-4
@@ -65,14 +65,8 @@ def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None
     """
     threads = max(1, torch.get_num_threads() // 2)
     arguments = faces.images.numpy(), faces.labels.numpy(), str(device), threads
-    context = multiprocessing.get_context("spawn")
-
-    def alone(variant: str) -> FirstStep:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(single_step, variant, *arguments).result()
-
     with ThreadPoolExecutor(2) as pool:
-        steps = {variant: pool.submit(alone, variant) for variant in VARIANTS}
+        steps = {variant: pool.submit(in_fresh_process, single_step, variant, *arguments) for variant in VARIANTS}
         meanwhile()
         return {variant: step.result() for variant, step in steps.items()}
 

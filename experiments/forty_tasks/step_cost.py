@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +13,7 @@ from benchmarks.network.data import Splits
 from benchmarks.network.model import Layout, train_step
 from benchmarks.records.summary import Summary
 from benchmarks.timing.environment import memory_in_use
+from benchmarks.timing.fresh_process import in_fresh_process
 from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
 from experiments.forty_tasks.methods import METHODS, loop_network
 from experiments.forty_tasks.train_run import optimizer_of
@@ -38,12 +37,8 @@ def step_costs(
     """Measures these methods, and :data:`LOOP`, on the first ``batch`` training images."""
     images, labels = (torch.stack(parts) for parts in zip(*(splits.train[i] for i in range(batch)), strict=True))
     names = [*methods, LOOP]
-    context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for name in names:
-        with ProcessPoolExecutor(1, context) as pool:
-            arguments = name, layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
-            peaks[name] = pool.submit(peak_bytes, *arguments).result()
+    arguments = layout, images.numpy(), labels.numpy(), str(device), torch.get_num_threads()
+    peaks = {name: in_fresh_process(peak_bytes, name, *arguments) for name in names}
     steps = {name: _step(name, layout, images, labels, device) for name in names}
     candidates = {name: step_candidate(step) for name, (step, _) in steps.items()}
     times = summarize(measure(candidates, effort, timer_for(device)))
