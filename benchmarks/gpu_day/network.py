@@ -15,7 +15,7 @@ from benchmarks.gpu_day.risky import risky
 from benchmarks.gpu_day.step_api import Measurement, Setting
 from benchmarks.layers.cases import MEMORY_FORMATS
 from benchmarks.layers.verify import MismatchError
-from benchmarks.network.model import task_specific_network, train_step
+from benchmarks.network.model import CELEBA, Layout, task_specific_network, train_step
 from benchmarks.records.network_run import BEST
 from benchmarks.timing import environment
 from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
@@ -25,7 +25,7 @@ LOOP = "loop"
 OURS = ("fused, ReLU inside", BEST, "fused", "and recompute")
 TASKS, PIXELS, PROBE = 40, 64, (16, 32)
 BATCHES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # few, for each has kernels of its own
-QUICK_TASKS, QUICK_PIXELS, QUICK_BATCH = 2, 8, 8
+QUICK_TASKS, QUICK_PIXELS, QUICK_BATCH, NARROW = 2, 8, 8, Layout(3, (8,) * 7)
 SHARE = 0.92  # of the free memory, for what a step was seen to take: the allocator's blocks have gaps
 LOSS = 0.02  # of the loop's: bfloat16 rounds in every layer
 EFFORT = Effort(2, 4, 1.0, 0.0)
@@ -131,9 +131,9 @@ def _prepared(variant: str, memory_format: str, batch: int, setting: Setting) ->
     """A training step of a fresh network on random images."""
     device = torch.device(setting.device)
     race.free(device)
-    tasks, pixels = (QUICK_TASKS, QUICK_PIXELS) if setting.quick else (TASKS, PIXELS)
+    tasks, pixels, layout = (QUICK_TASKS, QUICK_PIXELS, NARROW) if setting.quick else (TASKS, PIXELS, CELEBA)
     order = MEMORY_FORMATS[memory_format]
-    network = Autocast(task_specific_network(variant, tasks), device).to(device).to(memory_format=order)
+    network = Autocast(task_specific_network(variant, tasks, layout=layout), device).to(device).to(memory_format=order)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
     generator = torch.Generator(device).manual_seed(0)
     images = torch.randn((batch, 3, pixels, pixels), generator=generator, device=device).to(memory_format=order)

@@ -131,11 +131,11 @@ def gates_of(norm: nn.Module) -> list[nn.Parameter]:
     return [norm.weight]  # type: ignore[list-item]
 
 
-def task_specific_network(name: str, tasks: int, seed: int = 0) -> CelebaNetwork:
+def task_specific_network(name: str, tasks: int, seed: int = 0, layout: Layout = CELEBA) -> CelebaNetwork:
     """The TS-sigma-BN network, one of :data:`VARIANTS`: the same weights and gates for the same seed."""
     torch.manual_seed(seed)
     variant = VARIANTS[name]
-    network = CelebaNetwork(tasks, partial(norm_of, variant, tasks), tasks, variant)
+    network = CelebaNetwork(tasks, partial(norm_of, variant, tasks), tasks, variant, layout)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for norm in network.norms:

@@ -12,7 +12,7 @@ from support.celeba_folder import LAYOUTS, TORCHVISION, write_celeba
 
 from benchmarks.layers.verify import MismatchError
 from benchmarks.network.data import DataError, Faces, celeba_faces, lfw_faces
-from benchmarks.network.model import CelebaNetwork, loss_of, stacked_gradients, task_specific_network
+from benchmarks.network.model import CelebaNetwork, Layout, loss_of, stacked_gradients, task_specific_network
 from benchmarks.network.training import FirstStep, check, differences
 from benchmarks.records.network_run import VARIANTS
 from experiments.forty_tasks.methods import plain_norm
@@ -41,7 +41,7 @@ def test_each_task_is_a_network_of_its_own():
 
 def loss_and_gradients(name):
     faces = lfw_faces(3, 2)
-    network = task_specific_network(name, 2).double()
+    network = task_specific_network(name, 2, layout=Layout(3, (8, 16, 16, 24, 24, 16, 16))).double()
     loss = loss_of(network, faces.images.double(), faces.labels.double())
     loss.backward()
     return loss.detach(), stacked_gradients(network)

@@ -134,9 +134,17 @@ class LoopOfBatchNorms(nn.Module):
         return torch.stack([getattr(norm, name) for norm in self.norms])
 
 
-@pytest.mark.parametrize("name", BATCH_NORMALISED)
-@variants
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+# ResNet-50, whose steps take long, with each variant and in each dtype once: its blocks are those of "bottleneck".
+TRAINED = [
+    (dtype, tolerance, variant, name)
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-3))
+    for variant in ("ts_sigma_bn", "tsbn")
+    for name in BATCH_NORMALISED
+    if name != "resnet50" or (variant == "tsbn") == (dtype == torch.float32)
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "variant", "name"), TRAINED)
 def test_twenty_training_steps_equal_a_loop_of_batch_norms(
     dtype: torch.dtype, tolerance: float, variant: Any, name: str
 ) -> None:
