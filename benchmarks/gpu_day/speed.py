@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -85,6 +84,4 @@ def _cases(workload: Workload, layers: Iterable[Layer], dtype: str, memory_forma
 
 
 def _races(todo: Iterable[Case], entrants: list[Entrant], setting: Setting, kind: str) -> list[Measurement]:
-    gc.collect()
-    gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
     return [Measurement(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -45,6 +46,8 @@ def main(name: str, cases: str, key: str, seconds: str, where: str) -> None:
         return
     note("step", planned=[case.name for case in planned])
     done = results.read(setting.folder, name, key).cases
+    gc.collect()
+    gc.freeze()  # all that was imported: looking through it for garbage would take as long as the kernels
     for case in planned:
         if case.name in done:
             continue
