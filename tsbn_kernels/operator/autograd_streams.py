@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,10 +118,7 @@ def of_a_stack(y: Tensor, options: Options | LayerOptions) -> Sequence[Tensor]:
     return separate([streams.flatten(0, 1)], options.num_tasks)[0]
 
 
-def apply(*inputs: Any) -> tuple[Tensor, ...]:
-    """Applies the layer, differentiable; the inputs are those of :meth:`TaskBatchNorm.forward`."""
-    outputs: tuple[Tensor, ...] = TaskStreams.apply(*inputs)
-    return outputs
+apply: Callable[..., tuple[Tensor, ...]] = TaskStreams.apply
 
 
 def apply_in_graph(*inputs: Any) -> tuple[Tensor, ...]:

@@ -241,21 +241,25 @@ def check_input(x: Tensor, options: Options, training: bool) -> None:
     if x.dim() <= axis:
         shape = "[N, C, ...]" if options.fan_out else "[T, N, C, ...]" if axis == 2 else "[T*N, C, ...]"
         raise ValueError(f"x must have at least {axis + 1} dimensions {shape}, got shape {list(x.shape)}")
-    if own.stacking == "task_axis":
-        if x.shape[0] != own.num_tasks:
-            raise ValueError(
-                f"x of shape {list(x.shape)} has {x.shape[0]} tasks along its first dimension, expected "
-                f"num_tasks={own.num_tasks}; for a stacked batch pass stacking='task_major' or 'sample_major'"
-            )
-    elif x.shape[0] % own.num_tasks:
-        raise ValueError(
-            f"the first dimension of x, {x.shape[0]}, is not a multiple of num_tasks={own.num_tasks}; "
-            f"stack one batch of equal size for each task"
-        )
+    check_streams(x, own.num_tasks, own.stacking)
     if training and x.numel() == own.num_tasks * x.shape[axis] > 0:
         raise ValueError(
             f"Expected more than 1 value per task and channel when training, got input size {list(x.shape)} with "
             f"num_tasks={options.num_tasks}; use a larger batch or eval()"
+        )
+
+
+def check_streams(x: Tensor, num_tasks: int, stacking: str) -> None:
+    """Raises ValueError where x does not have as many streams."""
+    if stacking == "task_axis" and x.shape[0] != num_tasks:
+        raise ValueError(
+            f"x of shape {list(x.shape)} has {x.shape[0]} tasks along its first dimension, expected "
+            f"num_tasks={num_tasks}; for a stacked batch pass stacking='task_major' or 'sample_major'"
+        )
+    if x.shape[0] % num_tasks:
+        raise ValueError(
+            f"the first dimension of x, {x.shape[0]}, is not a multiple of num_tasks={num_tasks}; stack one batch of "
+            f"equal size for each task"
         )
 
 

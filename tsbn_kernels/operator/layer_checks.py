@@ -86,7 +86,7 @@ def _eps(x: torch.Tensor, residual: Any) -> float:
 
 def _check_shape(x: torch.Tensor, weight: torch.Tensor, options: LayerOptions) -> None:
     """Raises ValueError where x has no rows of ``normalized_shape``, or those of other than T streams."""
-    shape, T = weight.shape[1:], options.num_tasks
+    shape = weight.shape[1:]
     axis = options.stacking == "task_axis" and not options.fan_out
     least = len(shape) + (2 if axis else 1)
     ends = ", ".join(map(str, shape))
@@ -96,15 +96,5 @@ def _check_shape(x: torch.Tensor, weight: torch.Tensor, options: LayerOptions) -
             f"Given normalized_shape={list(shape)}, expected input with shape [{begins}, ..., {ends}], but got input "
             f"of size {list(x.shape)}"
         )
-    if options.fan_out:
-        return
-    if axis and x.shape[0] != T:
-        raise ValueError(
-            f"x of shape {list(x.shape)} has {x.shape[0]} tasks along its first dimension, expected num_tasks={T}; for "
-            f"a stacked batch pass stacking='task_major' or 'sample_major'"
-        )
-    if x.shape[0] % T:
-        raise ValueError(
-            f"the first dimension of x, {x.shape[0]}, is not a multiple of num_tasks={T}; stack one batch of equal "
-            f"size for each task"
-        )
+    if not options.fan_out:
+        checks.check_streams(x, options.num_tasks, options.stacking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved
 from tsbn_kernels.operator import layer_autograd
-from tsbn_kernels.operator.autograd_streams import Chosen, of_a_stack
+from tsbn_kernels.operator.autograd_streams import Chosen, TaskStreams, of_a_stack
 from tsbn_kernels.operator.layer_autograd import TaskLayerNorm
 from tsbn_kernels.operator.separate import aliases
 
@@ -59,15 +60,10 @@ class TaskLayerStreams(TaskLayerNorm):
         dx = dx if options.fan_out else chosen.stacked(dx, options.stacking)
         return dx, chosen.spread(dweight), chosen.spread(dbias), *nothing[3:]
 
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        raise RuntimeError("streams of the tasks do not work under vmap; call the layer itself, and split its result")
+    vmap = staticmethod(TaskStreams.vmap)
 
 
-def apply(*inputs: Any) -> tuple[Tensor, ...]:
-    """Applies the layer, differentiable; the inputs are those of :meth:`TaskLayerNorm.forward`."""
-    outputs: tuple[Tensor, ...] = TaskLayerStreams.apply(*inputs)
-    return outputs
+apply: Callable[..., tuple[Tensor, ...]] = TaskLayerStreams.apply
 
 
 def apply_in_graph(*inputs: Any) -> tuple[Tensor, ...]:
