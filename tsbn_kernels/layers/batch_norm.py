@@ -13,7 +13,7 @@ from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.definition.options import Running
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize
-from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific, whole
+from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import autograd_synchronized, checks, runs
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -121,16 +121,10 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         self.recover_input = recover_input
         self.process_group = process_group
 
-        def empty() -> Tensor:
-            return torch.empty((num_tasks, num_features), device=device, dtype=dtype)
-
-        self.weight = nn.Parameter(empty())
-        if bias == "frozen":
-            self.register_buffer("bias", empty())
-        else:
-            self.register_parameter("bias", nn.Parameter(empty()) if bias else None)
+        self.weight = nn.Parameter(torch.empty((num_tasks, num_features), device=device, dtype=dtype))
+        self._add_bias(bias)
         for name in ("running_mean", "running_var"):
-            self.register_buffer(name, empty() if track_running_stats else None)
+            self.register_buffer(name, torch.empty_like(self.weight.detach()) if track_running_stats else None)
         batches = torch.empty(num_tasks, device=device, dtype=torch.long) if track_running_stats else None
         self.register_buffer("num_batches_tracked", batches)
         self.reset_parameters()
@@ -183,7 +177,6 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             IndexError: there is no such task.
             TypeError: ``index`` is no integer.
         """
-        index = self._checked_task(index)
         plain: Any = self._plain(
             self.num_features,
             eps=self.eps,
@@ -195,18 +188,10 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         plain.track_running_stats = self.track_running_stats
         if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
             plain.process_group = self.process_group
-        with torch.no_grad():
-            plain.weight.copy_(whole(self.gates)[index])
-            if self.bias is not None:
-                plain.bias.copy_(whole(self.bias)[index])
-            for name in _STATISTICS:
-                if (buffer := getattr(self, name)) is not None:
-                    getattr(plain, name).copy_(whole(buffer)[index])
-        plain.weight.requires_grad_(self.weight.requires_grad)
-        plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
+        self._take_row(plain, index, *_STATISTICS)
         if self.activation is not None:
-            plain = nn.Sequential(plain, as_module(self.activation, self.negative_slope))
-        return plain.train(self.training)  # type: ignore[no-any-return]
+            plain = nn.Sequential(plain, as_module(self.activation, self.negative_slope)).train(self.training)
+        return plain  # type: ignore[no-any-return]
 
     def _stacking_of(self, x: Tensor, fan_out: bool) -> str:
         if not self._stacked_dims or x.dim() in self._stacked_dims:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tsbn_kernels.definition.layout import Stacking
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize_rows
-from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific, whole
+from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import checks, layer_checks
 
 
@@ -55,24 +55,12 @@ class TaskRowNorm(TaskSpecific):
         self.reset_parameters()
 
     def task(self, index: int) -> nn.Module:
-        """The plain ``nn.LayerNorm`` or ``nn.RMSNorm`` of one task, a copy with the same outputs, in the same mode.
-
-        Of a layer whose parameters are distributed over processes, all of these must ask for it.
-
-        Raises:
-            IndexError: there is no such task.
-            TypeError: ``index`` is no integer.
-        """
-        index, has_bias = self._checked_task(index), {} if self._rms else {"bias": self.bias is not None}
+        """The plain ``nn.LayerNorm`` or ``nn.RMSNorm`` of one task: see :meth:`TaskSpecific.task`."""
+        has_bias = {} if self._rms else {"bias": self.bias is not None}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         plain = self._plain(self.normalized_shape, self.eps, **has_bias, **like)
-        with torch.no_grad():
-            plain.weight.copy_(whole(self.gates)[index])
-            if self.bias is not None:
-                plain.bias.copy_(whole(self.bias)[index])
-                plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
-        plain.weight.requires_grad_(self.weight.requires_grad)
-        return plain.train(self.training)  # type: ignore[no-any-return]
+        self._take_row(plain, index)
+        return plain  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor, *, tasks: Tasks = None, fan_out: bool | None = None) -> Tensor:
         """Normalises the rows of all streams; returns the same shape.

@@ -83,11 +83,20 @@ class TaskSpecific(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no task()")
 
-    def _checked_task(self, index: int) -> int:
+    def _take_row(self, plain: Any, index: int, *statistics: str) -> None:
+        """Gives a plain layer the gates, bias and statistics of one task; raises as :meth:`task` does."""
         index = checks.index("task", index)
         if not -self.num_tasks <= index < self.num_tasks:
             raise IndexError(f"task {index} is out of range for num_tasks={self.num_tasks}")
-        return index
+        with torch.no_grad():
+            plain.weight.copy_(whole(self.gates)[index])
+            for name in ("bias", *statistics):
+                if (vector := getattr(self, name)) is not None:
+                    getattr(plain, name).copy_(whole(vector)[index])
+        plain.weight.requires_grad_(self.weight.requires_grad)
+        if getattr(plain, "bias", None) is not None:
+            plain.bias.requires_grad_(isinstance(self.bias, nn.Parameter) and self.bias.requires_grad)
+        plain.train(self.training)
 
     def _route(self, x: Tensor, tasks: Tasks, fan_out: bool | None) -> tuple[Tasks, bool | None]:
         """The tasks of a call and whether it fans out: as asked for, or as the model says that runs the layer."""

@@ -36,10 +36,6 @@ class _EarlierNames(MetaPathFinder, Loader):
         now = _MOVED.get(".".join(before))
         return ModuleSpec(fullname, self, origin=".".join([now, *below]), is_package=True) if now else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Makes a stand-in, which :meth:`exec_module` replaces."""
-        return ModuleType(spec.name)
-
     def exec_module(self, module: ModuleType) -> None:
         """Puts the module of today under the name of then."""
         assert module.__spec__ is not None

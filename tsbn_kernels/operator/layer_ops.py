@@ -53,22 +53,11 @@ def _layer_norm(run: Callable[..., LayerNormalized], options: LayerOptions, **te
 
 
 def _layer_norm_backward(
-    run: Callable[..., LayerGradients],
-    options: LayerOptions,
-    *,
-    dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    need_dx: bool,
-    need_dweight: bool,
-    need_dbias: bool,
+    run: Callable[..., LayerGradients], options: LayerOptions, *, dy: Tensor, ds: Tensor | None, **more: Any
 ) -> tuple[Tensor, ...]:
-    saved = LayerSaved(s, weight, None if options.rms else mean, rstd)
-    found = run(dy, ds, saved, LayerNeeds(need_dx, need_dweight, need_dbias), options)
-    return tuple(map(or_empty, found, (s, weight, weight)))
+    needs = LayerNeeds(*(more.pop(f"need_{gradient}") for gradient in LayerGradients._fields))
+    saved = LayerSaved(**more | ({"mean": None} if options.rms else {}))
+    return tuple(map(or_empty, run(dy, ds, saved, needs, options), (saved.s, saved.weight, saved.weight)))
 
 
 class Dispatched:
