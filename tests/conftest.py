@@ -77,8 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (ranks.get(item.path.name, len(FIRST)), -tests_of[item.path], item.path))
 
 
-def _repeats_avx512(kernels: str = "", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
-    return kernels == "avx512_bf16" and dtype != torch.bfloat16
+def _repeats_avx512(
+    kernels: str = "", instruction_set: str = "", dtype: torch.dtype = torch.bfloat16, **_: object
+) -> bool:
+    return "avx512_bf16" in (kernels, instruction_set) and dtype != torch.bfloat16
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -80,12 +80,21 @@ def test_numbers_of_rows(dtype: torch.dtype, rows: int) -> None:
 @dtypes
 @fan_outs
 @both_forms
-def test_large_outputs(dtype: torch.dtype, fan_out: bool, rms: bool) -> None:
+@pytest.mark.parametrize("instruction_set", [""], indirect=True)  # all of them, against a definition that takes long
+def test_large_outputs(dtype: torch.dtype, fan_out: bool, rms: bool, instruction_set: str) -> None:
     """8 MiB of output and more are written by streaming stores, if rows are whole cache lines."""
     for D in (192, 200 + 1):
         rows = (9 << 20) // (3 * D * dtype.itemsize)
         p = layer_problem(3, rows, (), (D,), dtype=dtype, fan_out=fan_out, residual=not rms, rms=rms)
-        assert_matches_definition(p, run(p))
+        expected = definition(p)
+        for name in instruction_sets():
+            if name == "avx512_bf16" and dtype != torch.bfloat16:  # which has the kernels of the next one
+                continue
+            cpu.set_instruction_set(name)
+            found = run(p)
+            assert_matches_definition(p, found, expected)
+            for result in found:
+                result.fill_(float("nan"))  # the next ones lie there
 
 
 @pytest.mark.parametrize("D", [5, 384, 16384])
