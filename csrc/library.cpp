@@ -1,9 +1,7 @@
-// Implements, for CPU tensors, the operators that tsbn_kernels/operator/ops.py and layer_ops.py declare.
+// What Python asks of the pool of memory and of the instruction sets. The operators register themselves.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/batch_norm.h"
 #include "cpu/dispatch.h"
-#include "cpu/layer_norm.h"
 #include "cpu/pool.h"
 
 namespace {
@@ -21,17 +19,6 @@ std::string cpu_instruction_set() { return tsbn::cpu::instruction_set(); }
 bool set_cpu_instruction_set(std::string name) { return tsbn::cpu::set_instruction_set(name); }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
-  m.impl("forward_training", TORCH_BOX(&tsbn::cpu::forward_training));
-  m.impl("forward_tracked", TORCH_BOX(&tsbn::cpu::forward_tracked));
-  m.impl("forward_eval", TORCH_BOX(&tsbn::cpu::forward_eval));
-  m.impl("backward", TORCH_BOX(&tsbn::cpu::backward));
-  m.impl("moments", TORCH_BOX(&tsbn::cpu::moments));
-  m.impl("input_gradient", TORCH_BOX(&tsbn::cpu::input_gradient));
-  m.impl("layer_norm", TORCH_BOX(&tsbn::cpu::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&tsbn::cpu::layer_norm_backward));
-}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
   m.def("_pool_idle_bytes() -> int");

@@ -1,4 +1,6 @@
-#include "batch_norm.h"
+// The operators of batch normalisation for CPU tensors. Shapes, formulas and errors are those of
+// tsbn_kernels/operator/ops.py.
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
@@ -100,8 +102,6 @@ void store_moments(const Work& w, int64_t group, const double* total) {
   }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                     int64_t num_tasks, double eps, std::string gate,
                                                     std::string stacking, std::optional<Tensor> residual,
@@ -132,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
   return {y, mean, var};
 }
 
+// forward_training that updates running statistics and the number of batches in place, in the row of each task.
 std::tuple<Tensor, Tensor, Tensor> forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                    std::optional<Tensor> running_mean,
                                                    std::optional<Tensor> running_var, std::optional<Tensor> batches,
@@ -221,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   return {dx, dweight, dbias, dresidual};
 }
 
+// Of a batch that is spread over processes: its own part's moments, and the gradient by means over the whole.
 std::tuple<Tensor, Tensor> moments(Tensor x, int64_t num_tasks, std::string stacking, bool shared) {
   Work w = work_of(x, {num_tasks, stacking, shared}, 0, "none", 0);
   Tensor mean = allocate({w.T, w.C}, {w.C, 1}, ScalarType::Double), var = allocate_like(mean, {w.C, 1});
@@ -274,4 +276,14 @@ std::tuple<Tensor, Tensor> input_gradient(Tensor dy, Tensor x, Tensor weight, Te
   return {dx, dresidual};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
+  m.impl("forward_training", TORCH_BOX(&forward_training));
+  m.impl("forward_tracked", TORCH_BOX(&forward_tracked));
+  m.impl("forward_eval", TORCH_BOX(&forward_eval));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("input_gradient", TORCH_BOX(&input_gradient));
+}
+
+}  // namespace
 }  // namespace tsbn::cpu

@@ -1,5 +1,6 @@
-#include "layer_norm.h"
-
+// The operators of layer normalisation for CPU tensors. Shapes, formulas and errors are those of
+// tsbn_kernels/operator/layer_ops.py.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -105,8 +106,6 @@ void run_chunks(const Work& w, size_t scratch, Body body) {
   });
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                       std::optional<Tensor> residual, double eps, std::string gate,
                                                       std::string stacking, bool rms, bool shared) {
@@ -199,4 +198,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
   return {dx, dweight, dbias};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+}  // namespace
 }  // namespace tsbn::cpu
