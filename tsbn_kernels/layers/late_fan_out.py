@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from tsbn_kernels.definition.activations import TABLE, Name
 from tsbn_kernels.definition.plain import is_plain, leaf_call
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.layers.task_specific import tell_gates
 from tsbn_kernels.operator import checks
 
 HOMOGENEOUS = (None, *(name for name, row in TABLE.items() if row.homogeneous))
@@ -58,6 +59,8 @@ class LateFanOut(nn.Module):
             unknown.
         TypeError: an option is of another type.
     """
+
+    gate: ClassVar[str] = "sigmoid"
 
     def __init__(
         self,
@@ -153,6 +156,11 @@ class LateFanOut(nn.Module):
     def gates(self) -> Tensor:
         """The factors of the normalised activation, ``[T, C]``."""
         return torch.sigmoid(self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Lets a state tell gates from other tensors, as other layers do."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        tell_gates(destination, prefix, self.gate)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):

@@ -17,6 +17,7 @@ from tsbn_kernels.operator import checks, runs
 Tasks = Sequence[int] | Tensor | None  # of a call: indices, each once; None stands for all
 
 GATE_EPS = 1e-5  # gates that stand for a plain weight are clipped to [GATE_EPS, 1 - GATE_EPS], where logit is finite
+GATE_KEY = "gate"  # in the metadata of a state: which modules have gates, and of what kind
 VISIBLE = 1e-3  # clipping a scale by less is not worth a word
 
 
@@ -149,6 +150,11 @@ class TaskSpecific(nn.Module):
             raise ValueError(f"this rank has the tasks {list(self._tasks)}, got tasks={indices}")
         return capture.task_indices(indices, self.weight)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Lets a state tell gates from other tensors: it goes on where there is no model, as in an analysis."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        tell_gates(destination, prefix, self.gate)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of the plain layer too, and starts every task from it."""
         self._expand_plain_state(state_dict, prefix)
@@ -191,6 +197,11 @@ class TaskSpecific(nn.Module):
         for name, vector in state.items():
             state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
         return True
+
+
+def tell_gates(state: Any, prefix: str, gate: str) -> None:
+    """Writes into the metadata of a state that the weight of a module is that of gates, and of which kind."""
+    getattr(state, "_metadata", {}).get(prefix[:-1], {})[GATE_KEY] = gate
 
 
 def whole(vector: Any) -> Any:
