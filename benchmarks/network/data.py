@@ -37,9 +37,10 @@ class Faces:
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on, to choose the best epoch by, and to report.
+    """Samples to train on, to choose the best epoch by, and to report.
 
-    Each is a dataset, with a length, of images float32 ``[C, H, W]`` in [0, 1] and labels float32 ``[T]`` of 0 and 1.
+    Each is a dataset, with a length, of samples and labels float32 ``[T]`` of 0 and 1. A sample is an image float32
+    ``[C, H, W]`` in [0, 1], or int64 ``[L]`` of letters.
     """
 
     train: Any  # torch's Dataset does not promise the length that all of these have

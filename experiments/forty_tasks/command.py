@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +13,14 @@ from benchmarks.commands.options import OnDevice, machine_line, parse_device
 from benchmarks.network.data import DataError
 from benchmarks.report.console import bar_columns, choices, fail, wide_console
 from benchmarks.timing.measure import Effort
-from experiments.forty_tasks.methods import METHODS, TS_SIGMA_BN, TSBN
+from experiments.forty_tasks.methods import METHODS, PAPER_MULTIPLIER, TASK_SPECIFIC, methods_of
 from experiments.forty_tasks.step_cost import step_costs
 from experiments.forty_tasks.summary import DATASETS, all_settings, summaries, train_all, write_json
 from experiments.forty_tasks.tables import show
 from experiments.forty_tasks.train_run import OnStep, ResumeError
 
 MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
+NETWORKS = tuple(dict.fromkeys(chain.from_iterable(kind.layouts for kind in DATASETS.values())))
 COST_EFFORT, QUICK_COST_EFFORT = Effort(5, 15, 15.0), Effort(2, 2, 1.0)
 QUICK_EPOCHS = 1
 
@@ -26,17 +28,22 @@ QUICK_EPOCHS = 1
 def train(
     dataset: Annotated[str, typer.Option(help=f"One of {', '.join(DATASETS)}.")] = "digits40",
     data: Annotated[Path | None, typer.Option(help="Folder of CelebA, in either of its layouts.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(NETWORKS)}. Default: cnn.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all that the network has.")
+    ] = None,
     multiplier: Annotated[
         list[float] | None,
-        typer.Option(help="Repeatable: of the learning rate of TS-sigma-BN's gates. Default: 1, 10, 100, 1000."),
+        typer.Option(help="Repeatable: of the learning rate of the gates. Default: 1, 10, 100, 1000."),
     ] = None,
     tsbn_multiplier: Annotated[
-        list[float] | None, typer.Option(help="Repeatable: of the learning rate of TSBN's weights. Default: 1.")
+        list[float] | None, typer.Option(help="Repeatable: of that of TSBN's and TSLN's weights. Default: 1.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15.")] = None,
-    batch: Annotated[int | None, typer.Option(min=2, help="Images of a step. Default: 32, CelebA 256.")] = None,
+    batch: Annotated[int | None, typer.Option(min=2, help="Samples of a step. Default: 32, CelebA 256.")] = None,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4.")] = None,
     device: OnDevice = None,
     workers: Annotated[
@@ -56,12 +63,17 @@ def train(
 
     console = wide_console()
     (chosen,) = choices([dataset], list(DATASETS), "--dataset")
-    methods = choices(method or list(METHODS), list(METHODS), "--method")
     kind = DATASETS[chosen]
+    (network,) = choices([network or next(iter(kind.layouts))], list(kind.layouts), "--network")
+    layout = kind.layouts[network]
+    methods = choices(method or methods_of(layout), methods_of(layout), "--method")
     if kind.needs_folder != (data is not None):
         needs = "needs the folder of its files" if kind.needs_folder else "takes no folder"
         raise typer.BadParameter(f"{chosen} {needs}", param_hint="--data")
-    multipliers = {TS_SIGMA_BN: multiplier or MULTIPLIERS, TSBN: tsbn_multiplier or (1.0,)}
+    multipliers = {
+        name: (multiplier or MULTIPLIERS) if name in PAPER_MULTIPLIER else tsbn_multiplier or (1.0,)
+        for name in TASK_SPECIFIC
+    }
     if wrong := [each for found in multipliers.values() for each in found if not each > 0]:
         raise typer.BadParameter(f"a multiplier must be above 0, got {wrong[0]:g}", param_hint="--multiplier")
     where = parse_device(device)
@@ -71,13 +83,13 @@ def train(
     except DataError as error:
         fail(str(error))
     if not (len(splits.validation) and len(splits.test)):
-        fail(f"{splits.source} must have images to validate and to test with")
+        fail(f"{splits.source} must have samples to validate and to test with")
     if batch > len(splits.train):
-        message = f"{splits.source} has {len(splits.train)} training images, fewer than a batch of {batch}"
+        message = f"{splits.source} has {len(splits.train)} training samples, fewer than a batch of {batch}"
         raise typer.BadParameter(message, param_hint="--batch")
     todo = all_settings(
         splits,
-        kind.layout,
+        layout,
         methods,
         {name: list(dict.fromkeys(found)) for name, found in multipliers.items()},
         1 if quick else seeds,
@@ -86,7 +98,7 @@ def train(
         kind.lr if lr is None else lr,
     )
     console.print(
-        f"{machine_line(where)}\n{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} images to train on, "
+        f"{machine_line(where)}\n{splits.source}: {len(splits.tasks)} tasks, {len(splits.train)} samples to train on, "
         f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
         highlight=False,
     )
@@ -94,7 +106,7 @@ def train(
         with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
             bar = progress.add_task("what a step costs", total=len(todo))
             effort = QUICK_COST_EFFORT if quick else COST_EFFORT
-            measured = step_costs(methods, splits, kind.layout, batch, where, effort)
+            measured = step_costs(methods, splits, layout, batch, where, effort)
 
             def notify(run: int) -> OnStep:
                 settings = todo[run]
@@ -115,7 +127,7 @@ def train(
 
     show(console, summaries(fits), measured)
     pictures = {"learning_curves.png": learning_curves}
-    if TS_SIGMA_BN in methods:
+    if not PAPER_MULTIPLIER.keys().isdisjoint(methods):
         pictures["gates.png"] = gate_histograms
     for name, draw in pictures.items():
         draw(output / name, fits)

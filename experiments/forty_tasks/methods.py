@@ -1,108 +1,56 @@
-"""The methods that are trained: how the network of each is made. All have the same layout and the same heads."""
+"""The methods that are trained, and the networks that each of them has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from benchmarks.network.model import LINEARS, POOL_AFTER, CelebaNetwork, Layout, MakeNorm, norm_of
-from benchmarks.records.network_run import VARIANTS
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
+from benchmarks.network.model import Layout
+from experiments.forty_tasks import convolutional, transformer
+from experiments.forty_tasks.transformer import TransformerLayout
+from tsbn_kernels.layers.task_specific import TaskSpecific
 
+AnyLayout = Layout | TransformerLayout
 
-class SingleTasks(nn.Module):
-    """T single-task networks, each a ``CelebaNetwork`` of one task with plain BatchNorms.
+SINGLE_TASK, HARD_SHARING = "single_task", "hard_sharing"
+TSBN, TS_SIGMA_BN, TSLN, TS_SIGMA_LN = "tsbn", "ts_sigma_bn", "tsln", "ts_sigma_ln"
+TASK_SPECIFIC = TSBN, TS_SIGMA_BN, TSLN, TS_SIGMA_LN  # whose normalisation takes a multiplier of the learning rate
+PAPER_MULTIPLIER = {TS_SIGMA_BN: 100.0, TS_SIGMA_LN: 10.0}  # of the methods that have gates
+LOOP = "loop"  # the method that has gates by plain layers in a loop: to be timed against, and not trained
 
-    They share nothing: their channels lie side by side, the convolutions are grouped, and a BatchNorm of T*C channels
-    is T of them. On a CPU that is twice as fast as T networks one after the other.
-    """
-
-    def __init__(self, tasks: int, layout: Layout) -> None:
-        super().__init__()
-        self.tasks = tasks
-        channels, features = layout.channels, layout.features
-        inputs = (layout.inputs, *channels[:-1])
-        groups = (1, *[tasks] * (len(channels) - 1))  # the images are one input for all of them
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(group * before, tasks * after, 3, padding=1, bias=False, groups=group)
-            for group, before, after in zip(groups, inputs, channels, strict=True)
-        )
-        bound = features**-0.5  # of nn.Linear
-        self.linears = nn.ParameterList(torch.empty(tasks, features, features) for _ in range(LINEARS))
-        self.head_weight = nn.Parameter(torch.empty(tasks, features, 1))
-        self.head_bias = nn.Parameter(torch.zeros(tasks, 1))
-        for weight in (*self.linears, self.head_weight):
-            nn.init.uniform_(weight, -bound, bound)
-        self.norms = nn.ModuleList(
-            [nn.BatchNorm2d(tasks * c) for c in channels] + [nn.BatchNorm1d(tasks * features) for _ in range(LINEARS)]
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[T, N]`` of images ``[N, inputs, H, W]``."""
-        x = images
-        norms = iter(self.norms)
-        for index, convolution in enumerate(self.convolutions):
-            x = functional.relu(next(norms)(convolution(x)), inplace=True)
-            if index in POOL_AFTER:
-                x = functional.max_pool2d(x, 2)
-        x = x.mean((2, 3)).unflatten(1, (self.tasks, -1)).transpose(0, 1)  # [T, N, C]
-        for weight in self.linears:
-            x = (x @ weight).transpose(0, 1).flatten(1)
-            x = functional.relu(next(norms)(x)).unflatten(1, (self.tasks, -1)).transpose(0, 1)
-        logits: Tensor = (x @ self.head_weight).squeeze(2) + self.head_bias
-        return logits
-
-
-def plain_norm(channels: int, dims: int) -> nn.Module:
-    """What hard sharing has: one BatchNorm for all tasks."""
-    return nn.BatchNorm2d(channels) if dims == 2 else nn.BatchNorm1d(channels)
-
-
-def _fused_norm(tasks: int, **options: Any) -> MakeNorm:
-    def norm(channels: int, dims: int) -> nn.Module:
-        module = FusedTSigmaBN2d if dims == 2 else FusedTSigmaBN1d
-        return module(tasks, channels, activation="relu", **options)
-
-    return norm
-
-
-_FUSED = VARIANTS["and fan-out"]
-_LOOP = VARIANTS["loop"]
-
-
-def _ts_sigma_bn(tasks: int, layout: Layout) -> nn.Module:
-    return CelebaNetwork(tasks, _fused_norm(tasks), tasks, _FUSED, layout)
-
-
-def _tsbn(tasks: int, layout: Layout) -> nn.Module:
-    return CelebaNetwork(tasks, _fused_norm(tasks, gate="identity", bias=True), tasks, _FUSED, layout)
-
-
-def _hard_sharing(tasks: int, layout: Layout) -> nn.Module:
-    return CelebaNetwork(tasks, plain_norm, 1, layout=layout)
-
-
-def loop_network(tasks: int, layout: Layout) -> nn.Module:
-    """TS-sigma-BN by T BatchNorms in a loop, to be timed against."""
-    return CelebaNetwork(tasks, partial(norm_of, _LOOP, tasks), tasks, _LOOP, layout)
-
-
-SINGLE_TASK, HARD_SHARING, TSBN, TS_SIGMA_BN = "single_task", "hard_sharing", "tsbn", "ts_sigma_bn"
-METHODS: dict[str, Callable[[int, Layout], nn.Module]] = {
-    SINGLE_TASK: SingleTasks,
-    HARD_SHARING: _hard_sharing,
-    TSBN: _tsbn,
-    TS_SIGMA_BN: _ts_sigma_bn,
+# By the class of its layout and the method: makes the network of T tasks, which gives logits [T, N].
+NETWORKS: dict[type, dict[str, Callable[[int, Any], nn.Module]]] = {
+    Layout: {
+        SINGLE_TASK: convolutional.SingleTasks,
+        HARD_SHARING: convolutional.hard_sharing,
+        TSBN: convolutional.tsbn,
+        TS_SIGMA_BN: convolutional.ts_sigma_bn,
+        LOOP: convolutional.loop,
+    },
+    TransformerLayout: {
+        HARD_SHARING: transformer.hard_sharing,
+        TSLN: transformer.tsln,
+        TS_SIGMA_LN: transformer.ts_sigma_ln,
+        LOOP: transformer.loop,
+    },
 }
-TASK_SPECIFIC = (TSBN, TS_SIGMA_BN)  # those whose normalisation takes a multiplier of the learning rate
+METHODS = tuple(dict.fromkeys(name for makers in NETWORKS.values() for name in makers if name != LOOP))
+
+
+def make_network(method: str, tasks: int, layout: AnyLayout) -> nn.Module:
+    """The network of a method, or of :data:`LOOP`."""
+    return NETWORKS[type(layout)][method](tasks, layout)
+
+
+def methods_of(layout: AnyLayout) -> list[str]:
+    """The methods by which networks of this kind are trained."""
+    return [name for name in NETWORKS[type(layout)] if name != LOOP]
 
 
 def gates(network: nn.Module) -> Tensor | None:
     """Factors of the normalised activations, of all layers side by side: ``[T, F]``; None where tasks have none."""
-    layers = [module for module in network.modules() if isinstance(module, (FusedTSigmaBN1d, FusedTSigmaBN2d))]
+    layers = [module for module in network.modules() if isinstance(module, TaskSpecific)]
     return torch.cat([layer.gates.detach().cpu() for layer in layers], 1) if layers else None

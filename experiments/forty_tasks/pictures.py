@@ -12,12 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.report.plot import save
-from experiments.forty_tasks.methods import HARD_SHARING, SINGLE_TASK, TS_SIGMA_BN
+from experiments.forty_tasks.methods import (
+    HARD_SHARING,
+    PAPER_MULTIPLIER,
+    SINGLE_TASK,
+    TS_SIGMA_BN,
+    TS_SIGMA_LN,
+    TSBN,
+    TSLN,
+)
 from experiments.forty_tasks.summary import grouped
 from experiments.forty_tasks.train_run import Fit
 
 _PLAIN = {SINGLE_TASK: "#202020", HARD_SHARING: "#9aa0a6"}
-_MAPS = {TS_SIGMA_BN: colormaps["YlGn"], "tsbn": colormaps["OrRd"]}
+_MAPS = dict.fromkeys((TS_SIGMA_BN, TS_SIGMA_LN), colormaps["YlGn"]) | dict.fromkeys((TSBN, TSLN), colormaps["OrRd"])
 _BINS = 40
 
 
@@ -33,7 +41,7 @@ def _colors(groups: dict[str, list[Fit]]) -> dict[str, object]:
 
 
 def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
-    """Mean F1 of the tasks on the validation images by epoch: the mean of the seeds, and a band from worst to best."""
+    """Mean F1 of the tasks on the validation samples by epoch: the mean of the seeds, and a band from worst to best."""
     groups = grouped(fits)
     colors = _colors(groups)
     figure = Figure(figsize=(8.5, 5), layout="constrained")
@@ -48,7 +56,7 @@ def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
     axes.set_ylim(bottom=min(lowest) - 0.02)  # the first epoch is far below the rest, and may leave the picture
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("F1 on validation images, mean over tasks")
+    axes.set_ylabel("F1 on validation samples, mean over tasks")
     seeds = max(len(group) for group in groups.values())
     axes.set_title(f"{fits[0].settings.source}: mean of {seeds} seeds, and their range")
     axes.grid(color="#dddddd")
@@ -58,8 +66,8 @@ def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
 
 
 def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
-    """A panel for each multiplier of TS-sigma-BN: its gates, of all tasks, layers and seeds."""
-    groups = [group for group in grouped(fits).values() if group[0].settings.method == TS_SIGMA_BN]
+    """A panel for each multiplier of the method that has gates: these, of all tasks, layers and seeds."""
+    groups = [group for group in grouped(fits).values() if group[0].settings.method in PAPER_MULTIPLIER]
     groups.sort(key=lambda group: group[0].settings.multiplier)
     figure = Figure(figsize=(max(5.0, 3.2 * len(groups)), 3.4), layout="constrained")
     row = figure.subplots(1, len(groups), sharey=True, squeeze=False)
@@ -78,5 +86,7 @@ def gate_histograms(path: Path, fits: Sequence[Fit]) -> None:
         axes.grid(axis="y", color="#dddddd", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
     row[0, 0].set_ylabel("share of the gates (log)")
-    figure.suptitle(f"{fits[0].settings.source}: gates of TS-sigma-BN by the multiplier of their learning rate")
+    figure.suptitle(
+        f"{fits[0].settings.source}: gates of {groups[0][0].settings.method} by the multiplier of their learning rate"
+    )
     save(path, figure)

@@ -11,39 +11,47 @@ from pathlib import Path
 import torch
 
 from benchmarks.network.data import Splits, celeba
-from benchmarks.network.model import CELEBA, DIGITS, Layout
+from benchmarks.network.model import CELEBA, DIGITS
 from benchmarks.timing import environment
+from experiments.forty_tasks import transformer
 from experiments.forty_tasks.digits import digits40
-from experiments.forty_tasks.methods import HARD_SHARING, SINGLE_TASK, TASK_SPECIFIC, TS_SIGMA_BN
+from experiments.forty_tasks.methods import HARD_SHARING, PAPER_MULTIPLIER, SINGLE_TASK, TASK_SPECIFIC, AnyLayout
 from experiments.forty_tasks.scores import delta_m
 from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.train_run import Fit, OnStep, Settings, TrainRun
 
-PAPER_MULTIPLIER = 100.0  # of the gates' learning rate
 CLOSED, OPEN = 0.05, 0.95  # gates beyond these are nearly binary
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a dataset comes from, and what it is trained with unless told otherwise."""
+    """Where a dataset comes from, and what it is trained with unless told otherwise.
+
+    Attributes:
+        load: reads it; from a folder, if it needs one.
+        layouts: of each network that takes its samples, by the network's name, the usual one first.
+        epochs, batch, lr: of a run.
+    """
 
     load: Callable[[Path], Splits]
     needs_folder: bool
-    layout: Layout
+    layouts: Mapping[str, AnyLayout]
     epochs: int
     batch: int
     lr: float
 
 
 DATASETS = {
-    "digits40": Dataset(lambda _: digits40(), False, DIGITS, epochs=8, batch=32, lr=1e-3),
-    "celeba": Dataset(celeba, True, CELEBA, epochs=15, batch=256, lr=3e-4),  # as in the paper
+    "digits40": Dataset(
+        lambda _: digits40(), False, {"cnn": DIGITS, "transformer": transformer.DIGITS}, epochs=8, batch=32, lr=1e-3
+    ),
+    "celeba": Dataset(celeba, True, {"cnn": CELEBA}, epochs=15, batch=256, lr=3e-4),  # as in the paper
 }
 
 
 def all_settings(
     splits: Splits,
-    layout: Layout,
+    layout: AnyLayout,
     methods: Sequence[str],
     multipliers: Mapping[str, Sequence[float]],
     seeds: int,
@@ -56,14 +64,14 @@ def all_settings(
     Args:
         splits: the data.
         layout: of all networks.
-        methods: names in ``METHODS``.
+        methods: their names.
         multipliers: of each of the :data:`TASK_SPECIFIC` ones.
         seeds: how many, from 0 on.
         epochs, batch, lr: of every run.
     """
-    images = len(splits.train), len(splits.validation), len(splits.test)
+    samples = len(splits.train), len(splits.validation), len(splits.test)
     return [
-        Settings(splits.source, images, layout, method, multiplier, seed, epochs, batch, lr)
+        Settings(splits.source, samples, layout, method, multiplier, seed, epochs, batch, lr)
         for seed in range(seeds)
         for method in methods
         for multiplier in (multipliers[method] if method in TASK_SPECIFIC else (1.0,))
@@ -104,7 +112,7 @@ class GateStatistics:
 
 @dataclass(frozen=True)
 class MethodScores:
-    """The seeds of one method and multiplier, test images."""
+    """The seeds of one method and multiplier, test samples."""
 
     name: str
     method: str
@@ -158,7 +166,7 @@ def summaries(fits: Sequence[Fit]) -> dict[str, MethodScores]:
 
 def _gate_statistics(group: Sequence[Fit]) -> GateStatistics | None:
     found = [fit.gates.flatten() for fit in group if fit.gates is not None]
-    if not found or group[0].settings.method != TS_SIGMA_BN:
+    if not found or group[0].settings.method not in PAPER_MULTIPLIER:
         return None
     values = torch.cat(found).double()
     lower, median, upper = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
@@ -168,8 +176,9 @@ def _gate_statistics(group: Sequence[Fit]) -> GateStatistics | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """TS-sigma-BN with the paper's multiplier against hard sharing, mean F1 on the test images."""
+    """The method with gates, at the paper's multiplier, against hard sharing: mean F1 on the test samples."""
 
+    name: str  # of the former
     difference: float
     spread: float  # the larger one of the two
 
@@ -181,10 +190,11 @@ class Verdict:
 
 def verdict(found: Mapping[str, MethodScores]) -> Verdict | None:
     """None where one of the two was not trained, or with one seed, which has no spread."""
-    ours, theirs = found.get(f"{TS_SIGMA_BN} x{PAPER_MULTIPLIER:g}"), found.get(HARD_SHARING)
+    names = (f"{method} x{multiplier:g}" for method, multiplier in PAPER_MULTIPLIER.items())
+    ours, theirs = next((found[name] for name in names if name in found), None), found.get(HARD_SHARING)
     if ours is None or theirs is None or len(ours.f1) < 2:
         return None
-    return Verdict(ours.mean - theirs.mean, max(ours.spread, theirs.spread))
+    return Verdict(ours.name, ours.mean - theirs.mean, max(ours.spread, theirs.spread))
 
 
 def write_json(

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from experiments.forty_tasks.methods import TS_SIGMA_BN
-from experiments.forty_tasks.step_cost import LOOP, StepCost
+from experiments.forty_tasks.methods import LOOP, PAPER_MULTIPLIER
+from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.summary import CLOSED, OPEN, MethodScores, verdict
 
 
 def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:
-    """A line for each method and multiplier, and one for the loop of BatchNorms."""
-    table = Table(title="F1 in percent, mean over the tasks, on the test images after the best epoch by validation")
+    """A line for each method and multiplier, and one for the loop of plain layers."""
+    table = Table(title="F1 in percent, mean over the tasks, on the test samples after the best epoch by validation")
     table.add_column("method")
     for name in (
         "F1\nmean of seeds",
@@ -39,7 +39,7 @@ def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost
             " ".join(map(str, summary.best_epochs)),
             *_cost_cells(costs[summary.method]),
         )
-    table.add_row(f"{TS_SIGMA_BN} by a loop of BatchNorms", *["-"] * 5, *_cost_cells(costs[LOOP]))
+    table.add_row("gates by a loop of plain layers", *["-"] * 5, *_cost_cells(costs[LOOP]))
     return table
 
 
@@ -49,8 +49,8 @@ def _cost_cells(cost: StepCost) -> tuple[str, str, str]:
 
 
 def gates_table(found: Mapping[str, MethodScores]) -> Table:
-    """Where the gates of TS-sigma-BN are after the best epoch."""
-    table = Table(title="Gates of TS-sigma-BN, all tasks, layers and seeds")
+    """Where the gates are after the best epoch."""
+    table = Table(title="Gates of all tasks, layers and seeds")
     table.add_column("multiplier")
     for name in ("mean", "standard\ndeviation", "quartiles", f"below {CLOSED}\nor above {OPEN}"):
         table.add_column(name, justify="right")
@@ -67,13 +67,14 @@ def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str
     console.print(scores_table(found, costs))
     if any(summary.gates for summary in found.values()):
         console.print(gates_table(found))
-    if TS_SIGMA_BN in costs:
-        ratio = costs[LOOP].step.median / costs[TS_SIGMA_BN].step.median
-        console.print(f"a training step is {ratio:.2f}x as fast as with a loop of BatchNorms", highlight=False)
+    for method in PAPER_MULTIPLIER:
+        if method in costs:
+            ratio = costs[LOOP].step.median / costs[method].step.median
+            console.print(f"a step of {method} is {ratio:.2f}x as fast as by a loop of plain layers", highlight=False)
     if (outcome := verdict(found)) is not None:
         more = "more" if outcome.holds else "no more"
         console.print(
-            f"TS-sigma-BN's mean F1 is {100 * outcome.difference:+.2f} points from hard sharing's, {more} than the "
-            f"{100 * outcome.spread:.2f} points that seeds differ by",
+            f"the mean F1 of {outcome.name} is {100 * outcome.difference:+.2f} points from hard sharing's, {more} than "
+            f"the {100 * outcome.spread:.2f} points that seeds differ by",
             highlight=False,
         )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.network.data import Splits
-from benchmarks.network.model import Layout, train_step
-from experiments.forty_tasks.methods import METHODS, TASK_SPECIFIC, gates
+from benchmarks.network.model import train_step
+from experiments.forty_tasks.methods import TASK_SPECIFIC, AnyLayout, gates, make_network
 from experiments.forty_tasks.scores import Confusion
 from tsbn_kernels import parameter_groups
 
@@ -31,10 +31,10 @@ class Settings:
     """Everything that the result of a run depends on, but the machine."""
 
     source: str
-    images: tuple[int, int, int]  # in the splits
-    layout: Layout
+    samples: tuple[int, int, int]  # in the splits
+    layout: AnyLayout
     method: str
-    multiplier: float  # of the learning rate of the gates, or of TSBN's weights; 1 for methods that have neither
+    multiplier: float  # of the learning rate of the gates, or of weights without; 1 for methods that have neither
     seed: int
     epochs: int
     batch: int
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean loss of the steps, and F1 of each task on the validation images."""
+    """Mean loss of the steps, and F1 of each task on the validation samples."""
 
     loss: float
     validation_f1: tuple[float, ...]
@@ -64,8 +64,8 @@ class Fit:
 
     Attributes:
         history: an entry for each epoch.
-        best: index of the epoch with the highest mean F1 on the validation images, the first of equals.
-        test_f1: F1 of each task with the weights of that epoch; no others see the test images. Empty until the last
+        best: index of the epoch with the highest mean F1 on the validation samples, the first of equals.
+        test_f1: F1 of each task with the weights of that epoch; no others see the test samples. Empty until the last
             epoch is over.
         gates: ``[T, F]`` after that epoch, None for a method without.
     """
@@ -78,31 +78,38 @@ class Fit:
 
     @property
     def mean_f1(self) -> float:
-        """Mean F1 over the tasks, on the test images."""
+        """Mean F1 over the tasks, on the test samples."""
         return sum(self.test_f1) / len(self.test_f1)
 
 
 # Told after each step: the epoch, the share of its steps that are done, the step's loss, and the mean F1 on the
-# validation images after the epoch before, None in the first.
+# validation samples after the epoch before, None in the first.
 OnStep = Callable[[int, float, float, float | None], None]
 
 
 def optimizer_of(network: nn.Module, lr: float, multiplier: float) -> torch.optim.Optimizer:
-    """Adam, in one pass over all parameters; gates, and TSBN's weights in their place, at ``multiplier * lr``."""
-    return torch.optim.Adam(parameter_groups(network, lr, gate_lr_multiplier=multiplier), fused=True)
+    """Adam, in one pass over all parameters; gates, and weights in their place, at ``multiplier * lr``."""
+    groups = parameter_groups(network, lr, gate_lr_multiplier=multiplier, layer_norm_lr_multiplier=multiplier)
+    return torch.optim.Adam(groups, fused=True)
+
+
+def on_device(samples: Tensor, device: torch.device) -> Tensor:
+    """A batch where a network takes it; images in channels_last."""
+    memory_format = torch.channels_last if samples.dim() == 4 else torch.preserve_format
+    return samples.to(device, memory_format=memory_format, non_blocking=True)
 
 
 class TrainRun:
     """A training run, of which an epoch is the smallest part that is kept.
 
     Args:
-        settings: what to train. The seed decides the first weights and the order of the images.
+        settings: what to train. The seed decides the first weights and the order of the samples.
         splits: the data.
         device: where.
         checkpoint: file that holds the run after each epoch; replaced as a whole, never half written.
         resume: go on from the checkpoint, if there is one. On a CPU, with the same number of threads, the result is
             bitwise that of a run that was never interrupted.
-        workers: processes that read images.
+        workers: processes that read samples.
 
     Raises:
         ResumeError: the checkpoint is of other settings, or cannot be read.
@@ -121,7 +128,7 @@ class TrainRun:
         self.splits, self.device, self.checkpoint, self.workers = splits, device, checkpoint, workers
         self.fit = Fit(settings)
         torch.manual_seed(settings.seed)
-        self.network = METHODS[settings.method](len(splits.tasks), settings.layout)
+        self.network = make_network(settings.method, len(splits.tasks), settings.layout)
         self.network = self.network.to(device).to(memory_format=torch.channels_last)
         self.optimizer = optimizer_of(self.network, settings.lr, settings.multiplier)
         self.order = torch.Generator().manual_seed(settings.seed)
@@ -151,12 +158,12 @@ class TrainRun:
             self.best_weights = copy.deepcopy(self.network.state_dict())
         fit.history.append(epoch)
 
-    def _batches(self, images: Any, *, train: bool) -> DataLoader[Any]:
+    def _batches(self, samples: Any, *, train: bool) -> DataLoader[Any]:
         return DataLoader(
-            images,
+            samples,
             self.fit.settings.batch,
             shuffle=train,
-            drop_last=train,  # statistics of a last batch of one image would be none
+            drop_last=train,  # statistics of a last batch of one sample would be none
             num_workers=self.workers,
             generator=self.order if train else torch.Generator(),
             pin_memory=self.device.type == "cuda",
@@ -166,27 +173,25 @@ class TrainRun:
         self.network.train()
         batches = self._batches(self.splits.train, train=True)
         total = 0.0
-        for index, (images, labels) in enumerate(batches, 1):
-            loss = train_step(self.network, self.optimizer, *self._moved(images, labels)).item()
+        for index, batch in enumerate(batches, 1):
+            samples, labels = (on_device(part, self.device) for part in batch)
+            loss = train_step(self.network, self.optimizer, samples, labels).item()
             total += loss
             notify(index / len(batches), loss)
         return total / len(batches)
 
     @torch.inference_mode()
-    def _f1(self, images: Any) -> tuple[float, ...]:
+    def _f1(self, samples: Any) -> tuple[float, ...]:
         self.network.eval()
         confusion = Confusion(len(self.splits.tasks))
-        for batch, labels in self._batches(images, train=False):
-            confusion.add(self.network(self._moved(batch, labels)[0]).cpu(), labels)
+        for batch, labels in self._batches(samples, train=False):
+            confusion.add(self.network(on_device(batch, self.device)).cpu(), labels)
         return tuple(confusion.f1())
-
-    def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        return images, labels.to(self.device, non_blocking=True)
 
     def _save(self) -> None:
         state = {
             "settings": asdict(self.fit.settings),
+            "tasks": self.splits.tasks,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.get_state(),
@@ -208,8 +213,8 @@ class TrainRun:
         except (OSError, RuntimeError, pickle.UnpicklingError):  # PyTorch's own messages speak of other things
             raise ResumeError(f"{self.checkpoint} is no whole checkpoint; remove it to train that run again") from None
         ours = asdict(self.fit.settings)
-        if other := {key: value for key, value in state["settings"].items() if value != ours[key]}:
-            was = ", ".join(f"{key} {value} (now {ours[key]})" for key, value in other.items())
+        if other := {key: value for key, value in state["settings"].items() if value != ours.get(key)}:
+            was = ", ".join(f"{key} {value} (now {ours.get(key)})" for key, value in other.items())
             raise ResumeError(
                 f"{self.checkpoint} was trained with {was}; resume with the same settings, or choose another --output"
             )

@@ -15,7 +15,7 @@ from benchmarks.network.data import DataError, Faces, celeba_faces, lfw_faces
 from benchmarks.network.model import CelebaNetwork, Layout, loss_of, stacked_gradients, task_specific_network
 from benchmarks.network.training import FirstStep, check, differences
 from benchmarks.records.network_run import VARIANTS
-from experiments.forty_tasks.methods import plain_norm
+from experiments.forty_tasks.convolutional import plain_norm
 
 
 def test_all_variants_have_the_same_parameters():

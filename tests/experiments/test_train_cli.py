@@ -20,11 +20,13 @@ from benchmarks.records.summary import Summary
 from benchmarks.timing.measure import Effort
 from experiments.forty_tasks import command
 from experiments.forty_tasks import summary as study
-from experiments.forty_tasks.methods import METHODS
+from experiments.forty_tasks.methods import methods_of
 from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.summary import MethodScores, summaries, verdict
+from experiments.forty_tasks.transformer import TransformerLayout
 
 TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
+TINY_TRANSFORMER = TransformerLayout(inputs=1, patch=14, tokens=4, width=4, heads=1, depth=1)
 NAMES = ["single_task", "hard_sharing", "tsbn x1", "ts_sigma_bn x1", "ts_sigma_bn x100"]
 
 
@@ -45,7 +47,7 @@ def invoke(monkeypatch, tmp_path, one_thread):
     """Runs the command on a few images with narrow networks, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "COST_EFFORT", Effort(2, 2, 0.0, 0.0))
-    tiny = study.Dataset(few_digits, False, TINY, epochs=2, batch=25, lr=1e-2)
+    tiny = study.Dataset(few_digits, False, {"cnn": TINY, "transformer": TINY_TRANSFORMER}, epochs=2, batch=25, lr=1e-2)
     monkeypatch.setitem(study.DATASETS, "digits40", tiny)
     return lambda *arguments: CliRunner().invoke(app.app, ["train", "--device", "cpu", *arguments])
 
@@ -68,7 +70,7 @@ def test_a_run_trains_every_method_and_writes_results_and_pictures(invoke, tmp_p
         assert one["mean_test_f1"] == pytest.approx(sum(one["test_f1"]) / 40)
         best = max(one["history"], key=lambda epoch: sum(epoch["validation_f1"]))
         assert best is one["history"][one["best_epoch"] - 1]
-    assert set(found["costs"]) == {*METHODS, "loop"}
+    assert set(found["costs"]) == {*methods_of(TINY), "loop"}
     for cost in found["costs"].values():
         assert cost["step"]["median"] > 0 and 0 < cost["peak_bytes"] < 2**30
     assert found["costs"]["loop"]["parameters"] == found["costs"]["ts_sigma_bn"]["parameters"]
@@ -80,9 +82,9 @@ def test_a_run_trains_every_method_and_writes_results_and_pictures(invoke, tmp_p
             assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 10  # not blank
     text = " ".join(result.output.split())
     for part in (
-        "40 tasks, 75 images to train on, 25 to validate, 25 to test; 10 runs",
+        "40 tasks, 75 samples to train on, 25 to validate, 25 to test; 10 runs",
         "delta_m%",
-        "x as fast as with",
+        "x as fast as by",
     ):
         assert part in text
 
@@ -121,15 +123,31 @@ def test_quick_is_one_epoch_of_one_seed(invoke, no_costs, tmp_path):
     assert [summary["delta_m"] for summary in found["summaries"]] == [None]
 
 
+def test_a_transformer_trains_by_its_methods(invoke, no_costs, tmp_path):
+    result = invoke(
+        "--network", "transformer", "--seeds", "2", "--multiplier", "10", "--epochs", "1", "--output", "out"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [summary["name"] for summary in found["summaries"]] == ["hard_sharing", "tsln x1", "ts_sigma_ln x10"]
+    assert set(found["costs"]) == {"hard_sharing", "tsln", "ts_sigma_ln", "loop"}
+    text = " ".join(result.output.split())
+    assert "a step of ts_sigma_ln is" in text
+    assert "the mean F1 of ts_sigma_ln x10 is" in text
+    assert (tmp_path / "out" / "gates.png").exists()
+    state = torch.load(tmp_path / "out" / "ts_sigma_ln-x10-seed1.pt", weights_only=True)
+    assert state["settings"]["layout"]["patch"] == 14
+
+
 def test_celeba_trains_from_its_folder(invoke, no_costs, monkeypatch, tmp_path):
     celeba = study.DATASETS["celeba"]
     layout = Layout(3, TINY.channels)
-    monkeypatch.setitem(study.DATASETS, "celeba", study.Dataset(celeba.load, True, layout, 1, 2, 1e-3))
+    monkeypatch.setitem(study.DATASETS, "celeba", study.Dataset(celeba.load, True, {"cnn": layout}, 1, 2, 1e-3))
     write_celeba(tmp_path / "faces", TORCHVISION, ("red", "green", "blue", "white"), (0, 0, 1, 2))
     options = "--dataset", "celeba", "--data", "faces", "--method", "ts_sigma_bn", "--seeds", "1", "--workers", "1"
     result = invoke(*options)
     assert result.exit_code == 0, result.output
-    assert "CelebA in faces: 3 tasks, 2 images to train on, 1 to validate, 1 to test; 4 runs" in result.output
+    assert "CelebA in faces: 3 tasks, 2 samples to train on, 1 to validate, 1 to test; 4 runs" in result.output
     (tmp_path / "faces" / TORCHVISION[2]).unlink()
     result = invoke(*options)
     assert result.exit_code == 1
@@ -140,11 +158,13 @@ def test_celeba_trains_from_its_folder(invoke, no_costs, monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (["--dataset", "mnist"], "unknown 'mnist'; known are digits40, celeba"),
+        (["--network", "vgg"], "unknown 'vgg'; known are cnn, transformer"),
+        (["--network", "transformer", "--method", "tsbn"], "unknown 'tsbn'; known are hard_sharing, tsln, ts_sigma_ln"),
         (["--dataset", "celeba"], "celeba needs the folder of its files"),
         (["--data", "."], "digits40 takes no folder"),
         (["--method", "magic"], "unknown 'magic'; known are single_task, hard_sharing"),
         (["--multiplier", "0"], "a multiplier must be above 0, got 0"),
-        (["--batch", "100"], "has 75 training images, fewer than a batch of 100"),
+        (["--batch", "100"], "has 75 training samples, fewer than a batch of 100"),
         (["--device", "toaster"], "device 'toaster' cannot be used here"),
     ],
 )

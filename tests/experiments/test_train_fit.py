@@ -17,13 +17,15 @@ from torch.utils.data import TensorDataset
 from benchmarks.network.data import Splits
 from benchmarks.network.model import Layout
 from experiments.forty_tasks import train_run as fits
-from experiments.forty_tasks.methods import METHODS
+from experiments.forty_tasks.methods import methods_of
 from experiments.forty_tasks.train_run import Epoch, ResumeError, Settings, TrainRun
+from experiments.forty_tasks.transformer import TransformerLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(1, (2, 2, 2, 3, 3, 4, 4))
+PATCHES = TransformerLayout(inputs=1, patch=4, tokens=4, width=4, heads=2, depth=1)
 SETTINGS = Settings("noise", (24, 16, 16), LAYOUT, "ts_sigma_bn", 100.0, 0, 3, 8, 1e-2)
 
 
@@ -66,9 +68,11 @@ def kill_at(epoch: int, share: float):
     return notify
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, method):
-    settings = replace(SETTINGS, method=method)
+@pytest.mark.parametrize(
+    ("layout", "method"), [(layout, method) for layout in (LAYOUT, PATCHES) for method in methods_of(layout)]
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, layout, method):
+    settings = replace(SETTINGS, layout=layout, method=method)
     whole = run(tmp_path / "whole.pt", settings)
     whole.run()
     path = tmp_path / "parts.pt"
@@ -113,6 +117,14 @@ def test_a_process_that_was_killed_goes_on(tmp_path):
     assert_same(whole, resumed)
 
 
+def test_a_checkpoint_has_the_names_of_its_tasks_and_loads_without_this_code(tmp_path):
+    trained = run(tmp_path / "run.pt")
+    found = trained.run()
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["tasks"] == ("left", "upper", "whole") and state["settings"]["method"] == "ts_sigma_bn"
+    assert state["gates"].equal(found.gates) and len(state["gates"]) == len(state["tasks"])
+
+
 def test_a_finished_run_is_read_and_not_trained(tmp_path):
     done = run(tmp_path / "run.pt")
     done.run()
@@ -135,6 +147,13 @@ def test_other_settings_are_refused(tmp_path):
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ResumeError, match=r"run\.pt is no whole checkpoint; remove it to train that run again"):
         run(path, resume=True)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    settings = replace(SETTINGS, method="hard_sharing", epochs=1)
+    run(tmp_path / "run.pt", settings).run()
+    with pytest.raises(ResumeError, match=r"was trained with layout .*channels.* \(now .*'patch': 4"):
+        run(tmp_path / "run.pt", replace(settings, layout=PATCHES), resume=True)
 
 
 def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):

@@ -7,11 +7,17 @@ import torch
 from torch import nn
 
 from benchmarks.network.model import CELEBA, CelebaNetwork, Layout, loss_of
-from experiments.forty_tasks.methods import METHODS, SingleTasks, gates, plain_norm
-from experiments.forty_tasks.step_cost import NETWORKS
+from experiments.forty_tasks.convolutional import SingleTasks, plain_norm
+from experiments.forty_tasks.methods import LOOP, TASK_SPECIFIC, gates, make_network, methods_of
+from experiments.forty_tasks.step_cost import measured_step
 from experiments.forty_tasks.train_run import optimizer_of
+from experiments.forty_tasks.transformer import TransformerLayout
 
 TINY = Layout(2, (2, 3, 2, 3, 2, 3, 4))
+PATCHES = TransformerLayout(inputs=2, patch=4, tokens=16, width=6, heads=2, depth=2)
+LETTERS = TransformerLayout(inputs=9, patch=0, tokens=5, width=6, heads=2, depth=1)
+LAYOUTS = {"convolutional": TINY, "patches": PATCHES, "letters": LETTERS}
+EACH = [(name, method) for name, layout in LAYOUTS.items() for method in methods_of(layout)]
 
 
 def parameters(network: nn.Module) -> int:
@@ -21,8 +27,8 @@ def parameters(network: nn.Module) -> int:
 def test_parameter_counts_of_the_paper():
     found = {}
     with torch.device("meta"):
-        for name, make in NETWORKS.items():
-            found[name] = parameters(make(40, CELEBA))
+        for name in (*methods_of(CELEBA), LOOP):
+            found[name] = parameters(make_network(name, 40, CELEBA))
     assert found == {
         "single_task": 207_086_120,
         "hard_sharing": 5_197_160,
@@ -74,29 +80,99 @@ def test_single_tasks_start_as_such_networks_do():
         assert mine.std().item() == pytest.approx(its.weight.std().item(), rel=0.05)
 
 
-def test_fused_and_loop_compute_the_same():
-    networks = [NETWORKS[name](3, TINY).double() for name in ("ts_sigma_bn", "loop")]
-    fused, loop = networks
-    loop.load_state_dict({k: v for k, v in fused.state_dict().items() if not k.startswith("norms")}, strict=False)
-    images = torch.rand(5, 2, 16, 16).double()
-    torch.testing.assert_close(fused(images), loop(images))
+def samples(layout: Layout | TransformerLayout, count: int = 5) -> torch.Tensor:
+    """Images of 16x16, or words."""
+    return torch.randint(9, (count, 5)) if layout is LETTERS else torch.rand(count, 2, 16, 16).double()
 
 
-def test_gates_start_at_one_half_or_one():
-    features = sum(TINY.channels) + 2 * TINY.features
-    assert gates(METHODS["ts_sigma_bn"](3, TINY)).equal(torch.full((3, features), 0.5))
-    assert gates(METHODS["tsbn"](3, TINY)).equal(torch.ones(3, features))
-    assert gates(METHODS["hard_sharing"](3, TINY)) is None and gates(METHODS["single_task"](3, TINY)) is None
+def loop_of(fused: nn.Module, method: str, layout: Layout | TransformerLayout) -> nn.Module:
+    """The loop with the weights of the fused network, whose gates are now random."""
+    loop = make_network(LOOP, 3, layout).double()
+    norms = {name: module for name, module in fused.named_modules() if hasattr(module, "gates")}
+    for module in norms.values():
+        nn.init.normal_(module.weight)
+    state = {}
+    for name, tensor in fused.state_dict().items():
+        path, _, end = name.rpartition(".")
+        if path not in norms:
+            state[name] = tensor
+        elif end == "weight":
+            inside = f"{path}.norms" if layout is TINY else path
+            state |= {f"{inside}.{task}.weight": row for task, row in enumerate(tensor)}
+    missing, unexpected = loop.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("running" in name or "tracked" in name for name in missing)
+    return loop
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_the_multiplier_is_of_task_specific_weights_alone(name):
-    network = METHODS[name](3, TINY)
-    groups = {group["name"]: group for group in optimizer_of(network, 0.01, 7.0).param_groups}
-    assert groups["base"]["lr"] == 0.01
-    if name in ("tsbn", "ts_sigma_bn"):
-        assert groups["gates"]["lr"] == pytest.approx(0.07)
-        assert {id(p) for p in groups["gates"]["params"]} == {id(norm.weight) for norm in network.norms}
-    else:
-        assert list(groups) == ["base"]
-    assert sum(p.numel() for group in groups.values() for p in group["params"]) == parameters(network)
+@pytest.mark.parametrize(
+    ("name", "method"), [("convolutional", "ts_sigma_bn"), ("patches", "ts_sigma_ln"), ("letters", "ts_sigma_ln")]
+)
+def test_fused_and_loop_compute_the_same(name, method):
+    layout = LAYOUTS[name]
+    fused = make_network(method, 3, layout).double()
+    loop = loop_of(fused, method, layout)
+    inputs, upstream = samples(layout), torch.randn(3, 5).double()
+    outputs = [network(inputs) for network in (fused, loop)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        (output * upstream).sum().backward()
+    theirs = dict(loop.named_parameters())
+    ours = {name: p.grad for name, p in fused.named_parameters() if name in theirs}
+    assert len(ours) > 5
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[parameter].grad)
+
+
+@pytest.mark.parametrize("layout", [PATCHES, LETTERS])
+def test_methods_of_a_transformer_start_alike(layout):
+    found = {}
+    for method in methods_of(layout):
+        torch.manual_seed(0)
+        found[method] = dict(make_network(method, 3, layout).named_parameters())
+    for method, own in found.items():
+        for name, parameter in found["hard_sharing"].items():
+            if "norm" not in name:
+                assert own[name].equal(parameter), f"{method}: {name}"
+
+
+@pytest.mark.parametrize(("name", "method"), EACH)
+def test_gates_start_at_one_half_or_one(name, method):
+    layout = LAYOUTS[name]
+    found = gates(make_network(method, 3, layout))
+    if method not in TASK_SPECIFIC:
+        assert found is None
+        return
+    features = {"convolutional": sum(TINY.channels) + 2 * TINY.features, "patches": 6 * 6, "letters": 4 * 6}[name]
+    assert found.equal(torch.full((3, features), 0.5 if "sigma" in method else 1.0))
+
+
+@pytest.mark.parametrize(("name", "method"), EACH)
+def test_the_multiplier_is_of_task_specific_weights_alone(name, method):
+    network = make_network(method, 3, LAYOUTS[name])
+    base, *others = optimizer_of(network, 0.01, 7.0).param_groups
+    assert (base["name"], base["lr"]) == ("base", 0.01)
+    specific = {id(module.weight) for module in network.modules() if hasattr(module, "gates")}
+    assert {id(p) for group in others for p in group["params"]} == specific
+    assert bool(specific) == (method in TASK_SPECIFIC) == (len(others) == 1)
+    assert [group["lr"] for group in others] == pytest.approx([0.07] * len(others))
+    assert sum(p.numel() for group in (base, *others) for p in group["params"]) == parameters(network)
+
+
+@pytest.mark.parametrize("method", [*methods_of(LETTERS), LOOP])
+def test_what_a_step_on_words_costs_can_be_measured(method):
+    step, count = measured_step(method, LETTERS, samples(LETTERS), torch.zeros(5, 3), torch.device("cpu"))
+    first = step()
+    assert step() < first
+    assert count == parameters(make_network(method, 3, LETTERS))
+
+
+@pytest.mark.parametrize("layout", [PATCHES, LETTERS])
+def test_streams_part_at_the_norm_of_the_embedding(layout):
+    network = make_network("ts_sigma_ln", 3, layout).double()
+    rows = {}
+    for name in ("embedding", "embedding_norm", "blocks"):
+        module = network.backbone.get_submodule(name)
+        module.register_forward_hook(lambda _m, args, y, name=name: rows.update({name: (len(args[0]), len(y))}))
+    assert network(samples(layout)).shape == (3, 5)
+    assert rows == {"embedding": (5, 5), "embedding_norm": (5, 15), "blocks": (15, 15)}
