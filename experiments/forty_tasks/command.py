@@ -29,7 +29,7 @@ def train(
     dataset: Annotated[str, typer.Option(help=f"One of {', '.join(DATASETS)}.")] = "digits40",
     data: Annotated[Path | None, typer.Option(help="Folder of CelebA, in either of its layouts.")] = None,
     network: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(NETWORKS)}. Default: cnn.")
+        str | None, typer.Option(help=f"One of {', '.join(NETWORKS)}. Default: cnn, words24 transformer.")
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable: {', '.join(METHODS)}. Default: all that the network has.")
@@ -42,9 +42,9 @@ def train(
         list[float] | None, typer.Option(help="Repeatable: of that of TSBN's and TSLN's weights. Default: 1.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 8, CelebA 15, words 6.")] = None,
     batch: Annotated[int | None, typer.Option(min=2, help="Samples of a step. Default: 32, CelebA 256.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0, help="Adam's. Default: 1e-3, CelebA 3e-4, words 3e-3.")] = None,
     device: OnDevice = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read images. Default: 0, CelebA 4.")

@@ -19,6 +19,7 @@ from experiments.forty_tasks.methods import HARD_SHARING, PAPER_MULTIPLIER, SING
 from experiments.forty_tasks.scores import delta_m
 from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.train_run import Fit, OnStep, Settings, TrainRun
+from experiments.forty_tasks.words import words24
 
 CLOSED, OPEN = 0.05, 0.95  # gates beyond these are nearly binary
 
@@ -46,6 +47,7 @@ DATASETS = {
         lambda _: digits40(), False, {"cnn": DIGITS, "transformer": transformer.DIGITS}, epochs=8, batch=32, lr=1e-3
     ),
     "celeba": Dataset(celeba, True, {"cnn": CELEBA}, epochs=15, batch=256, lr=3e-4),  # as in the paper
+    "words24": Dataset(lambda _: words24(), False, {"transformer": transformer.WORDS}, epochs=6, batch=32, lr=3e-3),
 }
 
 

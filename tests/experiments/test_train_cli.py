@@ -157,7 +157,7 @@ def test_celeba_trains_from_its_folder(invoke, no_costs, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "unknown 'mnist'; known are digits40, celeba"),
+        (["--dataset", "mnist"], "unknown 'mnist'; known are digits40, celeba, words24"),
         (["--network", "vgg"], "unknown 'vgg'; known are cnn, transformer"),
         (["--network", "transformer", "--method", "tsbn"], "unknown 'tsbn'; known are hard_sharing, tsln, ts_sigma_ln"),
         (["--dataset", "celeba"], "celeba needs the folder of its files"),
