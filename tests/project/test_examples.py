@@ -15,6 +15,9 @@ import pytest
 import torch
 from support import ranks
 from support.processes import ROOT
+from torch import Tensor, nn
+
+from tsbn_kernels import revert_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +29,56 @@ def test_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 32
+
+
+DENSE = ROOT / "examples" / "dense_transformer.py"
+
+
+def test_dense_tasks_of_a_transformer_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(DENSE))
+    example["train"](["--size", "32", "--width", "24", "--steps", "4"])
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+def test_dense_transformer_has_the_sizes_of_the_paper() -> None:
+    with torch.device("meta"):
+        plain = runpy.run_path(str(DENSE))["DenseTransformer"]()
+    norms = [module for module in plain.modules() if isinstance(module, nn.LayerNorm)]
+    assert [norm.normalized_shape for norm in norms] == [(384,)] * 25
+    convolutions = [module for module in plain.fusion if isinstance(module, nn.Conv2d)]
+    assert [(conv.out_channels, *conv.kernel_size) for conv in convolutions] == [(512, 1, 1), (512, 3, 3)] * 2
+    assert plain.embedding.positions.shape == (1024, 384)
+
+
+def test_dense_transformer_is_a_loop_over_plain_ones() -> None:
+    """Predictions and all gradients, and the patches are cut once for all tasks."""
+    torch.manual_seed(0)
+    example = runpy.run_path(str(DENSE))
+    model = example["build"](32, 12).double()
+    layers = {name: module for name, module in model.backbone.named_modules() if hasattr(module, "gates")}
+    assert len(layers) == 29
+    for layer in layers.values():
+        nn.init.normal_(layer.weight)
+    images = torch.rand(2, 3, 32, 32).double()
+    twins = {task: revert_model(model.backbone, index) for index, task in enumerate(model.heads)}
+    seen: list[Tensor] = []
+    model.backbone.embedding.patches.register_forward_hook(lambda _module, _inputs, patches: seen.append(patches))
+    predictions = model(images)
+    assert [len(patches) for patches in seen] == [2]
+    upstream = {task: torch.randn_like(prediction) for task, prediction in predictions.items()}
+    loops = {task: model.heads[task](twin(images)) for task, twin in twins.items()}
+    for task, prediction in predictions.items():
+        torch.testing.assert_close(prediction, loops[task])
+    for outputs in (predictions, loops):
+        torch.stack([(y * upstream[task]).sum() for task, y in outputs.items()]).sum().backward()
+    theirs = [dict(twin.named_parameters()) for twin in twins.values()]
+    for name, parameter in model.backbone.named_parameters():
+        gradients = torch.stack([plain[name].grad for plain in theirs])
+        layer = layers.get(name.removesuffix(".weight"))
+        expected = gradients.sum(0) if layer is None else gradients * layer.gates * (1 - layer.gates)
+        torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
