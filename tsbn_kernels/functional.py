@@ -12,7 +12,7 @@ from torch import Tensor
 from tsbn_kernels import backends
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import batch_norm as reference
-from tsbn_kernels.definition import layout
+from tsbn_kernels.definition import layout, mixed_batch_norm
 from tsbn_kernels.definition.options import LayerOptions, Options, Running, Saved, of_input
 from tsbn_kernels.operator import (
     autograd,
@@ -23,6 +23,9 @@ from tsbn_kernels.operator import (
     layer_checks,
     layer_ops,
     layer_streams,
+    mixed_autograd,
+    mixed_checks,
+    mixed_ops,
     recompute_outputs,
     runs,
 )
@@ -50,6 +53,7 @@ def task_batch_norm(
     fan_out: bool = False,
     recover_input: bool = False,
     process_group: autograd_synchronized.GroupLike = None,
+    task_of_sample: Tensor | None = None,
 ) -> Tensor:
     """Batch normalisation with statistics, gate and bias of its own for each task, and what follows it in a network.
 
@@ -85,13 +89,18 @@ def task_batch_norm(
             ``torch.distributed.ProcessGroup`` taken together (``"world"``: of all ranks), which may have different
             sizes, or none: see :mod:`tsbn_kernels.operator.autograd_synchronized`. All ranks must make the same calls
             in the same order. None: those of this process alone.
+        task_of_sample: of a mixed batch ``[N, C, *]``, the task of each sample: int64 ``[N]``, from 0 to T-1, in any
+            order. Statistics and running statistics of a task are those of its own samples, of which it may have any
+            number; one without a sample keeps its running statistics, and its gradients are zero. Neither
+            ``stacking``, ``fan_out``, ``recover_input`` nor ``process_group`` go with it.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
 
     Raises:
-        ValueError: a shape or option does not fit, training has one value per channel, or running statistics cannot
-            be written (their elements share memory, or they require a gradient).
+        ValueError: a shape or option does not fit, training has one value per channel (of a task), a sample has no
+            such task, or running statistics cannot be written (their elements share memory, or they require a
+            gradient).
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices, or were made in inference mode and are to be written or saved.
             With a ``process_group``: ``torch.distributed`` is not initialised, the ranks' tasks or channels differ, or
@@ -99,8 +108,11 @@ def task_batch_norm(
     """
     tensors = x, weight, bias, running_mean, running_var, residual
     settings = num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input
+    running = _running(running_mean, running_var, momentum, training)
+    if task_of_sample is not None:
+        return normalize_mixed(tensors, task_of_sample, settings, running, process_group)
     y: Tensor
-    (y,) = normalize(tensors, settings, _running(running_mean, running_var, momentum, training), process_group)
+    (y,) = normalize(tensors, settings, running, process_group)
     return y
 
 
@@ -208,6 +220,61 @@ def normalize(
         compute = partial(_again, options, backend)
         recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:]))
     return outputs
+
+
+def normalize_mixed(
+    tensors: tuple[Any, ...],
+    task_of_sample: Any,
+    settings: tuple[Any, ...],
+    running: Running,
+    process_group: autograd_synchronized.GroupLike = None,
+) -> Tensor:
+    """Computes :func:`task_batch_norm` of a mixed batch; takes what :func:`normalize` does, and the index."""
+    compiling = torch.compiler.is_compiling()
+    num_tasks, training, eps, gate, stacking, activation, slope, fan_out, recover_input = settings
+    mixed_checks.check_alone(
+        stacking=(stacking, "task_major"),
+        fan_out=(fan_out, False),
+        recover_input=(recover_input, False),
+        process_group=(process_group, None),
+    )
+    x, weight, bias, running_mean, running_var, residual = tensors
+    samples = mixed_checks.samples_of(task_of_sample, x, num_tasks)
+    # Of the shape of one input that all tasks share.
+    of_x = num_tasks, training, eps, gate, stacking, activation, slope, True, False
+    check = checks.check_call if compiling else checks.checked
+    options, channels, values = check((*tensors[:5], None), of_x, False, False)
+    options = options._replace(fan_out=False)
+    if not compiling:
+        for name, vector in (("running_mean", running.mean), ("running_var", running.var)):
+            if vector is not None:
+                checks.check_written(name, vector)
+    if running.momentum is not None or running.batches is None:
+        running = running._replace(momentum=checks.momentum_value(running.momentum, x, num_tasks, channels))
+    if residual is not None:
+        checks.check_residual(residual, x, options)
+        x, residual = _promoted(x, residual)
+    x, residual = layout.readable(x, options, residual)
+    positions = values // max(1, x.shape[0])
+    if training:
+        mixed_checks.check_values(samples, positions, x.shape)
+    backend = backends.override(x.device.type) if backends.is_forced() else None
+    apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
+    given = (None, None) if training else (running_mean, running_var)
+    y, mean, var = apply(x, task_of_sample, weight, bias, residual, *given, options, backend)
+    if running.mean is not None or running.var is not None or running.batches is not None:
+        mixed_batch_norm.track(running, mean.detach(), var.detach(), samples, positions)
+    if not compiling and recompute_outputs.wanted():
+        again = partial(_mixed_again, options, backend)
+        recompute_outputs.offer([y], again, (weight, bias), (x, residual, mean, var, task_of_sample))
+    return y
+
+
+def _mixed_again(
+    options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any
+) -> Tensor:
+    *others, task_of_sample = more
+    return mixed_ops.operators(backend).mixed_forward_eval(Saved(x, weight, bias, *others), task_of_sample, options)
 
 
 def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,22 +38,24 @@ def gate_slope(weight: Tensor, gate: str) -> Tensor:
     return torch.sigmoid(weight) * torch.sigmoid(-weight) if gate == "sigmoid" else torch.ones_like(weight)
 
 
-def _wide_view(x: Tensor, options: Options) -> Tensor:
+def wide_view(x: Tensor, options: Options) -> Tensor:
+    """A stacked tensor as ``[T, N, C, S]`` in the accumulate dtype."""
     return task_view(x, options.num_tasks, options.stacking).to(accumulate_dtype(x.dtype))
 
 
-def _spread(vector: Tensor) -> Tensor:
+def spread(vector: Tensor) -> Tensor:
+    """A vector ``[T, C]`` as a factor of a ``[T, N, C, S]`` view."""
     return vector[:, None, :, None]
 
 
 def statistics(x: Tensor, options: Options) -> Moments:
     """Mean and biased variance per task and channel, each ``[T, C]``."""
-    view = _wide_view(x, of_input(options))
+    view = wide_view(x, of_input(options))
     if view.numel() == 0:
         zeros = view.new_zeros(options.num_tasks, view.shape[2])
         return Moments(zeros, zeros.clone())
     mean = view.mean(dim=(1, 3))
-    var = (view - _spread(mean)).square().mean(dim=(1, 3))
+    var = (view - spread(mean)).square().mean(dim=(1, 3))
     if options.fan_out:
         mean, var = mean.repeat(options.num_tasks, 1), var.repeat(options.num_tasks, 1)
     return Moments(mean, var)
@@ -78,10 +80,10 @@ def join_moments(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tens
 
 def _affine(view: Tensor, raw: Tensor, mean: Tensor, rstd: Tensor, saved: Saved, options: Options) -> Tensor:
     """``g(weight) * xhat + bias + residual``, of a view of x and of vectors in the accumulate dtype."""
-    z = (view - _spread(mean)) * _spread(gate_values(raw, options.gate) * rstd)
+    z = (view - spread(mean)) * spread(gate_values(raw, options.gate) * rstd)
     if saved.bias is not None:
-        z = z + _spread(saved.bias.to(view.dtype))
-    return z if saved.residual is None else z + _wide_view(saved.residual, options)
+        z = z + spread(saved.bias.to(view.dtype))
+    return z if saved.residual is None else z + wide_view(saved.residual, options)
 
 
 def _vectors(saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,8 +94,8 @@ def _vectors(saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:
     """``act(g(weight) * (x - mean) / sqrt(var + eps) + bias + residual)`` in the dtype and memory format of ``x``."""
-    z = _affine(_wide_view(saved.x, of_input(options)), *_vectors(saved, options), saved, options)
-    return _stacked(activate(z, options.activation, options.slope), saved.x, options)
+    z = _affine(wide_view(saved.x, of_input(options)), *_vectors(saved, options), saved, options)
+    return stacked(activate(z, options.activation, options.slope), saved.x, options)
 
 
 def forward_training(
@@ -178,17 +180,17 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
     if training and options.activation != INVERSE:
         mean, var = statistics(x, options)
         saved = saved._replace(mean=mean, var=var)
-    dz, xhat, scale = _before_activation(dy, saved, options)
+    dz, xhat, scale = before_activation(dy, saved, options)
     total, dot = dz.sum(dim=(1, 3)), (dz * xhat).sum(dim=(1, 3))
 
     dx = dweight = dbias = dresidual = None
     if needs.dresidual:
-        dresidual = _stacked(dz, x, options)
+        dresidual = stacked(dz, x, options)
     if needs.dx:
         if training:
             positions = max(1, dz.shape[1] * dz.shape[3])
-            dz = _centred(dz, xhat, total / positions, dot / positions)
-        dx = _of_input(dz * _spread(scale), x, options)
+            dz = centred(dz, xhat, total / positions, dot / positions)
+        dx = _of_input(dz * spread(scale), x, options)
     if needs.dweight:
         dweight = (gate_slope(weight.to(dot.dtype), options.gate) * dot).to(weight.dtype)
     if needs.dbias:
@@ -203,29 +205,30 @@ def input_gradient(
 
     The means ``[T, C]`` of ``dz = dy * act'(z)`` and of ``dz * xhat`` are those over the whole batch, too.
     """
-    dz, xhat, scale = _before_activation(dy, saved, options)
-    dresidual = _stacked(dz, saved.x, options) if needs_dresidual else None
-    centred = _centred(dz, xhat, dz_mean.to(dz.dtype), dz_xhat_mean.to(dz.dtype))
-    return Gradients(_of_input(centred * _spread(scale), saved.x, options), dresidual=dresidual)
+    dz, xhat, scale = before_activation(dy, saved, options)
+    dresidual = stacked(dz, saved.x, options) if needs_dresidual else None
+    dz = centred(dz, xhat, dz_mean.to(dz.dtype), dz_xhat_mean.to(dz.dtype))
+    return Gradients(_of_input(dz * spread(scale), saved.x, options), dresidual=dresidual)
 
 
-def _before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def before_activation(dy: Tensor, saved: Saved, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """``dz = dy * act'(z)`` and xhat as views in the accumulate dtype, and ``g(weight) * rstd``, ``[T, C]``."""
-    view, dz = _wide_view(saved.x, of_input(options)), _wide_view(dy, options)
+    view, dz = wide_view(saved.x, of_input(options)), wide_view(dy, options)
     raw, mean, rstd = _vectors(saved, options)
     if options.activation == INVERSE:
         dz = dz * activation_slope(view, options.activation, options.slope)
         view = torch.where(view > 0, view, view / options.slope)
     elif options.activation != NONE:
         dz = dz * activation_slope(_affine(view, raw, mean, rstd, saved, options), options.activation, options.slope)
-    return dz, (view - _spread(mean)) * _spread(rstd), gate_values(raw, options.gate) * rstd
+    return dz, (view - spread(mean)) * spread(rstd), gate_values(raw, options.gate) * rstd
 
 
-def _centred(dz: Tensor, xhat: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor) -> Tensor:
-    return dz - _spread(dz_mean) - xhat * _spread(dz_xhat_mean)
+def centred(dz: Tensor, xhat: Tensor, dz_mean: Tensor, dz_xhat_mean: Tensor) -> Tensor:
+    """``dz - mean(dz) - xhat * mean(dz * xhat)``, by means ``[T, C]``."""
+    return dz - spread(dz_mean) - xhat * spread(dz_xhat_mean)
 
 
-def _stacked(view: Tensor, x: Tensor, options: Options) -> Tensor:
+def stacked(view: Tensor, x: Tensor, options: Options) -> Tensor:
     """A view of all tasks as y is stacked."""
     return layout.from_task_view(view.to(x.dtype), *layout.output_sizes(x, options), options.stacking)
 

@@ -130,6 +130,32 @@ class Backend(Protocol):
         """Computes the gradients of x and residual of a part of a batch, by means ``[T, C]`` over the whole of it."""
 
 
+class MixedBackend(Protocol):
+    """The operators of mixed batches, which :mod:`tsbn_kernels.definition.mixed_batch_norm` defines.
+
+    x, residual and dy are ``[N, C, *]``, and ``task_of_sample`` int64 ``[N]`` tells the task of each sample.
+    """
+
+    def mixed_forward_training(
+        self,
+        x: Tensor,
+        task_of_sample: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: Options,
+    ) -> Normalized:
+        """Normalises each task by the statistics of its own samples."""
+
+    def mixed_forward_eval(self, saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
+        """Normalises by given statistics."""
+
+    def mixed_backward(
+        self, dy: Tensor, saved: Saved, task_of_sample: Tensor, training: bool, needs: Needs, options: Options
+    ) -> Gradients:
+        """Computes the gradients that are needed; ``training``: the statistics are those of x."""
+
+
 def of_input(options: Options) -> Options:
     """The options of x alone: one that all tasks share is the batch of one task, stacked along its first dimension."""
     return Options(1, options.eps, options.gate, "task_major") if options.fan_out else options

@@ -9,6 +9,7 @@ from tsbn_kernels.definition.batch_norm import (
     moments,
 )
 from tsbn_kernels.definition.layer_norm import layer_norm, layer_norm_backward
+from tsbn_kernels.definition.mixed_batch_norm import mixed_backward, mixed_forward_eval, mixed_forward_training
 
 __all__ = [
     "backward",
@@ -18,5 +19,8 @@ __all__ = [
     "input_gradient",
     "layer_norm",
     "layer_norm_backward",
+    "mixed_backward",
+    "mixed_forward_eval",
+    "mixed_forward_training",
     "moments",
 ]

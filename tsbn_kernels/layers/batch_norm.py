@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.definition.options import Running
 from tsbn_kernels.definition.plain import leaf_call
-from tsbn_kernels.functional import normalize
+from tsbn_kernels.functional import normalize, normalize_mixed
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
-from tsbn_kernels.operator import autograd_synchronized, checks, runs
+from tsbn_kernels.operator import autograd_synchronized, checks, mixed_checks, runs
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _VECTORS = ("weight", "bias", *_STATISTICS)
@@ -212,6 +212,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         *,
         tasks: Tasks = None,
         fan_out: bool | None = None,
+        task_of_sample: Tensor | None = None,
     ) -> Tensor:
         """Normalises ``[T*N, C, *]`` in the module's stacking, or ``[T, N, C, *]``; returns the same shape.
 
@@ -223,7 +224,12 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
                 with momentum or decay passes by under :func:`~tsbn_kernels.hold_absent_tasks` alone. None stands for
                 all T in their order.
             fan_out: overrides the module's own for this call.
+            task_of_sample: the input is a mixed batch ``[N, C, *]`` and has samples of any tasks in any order; int64
+                ``[N]`` tells the task of each. Tasks without a sample are left alone as those that ``tasks`` leaves
+                out. The whole input is kept for the backward pass, ``recover_input`` or not.
         """
+        if task_of_sample is not None:
+            return self._mixed(input, residual, tasks, fan_out, task_of_sample)
         y: Tensor
         (y,) = self._call(False, input, residual, tasks, fan_out)
         return y
@@ -284,6 +290,34 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             for index, stream in enumerate(result):
                 passes.watch(index, [stream])
         return result
+
+    def _mixed(
+        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, task_of_sample: Tensor
+    ) -> Tensor:
+        if not isinstance(x, Tensor):
+            return leaf_call(self, x, residual=residual, fan_out=fan_out, task_of_sample=task_of_sample)
+        mixed_checks.check_alone(tasks=(tasks, None), fan_out=(self.fan_out if fan_out is None else fan_out, False))
+        if self._stacking_of(x, False) == "task_axis":
+            raise ValueError(f"a mixed batch has no task axis; got input of shape {list(x.shape)} and task_of_sample")
+        vectors, _ = self._own_rows(self._vectors(), None)
+        weight, bias, running_mean, running_var, num_batches_tracked = vectors
+        training = self.training
+        running = _UNTRACKED
+        if training and self.track_running_stats and not runs.is_repetition():
+            momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
+            running = Running(running_mean, running_var, num_batches_tracked, momentum)
+        if self._participation is not None and torch.is_grad_enabled():
+            present = mixed_checks.samples_of(task_of_sample, x, weight.shape[0]) > 0
+            weight = self._participation.take_part_of(weight, present)
+        of_batch = training or running_mean is None
+        arithmetic = self.eps, self.gate, "task_major", self.activation, self.negative_slope
+        return normalize_mixed(
+            (x, weight, bias, running_mean, running_var, residual),
+            task_of_sample,
+            (weight.shape[0], of_batch, *arithmetic, False, False),
+            running,
+            self.process_group if training else None,
+        )
 
     def _vectors(self) -> tuple[Any, ...]:
         """Parameters and statistics ``[T, C]``; a module's own way to its attributes costs as much as a small layer."""

@@ -67,6 +67,12 @@ class Participation:
         reporting: Tensor = _TakePart.apply(weight, leaf if tasks is None else leaf.index_select(0, tasks), passes)
         return reporting, passes
 
+    def take_part_of(self, weight: Tensor, present: Tensor) -> Tensor:
+        """Gives the weight ``[T, *]`` of a mixed batch, whose backward pass reports the tasks ``present``."""
+        leaf = self.leaf.to(weight.device)
+        reporting: Tensor = _TakePart.apply(weight, leaf * present, None)
+        return reporting
+
     def _take(self, gradient: Tensor) -> None:
         rows = gradient != 0
         this = torch._C._current_graph_task_id()

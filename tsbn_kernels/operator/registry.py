@@ -78,6 +78,8 @@ class Normalization(Generic[BackendT]):
         options, defaults: see :class:`Signature`.
         dispatched: makes a backend of the flat functions, in the same tuple.
         fake: the backend that allocates its results; they tell shapes, dtypes and strides.
+        general: what computes a call on the devices for which no backend registers kernels of its own. None: the
+            reference, and on GPUs Triton and CUDA C++ before it.
 
     Attributes:
         signatures: of the operators, by their names.
@@ -93,8 +95,9 @@ class Normalization(Generic[BackendT]):
         defaults: Mapping[str, Any],
         dispatched: Callable[[Any], BackendT],
         fake: BackendT,
+        general: BackendT | None = None,
     ) -> None:
-        self._kind, self._operators = kind, operators
+        self._kind, self._operators, self._general = kind, operators, general
         for name, operator in operators.items():
             library.define(name + operator.schema, tags=_TAGS)
         self.signatures = {name: Signature(name, options, defaults) for name in operators}
@@ -114,9 +117,9 @@ class Normalization(Generic[BackendT]):
 
         On CUDA devices Triton comes first, then CUDA C++, then the reference: see fallback.py.
         """
-        definition = getattr(reference, name)
+        definition = getattr(self._general or reference, name)
         library.impl(name, self._flattened(name, definition), "CompositeExplicitAutograd")
-        for key in triton.DISPATCH_KEYS:
+        for key in triton.DISPATCH_KEYS if self._general is None else ():
             chain = definition
             if cuda.available and key == cuda.DISPATCH_KEY and hasattr(cuda, name):
                 chain = guarded(cuda.health, name, partial(getattr, cuda), chain)

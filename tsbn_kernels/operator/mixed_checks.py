@@ -1,0 +1,74 @@
+"""What a call of a mixed batch must satisfy; each error says what came, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.definition import mixed_batch_norm as reference
+from tsbn_kernels.operator import checks
+
+
+def check_alone(**options: Any) -> None:
+    """Raises ValueError where an option is set that does not go with an index: how streams are stacked, or of which."""
+    for name, (given, alone) in options.items():
+        if given != alone:
+            raise ValueError(
+                f"task_of_sample tells the tasks of a batch [N, ...], and takes no {name}; got {name}={given!r:.40}"
+            )
+
+
+def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
+    """How many samples each task has, int64 ``[T]``.
+
+    Which tasks the index names is looked at on the CPU alone: on other devices it would wait for them, and their
+    indexing checks it without.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the index is no int64 ``[N]`` on the device of x, or names no task.
+    """
+    checks.check_tensor("x", x)
+    checks.check_tensor("task_of_sample", task_of_sample)
+    num_tasks = checks.count("num_tasks", num_tasks)
+    if task_of_sample.dtype != torch.int64:
+        raise TypeError(f"task_of_sample must be int64, got {task_of_sample.dtype}; convert it with .long()")
+    if task_of_sample.dim() != 1 or x.dim() == 0 or task_of_sample.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"task_of_sample must have shape [N] with a task for each sample of x of shape {list(x.shape)}, got "
+            f"{list(task_of_sample.shape)}"
+        )
+    checks.check_device("task_of_sample", task_of_sample, x)
+    if not _readable(task_of_sample):
+        return reference.samples_of(task_of_sample, num_tasks)
+    if len(task_of_sample) and not (int(task_of_sample.min()) >= 0 and int(task_of_sample.max()) < num_tasks):
+        wrong = ((task_of_sample < 0) | (task_of_sample >= num_tasks)).nonzero()[0]
+        raise ValueError(
+            f"task_of_sample must be tasks from 0 to num_tasks-1={num_tasks - 1}, got "
+            f"{int(task_of_sample[wrong])} for sample {int(wrong)}"
+        )
+    return torch.bincount(task_of_sample, minlength=num_tasks)
+
+
+def check_values(samples: Tensor, positions: int, shape: Any) -> None:
+    """Raises ValueError where a task has one value per channel in training; on other devices they raise an error."""
+    if positions != 1:
+        return
+    if not _readable(samples):
+        torch._assert_async((samples != 1).all(), "Expected more than 1 value per task and channel when training")
+    elif alone := (samples == 1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"Expected more than 1 value per task and channel when training, got input size {list(shape)} with one "
+            f"sample of task {checks.some(map(str, alone))}; use more samples of it, or eval()"
+        )
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device, and there are some."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
