@@ -169,16 +169,17 @@ class BuildNative(build_ext):
 
     def compile_kernels(self, ext: Extension) -> None:
         """Nvcc's part of the CUDA library; the runtime is linked statically, so no version of it must be found."""
-        target = Path(self.build_temp) / "csrc" / "cuda" / "kernels.o"
-        target.parent.mkdir(parents=True, exist_ok=True)
         command = [
             ext.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(cpu_count()),
             *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(ext.nvcc)),
-            "-c", "csrc/cuda/kernels.cu", "-o", str(target),
         ]  # fmt: skip
         try:
-            self.spawn(command)
-            ext.extra_objects = [str(target), *self.static_runtime(ext.nvcc)]
+            ext.extra_objects = self.static_runtime(ext.nvcc)
+            for source in files("cuda/*.cu"):
+                target = Path(self.build_temp) / Path(source).with_suffix(".o")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.spawn([*command, "-c", source, "-o", str(target)])
+                ext.extra_objects.insert(0, str(target))
             for folder in self.toolkit(ext.nvcc, "-I", "include"):
                 ext.extra_compile_args += ["-isystem", folder]
         except Exception as error:

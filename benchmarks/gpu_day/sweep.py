@@ -28,7 +28,7 @@ from benchmarks.profile.predict import DIRECTIONS, work_of
 from benchmarks.records.workloads import CELEBA, Layer
 from benchmarks.timing.environment import cache_bytes
 from benchmarks.timing.measure import Timer, rotating_buffers
-from tsbn_kernels.backends import cuda as cuda_backend
+from tsbn_kernels.backends.cuda import batch_norm as cuda_backend
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work, devices
 from tsbn_kernels.backends.plan import cuda as cuda_rules
 from tsbn_kernels.backends.plan import triton as triton_rules

@@ -42,7 +42,7 @@ namespace {
 
 using Kernel = void (*)(const Params);
 // [DType][rows, columns, scalar][Pass]
-constexpr Kernel kernels[kDTypes][kAccesses][kPasses] = {TSBN_ACCESSES(f32), TSBN_ACCESSES(f64), TSBN_ACCESSES(f16),
+constexpr Kernel kernels[kDTypes][kAccesses][kRowForward] = {TSBN_ACCESSES(f32), TSBN_ACCESSES(f64), TSBN_ACCESSES(f16),
                                                          TSBN_ACCESSES(bf16)};
 
 }  // namespace

@@ -56,13 +56,16 @@ void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> num
                    MaybeTensor dy, MaybeTensor residual, MaybeTensor out, MaybeTensor dresidual, Tensor weight,
                    MaybeTensor bias, MaybeTensor mean, MaybeTensor var, MaybeTensor first, MaybeTensor second,
                    MaybeTensor partial, MaybeTensor staged) {
-  const Params params{x.const_data_ptr(), address(dy),        address(residual), output(out),
-                      output(dresidual),  weight.const_data_ptr(), address(bias), address(mean),
-                      address(var),       output(first),      output(second),    output(partial),
-                      output(staged),     eps,                slope,             filled<Numbers>(numbers)};
+  const Pointers pointers{x.const_data_ptr(), address(dy),        address(residual), output(out),
+                          output(dresidual),  weight.const_data_ptr(), address(bias), address(mean),
+                          address(var),       output(first),      output(second),    output(partial),
+                          output(staged),     eps,                slope};
   const int32_t device = x.get_device_index();
   const Guard guard(device);
-  const char* error = launch(filled<Launch>(launch_numbers), params, current_stream(device));
+  const auto kernel = filled<Launch>(launch_numbers);
+  const auto launched = [&](const auto& params) { return launch(kernel, &params, current_stream(device)); };
+  const char* error = kernel.pass < kRowForward ? launched(Params{pointers, filled<Numbers>(numbers)})
+                                                : launched(RowParams{pointers, filled<RowNumbers>(numbers)});
   STD_TORCH_CHECK(error == nullptr, "tsbn: the CUDA kernel was not launched: ", error);
 }
 

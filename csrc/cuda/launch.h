@@ -4,7 +4,12 @@
 
 namespace tsbn::cuda {
 
-enum Pass : int64_t { kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut, kPasses };
+// Those of batch normalisation, which take Params, then those of layer normalisation, which take RowParams.
+enum Pass : int64_t {
+  kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut,
+  kRowForward, kRowBackward, kRowParameters,
+  kPasses
+};
 enum : int64_t { kAccesses = 3, kDTypes = 4 };
 
 // In the order in which the plan gives them.
@@ -14,10 +19,11 @@ struct Launch {
 };
 
 // The CUDA runtime's message, or nullptr.
-const char* launch(const Launch& launch, const Params& params, void* stream);
+const char* launch(const Launch& launch, const void* params, void* stream);
 // Clusters that the current device runs at a time; 0 where it runs none, or does not say.
 int active_clusters(const Launch& launch);
-// Of kernels.cu, in the runtime's terms.
+// Of kernels.cu and layer_norm.cu, in the runtime's terms.
 const void* kernel_of(const Launch& launch);
+const void* row_kernel_of(const Launch& launch);
 
 }  // namespace tsbn::cuda

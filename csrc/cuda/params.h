@@ -41,7 +41,8 @@ struct Numbers {
   Vector weight, bias, mean, var;
 };
 
-struct Params {
+// The operands of a launch of either normalisation.
+struct Pointers {
   const void *x_data, *dy_data, *residual_data;
   void *out_data, *dresidual_data;
   const void *weight_data, *bias_data, *mean_data, *var_data;
@@ -49,11 +50,39 @@ struct Params {
   void* partial;         // split: [slab][part][channel] states
   void* staged;          // fan-out of half precision: the sum over tasks, of the accumulate type, see fan_out.cuh
   double eps, slope;
+};
+
+struct Params : Pointers {
   Numbers n;
+};
+
+// A row of layer normalisation is cut into slots as a slab is; 1 << log_lanes threads share it, the lanes of a group.
+// Lane l has the slots l, l + lanes, and so on, of each row that its group meets: the same columns of all of them.
+struct RowNumbers {
+  int64_t rms, sigmoid, needs_dweight, needs_dbias;
+  int64_t channels;            // values of a row
+  int64_t slots, pieces;       // slots of a piece of a row; pieces: one, but for sums that need no row as a whole
+  int64_t log_lanes, steps;    // steps: slots that a lane has at most
+  int64_t tasks, met, staged;  // T; tasks that a block meets: T of one input, else 1; whose gates it has at a time
+  int64_t x_tasks;             // 1 where x is one input, else T
+  int64_t rows;                // of a task
+  int64_t inner, multiplier, shift;  // rows that follow one another before the task changes; to divide by that
+  int64_t splits, share;       // blocks that share a task's tiles of rows; tiles of a block
+  Vector weight, bias;
+};
+
+// Forward: residual_data is added to x, dresidual_data is that sum, first and second are mean and rstd. Backward:
+// residual_data is added to dx (out_data), var_data is rstd. slope is 1 / channels. partial holds the sums of dy * xhat,
+// then those of dy: [splits][T][channels] each.
+struct RowParams : Pointers {
+  RowNumbers n;
 };
 
 // Threads of a block, and the blocks that a multiprocessor's registers must hold: enough loads in flight to keep the
 // memory busy. The compile gate holds every kernel to it.
 constexpr int kThreads = 256, kForwardBlocks = 3, kBackwardBlocks = 2;
+// The most threads of a row of layer normalisation, and bytes of the accumulate type that one of them holds of it. A
+// multiprocessor has registers for so many threads; for more in a forward pass, which holds less, but in double precision.
+constexpr int kRowThreads = 512, kRowForwardThreads = 768, kRowBytes = 128;
 
 }  // namespace tsbn::cuda

@@ -31,7 +31,7 @@ struct Configuration : cudaLaunchConfig_t {
   const void* kernel;
   cudaLaunchAttribute attribute{};
 
-  Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{}, kernel(kernel_of(l)) {
+  Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{}, kernel(l.pass < kRowForward ? kernel_of(l) : row_kernel_of(l)) {
     static std::atomic<uint64_t> prepared[kDTypes][kAccesses][kPasses];
     gridDim = dim3(unsigned(l.blocks));
     blockDim = dim3(unsigned(l.threads));
@@ -48,9 +48,9 @@ struct Configuration : cudaLaunchConfig_t {
 
 }  // namespace
 
-const char* launch(const Launch& l, const Params& params, void* stream) {
+const char* launch(const Launch& l, const void* params, void* stream) {
   Configuration configuration(l, stream);
-  void* arguments[] = {const_cast<Params*>(&params)};
+  void* arguments[] = {const_cast<void*>(params)};
   const cudaError_t error = cudaLaunchKernelExC(&configuration, configuration.kernel, arguments);
   ask(error);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsbn_kernels.backends.plan import DEVICES, Device
+from tsbn_kernels.backends.plan import DEVICES, Device, layer_norm_cuda
 from tsbn_kernels.backends.plan.layer_norm import LEAST, MOST, LayerPlan, LayerWork, plans
 
 H100 = DEVICES["H100"]
@@ -60,6 +60,59 @@ def test_every_plan(work: LayerWork, device: Device) -> None:
         check(one)
     assert [one.work.needs_dx for one in chosen] in ([work.needs_dx], [True, False])
     assert sum(one.work.parameters for one in chosen) == work.parameters
+
+
+def check_cuda(p: layer_norm_cuda.CudaLayerPlan) -> None:
+    """What holds for every plan of the CUDA C++ kernels."""
+    work = p.work
+    assert p.lanes & (p.lanes - 1) == 0 and p.lanes <= layer_norm_cuda.MOST_LANES
+    assert p.threads % 32 == 0 and p.threads % p.lanes == 0 and p.threads <= layer_norm_cuda.MOST_LANES
+    assert p.steps * p.vector * work.statistics_size <= layer_norm_cuda.HELD  # what a thread holds of a row
+    assert p.pieces == 1 or not work.needs_dx
+    assert (p.pieces - 1) * p.piece * p.vector < work.channels <= p.pieces * p.piece * p.vector
+    assert (p.splits - 1) * p.share < p.tiles <= p.splits * p.share
+    assert 1 <= p.staged <= max(1, work.tasks)
+    assert p.shared_bytes <= p.device.block_shared_memory
+    assert p.activation_bytes_written == work.bytes_to_write
+
+
+NVIDIA = [device for device in DEVICES.values() if device.target.startswith("sm_")]
+
+
+@given(WORKS, st.sampled_from(NVIDIA), st.booleans())
+def test_every_plan_of_the_cuda_kernels(work: LayerWork, device: Device, aligned: bool) -> None:
+    try:
+        chosen = layer_norm_cuda.plans(work, device, aligned)
+    except ValueError:  # the gates and biases of the longest rows, where shared memory is small
+        if device.block_shared_memory < 100 << 10 and work.channels > 8192:
+            return
+        raise
+    for one in chosen:
+        check_cuda(one)
+    assert sum(one.work.parameters for one in chosen) == work.parameters
+    assert [one.work.needs_dx for one in chosen] in ([work.needs_dx], [True, False])
+
+
+@pytest.mark.parametrize("size", [1, 2, 24, 384, 768, 4096, 8192, 12288, 16384])
+def test_the_cuda_kernels_read_each_activation_once(size: int) -> None:
+    """One read and one write forward, two and one backward, in one pass for rows of any length that fits."""
+    for item_size in (2, 4):
+        work = LayerWork(5, 1, size, 8192, item_size, "columns")
+        for direction, reads in (("forward", 1), ("backward", 2)):
+            (plan,) = layer_norm_cuda.plans(replace(work, direction=direction, needs_dbias=True), H100)
+            assert plan.activation_bytes_read == reads * work.activation_bytes
+            assert plan.activation_bytes_written == work.activation_bytes
+            if size >= 384:
+                rest = plan.bytes_read + plan.bytes_written - (reads + 1) * work.activation_bytes
+                assert rest <= 0.05 * plan.bytes_read
+
+
+def test_the_cuda_kernels_read_the_gradients_of_a_fan_out_once() -> None:
+    """Where shared memory has room for the sums of all tasks: T + 2 passes over the input instead of 3 T + 2."""
+    work = LayerWork(5, 1, 384, 8192, 2, "columns", "backward", fan_out=True)
+    (plan,) = layer_norm_cuda.plans(work, H100)
+    assert plan.activation_bytes_read + plan.activation_bytes_written == 7 * work.input_bytes
+    assert len(layer_norm_cuda.plans(replace(work, tasks=40), H100)) == 2
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_triton_runs_the_plan_it_is_told(planned: list[sweep.SweptPlan]) -> None
 def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[int]] = []
     monkeypatch.setattr(torch.ops.tsbn, "_cuda_launch", lambda kernel, *_: told.append(kernel), raising=False)
-    monkeypatch.setattr(cuda, "_device", lambda _: H100)
+    monkeypatch.setattr(cuda.launches, "device_of", lambda _: H100)
     some = [one for one in sweep.candidates("cpu") if one.backend == "cuda"][::11]
     assert len({one.plan.variant for one in some}) > 2
     for one in some:

@@ -58,19 +58,19 @@ def _observe_triton(spec: Spec) -> Iterator[Seen]:
 @contextlib.contextmanager
 def _observe_cuda(spec: Spec) -> Iterator[Seen]:
     """By the launches that the backend chooses for the call: it chooses where it has not yet."""
-    choose, reached = cuda._choose, set()
+    choose, reached = cuda.batch_norm._choose, set()
 
     def observed(work: Work, dtype: torch.dtype, device: torch.device) -> CudaPlan:
         plan = choose(work, dtype, device)
         reached.add(kinds.cuda_kind(plan))
         return plan
 
-    cuda._prepare.cache_clear()
-    cuda._choose = observed
+    cuda.batch_norm._prepare.cache_clear()
+    cuda.batch_norm._choose = observed
     try:
         yield lambda: reached
     finally:
-        cuda._choose = choose
+        cuda.batch_norm._choose = choose
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both GPU backends plan for an H100, launch nothing, and give the CPU's results."""
     h100 = DEVICES["H100"]
     native = ops.operators("cpu")
-    monkeypatch.setattr(cuda, "_device", lambda _: h100)
+    monkeypatch.setattr(cuda.launches, "device_of", lambda _: h100)
     for name, does in (("_cuda_launch", lambda *_: None), ("_cuda_active_clusters", lambda *_: 8)):
         monkeypatch.setattr(torch.ops.tsbn, name, does, raising=False)
 

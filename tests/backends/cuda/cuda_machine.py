@@ -28,8 +28,8 @@ POINTERS = (
 
 
 @lru_cache
-def source() -> str:
-    """kernels.cu with our headers in place, so that tests can change any line of it."""
+def source(file: str = "kernels.cu") -> str:
+    """A file with our headers in place, so that tests can change any line of it."""
     seen = set()
 
     def expand(name: str) -> str:
@@ -39,7 +39,7 @@ def source() -> str:
         text = (CSRC / name).read_text().replace("#pragma once", "")
         return re.sub(r'#include "([^"]+)"', lambda match: expand(match[1]), text)
 
-    return expand("kernels.cu")
+    return expand(file)
 
 
 @lru_cache

@@ -25,25 +25,25 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None or shutil.which("g++") is No
 STUB = r"""
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 #include "launch.h"
-namespace {
-struct Note { tsbn::cuda::Launch launch; tsbn::cuda::Params params; };
-std::vector<Note> notes;
-}
+namespace { std::vector<std::string> notes; }
 namespace tsbn::cuda {
-const char* launch(const Launch& l, const Params& p, void*) {
+const char* launch(const Launch& l, const void* params, void*) {
   if (const char* error = std::getenv("STUB_ERROR")) return error;
-  notes.push_back({l, p});
+  const size_t size = l.pass < kRowForward ? sizeof(Params) : sizeof(RowParams);
+  notes.push_back(std::string((const char*)&l, sizeof l) + std::string((const char*)params, size));
   return nullptr;
 }
 int active_clusters(const Launch& l) { return l.cluster <= 8 ? 132 / l.cluster : 0; }
 }
 extern "C" __attribute__((visibility("default"))) int take_note(void* to) {
   if (notes.empty()) return 0;
-  std::memcpy(to, &notes.front(), sizeof(Note));
+  const int size = notes.front().size();
+  std::memcpy(to, notes.front().data(), size);
   notes.erase(notes.begin());
-  return sizeof(Note);
+  return size;
 }
 """
 
@@ -81,7 +81,7 @@ from support.problems import Results, assert_matches_definition, defined, proble
 from tsbn_kernels.operator import ops
 
 flat = ops.flat(cuda)
-cuda._device = lambda _: DEVICES[{device!r}]
+cuda.launches.device_of = lambda _: DEVICES[{device!r}]
 notes = ctypes.CDLL(str(cuda._LIBRARY))
 names = ("rows", "columns", "scalar"), PASSES, ("f32", "f64", "f16", "bf16")
 
@@ -186,6 +186,76 @@ def test_launches_of_the_operators(package: Path, device: str, sizes: list[objec
         assert kind in printed
 
 
+ROWS = """
+import ctypes, sys
+sys.path.insert(0, {tests!r})
+import torch
+from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.plan import DEVICES
+from cuda_machine import POINTERS, ptx, source
+from tools.ptxvm import Out, Struct, launch
+from support.layer_problems import assert_matches_definition, layer_problem, run
+from tsbn_kernels.operator import layer_ops
+
+flat = layer_ops.flat(cuda)
+cuda.launches.device_of = lambda _: DEVICES["H100"]
+notes = ctypes.CDLL(str(cuda._LIBRARY))
+names = "layer_norm_forward", "layer_norm_backward", "layer_norm_parameters"
+
+def obey(inputs, outputs):
+    "Runs what was noted: each address must be that of a tensor, or null. Returns the kernels that were launched."
+    known = {{t.data_ptr(): t for t in inputs if isinstance(t, torch.Tensor)}}
+    known |= {{t.data_ptr(): Out(t) for t in outputs if t.numel()}}
+    raw, seen, partial = ctypes.create_string_buffer(1 << 12), [], torch.zeros(1 << 20, dtype=torch.uint8)
+    while size := notes.take_note(raw):
+        words = memoryview(raw)[:size].cast("B").cast("q").tolist()
+        dtype, access, which, blocks, threads, cluster, shared = words[:7]
+        reals = memoryview(raw)[20 * 8 : 22 * 8].cast("B").cast("d").tolist()
+        name, merged = names[which - 5], bool(words[7 + POINTERS.index("partial")])
+        pointers = []
+        for operand, address in zip(POINTERS, words[7:20], strict=True):
+            value = partial if operand == "partial" and address else known[address] if address else 0
+            if isinstance(value, Out) and (which == 7) != (operand in ("first", "second")) and (merged or which == 7):
+                value = 0
+            pointers.append(value)
+        kind = ("f32", "f64", "f16", "bf16")[dtype]
+        seen.append(name)
+        end = f"{{kind}}_{{('rows', 0, 'scalar')[access]}}" if which < 7 else "f64" if kind == "f64" else "f32"
+        struct = Struct(f"13P2d{{len(words) - 22}}q", *pointers, *reals, *words[22:])
+        text = ptx(90, source("layer_norm.cu"))
+        launch(text, f"tsbn_{{name}}_{{end}}", blocks, threads, [struct], cluster=cluster, shared=shared)
+    return seen
+
+class Obeyed:
+    def layer_norm(*arguments):
+        found = flat.layer_norm(*arguments[1:])
+        seen.extend(obey(arguments, found))
+        return found
+    def layer_norm_backward(*arguments):
+        found = flat.layer_norm_backward(*arguments[1:])
+        seen.extend(obey(arguments, found))
+        return found
+
+for form in ({{}}, {{"residual": True}}, {{"rms": True}}, {{"fan_out": True}}, {{"gate": "identity", "bias": False}}):
+    for dtype in (torch.float32, torch.bfloat16):
+        for stacking in ("task_major", "sample_major", "task_axis"):
+            for tokens, shape in (((1,), (5,)), ((40,), (4, 6))):
+                seen = []
+                p = layer_problem(2, 3, tokens, shape, dtype=dtype, stacking=stacking, **form)
+                assert_matches_definition(p, run(p, Obeyed()))
+                print(*seen)
+"""
+
+
+@needs_nvcc
+def test_launches_of_layer_normalisation(package: Path) -> None:
+    """One launch a pass, and a small one where several blocks of a task leave sums for the parameters' gradients."""
+    forward, backward, parameters = "layer_norm_forward", "layer_norm_backward", "layer_norm_parameters"
+    printed = python_output(ROWS.format(tests=str(Path(__file__).parent)), path=package).splitlines()
+    assert len(printed) == 60
+    assert set(printed) == {f"{forward} {backward}", f"{forward} {backward} {parameters}"}
+
+
 @needs_nvcc
 def test_empty_input_launches_nothing(package: Path) -> None:
     program = """
@@ -208,7 +278,7 @@ def test_a_library_with_other_activations_is_not_used(package: Path) -> None:
     program = """
 from tsbn_kernels.backends import cuda
 print(cuda.available)
-cuda.rules.ACTIVATION_CODES.pop("gelu")
+cuda.ACTIVATION_CODES.pop("gelu")
 cuda.load()
 print(cuda.available, cuda.detail())
 """
@@ -242,9 +312,10 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 import torch, tsbn_kernels.backends as b
 from tsbn_kernels.backends import cuda
-print(b.select("cuda"), torch._C._dispatch_has_kernel_for_dispatch_key("tsbn::forward_training", "CUDA"))
+names = "tsbn::forward_training", "tsbn::layer_norm", "tsbn::layer_norm_backward"
+print(b.select("cuda"), *(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names))
 """
-    assert python_output(program, fresh=True).split() == ["cuda", "True"]
+    assert python_output(program, fresh=True).split() == ["cuda", *["True"] * 3]
 
 
 CHAIN = """
@@ -254,7 +325,7 @@ from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.fallback import Health, guarded
 from tsbn_kernels.definition.options import Options
 from tsbn_kernels.backends.plan import DEVICES
-cuda._device = lambda _: DEVICES["H100"]
+cuda.launches.device_of = lambda _: DEVICES["H100"]
 def broken(name):
     raise OSError("no compiler")
 call = guarded(cuda.health, "forward_training", lambda name: getattr(cuda, name), reference.forward_training)

@@ -64,7 +64,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* to, const void*, const cudaLaunc
 }
 const char* call_launch(const int64_t* numbers) {
   tsbn::cuda::Params params{};
-  return tsbn::cuda::launch(*reinterpret_cast<const tsbn::cuda::Launch*>(numbers), params, (void*)7);
+  return tsbn::cuda::launch(*reinterpret_cast<const tsbn::cuda::Launch*>(numbers), &params, (void*)7);
 }
 int call_active_clusters(const int64_t* numbers) {
   return tsbn::cuda::active_clusters(*reinterpret_cast<const tsbn::cuda::Launch*>(numbers));
@@ -82,6 +82,7 @@ namespace tsbn::cuda {
 const void* kernel_of(const Launch& l) {
   return reinterpret_cast<const void*>(1 + l.dtype + 4 * l.access + 12 * l.pass);
 }
+const void* row_kernel_of(const Launch& l) { return kernel_of(l); }
 }
 """
 
@@ -176,7 +177,7 @@ def test_the_backend_asks_for_what_it_would_launch(monkeypatch: pytest.MonkeyPat
 
     def choice(answer: Callable[..., int]) -> rules.CudaPlan:
         monkeypatch.setattr(torch.ops.tsbn, "_cuda_active_clusters", answer, raising=False)
-        clusters = cuda._clusters(torch.bfloat16, torch.device("cuda", 3))
+        clusters = cuda.batch_norm._clusters(torch.bfloat16, torch.device("cuda", 3))
         return rules.plan.__wrapped__(Work(40, 256, 128, 1024, 2), DEVICES["H100"], clusters)
 
     asked = []

@@ -36,7 +36,7 @@ import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.definition.options import Options
 from tsbn_kernels.backends.plan import DEVICES
-cuda._device = lambda _: DEVICES["A100"]
+cuda.launches.device_of = lambda _: DEVICES["A100"]
 cuda.forward_training(torch.ones(4, 3, 8), torch.ones(2, 3), None, None, Options(2, 1e-5, "sigmoid", "task_major"))
 """
 

@@ -1,20 +1,16 @@
-"""The CUDA C++ backend: kernels of csrc/cuda, chosen by :mod:`tsbn_kernels.backends.plan.cuda`.
-
-The fallback where Triton is missing or broken, and the backend that keeps slabs in the shared memory of clusters. No
-driver is touched on import. What has no values is left to the reference.
-"""
+"""The operators of :class:`tsbn_kernels.definition.options.Backend` by the CUDA C++ kernels."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
-from tsbn_kernels.backends.plan import Work, devices
+from tsbn_kernels.backends.cuda import launches
+from tsbn_kernels.backends.cuda.launches import Operands as Tensors
+from tsbn_kernels.backends.plan import Work
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.slots import PASSES, pass_of
 from tsbn_kernels.backends.plan.work import Operands, Strides, work_of
@@ -23,41 +19,6 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
-
-DISPATCH_KEY = "CUDA"
-_LIBRARY = Path(__file__).parent.parent / "_cuda.so"
-
-available = False
-health = Health("CUDA C++")
-_problem = ""
-
-
-def load() -> None:
-    """Loads the kernels; what is missing is remembered, not raised."""
-    global available, _problem
-    if not _LIBRARY.exists():
-        _problem = "the CUDA library was not built (no nvcc or no CUDA PyTorch when the package was installed)"
-    elif torch.version.cuda is None:
-        _problem = "this PyTorch has no CUDA"
-    else:
-        try:
-            torch.ops.load_library(str(_LIBRARY))
-            available = torch.ops.tsbn._cuda_activations().split() == list(rules.ACTIVATION_CODES)
-            _problem = "the CUDA library was built from other sources: build it again"
-        except (OSError, RuntimeError, AttributeError) as error:
-            _problem = f"the CUDA library does not load: {error}"
-
-
-def detail() -> str:
-    """One line: what it is, or what is missing."""
-    if not available:
-        return _problem
-    if health.broken:
-        return f"CUDA C++ failed: {health.broken}"
-    return "CUDA C++" if torch.cuda.is_available() else "CUDA C++, no GPU here"
-
-
-# ---- launches ----------------------------------------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
@@ -76,29 +37,8 @@ class _Call(NamedTuple):
     needs: Needs | None = None
 
 
-class _Tensors(NamedTuple):
-    """In the order of the library's operator; `first` and `second` are mean and var, or dweight and dbias."""
-
-    x: Tensor
-    dy: Tensor | None = None
-    residual: Tensor | None = None
-    out: Tensor | None = None
-    dresidual: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    first: Tensor | None = None
-    second: Tensor | None = None
-
-
 def _place(x: Tensor | None) -> _Place | None:
     return None if x is None else _Place(x.shape, x.stride(), x.data_ptr() % 16 // x.element_size())
-
-
-@lru_cache(maxsize=64)
-def _device(device: torch.device) -> devices.Device:
-    return devices.of(device)
 
 
 def _strides(place: _Place | None, options: Options) -> Strides | None:
@@ -110,10 +50,6 @@ def _strides(place: _Place | None, options: Options) -> Strides | None:
 
 def _like(place: _Place, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_strided(place.shape, place.strides, dtype=dtype, device="meta")
-
-
-def _code(dtype: torch.dtype) -> int:
-    return rules.DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
 @lru_cache(maxsize=4096)
@@ -149,18 +85,18 @@ def _prepare(
         strides=Operands(x, dy, out, residual, dresidual),
     )
     plan = _choose(work, dtype, device)
-    numbers = [number for v in vectors for number in ((0, 0, 0) if v is None else (_code(v[0]), *v[1]))]
-    launches = [
+    numbers = [number for v in vectors for number in ((0, 0, 0) if v is None else (launches.code(v[0]), *v[1]))]
+    kernels = [
         (_kernel(plan, dtype), list(rules.numbers(plan, phases, options.gate == "sigmoid", tuple(numbers))))
         for phases in plan.phases
     ]
-    return launches, (plan.partial_bytes, plan.staged_bytes)
+    return kernels, (plan.partial_bytes, plan.staged_bytes)
 
 
 def _kernel(plan: rules.CudaPlan, dtype: torch.dtype) -> list[int]:
     access = ("rows", "columns", "scalar").index(plan.cut.access)
     pass_ = PASSES.index(pass_of(plan.work))
-    return [_code(dtype), access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
+    return [launches.code(dtype), access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
 
 
 @lru_cache(maxsize=64)
@@ -176,26 +112,20 @@ def _clusters(dtype: torch.dtype, device: torch.device) -> rules.Clusters:
 
 
 def _choose(work: Work, dtype: torch.dtype, device: torch.device) -> rules.CudaPlan:
-    return rules.plan(work, _device(device), _clusters(dtype, device))
+    return rules.plan(work, launches.device_of(device), _clusters(dtype, device))
 
 
-def _run(call: _Call, tensors: _Tensors) -> None:
+def _run(call: _Call, tensors: Tensors) -> None:
     x, dy, residual = layout.readable(tensors.x, call.options, tensors.dy, tensors.residual)
     tensors = tensors._replace(x=x, dy=dy, residual=residual)
     places = _place(x), _place(dy), _place(residual), _place(tensors.out), _place(tensors.dresidual)
     given = tensors.weight, tensors.bias, tensors.mean, tensors.var
     vectors = tuple(None if v is None else (v.dtype, v.stride()) for v in given)
-    launches, sizes = _prepare(call, x.dtype, places, vectors, x.device)
+    kernels, sizes = _prepare(call, x.dtype, places, vectors, x.device)
     buffers = [x.new_empty(size, dtype=torch.uint8) if size else None for size in sizes]
-    for kernel, numbers in launches:
-        try:
-            torch.ops.tsbn._cuda_launch(kernel, numbers, call.options.eps, call.options.slope, *tensors, *buffers)
-        except RuntimeError as error:
-            if is_fatal(error):
-                raise
-            own = "was not launched" in str(error) and "no kernel image" not in str(error)
-            raise KernelError(PASSES[kernel[2]], summary(error), own) from error
-    health.proved = True
+    tensors = tensors._replace(partial=buffers[0], staged=buffers[1])
+    for kernel, numbers in kernels:
+        launches.launch(PASSES[kernel[2]], kernel, numbers, call.options.eps, call.options.slope, tensors)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------
@@ -208,7 +138,7 @@ def forward_training(
         return reference.forward_training(x, weight, bias, residual, options)
     y = layout.empty_output(x, options)
     mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    tensors = _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
+    tensors = Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
     _run(_Call(options, True), tensors)
     return Normalized(y, mean, var)
 
@@ -227,7 +157,7 @@ def forward_eval(saved: Saved, options: Options) -> Tensor:
     if x.numel() == 0:
         return reference.forward_eval(saved, options)
     y = layout.empty_output(x, options)
-    tensors = _Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var)
+    tensors = Tensors(x, residual=residual, out=y, weight=weight, bias=bias, mean=mean, var=var)
     _run(_Call(options, False), tensors)
     return y
 
@@ -245,7 +175,7 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
     if options.activation == NONE:
         residual = None
     if any(needs):
-        tensors = _Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias)
+        tensors = Tensors(x, dy, residual, dx, dresidual, weight, bias, mean, var, dweight, dbias)
         _run(_Call(options, training, needs), tensors)
     return found
 
