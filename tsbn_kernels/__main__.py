@@ -1,6 +1,7 @@
 """``python -m tsbn_kernels``: which backends are usable here, and which one runs on which device.
 
-``python -m tsbn_kernels plan --shape 40,256,64,64,64 --dtype bf16 --device H100``: what the kernels would do on a GPU.
+``python -m tsbn_kernels plan --shape 40,256,64,64,64 --dtype bf16 --device H100``: what the kernels would do on a GPU;
+``--norm layer --shape 5,8,1024,384``: those of layer normalisation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from tsbn_kernels import __version__, backends, memory
-from tsbn_kernels.backends.plan import DEVICES, Work, devices
+from tsbn_kernels.backends.plan import DEVICES, Work, devices, layer_norm, layer_norm_cuda
 from tsbn_kernels.backends.plan import cuda as cuda_rules
 from tsbn_kernels.backends.plan import triton as triton_rules
 from tsbn_kernels.backends.plan.describe import layer_alone, table, unfused_bytes
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", title="commands (without one: the backends of this machine)")
     plan = commands.add_parser("plan", help="what the kernels do on a GPU, and the time that their bytes should take")
     plan.add_argument("--shape", type=_shape, required=True, metavar="T,N,C[,H,W]", help="of the stacked activation")
+    kinds = "layer and rms: the shape is T,N[,*],D, and rows of D values are normalised"
+    plan.add_argument("--norm", choices=("batch", "layer", "rms"), default="batch", help=kinds)
     plan.add_argument("--dtype", choices=ITEM_SIZES, default="fp32")
     plan.add_argument("--device", type=_device, default="H100", metavar="NAME", help=", ".join(DEVICES))
     plan.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
@@ -44,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rules = cuda_rules if options.backend == "cuda" else triton_rules
         if options.backend == "cuda" and not options.device.target.startswith("sm_"):
             parser.error(f"the CUDA C++ kernels run on NVIDIA's GPUs alone, not on {options.device.name}; try triton")
+        if options.norm != "batch":
+            if options.activation != "none" or options.shared_input or options.format != "contiguous":
+                parser.error(f"--norm {options.norm} takes no --activation, --shared-input or --format: leave them out")
+            print(_table_of_rows(options))
+            return
         works = _works(options)
         plans = [rules.plan(work, options.device) for work in works]
         unfused = [unfused_bytes(rules.plan(layer_alone(work), options.device), work) for work in works]
@@ -88,6 +96,26 @@ def _works(options: argparse.Namespace) -> list[Work]:
         fan_out=options.fan_out,
     )
     return [work, replace(work, direction="backward"), replace(work, training=False)]
+
+
+def _table_of_rows(options: argparse.Namespace) -> str:
+    """The plans of layer normalisation, of which a backward pass may have two."""
+    tasks, samples, *tokens, size = options.shape
+    work = layer_norm.LayerWork(
+        tasks,
+        1,
+        size,
+        samples * math.prod(tokens),
+        ITEM_SIZES[options.dtype],
+        "columns",
+        residual=options.residual,
+        fan_out=options.fan_out,
+        rms=options.norm == "rms",
+    )
+    plans = layer_norm_cuda.plans if options.backend == "cuda" else layer_norm.plans
+    passes = work, replace(work, direction="backward")
+    found = [plan for one in passes for plan in plans(one, options.device)]
+    return table(found, options.bandwidth and options.bandwidth * 1e9)
 
 
 def _report() -> None:

@@ -357,9 +357,21 @@ def test_plan_of_what_is_fused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unfused" not in printed(capsys, "--shape", "40,256,64")
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_plan_of_layer_normalisation(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--norm", "layer", "--shape", "5,8,1024,384", "--dtype", "bf16", "--backend", backend)
+    assert "[T, rows, D] = [5, 8192, 384], 2 bytes a value, layer norm, 30 MiB" in text
+    rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
+    assert rows["launches"] == ["1", "2"]
+    text = printed(capsys, "--norm", "rms", "--shape", "5,8,1024,384", "--fan-out", "--backend", backend)
+    assert "RMS norm" in text and "one input for all tasks" in text
+    assert ("backward, parameters" in text) == (backend == "triton")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--shape", "4,4,4", "--norm", "layer", "--activation", "relu"], "--norm layer takes no --activation"),
         (["--shape", "40"], "'40' is not T,N,C"),
         (["--shape", "40,x,3"], "is not T,N,C"),
         (["--shape", "40,0,3"], "with sizes of 1 and more"),

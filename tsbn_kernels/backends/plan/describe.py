@@ -16,7 +16,7 @@ def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequen
     ``unfused`` are the bytes of :func:`unfused_bytes`.
     """
     rate = bandwidth or plans[0].device.bandwidth
-    rows = {"": [f"{plan.work.direction} {'training' if plan.work.training else 'evaluation'}" for plan in plans]}
+    rows = {"": [plan.work.title for plan in plans]}
     for plan in plans:
         for name, value in _facts(plan, rate).items():
             rows.setdefault(name, []).append(value)
@@ -34,12 +34,11 @@ def table(plans: Sequence[Plan], bandwidth: float | None = None, unfused: Sequen
 
 def _heading(plan: Plan, rate: float) -> str:
     work, device = plan.work, plan.device
-    sizes = [work.tasks, work.samples, work.channels, work.positions]
     fused = ["one input for all tasks"] * work.fan_out + ["residual"] * work.residual
     fused += [work.activation] * (work.activation != "none")
     more = "".join(f", {what}" for what in fused)
     return (
-        f"[T, N, C, S] = {sizes}, {work.item_size} bytes a value, {work.family}, {_bytes(work.activation_bytes)}"
+        f"{work.layout}, {work.item_size} bytes a value, {work.form}, {_bytes(work.activation_bytes)}"
         f"{more}\n"
         f"{device.name} ({device.target}, {device.multiprocessors} multiprocessors) at {rate / 1e12:.2f} TB/s; "
         f"times are predicted from the bytes, nothing was measured"

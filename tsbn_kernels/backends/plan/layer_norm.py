@@ -36,6 +36,23 @@ class LayerWork(Work):
     rms: bool = False
 
     @property
+    def title(self) -> str:
+        """The pass, for people; what a pass in two launches gives of all gradients."""
+        if not self.backward or (self.needs_dx and self.parameters):
+            return self.direction
+        return f"{self.direction}, {'x' if self.needs_dx else 'parameters'}"
+
+    @property
+    def layout(self) -> str:
+        """Sizes, for people."""
+        return f"[T, rows, D] = {[self.tasks, self.values, self.channels]}"
+
+    @property
+    def form(self) -> str:
+        """Which normalisation it is, for people."""
+        return "RMS norm" if self.rms else "layer norm"
+
+    @property
     def parameters(self) -> int:
         """How many parameters' gradients are asked for."""
         return self.needs_dweight + self.needs_dbias if self.backward else 0

@@ -81,6 +81,21 @@ class Work:
         return self.direction == "backward"
 
     @property
+    def title(self) -> str:
+        """The pass, for people."""
+        return f"{self.direction} {'training' if self.training else 'evaluation'}"
+
+    @property
+    def layout(self) -> str:
+        """Sizes, for people."""
+        return f"[T, N, C, S] = {[self.tasks, self.samples, self.channels, self.positions]}"
+
+    @property
+    def form(self) -> str:
+        """How they are read, for people."""
+        return self.family
+
+    @property
     def values(self) -> int:
         """Values that share statistics: ``M = N * S``."""
         return self.samples * self.positions
