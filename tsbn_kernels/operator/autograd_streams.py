@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.options import Gradients, LayerOptions, Needs, Options, Saved
+from tsbn_kernels.definition.options import LayerOptions, Needs, Options, Saved
 from tsbn_kernels.operator import autograd
 from tsbn_kernels.operator.autograd import TaskBatchNorm, differentiable_twice
 from tsbn_kernels.operator.separate import aliases, separate
@@ -33,12 +33,29 @@ class TaskStreams(TaskBatchNorm):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        options: Options = ctx.options
         given = {task: dy for task, dy in enumerate(gradients) if dy is not None}
-        x, weight, bias, residual, *_ = ctx.needs_input_grad
-        found = Gradients()
-        if given and (x or weight or bias or residual):
-            found = _gradients(ctx, given, Needs(x, weight, bias, residual))
-        return *found, None, None, None, None, None, None
+        needs, nothing = Needs(*ctx.needs_input_grad[:4]), (None,) * 10
+        if not given or not any(needs):
+            return nothing
+        stacking, plain, saved = options.stacking, options.activation == "none", Saved._make(ctx.saved_tensors)
+        chosen = Chosen(list(given), options.num_tasks, saved.x)
+        dy = chosen.stack(list(given.values()))
+        own = Saved(
+            saved.x if options.fan_out else chosen.streams(saved.x, stacking),
+            chosen.rows(saved.weight),
+            chosen.rows(saved.bias),
+            chosen.streams(saved.residual, stacking),
+            chosen.rows(saved.mean),
+            chosen.rows(saved.var),
+        )
+        wanted = needs._replace(dresidual=needs.dresidual and not plain)
+        of_chosen = options._replace(num_tasks=len(given), stacking="task_axis")
+        compute = differentiable_twice(ctx.backend)
+        dx, dweight, dbias, dresidual = compute.backward(dy, own, ctx.training, wanted, of_chosen)
+        dx = dx if options.fan_out else chosen.stacked(dx, stacking)
+        dresidual = chosen.stacked(dy if plain and needs.dresidual else dresidual, stacking)
+        return dx, chosen.spread(dweight), chosen.spread(dbias), dresidual, *nothing[4:]
 
     @staticmethod
     def vmap(*_: Any) -> Any:
@@ -83,33 +100,6 @@ class Chosen:
     def stack(parts: list[Tensor]) -> Tensor:
         """One tensor ``[K, N, *]`` of the streams of the tasks."""
         return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
-
-
-def _gradients(ctx: Any, given: dict[int, Tensor], needs: Needs) -> Gradients:
-    """What is needed of the gradients, from those of some tasks' streams."""
-    options: Options = ctx.options
-    stacking, plain, saved = options.stacking, options.activation == "none", Saved._make(ctx.saved_tensors)
-    chosen = Chosen(list(given), options.num_tasks, saved.x)
-    dy = chosen.stack(list(given.values()))
-    own = Saved(
-        saved.x if options.fan_out else chosen.streams(saved.x, stacking),
-        chosen.rows(saved.weight),
-        chosen.rows(saved.bias),
-        chosen.streams(saved.residual, stacking),
-        chosen.rows(saved.mean),
-        chosen.rows(saved.var),
-    )
-    dx, dweight, dbias, dresidual = differentiable_twice(ctx.backend).backward(
-        dy,
-        own,
-        ctx.training,
-        needs._replace(dresidual=needs.dresidual and not plain),
-        options._replace(num_tasks=len(given), stacking="task_axis"),
-    )
-    if plain and needs.dresidual:
-        dresidual = dy
-    dx = dx if options.fan_out else chosen.stacked(dx, stacking)
-    return Gradients(dx, chosen.spread(dweight), chosen.spread(dbias), chosen.stacked(dresidual, stacking))
 
 
 def of_a_stack(y: Tensor, options: Options | LayerOptions) -> Sequence[Tensor]:
