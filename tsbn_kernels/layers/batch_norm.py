@@ -16,8 +16,8 @@ from tsbn_kernels.functional import normalize, normalize_mixed
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import autograd_synchronized, checks, mixed_checks, runs
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_VECTORS = ("weight", "bias", *_STATISTICS)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_VECTORS = ("weight", "bias", *STATISTICS)
 _UNTRACKED = Running()
 _LATER_OPTIONS = {
     "activation": None,
@@ -188,7 +188,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         plain.track_running_stats = self.track_running_stats
         if isinstance(plain, nn.SyncBatchNorm) and self.process_group != "world":  # which is its default
             plain.process_group = self.process_group
-        self._take_row(plain, index, *_STATISTICS)
+        self._take_row(plain, index, *STATISTICS)
         if self.activation is not None:
             plain = nn.Sequential(plain, as_module(self.activation, self.negative_slope)).train(self.training)
         return plain  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import TABLE, Name
 from tsbn_kernels.definition.plain import is_plain, leaf_call
 from tsbn_kernels.functional import task_batch_norm
-from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
+from tsbn_kernels.layers.batch_norm import STATISTICS, FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import tell_gates
 from tsbn_kernels.operator import checks
 
@@ -24,7 +24,6 @@ _POOLINGS = (
 )  # fmt: skip
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d)
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class LateFanOut(nn.Module):
@@ -140,7 +139,7 @@ class LateFanOut(nn.Module):
         late.norm.process_group = layer.process_group
         with torch.no_grad():
             late.weight.copy_(layer.weight)
-            for name in _STATISTICS:
+            for name in STATISTICS:
                 rows = getattr(layer, name)
                 if rows is None:
                     continue

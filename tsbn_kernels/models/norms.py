@@ -19,11 +19,7 @@ from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.starts import Starts
 
 _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-_OF_ROWS = {
-    *vars(nn.LayerNorm(1)),
-    "_fast_norm",
-    "variance_epsilon",
-}  # attributes that stay behind
+_OF_ROWS = {*vars(nn.LayerNorm(1)), "_fast_norm", "variance_epsilon"}  # attributes that stay behind
 
 
 class FusedTSigmaBNAct(FusedTSigmaBN):
@@ -39,10 +35,9 @@ class FusedTSigmaBNAct(FusedTSigmaBN):
 
     def _call(self, *args: Any) -> Any:
         results = super()._call(*args)
-        whole = self.activation is not None or any(
-            isinstance(y, fx.Proxy) for y in results
-        )  # a call of the whole layer
-        return results if whole else tuple(map(self.activate, results))
+        if self.activation is not None or any(isinstance(y, fx.Proxy) for y in results):  # a call of the whole layer
+            return results
+        return tuple(map(self.activate, results))
 
     def activate(self, y: Tensor) -> Tensor:
         """``act(drop(y))``."""
