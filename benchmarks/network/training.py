@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def first_steps(faces: Faces, device: torch.device, meanwhile: Callable[[], None
     Nothing is timed there: the processes share the threads of this one.
     """
     threads = max(1, torch.get_num_threads() // 2)
-    arguments = faces.images.numpy(), faces.labels.numpy(), str(device), threads
+    arguments: tuple[Any, ...] = faces.images.numpy(), faces.labels.numpy(), str(device), threads
     with ThreadPoolExecutor(2) as pool:
         steps = {variant: pool.submit(in_fresh_process, single_step, variant, *arguments) for variant in VARIANTS}
         meanwhile()

@@ -60,7 +60,7 @@ class TaskLayerStreams(TaskLayerNorm):
         dx = dx if options.fan_out else chosen.stacked(dx, options.stacking)
         return dx, chosen.spread(dweight), chosen.spread(dbias), *nothing[3:]
 
-    vmap = staticmethod(TaskStreams.vmap)
+    vmap = staticmethod(TaskStreams.vmap)  # type: ignore[assignment]
 
 
 apply: Callable[..., tuple[Tensor, ...]] = TaskLayerStreams.apply
