@@ -12,7 +12,7 @@ Channels where ``|bias| > 8 * gate``, or where y may be subnormal, keep their in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,9 +93,8 @@ def backward(compute: Backend, dy: Tensor, kept: Kept, training: bool, needs: Ne
     found = Gradients(dx, dweight, dbias)
     if len(channels):
         axis = layout.channel_axis(options.stacking)
-        own_weight, own_mean, own_var = (vector.index_select(1, channels) for vector in (weight, mean, var))
-        own_bias = None if bias is None else bias.index_select(1, channels)
-        saved = Saved(part, own_weight, own_bias, None, own_mean, own_var)
+        vectors: Any = (v if v is None else v.index_select(1, channels) for v in (weight, bias, None, mean, var))
+        saved = Saved(part, *vectors)
         again = compute.backward(dy.index_select(axis, channels), saved, training, needs, options)
         for whole, own, dim in zip(found, again, (axis, 1, 1, 0), strict=True):
             if whole is not None and own is not None:

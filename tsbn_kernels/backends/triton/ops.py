@@ -64,6 +64,17 @@ def _work(saved: Saved, training: bool, options: Options, needs: Needs | None = 
     return work_of(x, options, needs, training=training, **own)
 
 
+def _fastest(make: Callable[[Plan], Any], work: Work, device: torch.device, arguments: Callable[[Any], Any]) -> Any:
+    """The pass by the rule's plan, or where that is tuned by the fastest; ``arguments`` are those of a pass's call."""
+
+    def prepare(plan: Plan) -> Callable[[], None]:
+        candidate = make(plan)
+        return partial(candidate, *arguments(candidate))
+
+    with on_device(device):
+        return make(choose(rules.plan(work, device_of(device)), prepare))
+
+
 def _normalize(saved: Saved, training: bool, options: Options, running: Running = NOT_TRACKED) -> Tensor:
     saved = _contiguous(saved)
     x, _, _, residual, *_ = saved
@@ -75,14 +86,8 @@ def _normalize(saved: Saved, training: bool, options: Options, running: Running 
         if own_x is not x or own_residual is not residual:
             return _normalize(saved._replace(x=own_x, residual=own_residual), training, options, running)
         make = partial(Forward, x=x, options=options, residual=residual)
-
-        def prepare(plan: Plan) -> Callable[[], None]:
-            candidate = make(plan)
-            return partial(candidate, saved, candidate.stacked_like(x))
-
-        with on_device(x.device):
-            plan = rules.plan(_work(saved, training, options), device_of(x.device))
-            run = forwards[key] = make(choose(plan, prepare))
+        work = _work(saved, training, options)
+        run = forwards[key] = _fastest(make, work, x.device, lambda one: (saved, one.stacked_like(x)))
     y: Tensor = run.stacked_like(x)
     with on_device(x.device):
         run(saved, y, running)
@@ -153,14 +158,8 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
             return backward(own_dy, saved._replace(x=own_x, residual=own_residual), training, needs, options)
         kind = FanOutBackward if options.fan_out else Backward
         make = partial(kind, dy=dy, x=x, options=options, residual=residual)
-
-        def prepare(plan: Plan) -> Callable[[], None]:
-            candidate = make(plan)
-            return partial(candidate, dy, saved, outputs(candidate))
-
-        with on_device(x.device):
-            plan = rules.plan(_work(saved, training, options, needs), device_of(x.device))
-            run = backwards[key] = make(choose(plan, prepare))
+        work = _work(saved, training, options, needs)
+        run = backwards[key] = _fastest(make, work, x.device, lambda one: (dy, saved, outputs(one)))
     results = outputs(run)
     with on_device(x.device):
         run(dy, saved, results)
