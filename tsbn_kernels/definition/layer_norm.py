@@ -45,6 +45,24 @@ def inner_rows(x: Tensor, weight: Tensor, options: LayerOptions) -> int:
     return prod(sizes) // (1 if options.fan_out else options.num_tasks)
 
 
+def empty_outputs(x: Tensor, weight: Tensor, residual: Tensor | None, options: LayerOptions) -> LayerNormalized:
+    """Fresh memory for the results of a forward pass; all are contiguous."""
+    rstd = x.new_empty(prod(rows_of(x, weight)), dtype=accumulate_dtype(x.dtype))
+    return LayerNormalized(
+        x.new_empty(layout.output_shape(x, options)),
+        None if residual is None else x.new_empty(x.shape),
+        None if options.rms else torch.empty_like(rstd),
+        rstd,
+    )
+
+
+def empty_gradients(s: Tensor, weight: Tensor, needs: LayerNeeds) -> LayerGradients:
+    """Fresh memory for the gradients that are needed; all are contiguous."""
+    dx = s.new_empty(s.shape) if needs.dx else None
+    dweight, dbias = (weight.new_empty(weight.shape) if needed else None for needed in (needs.dweight, needs.dbias))
+    return LayerGradients(dx, dweight, dbias)
+
+
 def statistics(s: Tensor, weight: Tensor, options: LayerOptions) -> tuple[Tensor | None, Tensor]:
     """The mean of each row (None in the RMS form) and ``rstd``, each ``[R]``."""
     wide, dims = s.to(accumulate_dtype(s.dtype)), _normalized_dims(weight)

@@ -10,15 +10,11 @@ empty tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.layer_norm import rows_of
+from tsbn_kernels.definition.layer_norm import empty_gradients, empty_outputs
 from tsbn_kernels.definition.options import (
     LayerBackend,
     LayerGradients,
@@ -94,24 +90,13 @@ class _Fake:
     def layer_norm(
         x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: LayerOptions
     ) -> LayerNormalized:
-        rstd = x.new_empty(prod(rows_of(x, weight)), dtype=accumulate_dtype(x.dtype))
-        return LayerNormalized(
-            x.new_empty(layout.output_shape(x, options)),
-            None if residual is None else x.new_empty(x.shape),
-            None if options.rms else torch.empty_like(rstd),
-            rstd,
-        )
+        return empty_outputs(x, weight, residual, options)
 
     @staticmethod
     def layer_norm_backward(
         dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
     ) -> LayerGradients:
-        s, weight = saved.s, saved.weight
-        return LayerGradients(
-            s.new_empty(s.shape) if needs.dx else None,
-            weight.new_empty(weight.shape) if needs.dweight else None,
-            weight.new_empty(weight.shape) if needs.dbias else None,
-        )
+        return empty_gradients(saved.s, saved.weight, needs)
 
 
 layer_norm: Normalization[LayerBackend] = Normalization(

@@ -13,8 +13,6 @@ from tsbn_kernels.backends.cuda.launches import Operands
 from tsbn_kernels.backends.plan import layer_norm_cuda as rules
 from tsbn_kernels.backends.plan.layer_norm import work_of
 from tsbn_kernels.definition import layer_norm as reference
-from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -104,13 +102,7 @@ def layer_norm(
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    rstd = x.new_empty(x.numel() // weight[0].numel(), dtype=accumulate_dtype(x.dtype))
-    y, s, mean, _ = found = LayerNormalized(
-        x.new_empty(layout.output_shape(x, options)),
-        None if residual is None else torch.empty_like(x),
-        None if options.rms else torch.empty_like(rstd),
-        rstd,
-    )
+    y, s, mean, rstd = found = reference.empty_outputs(x, weight, residual, options)
     operands = Operands(x, None, residual, y, s, weight, bias, first=mean, second=rstd)
     for one in _call(options, None, operands):
         _run(one, options.eps, operands)
@@ -129,11 +121,7 @@ def layer_norm_backward(
     x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
     mean = None if mean is None else mean.contiguous()
     ds = None if ds is None or not needs.dx else ds.contiguous()
-    dx, dweight, dbias = found = LayerGradients(
-        torch.empty_like(x) if needs.dx else None,
-        torch.empty_like(weight) if needs.dweight else None,
-        torch.empty_like(weight) if needs.dbias else None,
-    )
+    dx, dweight, dbias = found = reference.empty_gradients(x, weight, needs)
     operands = Operands(x, dy, ds, dx, None, weight, None, mean, rstd, dweight, dbias)
     for one in _call(options, needs, operands):
         own = operands._replace(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tsbn_kernels.backends.plan.layer_norm import plans, work_of
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerForward
 from tsbn_kernels.definition import layer_norm as reference
-from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -35,13 +32,7 @@ def layer_norm(
         work = work_of(x, weight, options, bias=bias is not None, residual=residual is not None)
         (plan,) = plans(work, ops.device_of(x.device))
         run = ops.forwards[key] = LayerForward(plan, options)
-    rstd = x.new_empty(x.numel() // weight[0].numel(), dtype=accumulate_dtype(x.dtype))
-    found = LayerNormalized(
-        x.new_empty(layout.output_shape(x, options)),
-        None if residual is None else torch.empty_like(x),
-        None if options.rms else torch.empty_like(rstd),
-        rstd,
-    )
+    found = reference.empty_outputs(x, weight, residual, options)
     with ops.on_device(x.device):
         run(x, weight, bias, residual, found)
     return found
@@ -65,11 +56,7 @@ def layer_norm_backward(
         work = work_of(x, weight, options, needs, residual=ds is not None)
         chosen = plans(work, ops.device_of(x.device))
         runs = ops.backwards[key] = tuple(LayerBackward(plan, options) for plan in chosen)
-    found = LayerGradients(
-        torch.empty_like(x) if needs.dx else None,
-        torch.empty_like(weight) if needs.dweight else None,
-        torch.empty_like(weight) if needs.dbias else None,
-    )
+    found = reference.empty_gradients(x, weight, needs)
     with ops.on_device(x.device):
         for run in runs:
             run(dy, ds, LayerSaved(x, weight, mean, rstd), found)
