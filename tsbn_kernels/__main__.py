@@ -2,6 +2,7 @@
 
 ``python -m tsbn_kernels plan --shape 40,256,64,64,64 --dtype bf16 --device H100``: what the kernels would do on a GPU;
 ``--norm layer --shape 5,8,1024,384``: those of layer normalisation.
+``python -m tsbn_kernels analyse CHECKPOINT... --out report.html``: what the tasks of a network have learnt to use.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tsbn_kernels import __version__, backends, memory
+from tsbn_kernels.analysis import importance, load_state
 from tsbn_kernels.backends.plan import DEVICES, Work, devices, layer_norm, layer_norm_cuda
 from tsbn_kernels.backends.plan import cuda as cuda_rules
 from tsbn_kernels.backends.plan import triton as triton_rules
@@ -42,8 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--fan-out", action="store_true", help="one x [N, C, *] is read once for all tasks")
     plan.add_argument("--activation", choices=("none", *ACTIVATIONS), default="none", help="fused behind the layer")
     plan.add_argument("--residual", action="store_true", help="added before the activation")
+    analyse = commands.add_parser(
+        "analyse", help="what each task has learnt to use, from checkpoints, as one HTML page"
+    )
+    analyse.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="of torch.save or safetensors")
+    analyse.add_argument("--out", type=Path, required=True, metavar="PAGE", help="the page that is written")
+    analyse.add_argument("--tasks", metavar="A,B,...", help="their names; by default those of the model's heads")
+    analyse.add_argument("--key", help="where in a checkpoint the state is, such as model, or ema.model")
+    analyse.add_argument("--gate", choices=("sigmoid", "identity"), help="of a state that does not say it")
+    analyse.add_argument("--threshold", type=float, default=0.5, help="of specialised filters")
+    analyse.add_argument("--clusters", type=int, help="how many; by default a quarter of the tasks")
     options = parser.parse_args(arguments)
-    if options.command == "plan":
+    if options.command == "analyse":
+        try:
+            _analyse(options)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            parser.exit(1, f"{error}\n")
+    elif options.command == "plan":
         rules = cuda_rules if options.backend == "cuda" else triton_rules
         if options.backend == "cuda" and not options.device.target.startswith("sm_"):
             parser.error(f"the CUDA C++ kernels run on NVIDIA's GPUs alone, not on {options.device.name}; try triton")
@@ -58,6 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(plans, options.bandwidth and options.bandwidth * 1e9, unfused if works[0].fuses else None))
     else:
         _report()
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from tsbn_kernels.plots import report
+
+    tasks = options.tasks and options.tasks.split(",")
+    runs = [importance(load_state(path, options.key), tasks, gate=options.gate) for path in options.checkpoints]
+    named = dict(zip(report.names_of(options.checkpoints), runs, strict=True))
+    report.write_report(named, options.out, threshold=options.threshold, clusters=options.clusters)
+    print(f"report: {options.out}")
 
 
 def _shape(text: str) -> list[int]:

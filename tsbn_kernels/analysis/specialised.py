@@ -19,11 +19,13 @@ class Specialized:
         mask: bool ``[T, F]``: the filter is specialised for the task.
         percent: how many of the filters of each layer are specialised for some task, by its name.
         importance: what it is read from.
+        threshold: the share of a filter's importance that its task has more than.
     """
 
     mask: Tensor
     percent: dict[str, float]
     importance: Importance
+    threshold: float
 
     def filters(self, task: int) -> list[tuple[str, int]]:
         """The filters of a task: the layer of each, and its index there."""
@@ -49,4 +51,4 @@ def specialized_filters(source: Source, threshold: float = 0.5) -> Specialized:
     mask = found.matrix > threshold * found.matrix.sum(0)
     some = mask.any(0)
     percent = {layer: float(100 * some[part].to(torch.float64).mean()) for layer, part in found.slices.items()}
-    return Specialized(mask, percent, found)
+    return Specialized(mask, percent, found, threshold)
