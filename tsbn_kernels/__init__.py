@@ -5,6 +5,7 @@ from tsbn_kernels.backends import use_backend
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.late_fan_out import LateFanOut
 from tsbn_kernels.layers.layer_norm import FusedTSigmaLN, FusedTSigmaLN2d, FusedTSigmaRMSNorm
+from tsbn_kernels.layers.mixing import task_index
 from tsbn_kernels.models.convert import convert_model, expand_state_dict, revert_model
 from tsbn_kernels.models.earlier_names import find_earlier_names
 from tsbn_kernels.models.export import export_task, fold_into_conv
@@ -43,6 +44,7 @@ __all__ = [
     "revert_model",
     "shard_tasks",
     "split_parameters",
+    "task_index",
     "task_vector_names",
     "use_backend",
 ]

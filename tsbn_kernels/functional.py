@@ -314,6 +314,7 @@ def task_layer_norm(
     gate: str = "sigmoid",
     stacking: str = "task_major",
     fan_out: bool = False,
+    task_of_sample: Tensor | None = None,
 ) -> Tensor:
     """Layer normalisation with a gate and a bias of its own for each task.
 
@@ -333,6 +334,8 @@ def task_layer_norm(
             ``"task_axis"``.
         fan_out: x is one input ``[N, *, *normalized_shape]`` for all tasks. It is read, normalised and saved for the
             backward once; y has T streams in ``stacking``.
+        task_of_sample: of a mixed batch ``[N, *, *normalized_shape]``, the task of each sample: int64 ``[N]``, from 0
+            to T-1, in any order. Neither ``stacking`` nor ``fan_out`` goes with it.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked) and dtype of ``x``, contiguous.
@@ -342,7 +345,7 @@ def task_layer_norm(
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices.
     """
-    return normalize_rows((x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out))[0]
+    return _rows((x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)[0]
 
 
 def add_task_layer_norm(
@@ -356,18 +359,19 @@ def add_task_layer_norm(
     gate: str = "sigmoid",
     stacking: str = "task_major",
     fan_out: bool = False,
+    task_of_sample: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes ``s = x + residual`` and :func:`task_layer_norm` of it, in one pass: pre-norm blocks need both.
 
     Args:
-        x, weight, bias, num_tasks, eps, gate, stacking, fan_out: as there.
+        x, weight, bias, num_tasks, eps, gate, stacking, fan_out, task_of_sample: as there.
         residual: of the shape of x. Where its dtype is not that of x, both are promoted as in ``x + residual``.
 
     Returns:
         y, and s in the shape and dtype of ``x + residual``. Raises as :func:`task_layer_norm` does.
     """
     checks.check_tensor("residual", residual)
-    y, s = normalize_rows((x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out))
+    y, s = _rows((x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)
     return y, s
 
 
@@ -380,13 +384,14 @@ def task_rms_norm(
     gate: str = "sigmoid",
     stacking: str = "task_major",
     fan_out: bool = False,
+    task_of_sample: Tensor | None = None,
 ) -> Tensor:
     """Computes ``y[t] = g(weight[t]) * x[t] / sqrt(mean(x[t]^2) + eps)`` for each row of ``normalized_shape``.
 
     Arguments are those of :func:`task_layer_norm`; without ``eps`` it is that of the dtype that is computed in, as in
     ``nn.RMSNorm``.
     """
-    return normalize_rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out))[0]
+    return _rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)[0]
 
 
 def add_task_rms_norm(
@@ -399,10 +404,11 @@ def add_task_rms_norm(
     gate: str = "sigmoid",
     stacking: str = "task_major",
     fan_out: bool = False,
+    task_of_sample: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes ``s = x + residual`` and :func:`task_rms_norm` of it; see :func:`add_task_layer_norm`."""
     checks.check_tensor("residual", residual)
-    y, s = normalize_rows((x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out))
+    y, s = _rows((x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)
     return y, s
 
 
@@ -433,6 +439,29 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
         s = x if residual is None else outputs[1]
         recompute_outputs.offer(outputs, partial(_rows_again, call, backend), (weight, bias), (s,))
     return outputs
+
+
+def _rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample: Tensor | None) -> tuple[Tensor, ...]:
+    if task_of_sample is None:
+        return normalize_rows(tensors, options)
+    return normalize_mixed_rows(tensors, task_of_sample, options)
+
+
+def normalize_mixed_rows(
+    tensors: tuple[Any, ...], task_of_sample: Tensor, options: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """Computes :func:`normalize_rows` of a mixed batch: each sample is a task of its own, with its task's vectors."""
+    x, weight, bias, residual = tensors
+    num_tasks, eps, gate, stacking, rms, fan_out = options
+    mixed_checks.check_alone(stacking=(stacking, "task_major"), fan_out=(fan_out, False))
+    mixed_checks.samples_of(task_of_sample, x, num_tasks)
+    call = layer_checks.check_call if torch.compiler.is_compiling() else layer_checks.checked
+    call(tensors, (num_tasks, eps, gate, stacking, rms, True))  # of the shape of one input that all tasks share
+    if x.shape[0] == 0:
+        return normalize_rows(tensors, options)
+    wide = reference.accumulate_dtype(x.dtype)  # gradients of samples are summed in it
+    weight, bias = (None if vector is None else vector.to(wide)[task_of_sample] for vector in (weight, bias))
+    return normalize_rows((x, weight, bias, residual), (x.shape[0], eps, gate, stacking, rms, False))
 
 
 def _rows_again(options: LayerOptions, backend: str | None, weight: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 ``x`` is ``[N, C, *]`` with samples in any order, and ``task_of_sample`` int64 ``[N]``, below T. Mean and variance of a
 task are those of its samples, of which it may have any number; y is in the order of x::
 
-    mean[t,c] = mean of x[n,c,s] over all s and the n of task t        (var[t,c] likewise; both 0 without a sample)
+    mean[t,c] = mean of x[n,c,s] over all s and the n of task t       (var[t,c] likewise; both 0 without a sample)
     y[n] = act(g(weight[t]) * (x[n] - mean[t]) / sqrt(var[t] + eps) + bias[t] + residual[n])    (t = task_of_sample[n])
 
 Each sample is a task of its own here, with one sample and the vectors of its task: so all but the statistics is what

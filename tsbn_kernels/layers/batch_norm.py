@@ -13,6 +13,7 @@ from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.definition.options import Running
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize, normalize_mixed
+from tsbn_kernels.layers import mixing
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import autograd_synchronized, checks, mixed_checks, runs
 
@@ -228,7 +229,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
                 ``[N]`` tells the task of each. Tasks without a sample are left alone as those that ``tasks`` leaves
                 out. The whole input is kept for the backward pass, ``recover_input`` or not.
         """
-        if task_of_sample is not None:
+        if task_of_sample is not None or (mixing.used and mixing.routed() is not None):
             return self._mixed(input, residual, tasks, fan_out, task_of_sample)
         y: Tensor
         (y,) = self._call(False, input, residual, tasks, fan_out)
@@ -246,6 +247,8 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
 
         A backward pass from some of them computes those tasks alone: see :func:`functional.task_streams`.
         """
+        if mixing.used and mixing.routed() is not None:
+            raise ValueError("a mixed batch has no streams; call the layer, and take y[task_of_sample == task]")
         return tuple(self._call(True, input, residual, tasks, fan_out))
 
     def _call(self, as_streams: bool, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None) -> Any:
@@ -292,10 +295,11 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         return result
 
     def _mixed(
-        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, task_of_sample: Tensor
+        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, index: Tensor | None
     ) -> Tensor:
         if not isinstance(x, Tensor):
-            return leaf_call(self, x, residual=residual, fan_out=fan_out, task_of_sample=task_of_sample)
+            return leaf_call(self, x, residual=residual, fan_out=fan_out, task_of_sample=index)
+        task_of_sample, routed = self._task_of_sample(x, index)
         mixed_checks.check_alone(tasks=(tasks, None), fan_out=(self.fan_out if fan_out is None else fan_out, False))
         if self._stacking_of(x, False) == "task_axis":
             raise ValueError(f"a mixed batch has no task axis; got input of shape {list(x.shape)} and task_of_sample")
@@ -307,17 +311,19 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             momentum = 0.0 if self.momentum is None and num_batches_tracked is None else self.momentum
             running = Running(running_mean, running_var, num_batches_tracked, momentum)
         if self._participation is not None and torch.is_grad_enabled():
-            present = mixed_checks.samples_of(task_of_sample, x, weight.shape[0]) > 0
-            weight = self._participation.take_part_of(weight, present)
+            weight = self._participation.take_part_of(weight, task_of_sample, x)
         of_batch = training or running_mean is None
         arithmetic = self.eps, self.gate, "task_major", self.activation, self.negative_slope
-        return normalize_mixed(
+        y = normalize_mixed(
             (x, weight, bias, running_mean, running_var, residual),
             task_of_sample,
             (weight.shape[0], of_batch, *arithmetic, False, False),
             running,
             self.process_group if training else None,
         )
+        if routed:
+            mixing.remember(y, task_of_sample)
+        return y
 
     def _vectors(self) -> tuple[Any, ...]:
         """Parameters and statistics ``[T, C]``; a module's own way to its attributes costs as much as a small layer."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tsbn_kernels.definition.layout import Stacking
 from tsbn_kernels.definition.plain import leaf_call
-from tsbn_kernels.functional import normalize_rows
+from tsbn_kernels.functional import normalize_mixed_rows, normalize_rows
+from tsbn_kernels.layers import mixing
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
-from tsbn_kernels.operator import checks, layer_checks
+from tsbn_kernels.operator import checks, layer_checks, mixed_checks
 
 
 class TaskRowNorm(TaskSpecific):
@@ -62,7 +63,14 @@ class TaskRowNorm(TaskSpecific):
         self._take_row(plain, index)
         return plain  # type: ignore[no-any-return]
 
-    def forward(self, input: Tensor, *, tasks: Tasks = None, fan_out: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        tasks: Tasks = None,
+        fan_out: bool | None = None,
+        task_of_sample: Tensor | None = None,
+    ) -> Tensor:
         """Normalises the rows of all streams; returns the same shape.
 
         Args:
@@ -71,20 +79,28 @@ class TaskRowNorm(TaskSpecific):
                 gradient of the others' gates is zero, which an optimiser with momentum or decay passes by under
                 :func:`~tsbn_kernels.hold_absent_tasks` alone. None stands for all T in their order.
             fan_out: overrides the module's own for this call.
+            task_of_sample: the input is a mixed batch ``[N, *]`` and has samples of any tasks in any order; int64
+                ``[N]`` tells the task of each.
         """
         if not isinstance(input, Tensor):
-            return leaf_call(self, input, tasks=tasks, fan_out=fan_out)
-        return self._call(input, None, tasks, fan_out)[0]
+            return leaf_call(self, input, tasks=tasks, fan_out=fan_out, task_of_sample=task_of_sample)
+        return self._call(input, None, tasks, fan_out, False, task_of_sample)[0]
 
     def add(
-        self, input: Tensor, residual: Tensor, *, tasks: Tasks = None, fan_out: bool | None = None
+        self,
+        input: Tensor,
+        residual: Tensor,
+        *,
+        tasks: Tasks = None,
+        fan_out: bool | None = None,
+        task_of_sample: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes ``s = input + residual`` and :meth:`forward` of it, in one pass; returns the latter and s.
 
         ``residual`` has the shape of ``input``.
         """
         checks.check_tensor("residual", residual)
-        y, s = self._call(input, residual, tasks, fan_out)
+        y, s = self._call(input, residual, tasks, fan_out, False, task_of_sample)
         return y, s
 
     def streams(self, input: Tensor, *, tasks: Tasks = None, fan_out: bool | None = None) -> tuple[Tensor, ...]:
@@ -95,10 +111,20 @@ class TaskRowNorm(TaskSpecific):
         return self._call(input, None, tasks, fan_out, as_streams=True)
 
     def _call(
-        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, as_streams: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        tasks: Tasks,
+        fan_out: bool | None,
+        as_streams: bool = False,
+        task_of_sample: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Returns y, with a residual the sum too, or the streams."""
         checks.check_tensor("input", x)
+        if task_of_sample is not None or (mixing.used and mixing.routed() is not None):
+            if as_streams:
+                raise ValueError("a mixed batch has no streams; call the layer, and take y[task_of_sample == task]")
+            return self._mixed(x, residual, tasks, fan_out, task_of_sample)
         if self._routers:
             tasks, fan_out = self._route(x, tasks, fan_out)
         if fan_out is None:
@@ -117,6 +143,20 @@ class TaskRowNorm(TaskSpecific):
         if passes is not None and as_streams:
             for index, stream in enumerate(result):
                 passes.watch(index, [stream])
+        return result
+
+    def _mixed(
+        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, index: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        task_of_sample, routed = self._task_of_sample(x, index)
+        mixed_checks.check_alone(tasks=(tasks, None), fan_out=(self.fan_out if fan_out is None else fan_out, False))
+        (weight, bias), _ = self._own_rows(self._vectors(), None)
+        if self._participation is not None and torch.is_grad_enabled():
+            weight = self._participation.take_part_of(weight, task_of_sample, x)
+        options = len(weight), self.eps, self.gate, "task_major", self._rms, False
+        result = normalize_mixed_rows((x, weight, bias, residual), task_of_sample, options)
+        if routed:
+            mixing.remember(result[0], task_of_sample)
         return result
 
     def _vectors(self) -> tuple[Any, ...]:
@@ -225,10 +265,18 @@ class FusedTSigmaLN2d(FusedTSigmaLN):
         return super().task(index)
 
     def _call(
-        self, x: Tensor, residual: Tensor | None, tasks: Tasks, fan_out: bool | None, as_streams: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        tasks: Tasks,
+        fan_out: bool | None,
+        as_streams: bool = False,
+        task_of_sample: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         checks.check_tensor("input", x)
-        dims = 4 + (self.stacking == "task_axis" and not (self.fan_out if fan_out is None else fan_out))
+        mixed = task_of_sample is not None or (mixing.used and mixing.routed() is not None)
+        shared = mixed or (self.fan_out if fan_out is None else fan_out)
+        dims = 4 + (self.stacking == "task_axis" and not shared)
         for name, tensor in (("input", x), ("residual", residual)):
             if tensor is not None and tensor.dim() != dims:
                 raise ValueError(
@@ -236,5 +284,5 @@ class FusedTSigmaLN2d(FusedTSigmaLN):
                     f"{list(tensor.shape)}"
                 )
         residual = None if residual is None else residual.movedim(-3, -1)
-        outputs = super()._call(x.movedim(-3, -1), residual, tasks, fan_out, as_streams)
+        outputs = super()._call(x.movedim(-3, -1), residual, tasks, fan_out, as_streams, task_of_sample)
         return tuple(out.movedim(-1, -3) for out in outputs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels.operator import runs
+from tsbn_kernels.operator import mixed_checks, runs
 
 
 class Participation:
@@ -67,8 +67,9 @@ class Participation:
         reporting: Tensor = _TakePart.apply(weight, leaf if tasks is None else leaf.index_select(0, tasks), passes)
         return reporting, passes
 
-    def take_part_of(self, weight: Tensor, present: Tensor) -> Tensor:
-        """Gives the weight ``[T, *]`` of a mixed batch, whose backward pass reports the tasks ``present``."""
+    def take_part_of(self, weight: Tensor, task_of_sample: Tensor, x: Tensor) -> Tensor:
+        """Gives the weight ``[T, *]`` of a mixed batch x, whose backward pass reports the tasks that have a sample."""
+        present = mixed_checks.samples_of(task_of_sample, x, len(weight)) > 0
         leaf = self.leaf.to(weight.device)
         reporting: Tensor = _TakePart.apply(weight, leaf * present, None)
         return reporting

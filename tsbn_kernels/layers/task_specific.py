@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.layout import Stacking
-from tsbn_kernels.layers import participation
+from tsbn_kernels.layers import mixing, participation
 from tsbn_kernels.operator import checks, runs
 
 Tasks = Sequence[int] | Tensor | None  # of a call: indices, each once; None stands for all
@@ -137,6 +137,15 @@ class TaskSpecific(nn.Module):
         if self._participation is None or not torch.is_grad_enabled():
             return weight, None
         return self._participation.take_part(weight, rows, own_streams)
+
+    def _task_of_sample(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, bool]:
+        """The task of each row of a mixed batch, among those that this process has; and whether it was routed."""
+        routed = index is None
+        if index is None:
+            index = mixing.routed()
+            assert index is not None
+            index = mixing.of_rows(index, x)
+        return index if self._tasks is None else index - self._tasks.start, routed
 
     def _indices(self, tasks: Sequence[int] | Tensor) -> Tensor:
         if isinstance(tasks, Tensor):

@@ -127,7 +127,7 @@ def current(owner: Any) -> tuple[Run | None, bool]:
 
 def _repeated(owner: Any) -> Run | None:
     doubtful = False
-    for node in _executing():
+    for node in executing():
         number = node._sequence_nr()
         for reference in list(_graphs):
             graph = reference()
@@ -144,7 +144,7 @@ def _repeated(owner: Any) -> Run | None:
     return None
 
 
-def _executing() -> Iterator[Any]:
+def executing() -> Iterator[Any]:
     """The nodes that a backward pass is executing: the innermost one, and those that started what encloses it."""
     node: Any = torch._C._current_autograd_node()
     if node is not None:
