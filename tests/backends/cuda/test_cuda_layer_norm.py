@@ -44,7 +44,7 @@ def check(p: LayerProblem, machine: Machine | None = None) -> tuple[Launched, La
 
 @dtypes
 @forms
-@pytest.mark.parametrize("size", [1, 3, 16, 40, 197, 384], ids=str)
+@pytest.mark.parametrize("size", [1, 40, 197, 384], ids=str)
 def test_sizes(size: int, form: dict[str, Any], dtype: torch.dtype) -> None:
     """A few threads a row, whole warps, several warps; slots of 16 bytes and single values."""
     check(layer_problem(2, 3, (7,), (size,), dtype=dtype, **form))
@@ -132,10 +132,9 @@ def _shifted(x: Tensor) -> Tensor:
 def test_addresses(dtype: torch.dtype) -> None:
     """Operands that begin off 16 bytes are read value by value."""
     p = layer_problem(2, 3, (4,), (64,), dtype=dtype)
-    for name in ("x", "dy"):
-        there, back = check(p._replace(**{name: _shifted(getattr(p, name))}))
-        assert back.plans[0].access == "scalar"
-        assert there.plans[0].access == ("scalar" if name == "x" else "rows")
+    for one, forward in ((p._replace(x=_shifted(p.x)), "scalar"), (p._replace(dy=_shifted(p.dy)), "rows")):
+        there, back = check(one)
+        assert (there.plans[0].access, back.plans[0].access) == (forward, "scalar")
 
 
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
@@ -204,18 +203,11 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "area[warp * 2 + i] = sums[i];\n    }\n",
     ),
     "one place for the sums of every turn": ("turn ^= 1;", ""),
-    "no barrier between gates and their use": (
-        "own, c) : A(0);\n      }\n    }\n    __syncthreads();", "own, c) : A(0);\n      }\n    }\n",
-    ),
     "no barrier between the groups' sums": ("half /= 2) {\n      __syncthreads();", "half /= 2) {"),
     "a slot too many": ("lane + lanes() - 1) >> n.log_lanes)", "lane + lanes()) >> n.log_lanes)"),
-    "a tile too many": ("last = end < tiles ? end : tiles;", "last = end;"),
-    "the sum is not rounded": ("sum.get(v[u]);", ""),
-    "what rounding took from the mean": ("walk.each(v, [&](A& value) { value -= rest; });", ""),
     "padding counts": ("v[u][e] = u < mine ? v[u][e] - mean : A(0);", "v[u][e] = v[u][e] - mean;"),
     "the last part is left out": ("k < kParts; ++k) sum +=", "k < kParts - 1; ++k) sum +="),
-    "the gate of another task": ("own = task + begin + t;", "own = begin + t;"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -225,7 +217,9 @@ def test_mutants(name: str) -> None:
     text = source("layer_norm.cu")
     assert old in text
     text, _, _ = text.replace(old, new).partition("TSBN_ROW_KERNELS(f32")
-    text += "TSBN_ROW_KERNELS(f16, __half)\nTSBN_PARAMETERS(f32, float)\n"
+    for pass_ in ("forward", "backward"):  # the others need not be compiled
+        text += f"TSBN_ROW_KERNEL(layer_norm_{pass_}, 512, f16, __half, rows, 8)\n"
+    text += "TSBN_PARAMETERS(f32, float)\n"
 
     def run() -> None:
         for schedule in ("forward", "reversed", 1):

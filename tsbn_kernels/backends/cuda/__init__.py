@@ -19,7 +19,7 @@ from tsbn_kernels.backends.cuda.batch_norm import (
     moments,
 )
 from tsbn_kernels.backends.cuda.launches import health
-from tsbn_kernels.backends.cuda.layer_norm import layer_norm, layer_norm_backward
+from tsbn_kernels.backends.cuda.rows import layer_norm, layer_norm_backward
 from tsbn_kernels.backends.plan.cuda import ACTIVATION_CODES
 
 __all__ = [
