@@ -176,6 +176,51 @@ TSBN_INLINE void store_first(f64* p, int count, D v) {
 template <class T> TSBN_INLINE void store_first(T* p, int count, F v) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)narrow(v, (T*)nullptr));
 }
+#elif TSBN_VECTOR_BYTES == 32
+TSBN_INLINE __m256i first_lanes(const float*, int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+TSBN_INLINE __m256i first_lanes(const double*, int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+TSBN_INLINE F load_first(const f32* p, int count, F fill) {
+  const __m256i mask = first_lanes(p, count);
+  return (F)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps(p, mask), (__m256)mask);
+}
+TSBN_INLINE D load_first(const f64* p, int count, D fill) {
+  const __m256i mask = first_lanes(p, count);
+  return (D)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd(p, mask), (__m256d)mask);
+}
+TSBN_INLINE void store_first(f32* p, int count, F v) { _mm256_maskstore_ps(p, first_lanes(p, count), (__m256)v); }
+TSBN_INLINE void store_first(f64* p, int count, D v) { _mm256_maskstore_pd(p, first_lanes(p, count), (__m256d)v); }
+
+// Halves have no masks. A word that ends with the last one overlaps the word in front of it.
+template <class T> TSBN_INLINE F load_first(const T* p, int count, F fill) {
+  const auto end = [&](auto word) TSBN_LAMBDA { return uint64_t(load_bits<decltype(word)>(p + count - sizeof(word) / 2)); };
+  uint64_t words[2] = {};
+  if (count >= 4) {
+    words[0] = load_bits<uint64_t>(p);
+    words[1] = count == 4 ? 0 : end(uint64_t()) >> (16 * (8 - count));
+  } else {
+    words[0] = load_bits<uint16_t>(p) | (count < 2 ? 0 : end(uint32_t()) << (16 * (count - 2)));
+  }
+  const F v = widen(load_bits<H>(words), (T*)nullptr);
+  return (F)_mm256_blendv_ps((__m256)fill, (__m256)v, (__m256)first_lanes((const float*)nullptr, count));
+}
+template <class T> TSBN_INLINE void store_first(T* p, int count, F v) {
+  uint64_t words[2];
+  store_bits(words, narrow(v, (T*)nullptr));
+  const char* last = reinterpret_cast<const char*>(words) + 2 * count;
+  if (count >= 4) {
+    store_bits(p, words[0]);
+    store_bits(p + count - 4, load_bits<uint64_t>(last - 8));
+  } else if (count >= 2) {
+    store_bits(p, uint32_t(words[0]));
+    store_bits(p + count - 2, load_bits<uint32_t>(last - 4));
+  } else if (count == 1) {
+    store_bits(p, uint16_t(words[0]));
+  }
+}
 #else
 // Loops, seldom run and too long to be copied into each kernel.
 template <class T> __attribute__((noinline)) Vec<T> load_first(const T* p, int count, Vec<T> fill) {

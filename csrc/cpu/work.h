@@ -139,9 +139,9 @@ inline constexpr int64_t kRowsTogether = 4;
 struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
-  LayerKernels rows, tiles;  // of rows longer than a vector, and of others
+  LayerKernels rows, tiles;  // of rows longer than a vector or 8 values, and of others
   int64_t lanes;
-  const LayerKernels& layer(const Work& w) const { return w.C > lanes ? rows : tiles; }
+  const LayerKernels& layer(const Work& w) const { return w.C > std::min<int64_t>(lanes, 8) ? rows : tiles; }
   const EpilogueKernels& epilogue(Activation activation) const { return slabs.epilogues[int(activation)]; }
 };
 
