@@ -19,7 +19,7 @@ FLOORS = [
     ["tsbn_kernels.layers"],
     ["tsbn_kernels.models"],
     ["tsbn_kernels.sharding"],
-    ["tsbn_kernels.analysis"],
+    ["tsbn_kernels.analysis", "tsbn_kernels.regularizers"],
     ["tsbn_kernels"],
     ["tsbn_kernels.plots"],
     ["tsbn_kernels.__main__"],
@@ -33,7 +33,7 @@ FLOORS = [
     ["benchmarks.__main__", "experiments.forty_tasks", "tools.compile_gate"],
 ]
 ALONE = ["tools.build_matrix", "tools.ptxvm", "tools.sanitize", "tools.site"]  # these import none of the others
-MOST_ROOMS = {"tsbn_kernels": 12, "benchmarks": 13}
+MOST_ROOMS = {"tsbn_kernels": 13, "benchmarks": 13}
 MOST_LINES = 500
 
 

@@ -54,14 +54,7 @@ def gradient_conflicts(
         TypeError: a loss is no tensor.
     """
     checks.check_module("model", model)
-    named = dict(losses) if isinstance(losses, Mapping) else {f"task {i}": loss for i, loss in enumerate(losses)}
-    for name, loss in named.items():
-        checks.check_tensor(f"the loss of {name!r}", loss)
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                f"the loss of {name!r} must be a scalar with a graph, got shape {list(loss.shape)} and "
-                f"requires_grad={loss.requires_grad}"
-            )
+    named = checks.named_losses(losses)
     chosen = list(dict.fromkeys(split_parameters(model)[0] if parameters is None else parameters))
     if not named or not chosen:
         raise ValueError(f"expected losses and parameters, got {len(named)} losses and {len(chosen)} parameters")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -94,6 +94,24 @@ def check_module(name: str, value: Any) -> None:
     """Raises TypeError where a value is no module."""
     if not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {value!r:.80}")
+
+
+def named_losses(losses: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
+    """The loss of each task by name; without names, ``"task 0"`` and so on.
+
+    Raises:
+        TypeError: a loss is no tensor.
+        ValueError: a loss is no scalar or has no graph.
+    """
+    named = dict(losses) if isinstance(losses, Mapping) else {f"task {i}": loss for i, loss in enumerate(losses)}
+    for name, loss in named.items():
+        check_tensor(f"the loss of {name!r}", loss)
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"the loss of {name!r} must be a scalar with a graph, got shape {list(loss.shape)} and "
+                f"requires_grad={loss.requires_grad}"
+            )
+    return named
 
 
 def check_dtype(dtype: Any) -> None:
