@@ -56,7 +56,14 @@ class TaskRowNorm(TaskSpecific):
         self.reset_parameters()
 
     def task(self, index: int) -> nn.Module:
-        """The plain ``nn.LayerNorm`` or ``nn.RMSNorm`` of one task: see :meth:`TaskSpecific.task`."""
+        """The plain ``nn.LayerNorm`` or ``nn.RMSNorm`` of one task, a copy with the same outputs, in the same mode.
+
+        Of a layer whose parameters are distributed over processes, all of these must ask for it.
+
+        Raises:
+            IndexError: there is no such task.
+            TypeError: ``index`` is no integer.
+        """
         has_bias = {} if self._rms else {"bias": self.bias is not None}
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         plain = self._plain(self.normalized_shape, self.eps, **has_bias, **like)
