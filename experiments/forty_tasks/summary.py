@@ -80,6 +80,11 @@ def all_settings(
     ]
 
 
+def checkpoint_of(settings: Settings, folder: Path) -> Path:
+    """The file that holds a run."""
+    return folder / f"{settings.name.replace(' ', '-')}-seed{settings.seed}.pt"
+
+
 def train_all(
     todo: Sequence[Settings],
     splits: Splits,
@@ -94,10 +99,9 @@ def train_all(
     Raises:
         ResumeError: a checkpoint is of other settings.
     """
-    paths = [folder / f"{settings.name.replace(' ', '-')}-seed{settings.seed}.pt" for settings in todo]
     fits = []
-    for index, (settings, path) in enumerate(zip(todo, paths, strict=True)):
-        run = TrainRun(settings, splits, device, path, resume=resume, workers=workers)
+    for index, settings in enumerate(todo):
+        run = TrainRun(settings, splits, device, checkpoint_of(settings, folder), resume=resume, workers=workers)
         fits.append(run.run(notify(index)))
     return fits
 

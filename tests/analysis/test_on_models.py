@@ -76,6 +76,7 @@ def test_no_more_than_one_gradient_is_held(monkeypatch: pytest.MonkeyPatch) -> N
         return grad(loss, inputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
+    monkeypatch.setattr("tsbn_kernels.analysis.conflicts._FREE", 0)
     gradient_conflicts(model, losses)
     parameters = [parameter.numel() for parameter in model.parameters()]
     assert tasks * max(groups) <= max(sum(parameters), tasks * max(parameters))
@@ -83,6 +84,11 @@ def test_no_more_than_one_gradient_is_held(monkeypatch: pytest.MonkeyPatch) -> N
     groups.clear()
     gradient_conflicts(model, losses[:2])
     assert len(groups) < 2 * 5  # few passes where there is room
+    groups.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    gradient_conflicts(model, losses)
+    assert len(groups) == tasks  # one for each loss of a small model
 
 
 @pytest.mark.parametrize(

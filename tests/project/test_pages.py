@@ -100,6 +100,13 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("smiling.onnx").exists()
 
 
+def test_analysis(tmp_path: Path) -> None:
+    names = run("docs/analysis.md", tmp_path)
+    assert names["importance"].filter(3) == ("backbone.1", 3)
+    assert names["drops"].shape == names["cosines"].shape == names["conflicts"].cosine.shape == (3, 3)
+    assert names["points"].shape == (3, 8, 16)
+
+
 def test_tools(tmp_path: Path) -> None:
     pytest.importorskip("fvcore")
     names = {"model": convert_model(encoder(), 1), "images": torch.randn(4, 3, 8, 8)}

@@ -12,6 +12,7 @@ from tsbn_kernels.analysis.likeness import cosines
 from tsbn_kernels.models.parameter_groups import split_parameters
 from tsbn_kernels.operator import checks
 
+_FREE = 1 << 22  # values of gradients that may be held however small the model is
 _COLUMNS = 1 << 16  # of gradients that are multiplied in float64 at once
 
 
@@ -38,8 +39,8 @@ def gradient_conflicts(
     """Compares the gradients of all pairs of losses.
 
     The T gradients are never held whole: parameters are taken in groups, and for each group there is one backward pass
-    a loss. What is held is no more than one gradient of all parameters, or T times that of the largest one. ``grad``
-    of the parameters stays as it is, and the graph of the losses is kept.
+    a loss. What is held is no more than one gradient of all parameters (4 million values where these are fewer), or T
+    times that of the largest one. ``grad`` of the parameters stays as it is, and the graph of the losses is kept.
 
     Args:
         model: whose parameters these are.
@@ -61,7 +62,8 @@ def gradient_conflicts(
     if any(not parameter.requires_grad for parameter in chosen):
         raise ValueError("all parameters must require a gradient; leave out those that are frozen")
     gram = torch.zeros(len(named), len(named), dtype=torch.float64)
-    for group in _groups(chosen, sum(parameter.numel() for parameter in chosen) // len(named)):
+    most = max(_FREE, sum(parameter.numel() for parameter in chosen)) // len(named)
+    for group in _groups(chosen, most):
         gradients = [torch.autograd.grad(loss, group, retain_graph=True, allow_unused=True) for loss in named.values()]
         for parameter, *rows in zip(group, *gradients, strict=True):
             flat = [torch.zeros_like(parameter).flatten() if row is None else row.flatten() for row in rows]

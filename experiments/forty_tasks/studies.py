@@ -1,0 +1,154 @@
+"""What the paper says of gates, conflicts and noise, tried on trained runs: measurements, without a terminal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.network.data import Splits
+from experiments.forty_tasks.scores import Confusion
+from experiments.forty_tasks.summary import checkpoint_of
+from experiments.forty_tasks.train_run import OnStep, Settings, TrainRun
+from tsbn_kernels.analysis import (
+    Conflicts,
+    Importance,
+    capacity,
+    gradient_conflicts,
+    importance,
+    similarity,
+    specialization_test,
+)
+
+FILTERS = 1 / 14.4  # that are taken away: 200 of the 2,880 of the paper's network
+STEPS = 10  # batches whose gradients are compared
+
+Notify = Callable[[int], OnStep]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs are trained and kept: those that are there already are not trained again."""
+
+    splits: Splits
+    device: torch.device
+    folder: Path
+    workers: int = 0
+
+    def run(self, settings: Settings, notify: OnStep) -> TrainRun:
+        """A trained run, whose network has the weights of its best epoch."""
+        path = checkpoint_of(settings, self.folder)
+        run = TrainRun(settings, self.splits, self.device, path, resume=True, workers=self.workers)
+        run.run(notify)
+        run.network.load_state_dict(run.best_weights)
+        return run
+
+
+def trained_gates(todo: Sequence[Settings], place: Place, notify: Notify) -> dict[str, Importance]:
+    """The importance of each run, by its seed."""
+    runs = (place.run(settings, notify(index)) for index, settings in enumerate(todo))
+    return {f"seed {run.fit.settings.seed}": importance(run.network, place.splits.tasks) for run in runs}
+
+
+def pruning(todo: Sequence[Settings], place: Place, notify: Notify) -> list[Tensor]:
+    """The drops of F1 on the test images of each run, ``[T, T]``, where each task's most important filters are gone."""
+    drops = []
+    for index, settings in enumerate(todo):
+        run = place.run(settings, notify(index))
+        filters = importance(run.network).matrix.shape[1]
+        images, labels = _all(place.splits.test, place.device)
+
+        def f1(network: nn.Module, images: Tensor = images, labels: Tensor = labels) -> list[float]:
+            confusion = Confusion(labels.shape[1])
+            network.eval()
+            with torch.inference_mode():
+                for part, truth in zip(images.split(250), labels.split(250), strict=True):
+                    confusion.add(network(part).cpu(), truth.cpu())
+            return confusion.f1()
+
+        drops.append(specialization_test(run.network, f1, round(FILTERS * filters)))
+    return drops
+
+
+def _all(split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.stack(parts) for parts in zip(*split, strict=True))
+    return images.to(device), labels.to(device)
+
+
+def conflicts(todo: Sequence[Settings], place: Place, notify: Notify) -> Iterator[list[Conflicts]]:
+    """The conflicts of each run in the shared convolutions, over some batches of training images."""
+    for index, settings in enumerate(todo):
+        run = place.run(settings, notify(index))
+        network = run.network.train()
+        shared = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
+        order = torch.Generator().manual_seed(settings.seed)
+        batches = DataLoader(place.splits.train, settings.batch, shuffle=True, drop_last=True, generator=order)
+        steps = []
+        for images, labels in itertools.islice(batches, STEPS):
+            logits, truth = network(images.to(place.device)), labels.T.to(place.device)
+            losses = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+            steps.append(gradient_conflicts(network, dict(zip(place.splits.tasks, losses, strict=True)), shared))
+        yield steps
+
+
+class Corrupted(Dataset[Any]):
+    """Images whose labels of one task are drawn anew, for a share of them; the same at every run."""
+
+    def __init__(self, images: Any, task: int, share: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images, self.task = images, task
+        self.drawn = torch.rand(len(images), generator=generator) < share
+        self.labels = (torch.rand(len(images), generator=generator) < 0.5).float()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.images[index]
+        if self.drawn[index]:
+            labels = labels.clone()
+            labels[self.task] = self.labels[index]
+        return image, labels
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One run with corrupted labels of one task: what became of that task."""
+
+    share: float
+    seed: int
+    similarity: float  # mean cosine with the other tasks
+    independent: float  # capacity
+    others: float  # mean independent capacity of the other tasks
+    f1: float  # of the other tasks, mean
+
+
+def noise(todo: Sequence[Settings], place: Place, task: str, shares: Sequence[float], notify: Notify) -> list[Noise]:
+    """Trains with a growing share of one task's training labels drawn at random."""
+    index = place.splits.tasks.index(task)
+    found = []
+    for number, (share, clean) in enumerate(itertools.product(shares, todo)):
+        splits, settings, where = place.splits, clean, place
+        if share:
+            splits = replace(splits, train=Corrupted(splits.train, index, share))
+            settings = replace(clean, source=f"{clean.source}, {share:.0%} of {task} at random")
+            where = replace(place, splits=splits, folder=place.folder / f"{task}-{share:g}")
+        run = where.run(settings, notify(number))
+        gates = importance(run.network, splits.tasks)
+        rest = [other for other in range(len(splits.tasks)) if other != index]
+        own = capacity(gates).independent
+        cosine = similarity(gates)[index][rest].mean()
+        scores = [run.fit.test_f1[other] for other in rest]
+        found.append(
+            Noise(
+                share, settings.seed, float(cosine), float(own[index]), float(own[rest].mean()), sum(scores) / len(rest)
+            )
+        )
+    return found
