@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ def gate_histograms(runs: Mapping[str, Source | Sequence[Source]]) -> Figure:
         runs: a source, as :func:`~tsbn_kernels.analysis.importance` takes it, or several that are taken together, by
             the title of their panel: the multiplier of the gates' learning rate, a seed, or a checkpoint.
     """
-    values = {
-        title: torch.cat([importance(one).matrix.flatten() for one in (found if _several(found) else [found])]).numpy()  # type: ignore[list-item,union-attr]
-        for title, found in runs.items()
-    }
+    values = {}
+    for title, found in runs.items():
+        sources: Any = found if isinstance(found, (list, tuple)) else [found]
+        values[title] = torch.cat([importance(source).matrix.flatten() for source in sources]).numpy()
     columns = min(4, len(values))
     rows = math.ceil(len(values) / columns)
     drawn = figure(2.9 * rows + 0.2, max(4.5, 2.6 * columns))
@@ -51,10 +52,6 @@ def gate_histograms(runs: Mapping[str, Source | Sequence[Source]]) -> Figure:
     drawn.supxlabel("importance", fontsize=10)
     drawn.supylabel("share of the gates (log)", fontsize=10)
     return drawn
-
-
-def _several(found: object) -> bool:
-    return isinstance(found, (list, tuple))
 
 
 def conflict_histograms(methods: Mapping[str, Sequence[Conflicts]]) -> Figure:
@@ -85,7 +82,8 @@ def conflict_histograms(methods: Mapping[str, Sequence[Conflicts]]) -> Figure:
         axes.remove()
     drawn.supxlabel("cosine of two tasks' gradients; left of the line they are in conflict", fontsize=10)
     drawn.supylabel("share", fontsize=10)
-    names = [f"{name} ({(each[(slice(None), *every)] < 0).mean():.0%} in conflict)" for name, each in found.items()]
+    one, other = every
+    names = [f"{name} ({(each[:, one, other] < 0).mean():.0%} in conflict)" for name, each in found.items()]
     handles = grid.flat[0].get_legend_handles_labels()[0]
     drawn.legend(handles, names, loc="outside upper left", ncols=1 if len(names) > 2 else 2, frameon=False)
     return drawn

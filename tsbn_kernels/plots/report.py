@@ -71,7 +71,7 @@ def write_report(
             "Gates",
             "The more of them stand at the ends, the more the tasks have decided what they use; all at one half or at "
             "one have not learnt yet.",
-            gate_histograms(dict(list(found.items())[:_HISTOGRAMS])),  # type: ignore[arg-type]
+            gate_histograms(dict(list(found.items())[:_HISTOGRAMS])),
         ),
     ]
     if len(found) > 1:

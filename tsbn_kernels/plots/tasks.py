@@ -57,9 +57,10 @@ def task_points(representations: Tensor, tasks: Sequence[str], seed: int = 0) ->
         color = COLORS[index] if few else colormaps["turbo"](0.05 + 0.9 * index / (len(tasks) - 1))
         marker = "os^DvP*X"[index % 8]
         label = task if few else f"{index + 1}  {task}"
-        axes.scatter(*cloud.T, s=12, color=color, marker=marker, linewidths=0, alpha=0.7, label=label)
+        axes.scatter(cloud[:, 0], cloud[:, 1], s=12, color=color, marker=marker, linewidths=0, alpha=0.7, label=label)
         if not few:  # more colours than anyone tells apart
-            axes.text(*np.median(cloud, 0), str(index + 1), ha="center", va="center", color=INK, bbox=_BOX)
+            x, y = np.median(cloud, 0)
+            axes.text(x, y, str(index + 1), ha="center", va="center", color=INK, bbox=_BOX)
     if few:
         drawn.legend(loc="outside upper left", ncols=4, frameon=False, markerscale=2)
     else:
@@ -102,7 +103,7 @@ def task_graph(source: Source, edges: int | None = None) -> Figure:
     axes = drawn.subplots()
     drawing = LineCollection(lines, cmap=f"{SEQUENTIAL}_r", array=weight, linewidths=0.6 + 2.6 * part, zorder=1)
     axes.add_collection(drawing)
-    axes.scatter(*place.T, s=40, color=ACCENT, zorder=2)
+    axes.scatter(place[:, 0], place[:, 1], s=40, color=ACCENT, zorder=2)
     for task, (x, y), turn in zip(found.tasks, place, np.degrees(angle.numpy()), strict=True):
         leftwards = 90 < turn % 360 < 270
         axes.text(
