@@ -1,11 +1,12 @@
 // The operators of batch normalisation for CPU tensors. Shapes, formulas and errors are those of
-// tsbn_kernels/operator/ops.py.
+// tsbn_kernels/operator/ops.py and, of mixed batches, mixed_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
 #include "allocate.h"
 #include "dispatch.h"
+#include "mix.h"
 #include "parameter.h"
 #include "plan.h"
 #include "running.h"
@@ -24,15 +25,38 @@ void set_preactivation(Work& w, Workspace<A>& space, const std::optional<Tensor>
   w.vectors.z_shift = space.vector();
 }
 
+// What is asked of a call.
+struct How {
+  Stacking stacking;
+  double eps;
+  const std::string& gate;
+  const std::string& activation;
+  double slope;
+};
+struct Needs {
+  bool dx, dweight, dbias, dresidual;
+};
+
+// Of a mixed batch.
+struct MixedTasks {
+  const Tensor& of_sample;
+  int64_t count;
+};
+
 void prepare_all(const Work& w) { kernels(w.family, w.dtype).vectors.prepare(w, 0, w.T * w.C); }
+
+// Cuts the slabs, of equal tasks or of a mixed batch with T tasks; `contents` are summed.
+std::optional<Mix> cut(Work& w, const MixedTasks* tasks, std::initializer_list<const Operand*> contents) {
+  if (tasks != nullptr) return std::optional<Mix>(std::in_place, w, tasks->of_sample, tasks->count, contents);
+  cut(w);
+  return std::nullopt;
+}
 
 // y, and the work of writing it.
 Tensor prepare_forward(Work& w, const Tensor& x, std::optional<Tensor>& residual, const Stacking& stacking) {
   STD_TORCH_CHECK(w.activation != Activation::inverse_leaky_relu, "tsbn: there is no forward of inverse_leaky_relu");
   Tensor y = empty_stacked(w, x, stacking, w.out);
   if (residual) w.residual = stacked_operand(w, *residual, x, stacking, "residual");
-  cut(w);
-  w.stream = should_stream(w, w.out, w.T);
   return y;
 }
 
@@ -52,7 +76,7 @@ void run_separate(Work& w, bool sums) {
   const Operand &dx = w.out, &other = w.dresidual;
   const bool alike = dx.data == nullptr || other.data == nullptr ||
                      (reinterpret_cast<uintptr_t>(dx.data) - reinterpret_cast<uintptr_t>(other.data)) % 64 == 0;
-  w.stream = alike && should_stream(w, dx.data == nullptr ? other : dx, w.T);
+  w.stream = alike && should_stream(w, dx.data == nullptr ? other : dx, w.streams());
 
   Work last = w;
   Apply write = epilogue.backward;
@@ -102,24 +126,27 @@ void store_moments(const Work& w, int64_t group, const double* total) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                                    int64_t num_tasks, double eps, std::string gate,
-                                                    std::string stacking, std::optional<Tensor> residual,
-                                                    std::string activation, double slope, bool shared) {
-  const Stacking stacked{num_tasks, stacking, shared};
-  Work w = work_of(x, stacked, eps, activation, slope);
-  Tensor y = prepare_forward(w, x, residual, stacked);
-  Tensor mean = allocate({w.T, w.C}, {w.C, 1}, accumulate_type(x)), var = allocate_like(mean, {w.C, 1});
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Three train(Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::optional<Tensor>& residual,
+            const How& how, const MixedTasks* tasks) {
+  Work w = work_of(x, how.stacking, how.eps, how.activation, how.slope);
+  Tensor y = prepare_forward(w, x, residual, how.stacking);
+  const int64_t T = tasks == nullptr ? w.T : tasks->count;
+  Tensor mean = allocate({T, w.C}, {w.C, 1}, accumulate_type(x)), var = allocate_like(mean, {w.C, 1});
   if (x.numel() == 0) {
     fill_zero(mean), fill_zero(var);
     return {y, mean, var};
   }
+  const auto mix = cut(w, tasks, {&w.x});
+  w.stream = should_stream(w, w.out, w.streams());
   const Kernels& kernel = kernels(w.family, w.dtype);
   const Apply apply = forward_kernel(w);
 
   with_accumulate_type(w, [&](auto zero) {
     Workspace<decltype(zero)> space(w.T, w.C);
-    set_gates(w, space, weight, gate);
+    set_gates(w, space, weight, how.gate);
     w.vectors.bias = space.values_or_none(bias, "bias");
     w.vectors.center = mean.mutable_data_ptr();
     w.vectors.var = var.mutable_data_ptr();
@@ -132,33 +159,19 @@ std::tuple<Tensor, Tensor, Tensor> forward_training(Tensor x, Tensor weight, std
   return {y, mean, var};
 }
 
-// forward_training that updates running statistics and the number of batches in place, in the row of each task.
-std::tuple<Tensor, Tensor, Tensor> forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                                   std::optional<Tensor> running_mean,
-                                                   std::optional<Tensor> running_var, std::optional<Tensor> batches,
-                                                   std::optional<double> momentum, std::optional<Tensor> rows,
-                                                   int64_t num_tasks, double eps, std::string gate,
-                                                   std::string stacking, std::optional<Tensor> residual,
-                                                   std::string activation, double slope, bool shared) {
-  auto result = forward_training(x, weight, bias, num_tasks, eps, gate, stacking, residual, activation, slope, shared);
-  const auto& [y, mean, var] = result;
-  track({running_mean, running_var, batches, momentum, rows}, mean, var, double(y.numel()) / double(mean.numel()));
-  return result;
-}
-
-Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
-                    double eps, std::string gate, std::string stacking, std::optional<Tensor> residual,
-                    std::string activation, double slope, bool shared) {
-  const Stacking stacked{num_tasks, stacking, shared};
-  Work w = work_of(x, stacked, eps, activation, slope);
-  Tensor y = prepare_forward(w, x, residual, stacked);
+Tensor evaluate(Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::optional<Tensor>& residual,
+                const Tensor& mean, const Tensor& var, const How& how, const MixedTasks* tasks) {
+  Work w = work_of(x, how.stacking, how.eps, how.activation, how.slope);
+  Tensor y = prepare_forward(w, x, residual, how.stacking);
   if (x.numel() == 0) return y;
+  const auto mix = cut(w, tasks, {});
+  w.stream = should_stream(w, w.out, w.streams());
   const Apply apply = forward_kernel(w);
 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
     Workspace<A> space(w.T, w.C);
-    set_gates(w, space, weight, gate);
+    set_gates(w, space, weight, how.gate);
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
     set_preactivation(w, space, bias);
@@ -170,40 +183,40 @@ Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var,
-                                                    int64_t num_tasks, double eps, std::string gate,
-                                                    std::string stacking, bool training, bool need_dx,
-                                                    bool need_dweight, bool need_dbias, std::optional<Tensor> bias,
-                                                    std::optional<Tensor> residual, std::string activation,
-                                                    double slope, bool shared, bool need_dresidual) {
-  const Stacking stacked{num_tasks, stacking, shared};
-  Work w = work_of(x, stacked, eps, activation, slope);
+Four differentiate(Tensor& dy, Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::optional<Tensor>& residual, const Tensor& mean, const Tensor& var, const How& how,
+                   bool training, const Needs& needs, const MixedTasks* tasks) {
+  const Stacking& stacked = how.stacking;
+  Work w = work_of(x, stacked, how.eps, how.activation, how.slope);
   w.training = training;
   const bool plain = w.activation == Activation::none, inverse = w.activation == Activation::inverse_leaky_relu;
-  STD_TORCH_CHECK(!need_dresidual || !(plain || inverse), "tsbn: without an activation dy is the gradient of residual");
-  STD_TORCH_CHECK(!inverse || (slope > 0 && !residual && !shared),
+  const bool shared = stacked.shared;
+  STD_TORCH_CHECK(!needs.dresidual || !(plain || inverse),
+                  "tsbn: without an activation dy is the gradient of residual");
+  STD_TORCH_CHECK(!inverse || (how.slope > 0 && !residual && !shared),
                   "tsbn: inverse_leaky_relu takes a positive slope, no residual and no shared x");
   const auto nothing = [](ScalarType dtype) { return allocate({0}, {1}, dtype); };
+  const int64_t T = tasks == nullptr ? w.T : tasks->count;
   const auto vector_if = [&](bool needed) {
-    return needed ? allocate({w.T, w.C}, {w.C, 1}, weight.scalar_type()) : nothing(weight.scalar_type());
+    return needed ? allocate({T, w.C}, {w.C, 1}, weight.scalar_type()) : nothing(weight.scalar_type());
   };
-  Tensor dx = need_dx ? empty_input(w, x, stacked, w.out) : nothing(x.scalar_type());
-  Tensor dresidual = need_dresidual ? empty_stacked(w, x, stacked, w.dresidual) : nothing(x.scalar_type());
-  Tensor dweight = vector_if(need_dweight), dbias = vector_if(need_dbias);
+  Tensor dx = needs.dx ? empty_input(w, x, stacked, w.out) : nothing(x.scalar_type());
+  Tensor dresidual = needs.dresidual ? empty_stacked(w, x, stacked, w.dresidual) : nothing(x.scalar_type());
+  Tensor dweight = vector_if(needs.dweight), dbias = vector_if(needs.dbias);
   if (x.numel() == 0) {
     fill_zero(dweight), fill_zero(dbias);
     return {dx, dweight, dbias, dresidual};
   }
   w.dy = stacked_operand(w, dy, x, stacked, "dy");
   if (residual && !plain) w.residual = stacked_operand(w, *residual, x, stacked, "residual");
-  cut(w);
+  const auto mix = cut(w, tasks, {&w.x, &w.dy, &w.residual});
   const Kernels& kernel = kernels(w.family, w.dtype);
 
   with_accumulate_type(w, [&](auto zero) {
     using A = decltype(zero);
     Workspace<A> space(w.T, w.C);
     w.vectors.slope = space.vector();
-    set_gates(w, space, weight, gate);
+    set_gates(w, space, weight, how.gate);
     w.vectors.center = const_cast<A*>(space.values(mean, "mean"));
     w.vectors.var = const_cast<A*>(space.values(var, "var"));
     for (void** v : {&w.vectors.scale, &w.vectors.shift, &w.vectors.dy_scale}) *v = space.vector();
@@ -212,14 +225,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
     if (!(plain || inverse) || shared || !training) {
       set_preactivation(w, space, plain || inverse ? std::nullopt : bias);
     }
-    const bool sums = need_dweight || need_dbias || (training && need_dx);
+    const bool sums = needs.dweight || needs.dbias || (training && needs.dx);
     if (!sums && !shared) prepare_all(w);
     if (shared) run_shared(w, kernel.vectors.prepare, kernel.vectors.backward);
     else run_separate(w, sums);
-    if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
-    if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
+    if (needs.dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
+    if (needs.dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
+  if (mix) mix->clear_absent(dweight);
   return {dx, dweight, dbias, dresidual};
+}
+
+const std::string one_task = "task_major";
+
+Three forward_training(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_tasks, double eps,
+                       std::string gate, std::string stacking, std::optional<Tensor> residual, std::string activation,
+                       double slope, bool shared) {
+  return train(x, weight, bias, residual, {{num_tasks, stacking, shared}, eps, gate, activation, slope}, nullptr);
+}
+
+// forward_training that updates running statistics and the number of batches in place, in the row of each task.
+Three forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+                      std::optional<Tensor> running_var, std::optional<Tensor> batches, std::optional<double> momentum,
+                      std::optional<Tensor> rows, int64_t num_tasks, double eps, std::string gate,
+                      std::string stacking, std::optional<Tensor> residual, std::string activation, double slope,
+                      bool shared) {
+  auto result = train(x, weight, bias, residual, {{num_tasks, stacking, shared}, eps, gate, activation, slope}, nullptr);
+  const auto& [y, mean, var] = result;
+  track({running_mean, running_var, batches, momentum, rows}, mean, var, double(y.numel()) / double(mean.numel()));
+  return result;
+}
+
+Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
+                    double eps, std::string gate, std::string stacking, std::optional<Tensor> residual,
+                    std::string activation, double slope, bool shared) {
+  const How how{{num_tasks, stacking, shared}, eps, gate, activation, slope};
+  return evaluate(x, weight, bias, residual, mean, var, how, nullptr);
+}
+
+Four backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, int64_t num_tasks, double eps,
+              std::string gate, std::string stacking, bool training, bool need_dx, bool need_dweight, bool need_dbias,
+              std::optional<Tensor> bias, std::optional<Tensor> residual, std::string activation, double slope,
+              bool shared, bool need_dresidual) {
+  const How how{{num_tasks, stacking, shared}, eps, gate, activation, slope};
+  const Needs needs{need_dx, need_dweight, need_dbias, need_dresidual};
+  return differentiate(dy, x, weight, bias, residual, mean, var, how, training, needs, nullptr);
+}
+
+// Mixed batches: task_of_sample tells the task of each sample of x, [N,C,*].
+Three mixed_forward_training(Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
+                             std::optional<Tensor> residual, double eps, std::string gate, std::string activation,
+                             double slope) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  return train(x, weight, bias, residual, {{1, one_task, false}, eps, gate, activation, slope}, &tasks);
+}
+
+Tensor mixed_forward_eval(Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
+                          std::optional<Tensor> residual, Tensor mean, Tensor var, double eps, std::string gate,
+                          std::string activation, double slope) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  const How how{{1, one_task, false}, eps, gate, activation, slope};
+  return evaluate(x, weight, bias, residual, mean, var, how, &tasks);
+}
+
+Four mixed_backward(Tensor dy, Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
+                    std::optional<Tensor> residual, Tensor mean, Tensor var, double eps, std::string gate,
+                    std::string activation, double slope, bool training, bool need_dx, bool need_dweight,
+                    bool need_dbias, bool need_dresidual) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  const How how{{1, one_task, false}, eps, gate, activation, slope};
+  const Needs needs{need_dx, need_dweight, need_dbias, need_dresidual};
+  return differentiate(dy, x, weight, bias, residual, mean, var, how, training, needs, &tasks);
 }
 
 // Of a batch that is spread over processes: its own part's moments, and the gradient by means over the whole.
@@ -281,6 +357,9 @@ STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("forward_tracked", TORCH_BOX(&forward_tracked));
   m.impl("forward_eval", TORCH_BOX(&forward_eval));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("mixed_forward_training", TORCH_BOX(&mixed_forward_training));
+  m.impl("mixed_forward_eval", TORCH_BOX(&mixed_forward_eval));
+  m.impl("mixed_backward", TORCH_BOX(&mixed_backward));
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("input_gradient", TORCH_BOX(&input_gradient));
 }

@@ -46,15 +46,16 @@ struct Coefficients {
   // total: mean, sum of squared deviations. The rounding error of the stored mean goes into the shift, unless a backward
   // must be able to compute the same z from what is stored.
   static void forward(const Work& w, int64_t group, const double* total) {
-    for (int64_t k = 0; k < w.fan(); ++k) forward_of(w, group * w.channels() + k * w.C, total);
+    const double positions = w.positions_of(group), inverse = positions > 0 ? 1 / positions : 0;
+    for (int64_t k = 0; k < w.fan(); ++k) forward_of(w, group * w.channels() + k * w.C, total, inverse);
   }
 
-  static void forward_of(const Work& w, int64_t first, const double* total) {
+  static void forward_of(const Work& w, int64_t first, const double* total, double inverse) {
     const int64_t channels = w.channels();
     const A *gate = vector(w.vectors.gate) + first, *bias = vector(w.vectors.bias);
     A *mean = vector(w.vectors.center) + first, *var = vector(w.vectors.var) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first;
-    const double inverse = 1 / w.positions, kept = w.activation == Activation::none ? 1 : 0;
+    const double kept = w.activation == Activation::none ? 1 : 0;
     TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
       mean[c] = A(total[c]);
       shift[c] = A((total[c] - double(mean[c])) * kept);
@@ -71,7 +72,8 @@ struct Coefficients {
   // dx = gate * rstd * (g - mean(g) - xhat * mean(g * xhat)); of a shared x, the sum of this over the tasks.
   static void backward(const Work& w, int64_t group, const double* total) {
     const int64_t channels = w.channels(), first = group * channels;
-    for (int64_t k = 0; k < w.fan(); ++k) backward_of(w, first + k * w.C, total + 2 * channels * k);
+    const A inverse = A(1 / std::max(1.0, w.positions_of(group)));
+    for (int64_t k = 0; k < w.fan(); ++k) backward_of(w, first + k * w.C, total + 2 * channels * k, inverse);
     add_tasks(w, first, channels);
   }
 
@@ -85,14 +87,14 @@ struct Coefficients {
     }
   }
 
-  static void backward_of(const Work& w, int64_t first, const double* total) {
+  static void backward_of(const Work& w, int64_t first, const double* total, A inverse) {
     const int64_t channels = w.channels();
     const A *gate = vector(w.vectors.gate) + first, *slope = vector(w.vectors.slope) + first;
     const A* var = vector(w.vectors.var) + first;
     A *dweight = vector(w.vectors.dweight) + first, *dbias = vector(w.vectors.dbias) + first,
       *scale = vector(w.vectors.scale) + first, *shift = vector(w.vectors.shift) + first,
       *dy_scale = vector(w.vectors.dy_scale) + first;
-    const A eps = A(w.eps), inverse = A(1 / w.positions);
+    const A eps = A(w.eps);
     TSBN_NO_OVERLAP for (int64_t c = 0; c < channels; ++c) {
       const A rstd = 1 / root(var[c] + eps), dot = A(total[channels + c]) * rstd, sum = A(total[c]);
       const A factor = gate[c] * rstd;

@@ -46,8 +46,9 @@ struct Columns {
 
   // Calls f(n, s, Positions<k>) for k adjacent positions at once: they share the loads of the channels' vectors.
   template <class Function>
-  static TSBN_INLINE void each_position(const Block& b, Function f) {
-    for (int64_t n = b.n0; n < b.n1; ++n) {
+  static TSBN_INLINE void each_position(const Work& w, const Block& b, Function f) {
+    for (int64_t index = b.n0; index < b.n1; ++index) {
+      const int64_t n = w.sample(index);
       int64_t s = b.s0;
       for (; s + 4 <= b.s1; s += 4) f(n, s, Positions<4>{});
       for (; s < b.s1; ++s) f(n, s, Positions<1>{});
@@ -75,7 +76,7 @@ struct Columns {
 
   static void add_block(const Work& w, const T* x, const Block& b, Scratch& scratch) {
     scratch.clear_sums();
-    each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+    each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
       const T* p = x + n * w.x.n + s * w.x.s;
       each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
         const V origin = load(scratch.shift + c);
@@ -112,9 +113,10 @@ struct Columns {
     Scratch k(memory, w.C);
     double *mean = partial, *m2 = partial + w.C;
     double *block_mean = reinterpret_cast<double*>(k.shift + k.padded), *block_m2 = block_mean + w.C;
-    const int64_t begin = w.partition.first_block(chunk), end = w.partition.last_block(chunk);
+    const Partition& cut = w.cut_of(task);
+    const int64_t begin = cut.first_block(chunk), end = cut.last_block(chunk);
 
-    Block b = w.partition.block(begin);
+    Block b = cut.block(begin);
     const Block few{b.n0, b.n0 + 1, b.s0, b.s1 - b.s0 < kFew ? b.s1 : b.s0 + kFew};
     add_block(w, x, few, k);
     k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return k.first[c] / A(few.positions()); });
@@ -126,7 +128,7 @@ struct Columns {
       block_moments(k, w.C, count, mean, m2);
     }
     for (int64_t index = begin + 1; index < end; ++index) {
-      b = w.partition.block(index);
+      b = cut.block(index);
       const double size = double(b.positions());
       k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return mean[c]; });
       add_block(w, x, b, k);
@@ -144,8 +146,9 @@ struct Columns {
     const int64_t fan = kShared ? w.T : 1;
     Scratch sums(memory, w.C);
     for (int64_t c = 0; c < 2 * w.C * fan; ++c) partial[c] = 0;
-    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
-      const Block b = w.partition.block(index);
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
+      const Block b = cut.block(index);
       for (int64_t k = 0; k < fan; ++k) {
         const int64_t task = group + k;
         const BeforeFactors before(w, task);
@@ -154,7 +157,7 @@ struct Columns {
         T* dresidual = kShared ? slab_of(w.dresidual, task) : nullptr;
         A* all_h = kShared ? static_cast<A*>(w.h) : nullptr;
         sums.clear_sums();
-        each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
           const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
           T* du = at(dresidual, w.dresidual, n, s);
           A* h = at(all_h, w.out, n, s);
@@ -198,8 +201,9 @@ struct Columns {
   // reduction has just left the last ones in the cache.
   template <class Function>
   static TSBN_INLINE void each_task_block(const Work& w, int64_t group, int64_t chunk, Function f) {
-    for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      const Block b = w.partition.block(index);
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.last_block(chunk); index-- > cut.first_block(chunk);) {
+      const Block b = cut.block(index);
       for (int64_t k = 0; k < w.fan(); ++k) f(b, group + k);
     }
   }
@@ -212,7 +216,7 @@ struct Columns {
       const Factors center(w.vectors.center, w, task), scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task);
       const T *x = slab_of(w.x, task), *residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
       T* out = slab_of(w.out, task);
-      each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
         const T *p = x + n * w.x.n + s * w.x.s, *u = at(residual, w.residual, n, s);
         T* r = out + n * w.out.n + s * w.out.s;
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
@@ -241,7 +245,7 @@ struct Columns {
       const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task);
       const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
       T *out = slab_of(w.out, task), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, task);
-      each_position(b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
         const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
         T *r = at(out, w.out, n, s), *du = at(dresidual, w.dresidual, n, s);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
@@ -268,7 +272,7 @@ struct Columns {
   static void finish_shared(const Work& w, int64_t, int64_t chunk) {
     const Factors center(w.vectors.center, w, 0), scale(w.vectors.scale, w, 0), shift(w.vectors.shift, w, 0);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      each_position(w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+      each_position(w, w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
         const T* p = at(slab_of(w.x, 0), w.x, n, s);
         const A* h = at(static_cast<const A*>(w.h), w.out, n, s);
         T* r = at(slab_of(w.out, 0), w.out, n, s);

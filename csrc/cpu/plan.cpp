@@ -28,15 +28,6 @@ bool streaming_enabled() {
 // Blocks of fp32 rows fill a third of a 48 KiB L1 cache; a column's fp32 sum has at most 128 terms.
 constexpr int64_t kRowBlock = 4096, kRowChunk = 32768, kColumnBlock = 128, kColumnChunkElements = 131072;
 
-Partition partition_of(const Work& w) {
-  if (w.family == Family::rows) return {w.N, w.S, kRowBlock, w.shared ? 2 * kRowBlock : kRowChunk};
-  if (!w.shared) return {w.N, w.S, kColumnBlock, std::max(kColumnBlock, kColumnChunkElements / w.C)};
-  // One group must be work for all threads, though its partial sums, 2*T*C for each chunk, should stay few; and a block
-  // of x and of h stays in the L1 cache while T tasks go by.
-  return {w.N, w.S, std::clamp<int64_t>(kRowBlock / w.C, 16, kColumnBlock),
-          std::max({int64_t(64), 4 * kRowBlock / w.C, w.N * w.S / 64})};
-}
-
 bool reads(Family family, const std::optional<View>& view) {
   return view && (family == Family::rows ? view->rows() : view->columns());
 }
@@ -84,6 +75,8 @@ void join_samples(Work& w) {
   w.N = 1;
 }
 
+}  // namespace
+
 size_t element_size(DType dtype) {
   switch (dtype) {
     case DType::f64: return 8;
@@ -92,7 +85,14 @@ size_t element_size(DType dtype) {
   }
 }
 
-}  // namespace
+Partition partition_of(const Work& w, int64_t samples) {
+  if (w.family == Family::rows) return {samples, w.S, kRowBlock, w.shared ? 2 * kRowBlock : kRowChunk};
+  if (!w.shared) return {samples, w.S, kColumnBlock, std::max(kColumnBlock, kColumnChunkElements / w.C)};
+  // One group must be work for all threads, though its partial sums, 2*T*C for each chunk, should stay few; and a block
+  // of x and of h stays in the L1 cache while T tasks go by.
+  return {samples, w.S, std::clamp<int64_t>(kRowBlock / w.C, 16, kColumnBlock),
+          std::max({int64_t(64), 4 * kRowBlock / w.C, samples * w.S / 64})};
+}
 
 Tensor copy_in(Family family, const Tensor& tensor, const std::string& stacking) {
   const auto sizes = tensor.sizes();
@@ -157,7 +157,7 @@ Tensor empty_input(const Work& w, const Tensor& x, const Stacking& stacking, Ope
 
 void cut(Work& w) {
   join_samples(w);
-  w.partition = partition_of(w);
+  w.partition = partition_of(w, w.N);
 }
 
 // Streaming pays where the output outgrows the caches near the core and is written in whole lines.

@@ -39,6 +39,11 @@ Tensor empty_input(const Work& w, const Tensor& x, const Stacking& stacking, Ope
 // Cuts the slabs, once all operands are known.
 void cut(Work& w);
 
+// How a slab of so many samples is cut.
+Partition partition_of(const Work& w, int64_t samples);
+
+size_t element_size(DType dtype);
+
 // Whether to write the operand `out`, of `tasks` tasks, past the caches.
 bool should_stream(const Work& w, const Operand& out, int64_t tasks);
 

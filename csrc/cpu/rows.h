@@ -55,11 +55,11 @@ struct Rows {
     double mean, m2;
   };
 
-  static BlockMoments block_moments(const T* x, const Operand& o, const Block& b, A origin) {
+  static BlockMoments block_moments(const Work& w, const T* x, const Block& b, A origin) {
     const V shift = rounded<T>(V{} + origin);
     Sums sums;
     for (int64_t n = b.n0; n < b.n1; ++n) {
-      const T* p = x + n * o.n + b.s0;
+      const T* p = x + w.sample(n) * w.x.n + b.s0;
       each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
         prefetch_ahead<kAhead>(p + i);
         const V d = load_up_to(p + i, lanes, shift) - shift;
@@ -75,20 +75,21 @@ struct Rows {
   // too far off; each later block around the mean of those before it. So |mean| >> std cancels nothing.
   static void moments(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
     const T* x = slab_of(w.x, Place(w, group));
-    const int64_t begin = w.partition.first_block(chunk), end = w.partition.last_block(chunk);
-    Block b = w.partition.block(begin);
+    const Partition& cut = w.cut_of(group);
+    const int64_t begin = cut.first_block(chunk), end = cut.last_block(chunk);
+    Block b = cut.block(begin);
     const int few = b.s1 - b.s0 < L ? int(b.s1 - b.s0) : L;
-    const A origin = A(sum_of_lanes(load_up_to(x + b.n0 * w.x.n + b.s0, few, V{})) / few);
-    auto [mean, m2] = block_moments(x, w.x, b, origin);
+    const A origin = A(sum_of_lanes(load_up_to(x + w.sample(b.n0) * w.x.n + b.s0, few, V{})) / few);
+    auto [mean, m2] = block_moments(w, x, b, origin);
     double count = double(b.positions());
     if (is_far(mean - double(origin), m2 / count)) {
-      const BlockMoments again = block_moments(x, w.x, b, A(mean));
+      const BlockMoments again = block_moments(w, x, b, A(mean));
       mean = again.mean;
       m2 = again.m2;
     }
     for (int64_t index = begin + 1; index < end; ++index) {
-      b = w.partition.block(index);
-      const BlockMoments block = block_moments(x, w.x, b, A(mean));
+      b = cut.block(index);
+      const BlockMoments block = block_moments(w, x, b, A(mean));
       merge_moments(mean, m2, count, block.mean, block.m2, double(b.positions()));
       count += double(b.positions());
     }
@@ -119,7 +120,8 @@ struct Rows {
     const Place place(w, group + k * w.C);
     const T* x = slab_of(w.x, place);
     A* all_h = kShared ? h_of(w, place) : nullptr;
-    for (int64_t n = b.n0; n < b.n1; ++n) {
+    for (int64_t index = b.n0; index < b.n1; ++index) {
+      const int64_t n = w.sample(index);
       const T *p = x + n * w.x.n + b.s0, *q[count], *u[count];
       T* du[count];
       bool streams[count];
@@ -130,7 +132,7 @@ struct Rows {
         streams[t] = w.stream && reinterpret_cast<uintptr_t>(du[t]) % kLine == 0;
       }
       A* h = row(all_h, w.out, n, b.s0);
-      each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+      each_vector(b.s1 - b.s0, index, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
         if constexpr (!kShared) prefetch_ahead<kAhead>(p + i);
         V total = kShared && h != nullptr && k > 0 ? load_up_to(h + i, lanes, V{}) : V{};
         for (int t = 0; t < count; ++t) {
@@ -158,8 +160,9 @@ struct Rows {
     const Act act = formula<Act, V>(w.activation, w.slope);
     const int64_t fan = kShared ? w.T : 1;
     for (int64_t i = 0; i < 2 * fan; ++i) partial[i] = 0;
-    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
-      const Block b = w.partition.block(index);
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
+      const Block b = cut.block(index);
       int64_t k = 0;
       if constexpr (kShared) {
         for (; k + kTogether <= fan; k += kTogether) add_products<Act, kShared, kTogether>(w, act, b, group, k, partial);
@@ -200,8 +203,9 @@ struct Rows {
   // reduction has just left the last ones in the cache.
   template <class Function>
   static TSBN_INLINE void each_slab_block(const Work& w, int64_t group, int64_t chunk, Function f) {
-    for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      const Block b = w.partition.block(index);
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.last_block(chunk); index-- > cut.first_block(chunk);) {
+      const Block b = cut.block(index);
       for (int64_t k = 0; k < w.fan(); ++k) f(b, group + k * w.C);
     }
   }
@@ -217,7 +221,8 @@ struct Rows {
       const T *x = slab_of(w.x, place), *residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
       T* out = slab_of(w.out, place);
       const int64_t length = b.s1 - b.s0;
-      for (int64_t n = b.n1; n-- > b.n0;) {
+      for (int64_t index = b.n1; index-- > b.n0;) {
+        const int64_t n = w.sample(index);
         const T *p = x + n * w.x.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T* r = out + n * w.out.n + b.s0;
         prefetch_row(p, w.x, place.channel, length);
@@ -244,7 +249,8 @@ struct Rows {
       const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
       T *out = slab_of(w.out, place), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, place);
       const int64_t length = b.s1 - b.s0;
-      for (int64_t n = b.n1; n-- > b.n0;) {
+      for (int64_t index = b.n1; index-- > b.n0;) {
+        const int64_t n = w.sample(index);
         const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T *r = row(out, w.out, n, b.s0), *du = row(dresidual, w.dresidual, n, b.s0);
         prefetch_row(p, w.x, place.channel, length);

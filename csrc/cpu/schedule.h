@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -44,7 +45,7 @@ struct Reduction {
 constexpr int64_t kSerialElements = 16384;  // below this, waking threads costs more than they save
 
 inline int64_t threads_for(const Work& w) {
-  return w.T * w.N * w.C * w.S <= kSerialElements ? 1 : int64_t(torch::stable::get_num_threads());
+  return w.streams() * w.N * w.C * w.S <= kSerialElements ? 1 : int64_t(torch::stable::get_num_threads());
 }
 
 // The barriers of parallel_for, for ThreadSanitizer, which does not see into OpenMP. One object stands for all loops, as it is
@@ -92,13 +93,51 @@ void parallel_each(int64_t count, int64_t threads, MakeBody make_body) {
   pass(1);
 }
 
+// The chunks of all groups, one after the other. In a mixed batch tasks have different numbers of them.
+class Chunks {
+ public:
+  explicit Chunks(const Work& w) : w_(w), each_(w.partition.chunks), count_(w.groups() * each_) {
+    if (!w.mixed()) return;
+    first_.push_back(0);
+    for (int64_t task = 0; task < w.T; ++task) {
+      each_ = std::max(each_, w.cuts[task].chunks);
+      first_.push_back(first_.back() + w.cuts[task].chunks * w.slabs());
+    }
+    count_ = first_.back();
+  }
+  int64_t count() const { return count_; }
+  int64_t most() const { return each_; }  // of one group
+  int64_t first_of(int64_t group) const {
+    return w_.mixed() ? first_[group / w_.slabs()] + group % w_.slabs() * w_.cut_of(group).chunks : group * each_;
+  }
+  // Calls f(group, chunk) for chunk i.
+  template <class F>
+  void at(int64_t i, F f) const {
+    if (!w_.mixed()) return f(i / each_, i % each_);
+    const int64_t task = std::upper_bound(first_.begin(), first_.end(), i) - first_.begin() - 1;
+    const int64_t own = w_.cuts[task].chunks, place = i - first_[task];
+    f(task * w_.slabs() + place / own, place % own);
+  }
+
+ private:
+  const Work& w_;
+  int64_t each_, count_;
+  std::vector<int64_t> first_;  // of each task, and of one more
+};
+
+// Whether one thread can take a group at a time, and all are busy until the end.
+inline bool many_groups(const Work& w, int64_t threads) {
+  if (!w.mixed()) return w.groups() >= 4 * threads;
+  int64_t most = 0;
+  for (int64_t task = 0; task < w.T; ++task) most = std::max(most, w.cuts[task].N);
+  return w.N * w.slabs() >= 4 * threads * most;
+}
+
 // Calls apply(group, chunk) for every chunk.
 template <class Apply>
 void apply_all(const Work& w, Apply apply) {
-  const int64_t chunks = w.partition.chunks;
-  parallel_each(w.groups() * chunks, threads_for(w), [&] {
-    return [&](int64_t i) { apply(i / chunks, i % chunks); };
-  });
+  const Chunks chunks(w);
+  parallel_each(chunks.count(), threads_for(w), [&] { return [&](int64_t i) { chunks.at(i, apply); }; });
 }
 
 // Reduces each group over its chunks in order, calls finish, then apply(group, chunk) if that `writes` anything.
@@ -106,15 +145,16 @@ void apply_all(const Work& w, Apply apply) {
 // spread over the threads. The sums are the same to the bit.
 template <class Apply>
 void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, Apply apply) {
-  const int64_t threads = threads_for(w), groups = w.groups(), chunks = w.partition.chunks, width = reduction.width;
+  const int64_t threads = threads_for(w), groups = w.groups(), width = reduction.width;
+  const Chunks chunks(w);
   const size_t scratch_size = reduction.scratch / sizeof(double) + 1;
-  const bool many = (writes && groups >= 4 * threads) || chunks == 1 || threads == 1;
+  const bool many = (writes && many_groups(w, threads)) || chunks.most() == 1 || threads == 1;
   // With a task's sums, in its thread; single channels at once, in whole registers.
   const bool prepares_each = reduction.prepare != nullptr && many && w.family == Family::columns && !w.shared;
   if (reduction.prepare != nullptr && !prepares_each) reduction.prepare(w, 0, w.T * w.C);
   // The first chunk's sums are where the total is made.
-  const auto add_chunk = [&](double* total, double& count, const double* partial, int64_t chunk) {
-    const double positions = double(w.partition.positions(chunk));
+  const auto add_chunk = [&](double* total, double& count, const double* partial, const Partition& cut, int64_t chunk) {
+    const double positions = double(cut.positions(chunk));
     if (chunk > 0) reduction.merge(total, count, partial, positions, width);
     count += positions;
   };
@@ -125,29 +165,36 @@ void reduce_then_apply(const Work& w, const Reduction& reduction, bool writes, A
               scratch = std::vector<double>(scratch_size)](int64_t group) mutable {
         double count = 0;
         if (prepares_each) reduction.prepare(w, group * w.C, w.C);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const Partition& cut = w.cut_of(group);
+        if (cut.chunks == 0) std::fill(total.begin(), total.end(), 0);
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
           reduction.reduce(w, group, chunk, chunk == 0 ? total.data() : partial.data(), scratch.data());
-          add_chunk(total.data(), count, partial.data(), chunk);
+          add_chunk(total.data(), count, partial.data(), cut, chunk);
         }
         reduction.finish(w, group, total.data());
         if (!writes) return;
-        for (int64_t chunk = chunks; chunk-- > 0;) apply(group, chunk);
+        for (int64_t chunk = cut.chunks; chunk-- > 0;) apply(group, chunk);
       };
     });
     return;
   }
 
-  const PooledMemory memory(size_t(groups * chunks * width) * sizeof(double));
+  const PooledMemory memory(size_t((chunks.count() + 1) * width) * sizeof(double));
   double* partials = static_cast<double*>(memory.data());
-  parallel_each(groups * chunks, threads, [&] {
+  parallel_each(chunks.count(), threads, [&] {
     return [&, scratch = std::vector<double>(scratch_size)](int64_t i) mutable {
-      reduction.reduce(w, i / chunks, i % chunks, partials + i * width, scratch.data());
+      chunks.at(i, [&](int64_t group, int64_t chunk) {
+        reduction.reduce(w, group, chunk, partials + i * width, scratch.data());
+      });
     };
   });
+  double* none = partials + chunks.count() * width;
+  std::fill_n(none, width, 0);
   for (int64_t group = 0; group < groups; ++group) {
-    double* total = partials + group * chunks * width;
+    const Partition& cut = w.cut_of(group);
+    double* total = cut.chunks == 0 ? none : partials + chunks.first_of(group) * width;
     double count = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) add_chunk(total, count, total + chunk * width, chunk);
+    for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) add_chunk(total, count, total + chunk * width, cut, chunk);
     reduction.finish(w, group, total);
   }
   if (writes) apply_all(w, apply);

@@ -28,6 +28,7 @@ struct Block {
 // result is bitwise the same for any number of threads.
 struct Partition {
   static constexpr int64_t kMostSamples = 256;  // bounds the terms of one fp32 sum where samples are short
+  int64_t first = 0;  // sample: of a task in a mixed batch
   int64_t N = 0, S = 0;
   int64_t samples_per_block = 1, piece = 1, pieces = 1;
   int64_t blocks = 0, blocks_per_chunk = 1, chunks = 0;
@@ -47,9 +48,9 @@ struct Partition {
   Block block(int64_t b) const {
     if (pieces > 1) {
       const int64_t n = b / pieces, s0 = (b % pieces) * piece;
-      return {n, n + 1, std::min(S, s0), std::min(S, s0 + piece)};
+      return {first + n, first + n + 1, std::min(S, s0), std::min(S, s0 + piece)};
     }
-    return {b * samples_per_block, std::min(N, (b + 1) * samples_per_block), 0, S};
+    return {first + b * samples_per_block, first + std::min(N, (b + 1) * samples_per_block), 0, S};
   }
   int64_t first_block(int64_t chunk) const { return chunk * blocks_per_chunk; }
   int64_t last_block(int64_t chunk) const { return std::min(blocks, (chunk + 1) * blocks_per_chunk); }
@@ -84,13 +85,22 @@ struct Work {
   void* h = nullptr;                         // shared: sum of g * z_scale over the tasks, in the accumulate type, cut like dx
   Vectors vectors;
   Partition partition;
+  const int64_t* order = nullptr;    // of a mixed batch: its N samples, those of a task one after the other, and
+  const Partition* cuts = nullptr;   // how those of each task are cut
   bool shared = false;
   bool training = true;  // the backward's statistics are functions of x
   bool stream = false;   // write past the caches
   bool rms = false;      // layer norm: without a mean
 
+  bool mixed() const { return cuts != nullptr; }
+  // The place in memory of a sample of a block.
+  int64_t sample(int64_t n) const { return order == nullptr ? n : order[n]; }
+  int64_t slabs() const { return family == Family::rows ? C : 1; }  // of a task
+  const Partition& cut_of(int64_t group) const { return mixed() ? cuts[group / slabs()] : partition; }
+  double positions_of(int64_t group) const { return mixed() ? double(cut_of(group).N * S) : positions; }
+  int64_t streams() const { return mixed() ? 1 : T; }  // batches of N samples in memory
   int64_t fan() const { return shared ? T : 1; }
-  int64_t groups() const { return (shared ? 1 : T) * (family == Family::rows ? C : 1); }
+  int64_t groups() const { return (shared ? 1 : T) * slabs(); }
   int64_t layer_piece() const { return std::max<int64_t>(C + 16, 256); }  // a row in whole vectors, or a tile
   int64_t channels() const { return family == Family::rows ? 1 : C; }
 };

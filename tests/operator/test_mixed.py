@@ -274,3 +274,30 @@ def test_one_value_per_channel_is_no_error_of_a_task_with_more() -> None:
     x, index = torch.randn(5, C), torch.tensor([1, 3, 1, 3, 3])
     y = task_batch_norm(x, torch.zeros(T, C), num_tasks=T, task_of_sample=index)
     torch.testing.assert_close(y, masked_loop(x, index, torch.full((T, C), 0.5), None))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("counts", [(0, 28, 2, 2), (9, 8, 7, 8), (0, 0, 0, 32)])
+def test_no_number_of_threads_changes_a_bit(counts: tuple[int, ...], memory_format: str) -> None:
+    """Of batches that are worth several threads; one task has most samples, all, or none."""
+    index = torch.repeat_interleave(torch.arange(T), torch.tensor(counts))[torch.randperm(32)]
+    x, weight, bias, residual, dy = operands(index, (48, 50), torch.float32, memory_format=memory_format)
+    options = Options(T, 1e-5, "sigmoid", "task_major", "gelu")
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            compute = eager_operators(None)
+            found = compute.mixed_forward_training(x, index, weight, bias, residual, options)
+            saved = Saved(x, weight, bias, residual, found.mean, found.var)
+            results.append((*found, *compute.mixed_backward(dy, saved, index, True, ALL, options)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)
+    wide = [tensor.double() for tensor in (x, weight, bias, residual)]
+    exact = reference.mixed_forward_training(wide[0], index, *wide[1:], options)
+    expected = reference.mixed_backward(dy.double(), Saved(*wide, *exact[1:]), index, True, ALL, options)
+    for got, wanted in zip(results[0], (*exact, *expected), strict=True):
+        assert wanted is not None
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
