@@ -94,13 +94,21 @@ def test_some_tasks_leave_the_others_alone(momentum: float | None, variant: Any,
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 4, 2), (2, 3, 4)])
 def test_a_batch_of_each_task_of_equal_or_unequal_sizes(sizes: tuple[int, ...]) -> None:
-    model = multitask()
+    model = multitask().double()
     plain = plain_models(model)
-    inputs = {task: images(n) for task, n in zip(reversed(TASKS), sizes, strict=True)}
+    inputs = {task: images(n).double() for task, n in zip(reversed(TASKS), sizes, strict=True)}
+    batches: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     y = model(inputs)
+    assert batches == [sum(sizes)]
     assert list(y) == list(inputs)
     for task, x in inputs.items():
-        close(y[task], plain[task](x))
+        expected = plain[task](x)
+        close(y[task], expected)
+        dy = torch.randn_like(expected)
+        weight = next(iter(model.backbone.parameters()))
+        found = torch.autograd.grad(y[task].relu_(), weight, dy, retain_graph=True)  # a head may write in place
+        close(*found, *torch.autograd.grad(expected.relu(), next(iter(plain[task].parameters())), dy))
     assert_same_statistics(model, plain)
     only = model.eval()(inputs, tasks=["hat"])
     assert list(only) == ["hat"]

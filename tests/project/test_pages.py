@@ -90,6 +90,13 @@ def test_layer_normalisation(tmp_path: Path) -> None:
     assert names["stream"].shape == names["tokens"].shape
 
 
+def test_mixed_batches(tmp_path: Path) -> None:
+    names = run("docs/mixed_batches.md", tmp_path)
+    assert names["y"].shape == names["x"].shape
+    assert names["layer"].num_batches_tracked.tolist() == [1, 0, 1]
+    assert names["backbone"][1].num_batches_tracked.tolist() == [1, 0, 1]
+
+
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     images = torch.randn(4, 3, 8, 8)

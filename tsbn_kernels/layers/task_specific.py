@@ -46,6 +46,7 @@ class TaskSpecific(nn.Module):
     gate: Literal["sigmoid", "identity"]
     weight: nn.Parameter
     bias: Tensor | None
+    fan_out: bool
     _tasks: range | None = None  # whose rows this process has, where shard_tasks() has distributed them
     _participation: participation.Participation | None = None  # where hold_absent_tasks() watches the layer
     _routers: tuple[runs.Router, ...] = ()  # of the models that it is in the backbone of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -26,15 +26,19 @@ from tsbn_kernels.operator.separate import separate
 _PLAIN = (Number, str, bytes, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt)
 
 
-def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any], list[Tensor]]:
+def of_each_task(
+    features: Any, run: Run, backbone: nn.Module, sizes: Sequence[int] | None = None
+) -> tuple[list[Any], list[Tensor]]:
     """The features of each task, in the structure and classes of ``features``, and those tensors that all tasks share.
+
+    Where tasks have different numbers of samples, these are the ``sizes``, and ``run`` is that of one task with all.
 
     Raises:
         ValueError: a tensor is neither a batch of each task, nor known to be none.
         TypeError: there is no tensor, or something that may hold some.
     """
     if isinstance(features, Tensor) and _is_stacked(features, run, None):
-        return list(separate([features], run.count, run)[0]), []
+        return list(separate([features], run.count, run, sizes)[0]), []
     found = tensors(features)
     if not found:
         raise TypeError(
@@ -47,11 +51,12 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
         if not any(tensor is known for known in (*stacks, *every)):
             alone = len(found) == 1
             (stacks if _is_stacked(tensor, run, None if alone else backbone) else every).append(tensor)
-    streams = separate(stacks, run.count, run)
+    streams = separate(stacks, run.count, run, sizes)
+    count = run.count if sizes is None else len(sizes)
     if torch.compiler.is_compiling():
-        shared = [[tensor, *(tensor.clone() for _ in range(run.count - 1))] for tensor in every]
+        shared = [[tensor, *(tensor.clone() for _ in range(count - 1))] for tensor in every]
     else:
-        shared = [[tensor] * run.count for tensor in every]
+        shared = [[tensor] * count for tensor in every]
 
     def of(task: int) -> Any:
         def put(tensor: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ def of_each_task(features: Any, run: Run, backbone: nn.Module) -> tuple[list[Any
 
         return _replaced(features, put)
 
-    return [of(task) for task in range(run.count)], every
+    return [of(task) for task in range(count)], every
 
 
 def _is_stacked(tensor: Tensor, run: Run, backbone: nn.Module | None) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.plain import leaf_call
+from tsbn_kernels.layers.mixing import task_index
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.fast_paths import close_fast_paths
 from tsbn_kernels.models.features import has_function, of_each_task, tensors
@@ -93,8 +94,10 @@ class MultiTaskModel(nn.Module):
         """Runs the tasks, and gives what their heads return, by task name.
 
         Args:
-            inputs: one batch ``[N, *]`` that all tasks share, or a batch of each task's own by its name. Batches of one
-                shape run stacked, those of different shapes after each other.
+            inputs: one batch ``[N, *]`` that all tasks share, or a batch of each task's own by its name. Batches whose
+                samples have one shape run at once: stacked, or of different sizes as a mixed batch; others after each
+                other. So do those of different sizes where layers synchronise their statistics or are held by
+                :func:`~tsbn_kernels.hold_absent_tasks`.
             tasks: names of the tasks to run; statistics of the others are left alone. None stands for all tasks, or
                 for those that ``inputs`` names.
 
@@ -122,9 +125,14 @@ class MultiTaskModel(nn.Module):
             if missing := [task for task in tasks if task not in inputs]:
                 raise ValueError(f"inputs has no batch for {', '.join(missing)}; it has {', '.join(inputs)}")
             streams, every = {}, []
-            for shape in dict.fromkeys(inputs[task].shape for task in tasks):
-                group = [task for task in tasks if inputs[task].shape == shape]
-                rows, common = self._streams(torch.cat([inputs[task] for task in group]), group, shared=False)
+            kept = 1 if self._mixes() else 0  # dimensions that may differ
+            for shape in dict.fromkeys(inputs[task].shape[kept:] for task in tasks):
+                group = [task for task in tasks if inputs[task].shape[kept:] == shape]
+                x, sizes = torch.cat([inputs[task] for task in group]), [inputs[task].shape[0] for task in group]
+                if all(size == sizes[0] for size in sizes):
+                    rows, common = self._streams(x, group, shared=False)
+                else:
+                    rows, common = self._mixed(x, sizes, group)
                 streams.update(zip(group, rows, strict=True))
                 every += common
         if len(tasks) == 1 or not every or torch.compiler.is_compiling():
@@ -174,6 +182,26 @@ class MultiTaskModel(nn.Module):
                 own = tensors(stream)
                 run.passes.watch(index, [tensor for tensor in own if not any(tensor is known for known in every)])
         return streams, every
+
+    def _mixes(self) -> bool:
+        """Whether all layers take samples of tasks in different numbers, and nobody asks which outputs a loss is of."""
+        layers = (layer for layer in self.backbone.modules() if isinstance(layer, TaskSpecific))
+        return all(
+            getattr(layer, "process_group", None) is None and layer._participation is None and not layer.fan_out
+            for layer in layers
+        )
+
+    def _mixed(self, x: Tensor, sizes: Sequence[int], tasks: Sequence[str]) -> tuple[list[Any], list[Tensor]]:
+        """The features of each task, and those that all have, of the tasks' batches one after the other."""
+        index = torch.cat(
+            [
+                torch.full((size,), self.tasks.index(task), dtype=torch.int64, device=x.device)
+                for task, size in zip(tasks, sizes, strict=True)
+            ]
+        )
+        with task_index(index), recompute_outputs() if self.recompute else nullcontext():
+            features = self.backbone(x)
+        return of_each_task(features, runs.Run(self._router, None, 1, x.shape[0], False), self.backbone, sizes)
 
     def _find_parting(self, x: Tensor) -> Parting:
         """Where the streams part, found at the first call; one that is compiled finds it while it is compiled."""

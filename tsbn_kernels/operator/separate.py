@@ -18,17 +18,24 @@ from torch.autograd import forward_ad
 from tsbn_kernels.operator import runs
 
 
-def separate(stacks: Sequence[Tensor], count: int, run: runs.Run | None = None) -> list[Sequence[Tensor]]:
+def separate(
+    stacks: Sequence[Tensor], count: int, run: runs.Run | None = None, sizes: Sequence[int] | None = None
+) -> list[Sequence[Tensor]]:
     """The ``count`` streams ``[N, *]`` of each stack ``[count * N, *]``, which is task-major.
+
+    Where the streams differ in size, ``sizes`` tells how many samples each has, of one row or more.
 
     The graph of the streams says what ``run`` it belongs to. In graphs of ``torch.compile``, in forward mode and under
     the transforms of ``torch.func`` they are copies, which the compiler leaves out where nobody writes.
     """
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if transformed or torch.compiler.is_compiling():
-        rows = [stack.unflatten(0, (count, stack.shape[0] // count)).unbind() for stack in stacks]
+        rows = [_views(stack, count, sizes) for stack in stacks]
         return [[part.clone() for part in row] if transformed or row[0].requires_grad else row for row in rows]
-    rows = [stack.unsafe_chunk(count) for stack in stacks]
+    rows = [
+        stack.unsafe_chunk(count) if sizes is None else stack.unsafe_split_with_sizes(_rows(stack, sizes))
+        for stack in stacks
+    ]
     nodes = [row[0].grad_fn for row in rows if row[0].grad_fn is not None]
     if nodes:
         cut = _Cut([(stack, *row) for stack, row in zip(stacks, rows, strict=True)])
@@ -38,6 +45,18 @@ def separate(stacks: Sequence[Tensor], count: int, run: runs.Run | None = None) 
             cut.run, cut.last = run, [stack.grad_fn for stack in stacks if stack.grad_fn is not None]
             runs.remember(cut)
     return rows
+
+
+def _views(stack: Tensor, count: int, sizes: Sequence[int] | None) -> Sequence[Tensor]:
+    if sizes is None:
+        return stack.unflatten(0, (count, stack.shape[0] // count)).unbind()
+    return stack.split(_rows(stack, sizes))
+
+
+def _rows(stack: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many rows of a stack each stream has."""
+    each = stack.shape[0] // max(1, sum(sizes))
+    return [each * size for size in sizes]
 
 
 def aliases(stack: Tensor) -> list[Tensor]:
