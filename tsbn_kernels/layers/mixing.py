@@ -81,7 +81,8 @@ def remember(y: Tensor, task_of_sample: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     if y.grad_fn is not None:
-        y.grad_fn.metadata[_KEY] = task_of_sample
+        node: Any = y.grad_fn
+        node.metadata[_KEY] = task_of_sample
     elif not torch.is_grad_enabled():  # a re-entrant checkpoint has no graph of what it runs, but a node of its own
         frame: Any = sys._getframe(1)
         while frame is not None:

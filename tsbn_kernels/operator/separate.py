@@ -48,9 +48,12 @@ def separate(
 
 
 def _views(stack: Tensor, count: int, sizes: Sequence[int] | None) -> Sequence[Tensor]:
+    views: Sequence[Tensor]
     if sizes is None:
-        return stack.unflatten(0, (count, stack.shape[0] // count)).unbind()
-    return stack.split(_rows(stack, sizes))
+        views = stack.unflatten(0, (count, stack.shape[0] // count)).unbind()
+    else:
+        views = stack.split(_rows(stack, sizes))
+    return views
 
 
 def _rows(stack: Tensor, sizes: Sequence[int]) -> list[int]:
