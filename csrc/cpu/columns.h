@@ -47,8 +47,9 @@ struct Columns {
   // Calls f(n, s, Positions<k>) for k adjacent positions at once: they share the loads of the channels' vectors.
   template <class Function>
   static TSBN_INLINE void each_position(const Work& w, const Block& b, Function f) {
+    const Samples samples = w.samples();
     for (int64_t index = b.n0; index < b.n1; ++index) {
-      const int64_t n = w.sample(index);
+      const int64_t n = samples[index];
       int64_t s = b.s0;
       for (; s + 4 <= b.s1; s += 4) f(n, s, Positions<4>{});
       for (; s < b.s1; ++s) f(n, s, Positions<1>{});

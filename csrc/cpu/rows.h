@@ -57,9 +57,10 @@ struct Rows {
 
   static BlockMoments block_moments(const Work& w, const T* x, const Block& b, A origin) {
     const V shift = rounded<T>(V{} + origin);
+    const Samples samples = w.samples();
     Sums sums;
     for (int64_t n = b.n0; n < b.n1; ++n) {
-      const T* p = x + w.sample(n) * w.x.n + b.s0;
+      const T* p = x + samples[n] * w.x.n + b.s0;
       each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
         prefetch_ahead<kAhead>(p + i);
         const V d = load_up_to(p + i, lanes, shift) - shift;
@@ -79,7 +80,7 @@ struct Rows {
     const int64_t begin = cut.first_block(chunk), end = cut.last_block(chunk);
     Block b = cut.block(begin);
     const int few = b.s1 - b.s0 < L ? int(b.s1 - b.s0) : L;
-    const A origin = A(sum_of_lanes(load_up_to(x + w.sample(b.n0) * w.x.n + b.s0, few, V{})) / few);
+    const A origin = A(sum_of_lanes(load_up_to(x + w.samples()[b.n0] * w.x.n + b.s0, few, V{})) / few);
     auto [mean, m2] = block_moments(w, x, b, origin);
     double count = double(b.positions());
     if (is_far(mean - double(origin), m2 / count)) {
@@ -120,8 +121,9 @@ struct Rows {
     const Place place(w, group + k * w.C);
     const T* x = slab_of(w.x, place);
     A* all_h = kShared ? h_of(w, place) : nullptr;
+    const Samples samples = w.samples();
     for (int64_t index = b.n0; index < b.n1; ++index) {
-      const int64_t n = w.sample(index);
+      const int64_t n = samples[index];
       const T *p = x + n * w.x.n + b.s0, *q[count], *u[count];
       T* du[count];
       bool streams[count];
@@ -221,8 +223,9 @@ struct Rows {
       const T *x = slab_of(w.x, place), *residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
       T* out = slab_of(w.out, place);
       const int64_t length = b.s1 - b.s0;
+      const Samples samples = w.samples();
       for (int64_t index = b.n1; index-- > b.n0;) {
-        const int64_t n = w.sample(index);
+        const int64_t n = samples[index];
         const T *p = x + n * w.x.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T* r = out + n * w.out.n + b.s0;
         prefetch_row(p, w.x, place.channel, length);
@@ -249,8 +252,9 @@ struct Rows {
       const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, place);
       T *out = slab_of(w.out, place), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, place);
       const int64_t length = b.s1 - b.s0;
+      const Samples samples = w.samples();
       for (int64_t index = b.n1; index-- > b.n0;) {
-        const int64_t n = w.sample(index);
+        const int64_t n = samples[index];
         const T *p = x + n * w.x.n + b.s0, *q = dy + n * w.dy.n + b.s0, *u = row(residual, w.residual, n, b.s0);
         T *r = row(out, w.out, n, b.s0), *du = row(dresidual, w.dresidual, n, b.s0);
         prefetch_row(p, w.x, place.channel, length);

@@ -17,6 +17,12 @@ struct Operand {
   int64_t t = 0, n = 0, c = 0, s = 0;
 };
 
+// The places in memory of the samples of blocks. A loop keeps this in registers: what it stores could lie in a Work.
+struct Samples {
+  const int64_t* order;  // nullptr: they lie as they are counted
+  int64_t operator[](int64_t n) const { return order == nullptr ? n : order[n]; }
+};
+
 // A range of one slab: samples [n0,n1) by positions [s0,s1). Either several whole samples or a piece of one.
 struct Block {
   int64_t n0, n1, s0, s1;
@@ -93,8 +99,7 @@ struct Work {
   bool rms = false;      // layer norm: without a mean
 
   bool mixed() const { return cuts != nullptr; }
-  // The place in memory of a sample of a block.
-  int64_t sample(int64_t n) const { return order == nullptr ? n : order[n]; }
+  Samples samples() const { return {order}; }
   int64_t slabs() const { return family == Family::rows ? C : 1; }  // of a task
   const Partition& cut_of(int64_t group) const { return mixed() ? cuts[group / slabs()] : partition; }
   double positions_of(int64_t group) const { return mixed() ? double(cut_of(group).N * S) : positions; }
