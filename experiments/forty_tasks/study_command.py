@@ -21,7 +21,7 @@ from experiments.forty_tasks.studies import Notify, Place
 from experiments.forty_tasks.summary import DATASETS, all_settings
 from experiments.forty_tasks.train_run import OnStep, ResumeError, Settings
 from tsbn_kernels import plots
-from tsbn_kernels.analysis import stability
+from tsbn_kernels.analysis import Conflicts, stability
 
 NETWORK = "cnn"
 NAMES = [name for name, kind in DATASETS.items() if NETWORK in kind.layouts]
@@ -117,12 +117,13 @@ def _pruning(console: Console, todo: Sequence[Settings], place: Place, notify: N
 
 
 def _conflicts(console: Console, todo: Sequence[Settings], place: Place, notify: Notify, output: Path, _: str) -> None:
-    found: dict[str, list[studies.Conflicts]] = {}
+    found: dict[str, list[Conflicts]] = {}
     means: dict[str, list[float]] = {}
     negative: dict[str, list[float]] = {}
     for settings, steps in zip(todo, studies.conflicts(todo, place, notify), strict=True):
         cosines = torch.stack([step.cosine for step in steps])
-        one, other = torch.triu_indices(*cosines.shape[1:], 1)
+        tasks = cosines.shape[1]
+        one, other = torch.triu_indices(tasks, tasks, 1)
         pairs = cosines[:, one, other]
         found.setdefault(settings.name, []).extend(steps)
         means.setdefault(settings.name, []).append(float(pairs.mean()))
