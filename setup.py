@@ -174,12 +174,13 @@ class BuildNative(build_ext):
             *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(ext.nvcc)),
         ]  # fmt: skip
         try:
-            ext.extra_objects = self.static_runtime(ext.nvcc)
+            ext.extra_objects = []
             for source in files("cuda/*.cu"):
                 target = Path(self.build_temp) / Path(source).with_suffix(".o")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.spawn([*command, "-c", source, "-o", str(target)])
-                ext.extra_objects.insert(0, str(target))
+                ext.extra_objects.append(str(target))
+            ext.extra_objects += self.static_runtime(ext.nvcc)
             for folder in self.toolkit(ext.nvcc, "-I", "include"):
                 ext.extra_compile_args += ["-isystem", folder]
         except Exception as error:

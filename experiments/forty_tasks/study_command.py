@@ -20,7 +20,6 @@ from experiments.forty_tasks.methods import HARD_SHARING, PAPER_MULTIPLIER, TS_S
 from experiments.forty_tasks.studies import Notify, Place
 from experiments.forty_tasks.summary import DATASETS, all_settings
 from experiments.forty_tasks.train_run import OnStep, ResumeError, Settings
-from tsbn_kernels import plots
 from tsbn_kernels.analysis import Conflicts, stability
 
 NETWORK = "cnn"
@@ -97,6 +96,8 @@ def _print(console: Console, text: str) -> None:
 
 
 def _stability(console: Console, todo: Sequence[Settings], place: Place, notify: Notify, output: Path, _: str) -> None:
+    from tsbn_kernels import plots  # which needs Matplotlib
+
     runs = studies.trained_gates(todo, place, notify)
     if len(runs) > 1:
         _print(console, f"stability of {len(runs)} seeds: {stability(list(runs.values())):.3f}")
@@ -105,6 +106,8 @@ def _stability(console: Console, todo: Sequence[Settings], place: Place, notify:
 
 
 def _pruning(console: Console, todo: Sequence[Settings], place: Place, notify: Notify, output: Path, _: str) -> None:
+    from tsbn_kernels import plots  # which needs Matplotlib
+
     drops = [100 * each for each in studies.pruning(todo, place, notify)]
     others = ~torch.eye(len(drops[0]), dtype=torch.bool)
     own, rest = ([float(each[part].mean()) for each in drops] for part in (~others, others))
@@ -117,6 +120,8 @@ def _pruning(console: Console, todo: Sequence[Settings], place: Place, notify: N
 
 
 def _conflicts(console: Console, todo: Sequence[Settings], place: Place, notify: Notify, output: Path, _: str) -> None:
+    from tsbn_kernels import plots  # which needs Matplotlib
+
     found: dict[str, list[Conflicts]] = {}
     means: dict[str, list[float]] = {}
     negative: dict[str, list[float]] = {}

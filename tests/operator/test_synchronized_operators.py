@@ -16,7 +16,7 @@ from support.synchronized_calls import assert_correct, gradient, moments, vector
 from support.tolerances import Tolerance, assert_same_bits, assert_within
 from torch._subclasses import FakeTensorMode
 
-from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.cuda import batch_norm as cuda
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition.activations import ACTIVATIONS
 from tsbn_kernels.operator.ops import flat, operators
