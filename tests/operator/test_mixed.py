@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from torch import Tensor
 from tsbn_kernels import use_backend
 from tsbn_kernels.backends import backends
 from tsbn_kernels.definition import mixed_batch_norm as reference
-from tsbn_kernels.definition.options import MixedBackend, Needs, Options, Saved
+from tsbn_kernels.definition.options import MixedBackend, Moments, Needs, Options, Saved
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.operator.mixed_ops import eager_operators
-from tsbn_kernels.operator.mixed_parts import Parts, exact_task_sums
+from tsbn_kernels.operator.mixed_parts import Parts, exact_task_sums, joined
 from tsbn_kernels.operator.ops import batch_norm
 
 C = 5
@@ -301,3 +302,13 @@ def test_no_number_of_threads_changes_a_bit(counts: tuple[int, ...], memory_form
     for got, wanted in zip(results[0], (*exact, *expected), strict=True):
         assert wanted is not None
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_means_of_a_large_batch_keep_their_digits() -> None:
+    """Integers have room for a sum of a million values, and so few bits for each: what they lose is added up again."""
+    mean = 1 + 1e-3 * torch.rand(1 << 20, 1, dtype=torch.float64)
+    index = torch.zeros(len(mean), dtype=torch.int64)
+    found = joined(Moments(mean, torch.zeros_like(mean)), index, torch.tensor([len(mean)]))
+    exact = math.fsum(mean.flatten().tolist()) / len(mean)
+    assert abs(found.mean.item() - exact) <= 1e-15
+    torch.testing.assert_close(found.var.item(), (mean - exact).square().mean().item(), rtol=1e-9, atol=0)
