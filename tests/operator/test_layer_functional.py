@@ -191,7 +191,8 @@ def test_an_input_of_any_strides(stacking: str) -> None:
     p = layer_problem(dtype=torch.float64, tokens=(5, 3), stacking=stacking)
     call, (x, *more) = call_of(p)
     strided = x.transpose(-2, -3).contiguous().transpose(-2, -3).requires_grad_()
-    assert call(strided, *more).grad_fn.saved_tensors[0].is_contiguous()  # it is copied once
+    y = call(strided, *more)
+    assert y.grad_fn.saved_tensors[0].is_contiguous()  # it is copied once
     torch.testing.assert_close(call(strided, *more), call(x, *more))
     (dx,) = torch.autograd.grad(call(strided, *more), [strided], p.dy.mT.contiguous().mT)
     torch.testing.assert_close(dx, torch.autograd.grad(call(plain := x.requires_grad_(), *more), [plain], p.dy)[0])

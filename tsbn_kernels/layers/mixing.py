@@ -24,8 +24,9 @@ used = False  # whether this process has routed an index; until then no layer as
 
 
 class _Routed(threading.local):
-    index: Tensor | None = None
-    found: tuple[int, int, Tensor | None] = (-1, -1, None)  # for a node of a backward pass, of the last that asked
+    def __init__(self) -> None:  # in each thread: Dynamo's guards take no default of the class for it
+        self.index: Tensor | None = None
+        self.found: tuple[int, int, Tensor | None] = (-1, -1, None)  # of the last node of a backward pass that asked
 
 
 _routed = _Routed()
