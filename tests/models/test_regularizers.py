@@ -71,7 +71,11 @@ def test_their_gradients(penalty: Callable[[nn.Module], Tensor]) -> None:
     module = Penalty()
     names, values = zip(*module.named_parameters(), strict=True)
     values = tuple(value.detach().requires_grad_() for value in values)
-    called = lambda *given: functional_call(module, dict(zip(names, given, strict=True)), ())  # noqa: E731
+
+    def called(*given: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, dict(zip(names, given, strict=True)), ())
+        return found
+
     assert torch.autograd.gradcheck(called, values)
     assert torch.autograd.gradgradcheck(called, values)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
