@@ -13,7 +13,7 @@ from torch import Tensor
 from tsbn_kernels.definition.activations import ACTIVATIONS, EPILOGUES
 from tsbn_kernels.functional import task_batch_norm
 
-T, N, C = 2, 3, 2
+T, N, C = 2, 2, 2
 SLOPE = 0.3
 
 activations = pytest.mark.parametrize("activation", [None, *ACTIVATIONS])

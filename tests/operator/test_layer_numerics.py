@@ -83,7 +83,7 @@ def test_numbers_of_rows(dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("instruction_set", [""], indirect=True)  # all of them, against a definition that takes long
 def test_large_outputs(dtype: torch.dtype, fan_out: bool, rms: bool, instruction_set: str) -> None:
     """8 MiB of output and more are written by streaming stores, if rows are whole cache lines."""
-    for D in (192, 200 + 1):
+    for D in (192, 200 + 1) if dtype == torch.float32 else (192,):
         rows = (9 << 20) // (3 * D * dtype.itemsize)
         p = layer_problem(3, rows, (), (D,), dtype=dtype, fan_out=fan_out, residual=not rms, rms=rms)
         expected = definition(p)

@@ -37,11 +37,13 @@ def test_sizes(size: Any, memory_format: str, dtype: torch.dtype) -> None:
     check(p, epilogue, "split", 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @formats
 @variants
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, variant: str, parts: int, memory_format: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [*zip(ACTIVATIONS, itertools.cycle((torch.float32, torch.bfloat16)), strict=False)]
+)
+def test_activations(activation: str, dtype: torch.dtype, variant: str, parts: int, memory_format: str) -> None:
+    """Each activation in one dtype of the two; test_cuda_epilogue has all of them."""
     residual = activation != "gelu"
     p, epilogue = case(activation, residual, 3, 3, 8, (3, 4), shared=True, dtype=dtype, memory_format=memory_format)
     check(p, epilogue, variant, parts)

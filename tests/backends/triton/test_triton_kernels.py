@@ -50,7 +50,7 @@ ALL_KINDS: set[Hashable] = {
     *product(REDUCTIONS, FAMILIES, DIRECTIONS, ("tasks inner",)),
 }
 # T, N, C, spatial: whole tiles, and others.
-PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 3, 3, (5,)), (2, 8, 2, (128,)), (2, 3, 2, (211,))]
+PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 3, 3, (5,)), (2, 8, 2, (80,)), (2, 3, 2, (193,))]
 
 
 def kinds(run: Pass) -> set[Hashable]:
@@ -99,7 +99,7 @@ def assert_evaluation_matches_definition(p: Problem) -> None:
 # ---- any input -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(calls(samples=st.sampled_from([1, 2, 3, 4, 5, 16, 31]), most_vectors=12), st.sampled_from([FEW, MANY]))
 def test_any_input(call: Call, toy: Device) -> None:
     """Sizes, strides, dtypes, gates, eps and the gradients that are asked for, at random; no offset overflows."""
