@@ -18,9 +18,7 @@ import torch
 
 from tsbn_kernels import __version__, backends, memory
 from tsbn_kernels.analysis import importance, load_state
-from tsbn_kernels.backends.plan import DEVICES, Work, devices, layer_norm, layer_norm_cuda
-from tsbn_kernels.backends.plan import cuda as cuda_rules
-from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan import DEVICES, Plan, Work, choice, devices, layer_norm
 from tsbn_kernels.backends.plan.describe import layer_alone, table, unfused_bytes
 from tsbn_kernels.definition.activations import ACTIVATIONS
 from tsbn_kernels.definition.layout import Family
@@ -39,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--dtype", choices=ITEM_SIZES, default="fp32")
     plan.add_argument("--device", type=_device, default="H100", metavar="NAME", help=", ".join(DEVICES))
     plan.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
-    plan.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    both = "by default the one that each pass is planned for where both are at hand"
+    plan.add_argument("--backend", choices=("auto", "triton", "cuda"), default="auto", help=both)
     plan.add_argument("--bandwidth", type=float, metavar="GB/S", help="instead of the data sheet's")
     plan.add_argument("--shared-input", action="store_true", help="all tasks read one x, as if it were T of them")
     plan.add_argument("--fan-out", action="store_true", help="one x [N, C, *] is read once for all tasks")
@@ -62,18 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (ImportError, OSError, TypeError, ValueError) as error:
             parser.exit(1, f"{error}\n")
     elif options.command == "plan":
-        rules = cuda_rules if options.backend == "cuda" else triton_rules
         if options.backend == "cuda" and not options.device.target.startswith("sm_"):
             parser.error(f"the CUDA C++ kernels run on NVIDIA's GPUs alone, not on {options.device.name}; try triton")
-        if options.norm != "batch":
-            if options.activation != "none" or options.shared_input or options.format != "contiguous":
-                parser.error(f"--norm {options.norm} takes no --activation, --shared-input or --format: leave them out")
-            print(_table_of_rows(options))
-            return
-        works = _works(options)
-        plans = [rules.plan(work, options.device) for work in works]
-        unfused = [unfused_bytes(rules.plan(layer_alone(work), options.device), work) for work in works]
-        print(table(plans, options.bandwidth and options.bandwidth * 1e9, unfused if works[0].fuses else None))
+        of_batches = options.activation != "none" or options.shared_input or options.format != "contiguous"
+        if options.norm != "batch" and of_batches:
+            parser.error(f"--norm {options.norm} takes no --activation, --shared-input or --format: leave them out")
+        try:
+            _plan(options)
+        except ValueError as error:
+            parser.exit(1, f"{error}\n")
     else:
         _report()
 
@@ -126,8 +122,8 @@ def _works(options: argparse.Namespace) -> list[Work]:
     return [work, replace(work, direction="backward"), replace(work, training=False)]
 
 
-def _table_of_rows(options: argparse.Namespace) -> str:
-    """The plans of layer normalisation, of which a backward pass may have two."""
+def _rows(options: argparse.Namespace) -> list[Work]:
+    """The passes of layer normalisation, of which a backward pass may have two plans."""
     tasks, samples, *tokens, size = options.shape
     work = layer_norm.LayerWork(
         tasks,
@@ -140,10 +136,32 @@ def _table_of_rows(options: argparse.Namespace) -> str:
         fan_out=options.fan_out,
         rms=options.norm == "rms",
     )
-    plans = layer_norm_cuda.plans if options.backend == "cuda" else layer_norm.plans
-    passes = work, replace(work, direction="backward")
-    found = [plan for one in passes for plan in plans(one, options.device)]
-    return table(found, options.bandwidth and options.bandwidth * 1e9)
+    return [work, replace(work, direction="backward")]
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """Prints the plans of each pass, and why they are those of their backend."""
+    works = _works(options) if options.norm == "batch" else _rows(options)
+    plans = [plan for work in works for plan in _plans(work, options)]
+    unfused = None
+    if options.norm == "batch" and works[0].fuses:
+        alone = [plan for work in works for plan in _plans(layer_alone(work), options)]
+        unfused = [unfused_bytes(plan, work) for plan, work in zip(alone, works, strict=True)]
+    print(table(plans, options.bandwidth and options.bandwidth * 1e9, unfused))
+    if options.backend == "auto":
+        print("\nwhy, by the bytes of activations, or the time of a call on the host where that is longer:")
+        for work in works:
+            print(f"{work.title}: {choice.reason(_offers(work, options))}")
+
+
+def _plans(work: Work, options: argparse.Namespace) -> tuple[Plan, ...]:
+    if options.backend == "auto" and (offered := _offers(work, options)):
+        return choice.best(offered).plans
+    return choice.plans_of(options.backend, work, options.device)
+
+
+def _offers(work: Work, options: argparse.Namespace) -> tuple[choice.Offer, ...]:
+    return choice.offers(work, options.device, tracks=options.norm == "batch")
 
 
 def _report() -> None:
@@ -155,7 +173,9 @@ def _report() -> None:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     for device in ["cpu", *([accelerator.type] if accelerator else [])]:
         try:
-            print(f"{device} tensors run on: {backends.select(device)} ({reason})")
+            by_plan = backends.plans_decide(device)
+            found = "triton or cuda (by the plan of each call)" if by_plan else f"{backends.select(device)} ({reason})"
+            print(f"{device} tensors run on: {found}")
         except RuntimeError as error:
             print(f"{device} tensors: {error}")
     print(f"reused memory for large CPU outputs: at most {memory.cache_limit() >> 20} MiB idle")

@@ -68,7 +68,7 @@ def celeba40(
     fresh_memory: FreshMemory = False,
     predict: Annotated[
         str | None,
-        typer.Option(help=f"Measure nothing: bytes and time predicted for the CUDA kernels on {', '.join(DEVICES)}."),
+        typer.Option(help=f"Measure nothing: bytes and time predicted on NVIDIA GPUs of {', '.join(DEVICES)}."),
     ] = None,
     json_path: Json = None,
     plot_path: Annotated[Path, typer.Option("--plot", help="The picture.")] = Path("results/celeba40.png"),

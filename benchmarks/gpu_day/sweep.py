@@ -59,7 +59,7 @@ class SweptPlan:
 
     @property
     def backend(self) -> str:
-        return "cuda" if isinstance(self.plan, cuda_rules.CudaPlan) else "triton"
+        return self.plan.backend
 
     def __str__(self) -> str:
         return f"{self.case} {self.direction}, {describe(self.numbers)}" + " (the rule's)" * self.by_rule

@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels should move on a GPU that is known on paper, and how long that should take: predicted."""
+"""What kernels should move on a GPU that is known on paper, and how long that should take: predicted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 from rich.table import Table
 
 from benchmarks.records.workloads import ITEM_BYTES, NO_ACTIVATION, NO_FORMAT, Layer
-from tsbn_kernels.backends.plan import Device, Plan, Work
+from tsbn_kernels.backends.plan import Device, Plan, Work, choice
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.work import Direction
 
@@ -41,14 +41,15 @@ def work_of(
 def predictions(
     layers: Sequence[Layer], tasks: int, batch: int, dtypes: Sequence[str], formats: Sequence[str], device: Device
 ) -> list[tuple[str, str, str, Plan, Plan]]:
-    """Layer, dtype and format of each pass, with its streaming plan and the one that the backend chooses."""
+    """Layer, dtype and format of each pass, with CUDA C++'s streaming plan and the plan that is chosen."""
     found: list[tuple[str, str, str, Plan, Plan]] = []
     for layer, dtype, memory_format, direction in product(layers, dtypes, formats, DIRECTIONS):
         flat = layer.size is None
         if flat and memory_format != formats[0]:
             continue
         work = work_of(layer.shape(tasks, batch), tasks, dtype, memory_format, direction)
-        both = rules.plan(work, device, variant="streaming"), rules.plan(work, device)
+        (chosen,) = choice.best(choice.offers(work, device, tracks=True)).plans
+        both = rules.plan(work, device, variant="streaming"), chosen
         found.append((layer.name, dtype, NO_FORMAT if flat else memory_format, *both))
     return found
 
@@ -58,13 +59,13 @@ def table(rows: Sequence[tuple[str, str, str, Plan, Plan]], device: Device) -> T
     result = Table(
         title=f"predicted for {device.name} at {device.bandwidth / 1e12:.2f} TB/s from the bytes moved, not measured"
     )
-    for name in ("layer", "dtype", "format", "pass", "chosen kernel"):
+    for name in ("layer", "dtype", "format", "pass", "backend", "chosen kernel"):
         result.add_column(name)
     for kind in ("streaming", "chosen"):
         for unit in ("GiB", "x useful", "predicted ms"):
             result.add_column(f"{kind}\n{unit}", justify="right")
     for layer, dtype, memory_format, streaming, chosen in rows:
-        cells = [layer, dtype, memory_format, chosen.work.direction, describe(chosen)]
+        cells = [layer, dtype, memory_format, chosen.work.direction, chosen.backend, describe(chosen)]
         for plan in (streaming, chosen):
             moved = plan.bytes_read + plan.bytes_written
             cells += [f"{moved / 2**30:.3g}", f"{moved / plan.work.useful_bytes:.2f}", f"{plan.seconds() * 1e3:.3g}"]

@@ -28,6 +28,9 @@ class RecordGroup:
         return [] if self.sweep else means(self.records)
 
 
+BY_PLAN = "triton or cuda"  # the name where the plan of each call decides
+
+
 def backend_of(record: Record) -> tuple[str, str]:
     """Name and detail of the backend: ``("cpu", "native C++, avx512")``."""
     name, _, detail = str(record.versions.get("backend", "unknown")).partition(": ")

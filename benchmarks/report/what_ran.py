@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.table import Table
 
 from benchmarks.profile.predict import DIRECTIONS, work_of
-from benchmarks.records.groups import backend_of
+from benchmarks.records.groups import BY_PLAN, backend_of
 from benchmarks.records.record import FORWARD, Record
 from benchmarks.records.workloads import ITEM_BYTES, LAYER_NORM, activation_named
-from tsbn_kernels.backends.plan import Device, Plan, Work
-from tsbn_kernels.backends.plan import cuda as cuda_rules
-from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan import Device, Plan, Work, choice
 from tsbn_kernels.backends.plan.devices import by_driver
 
-RULES: dict[str, Callable[[Work, Device], Plan]] = {"triton": triton_rules.plan, "cuda": cuda_rules.plan}
+
+def _by_plan(work: Work, device: Device) -> tuple[Plan, ...]:
+    return choice.best(choice.offers(work, device, tracks=True)).plans
+
+
+RULES: dict[str, Callable[[Work, Device], tuple[Plan, ...]]] = {
+    "triton": partial(choice.plans_of, "triton"),
+    "cuda": partial(choice.plans_of, "cuda"),
+    BY_PLAN: _by_plan,
+}
 
 
 def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
@@ -34,14 +42,14 @@ def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
                     direction,
                     activation_named(record.workload),
                 )
-                found.append((record, rules(work, device)))
+                found += [(record, plan) for plan in rules(work, device)]
     return found
 
 
 def plans_table(rows: Sequence[tuple[Record, Plan]]) -> Table:
     """A line for each pass of each layer."""
-    table = Table(title=f"Plans of the {backend_of(rows[0][0])[0]} backend for {rows[0][1].device.name}")
-    for name in ("layer", "dtype", "format", "pass", "variant"):
+    table = Table(title=f"Plans for {rows[0][1].device.name}")
+    for name in ("layer", "dtype", "format", "pass", "backend", "variant"):
         table.add_column(name)
     for name in ("launches", "programs", "tile", "on chip", "moved of useful bytes", "predicted ms"):
         table.add_column(name, justify="right")
@@ -52,6 +60,7 @@ def plans_table(rows: Sequence[tuple[Record, Plan]]) -> Table:
             record.dtype,
             record.memory_format,
             plan.work.direction,
+            plan.backend,
             plan.variant,
             str(plan.launches),
             f"{plan.programs:,}",

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import tsbn_kernels
+from benchmarks.records.groups import BY_PLAN
 from benchmarks.timing import host_memory
 from tsbn_kernels import backends
 
@@ -39,18 +40,25 @@ def cpu_name() -> str:
 
 def versions(device: torch.device) -> dict[str, str | int]:
     """Everything that changes the numbers, by name."""
-    chosen = backends.select(device.type)
-    backend = next(backend for backend in backends.backends() if backend.name == chosen)
     return {
         "torch": torch.__version__,
         "tsbn_kernels": tsbn_kernels.__version__,
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "backend": f"{backend.name}: {backend.detail}",
+        "backend": _backend(device.type),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
         **({"freed_memory": host_memory.policy()} if device.type == "cpu" else {}),
     }
+
+
+def _backend(device_type: str) -> str:
+    """Name and detail of the backend; of both where the plan of each call decides."""
+    details = {backend.name: backend.detail for backend in backends.backends()}
+    if backends.plans_decide(device_type):
+        return f"{BY_PLAN}: {details['triton']}, {details['cuda']}"
+    chosen = backends.select(device_type)
+    return f"{chosen}: {details[chosen]}"
 
 
 def available_bytes(device: torch.device) -> int:

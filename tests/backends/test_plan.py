@@ -334,8 +334,23 @@ def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "predicted" in text
     assert "nothing was measured" in text
     rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
-    assert rows["variant"] == ["streaming", "streaming", "elementwise"]
+    assert rows["variant"] == ["cluster", "cluster", "elementwise"]
     assert rows["bytes written"][:2] == ["5", "GiB"]
+
+
+def test_the_backend_of_each_pass_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--shape", "40,256,64,32,32", "--dtype", "bf16")
+    rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
+    assert rows["backend"] == ["cuda", "cuda", "triton"]
+    assert "forward training: cuda, 0.816 ms; triton would take 1.2 ms: 1.5 times the bytes, launches 1" in text
+    forced = printed(capsys, "--shape", "40,256,64,32,32", "--dtype", "bf16", "--backend", "triton")
+    assert not {"cuda", "why,"} & set(forced.split())
+    assert "would take" not in forced
+    text = printed(capsys, "--norm", "layer", "--shape", "2,1,4096,12288", "--dtype", "bf16")
+    assert "backward: cuda" in text
+    with pytest.raises(SystemExit):
+        printed(capsys, "--norm", "layer", "--shape", "2,1,4,20000")
+    assert "rows of 20000 values are longer" in capsys.readouterr().err
 
 
 def test_plan_of_other_layouts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +361,8 @@ def test_plan_of_other_layouts(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_of_what_is_fused(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a block of convolution, layer and ReLU with a residual: x twice, residual and y instead of eight tensors."""
-    text = printed(capsys, "--shape", "40,256,64,64,64", "--dtype", "bf16", "--activation", "relu", "--residual")
+    fused = "--activation", "relu", "--residual", "--backend", "triton"
+    text = printed(capsys, "--shape", "40,256,64,64,64", "--dtype", "bf16", *fused)
     assert "5 GiB, residual, relu" in text
     (line,) = [line for line in text.splitlines() if line.startswith("bytes unfused")]
     assert line.split()[2:4] == ["40", "GiB"]

@@ -156,6 +156,6 @@ def planned(backend: str, device: str) -> dict[Spec, set[str]]:
         return smallest(partial(triton_kinds, device=ops.device_of(where)))
     if backend == "cuda":
         return smallest(
-            lambda spec: cuda_kinds(spec, cuda.launches.device_of(where), cuda.batch_norm._clusters(spec.dtype, where))
+            lambda spec: cuda_kinds(spec, cuda.launches.device_of(where), cuda.batch_norm.clusters(spec.dtype, where))
         )
     return smallest(layout_kinds)

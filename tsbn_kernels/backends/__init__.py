@@ -1,6 +1,7 @@
 """Which backends exist, which are usable here, and which one runs.
 
-The dispatcher picks a backend by the device of ``x``. ``TSBN_BACKEND`` or :func:`use_backend` override it.
+The dispatcher picks a backend by the device of ``x``; between Triton and CUDA C++ the plan of each call decides, see
+:mod:`tsbn_kernels.backends.choice`. ``TSBN_BACKEND`` or :func:`use_backend` override it.
 """
 
 from __future__ import annotations
@@ -75,8 +76,18 @@ def override(device_type: str) -> str | None:
     return _override.name
 
 
+def plans_decide(device_type: str) -> bool:
+    """Whether the plan of each call chooses between two backends that run tensors of ``device_type``."""
+    usable = [b.name for b in backends() if b.available and b.runs_on(device_type)]
+    return override(device_type) is None and device_type == "cuda" and usable[:2] == ["triton", "cuda"]
+
+
 def select(device_type: str) -> str:
-    """Name of the backend that runs tensors of ``device_type``; raises as :func:`override` does."""
+    """Name of the backend that runs tensors of ``device_type``, the preferred one where the plan of a call decides.
+
+    Raises:
+        RuntimeError: as :func:`override`.
+    """
     return override(device_type) or next(b.name for b in backends() if b.available and b.runs_on(device_type))
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels import backends
-from tsbn_kernels.backends import cpu, cuda, triton
-from tsbn_kernels.backends.fallback import guarded
+from tsbn_kernels.backends import choice, cpu, cuda, triton
+from tsbn_kernels.backends.fallback import guarded, planned
 from tsbn_kernels.definition import reference
 
 library = torch.library.Library("tsbn", "DEF")
@@ -113,18 +113,11 @@ class Normalization(Generic[BackendT]):
         self.triton: Callable[[], BackendT] = cache(lambda: kind(*map(triton.operator, operators)))
 
     def _register(self, name: str) -> None:
-        """Registers the reference for every device for which no backend registers kernels of its own.
-
-        On CUDA devices Triton comes first, then CUDA C++, then the reference: see fallback.py.
-        """
+        """Registers the reference for every device for which no backend registers kernels of its own."""
         definition = getattr(self._general or reference, name)
         library.impl(name, self._flattened(name, definition), "CompositeExplicitAutograd")
         for key in triton.DISPATCH_KEYS if self._general is None else ():
-            chain = definition
-            if cuda.available and key == cuda.DISPATCH_KEY and hasattr(cuda, name):
-                chain = guarded(cuda.health, name, partial(getattr, cuda), chain)
-            if triton.available:
-                chain = guarded(triton.health, name, triton.operator, chain)
+            chain = chained(name, key, definition)
             if chain is not definition:
                 library.impl(name, self._flattened(name, chain), key)
 
@@ -173,6 +166,23 @@ class Normalization(Generic[BackendT]):
         if backend == "cuda":
             return self.cuda
         return self.triton() if backend == "triton" else self.dispatched
+
+
+def chained(name: str, key: str, definition: Adapter) -> Adapter:
+    """An operator for the GPUs of a dispatch key: by Triton, by CUDA C++ or by the definition, see fallback.py.
+
+    Where both have kernels the plan of a call tells which come first.
+    """
+    by_triton = partial(guarded, triton.health, name, triton.operator)
+    by_cuda = partial(guarded, cuda.health, name, partial(getattr, cuda))
+    has_cuda = cuda.available and key == cuda.DISPATCH_KEY and hasattr(cuda, name)
+    chain = by_cuda(definition) if has_cuda else definition
+    if not triton.available:
+        return chain
+    chain = by_triton(chain)
+    if has_cuda and hasattr(choice, name):
+        return planned(getattr(choice, name), {"triton": chain, "cuda": by_cuda(by_triton(definition))})
+    return chain
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:

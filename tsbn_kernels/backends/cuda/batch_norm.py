@@ -100,19 +100,19 @@ def _kernel(plan: rules.CudaPlan, dtype: torch.dtype) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _clusters(dtype: torch.dtype, device: torch.device) -> rules.Clusters:
+def clusters(dtype: torch.dtype, device: torch.device) -> rules.Clusters:
     """How many clusters of a plan run at a time: a driver knows which multiprocessors they would strand."""
 
-    def clusters(plan: rules.CudaPlan) -> int:
+    def at_a_time(plan: rules.CudaPlan) -> int:
         if plan.cluster == 1:
             return rules.clusters_on_paper(plan)
         return int(torch.ops.tsbn._cuda_active_clusters(_kernel(plan, dtype), device.index or 0))
 
-    return clusters
+    return at_a_time
 
 
 def _choose(work: Work, dtype: torch.dtype, device: torch.device) -> rules.CudaPlan:
-    return rules.plan(work, launches.device_of(device), _clusters(dtype, device))
+    return rules.plan(work, launches.device_of(device), clusters(dtype, device))
 
 
 def _run(call: _Call, tensors: Tensors) -> None:

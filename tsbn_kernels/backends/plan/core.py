@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tsbn_kernels.backends.plan.devices import Device
 from tsbn_kernels.backends.plan.work import Work
@@ -22,6 +22,7 @@ class Plan:
     """How a backend does a piece of work on a device; a pure function of the two.
 
     Attributes:
+        backend: the one whose kernels are planned.
         slabs: parts with statistics of their own: (task, channel), or (task, block of channels).
         tile: ``[A, B]`` values that a program holds at once, contiguous along B.
         tiles: of a slab.
@@ -32,6 +33,7 @@ class Plan:
         cluster: blocks of a cluster.
     """
 
+    backend: ClassVar[str]
     work: Work
     device: Device
     variant: Variant

@@ -35,6 +35,7 @@ class CudaPlan(Plan):
         resident: those that it keeps on chip.
     """
 
+    backend = "cuda"
     part_slots: int
     resident: int
 

@@ -48,6 +48,7 @@ def _heading(plan: Plan, rate: float) -> str:
 def _facts(plan: Plan, rate: float) -> dict[str, str]:
     moved = plan.bytes_read + plan.bytes_written
     return {
+        "backend": plan.backend,
         "variant": plan.variant,
         "launches": str(plan.launches),
         "programs": f"{plan.programs:,}",

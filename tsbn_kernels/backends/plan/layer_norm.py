@@ -120,6 +120,7 @@ def work_of(
 class LayerPlan(Plan):
     """A plan of the kernels of layer normalisation: each row stays on chip."""
 
+    backend = "triton"
     work: LayerWork
 
     @property

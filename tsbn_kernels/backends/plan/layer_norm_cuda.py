@@ -28,6 +28,7 @@ class CudaLayerPlan(LayerPlan):
         staged: tasks whose gates are in shared memory at a time.
     """
 
+    backend = "cuda"
     vector: int
     lanes: int
     piece: int

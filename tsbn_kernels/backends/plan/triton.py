@@ -21,6 +21,8 @@ TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs
 class TritonPlan(Plan):
     """A plan of the Triton kernels, and in what they differ from the rule of what is moved."""
 
+    backend = "triton"
+
     @property
     def launches(self) -> int:
         """Kernels that are launched one after the other."""
