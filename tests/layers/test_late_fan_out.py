@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut
+from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel
 from tsbn_kernels.layers.late_fan_out import HOMOGENEOUS
 
 T, N, C = 3, 4, 5
@@ -228,3 +229,42 @@ def test_layers_that_compute_something_else_are_refused() -> None:
     for layer in (Offset(T, C), hooked(FusedTSigmaBN2d(T, C)), own_forward(FusedTSigmaBN2d(T, C))):
         with pytest.raises(ValueError, match="must be a FusedTSigmaBN without hooks or methods of its own"):
             LateFanOut.from_layer(layer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("conv", ["none", "3x3"])
+def test_streams_of_a_model_part_there(conv: str) -> None:
+    """The layer tells the model that it has fanned out, and runs the tasks that the model runs."""
+    torch.manual_seed(1)
+    late, early = pair("relu", "max", conv, "task_major")
+    stem, second = nn.Conv2d(3, C, 1).double(), nn.Conv2d(C if late.conv is None else 6, 4, 1).double()
+    following = [FusedTSigmaBN2d(T, 4, dtype=torch.float64) for _ in range(2)]
+    names = "abc"
+    heads = {name: nn.Flatten() for name in names}
+    late_model = MultiTaskModel(nn.Sequential(stem, late, second, following[0]), heads)
+    modules = [early.layer, nn.MaxPool2d(2), *([] if late.conv is None else [late.conv]), second, following[1]]
+    early_model = MultiTaskModel(nn.Sequential(stem, *modules), heads)
+    models = late_model, copy.deepcopy(late_model), early_model
+    x = torch.randn(N, 3, 6, 6, dtype=torch.float64)
+    for tasks in (None, ["c", "a"], ["b"]):
+        *ours, expected = (model(x, tasks) for model in models)
+        for found in ours:
+            assert list(found) == list(expected)
+            for name, stream in found.items():
+                torch.testing.assert_close(stream, expected[name], rtol=1e-10, atol=1e-10)
+    for layer in (late.norm, early.layer):
+        assert layer.running_mean.isfinite().all()
+    assert late.norm.running_mean.shape[0] == 1 and int(late.norm.num_batches_tracked) == 3
+    with pytest.raises(ValueError, match="late fan-out needs one input for all tasks, got the streams of 3"):
+        late_model(dict.fromkeys(names, x))
+
+
+def test_batches_of_a_task_each_run_one_after_the_other() -> None:
+    late, _ = pair("relu", "max", "3x3", "task_major")
+    model = MultiTaskModel(
+        nn.Sequential(late, FusedTSigmaBN2d(T, 6, dtype=torch.float64)), dict.fromkeys("abc", nn.Flatten())
+    )
+    model.eval()
+    batches = {name: torch.randn(N + index, C, 4, 4, dtype=torch.float64) for index, name in enumerate("ab")}
+    found = model(batches)
+    for name, batch in batches.items():
+        torch.testing.assert_close(found[name], model(batch)[name])

@@ -13,7 +13,7 @@ from tsbn_kernels.definition.plain import is_plain, leaf_call
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.layers.batch_norm import STATISTICS, FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import tell_gates
-from tsbn_kernels.operator import checks
+from tsbn_kernels.operator import checks, runs
 
 HOMOGENEOUS = (None, *(name for name, row in TABLE.items() if row.homogeneous))
 # pool(k * x) = k * pool(x) for k > 0
@@ -41,6 +41,9 @@ class LateFanOut(nn.Module):
     Gates are taken out of, or into, what PyTorch defines alone. Before a pooling or convolution that is of a subclass,
     parametrized or pruned, or has hooks or a forward of its own, the streams part: the same values for more memory.
 
+    In the backbone of a :class:`~tsbn_kernels.MultiTaskModel` it must be the layer where the streams part: the model
+    gets one input for all tasks, or runs a task alone. The statistics are those of what all tasks share, whichever run.
+
     Args:
         num_tasks, num_features, eps, momentum, track_running_stats, device, dtype: as in :class:`FusedTSigmaBN2d`; the
             statistics are those of the one stream, ``[1, C]``.
@@ -60,6 +63,7 @@ class LateFanOut(nn.Module):
     """
 
     gate: ClassVar[str] = "sigmoid"
+    _routers: tuple[runs.Router, ...] = ()  # of the models that it is in the backbone of
 
     def __init__(
         self,
@@ -164,21 +168,22 @@ class LateFanOut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):
             return leaf_call(self, x)
+        weight = self._routed(x) if self._routers else self.weight
         r: Tensor = self.norm(x)
         modules = [module for module in (self.pool, self.conv) if module is not None]
         if modules and is_plain(modules[0], _POOLINGS):
             r = modules.pop(0)(r)
         if modules and is_plain(modules[0], _CONVOLUTIONS):
-            return self._convolve(r, modules[0])
+            return self._convolve(r, modules[0], weight)
         # By mean 0 and variance 1 the layer only multiplies: one read of r, T writes.
-        zeros, ones = torch.zeros_like(self.weight), torch.ones_like(self.weight)
+        zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
         r = task_batch_norm(
             r,
-            self.weight,
+            weight,
             None,
             zeros,
             ones,
-            num_tasks=self.num_tasks,
+            num_tasks=weight.shape[0],
             training=False,
             eps=0.0,
             stacking=self.stacking,
@@ -188,15 +193,33 @@ class LateFanOut(nn.Module):
             r = module(r)
         return r
 
-    def _convolve(self, r: Tensor, conv: nn.Module) -> Tensor:
+    def _routed(self, x: Tensor) -> Tensor:
+        """The rows of the weight of the tasks that a model runs.
+
+        Raises:
+            ValueError: the input is the streams of several tasks.
+        """
+        weight = self.weight
+        for router in self._routers:
+            if (found := router.route(self, x)) is not None:
+                tasks, fan_out = found
+                weight = self.weight if tasks is None else self.weight.index_select(0, tasks)
+                if not fan_out and weight.shape[0] > 1:
+                    raise ValueError(
+                        f"late fan-out needs one input for all tasks, got the streams of {weight.shape[0]} in an input "
+                        f"of shape {list(x.shape)}; use FusedTSigmaBN2d, or give the model one tensor"
+                    )
+        return weight
+
+    def _convolve(self, r: Tensor, conv: nn.Module, weight: Tensor) -> Tensor:
         kernel: Tensor = conv.weight  # type: ignore[assignment]
         bias: Tensor | None = conv.bias  # type: ignore[assignment]
-        gates = self.gates.view(self.num_tasks, 1, -1, *(1,) * (kernel.dim() - 2)).to(kernel.dtype)
+        gates = torch.sigmoid(weight).view(len(weight), 1, -1, *(1,) * (kernel.dim() - 2)).to(kernel.dtype)
         folded = {"weight": (kernel * gates).flatten(0, 1)}
         if bias is not None:
-            folded["bias"] = bias.repeat(self.num_tasks)
+            folded["bias"] = bias.repeat(len(weight))
         out: Tensor = torch.func.functional_call(conv, folded, (r,))
-        streams = out.unflatten(1, (self.num_tasks, -1))
+        streams = out.unflatten(1, (len(weight), -1))
         return layout.stacked(streams.transpose(0, 1), self.stacking)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.plain import leaf_call
+from tsbn_kernels.layers.late_fan_out import LateFanOut
 from tsbn_kernels.layers.mixing import task_index
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.fast_paths import close_fast_paths
@@ -59,7 +60,7 @@ class MultiTaskModel(nn.Module):
             raise TypeError(f"heads must be modules by the name of their task, got {heads!r:.80}")
         for name, head in heads.items():
             checks.check_module(f"head {name!r}", head)
-        layers = [(name, module) for name, module in backbone.named_modules() if isinstance(module, TaskSpecific)]
+        layers = _layers(backbone)
         if not layers:
             raise ValueError(
                 f"backbone {type(backbone).__name__} has no task-specific layer; convert it with "
@@ -83,8 +84,8 @@ class MultiTaskModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from when hooks told the layers whose streams they get."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for layer in self.backbone.modules():
-            if isinstance(layer, TaskSpecific) and self._router not in layer._routers:
+        for _, layer in _layers(self.backbone):
+            if self._router not in layer._routers:
                 layer._routers = (*layer._routers, self._router)
                 for key, hook in list(layer._forward_pre_hooks.items()):
                     if getattr(hook, "__self__", None) is self._router:
@@ -185,10 +186,12 @@ class MultiTaskModel(nn.Module):
 
     def _mixes(self) -> bool:
         """Whether all layers take samples of tasks in different numbers, and nobody asks which outputs a loss is of."""
-        layers = (layer for layer in self.backbone.modules() if isinstance(layer, TaskSpecific))
         return all(
-            getattr(layer, "process_group", None) is None and layer._participation is None and not layer.fan_out
-            for layer in layers
+            not isinstance(layer, LateFanOut)
+            and getattr(layer, "process_group", None) is None
+            and layer._participation is None
+            and not layer.fan_out
+            for _, layer in _layers(self.backbone)
         )
 
     def _mixed(self, x: Tensor, sizes: Sequence[int], tasks: Sequence[str]) -> tuple[list[Any], list[Tensor]]:
@@ -216,6 +219,16 @@ class MultiTaskModel(nn.Module):
 
 # What torch.compiler.assume_constant_result does, which would load the compiler with the package.
 MultiTaskModel._find_parting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _layers(backbone: nn.Module) -> list[tuple[str, TaskSpecific | LateFanOut]]:
+    """The layers that fan out or take streams, by name; not those that run on what all tasks share."""
+    shared = {module.norm for module in backbone.modules() if isinstance(module, LateFanOut)}
+    return [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, (TaskSpecific, LateFanOut)) and module not in shared
+    ]
 
 
 def _explained(error: Exception, backbone: nn.Module) -> Exception:
