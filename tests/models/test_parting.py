@@ -260,8 +260,8 @@ def test_a_trial_is_on_the_device_of_the_model() -> None:
     assert model._parting.module == "1"
 
 
-@pytest.mark.parametrize("around", [True, False])
-def test_what_cannot_be_tried_fans_out_in_its_layers(around: bool) -> None:
+@pytest.mark.parametrize("around", ["", "added", "mask"])
+def test_what_cannot_be_tried_fans_out_in_its_layers(around: str) -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,13 +269,16 @@ def test_what_cannot_be_tried_fans_out_in_its_layers(around: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(x * (1 + float(x.abs().max() < 0)))
+            if around == "mask":
+                return y[torch.ones(len(x), dtype=torch.bool)]
             return x + y if around else y
 
     model = built(Looks)
     if not around:
         assert_equals_plain(model, batch())
         return
-    with pytest.raises(RuntimeError, match=r"(?s)size of tensor.*in the backbone \(Looks\).*dict.fromkeys"):
+    kind, text = (IndexError, "shape of the mask") if around == "mask" else (RuntimeError, "size of tensor")
+    with pytest.raises(kind, match=rf"(?s){text}.*in the backbone \(Looks\).*dict.fromkeys"):
         model(batch())
     for task, y in model(dict.fromkeys(TASKS, batch())).items():
         assert_close(y, revert_model(model.backbone, TASKS.index(task))(batch()))

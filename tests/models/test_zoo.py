@@ -1,4 +1,4 @@
-"""Transformers of torchvision and timm: converted, run for all tasks and some, trained, reverted and exported."""
+"""Transformers of torchvision, timm and Hugging Face: converted, run for tasks, trained, reverted and exported."""
 
 from __future__ import annotations
 
@@ -35,8 +35,17 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     return pytest.importorskip("timm").create_model(name, num_classes=5, **options)  # type: ignore[no-any-return]
 
 
+def hugging_face_model(name: str, **config: Any) -> nn.Module:
+    """A model of random parameters: nothing is fetched."""
+    library = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    kind = "ForImageClassification" if name == "ViT" else "ForSequenceClassification"
+    return getattr(library, name + kind)(getattr(library, f"{name}Config")(**small, num_labels=5, **config))  # type: ignore[no-any-return]
+
+
+WORDS = 50, 7  # how many there are, and those of a sentence
 _SWIN = [4, 4], 16, [2, 2], [2, 4], [2, 2]
-# What makes the model, the side of its images, and the module at whose input the streams part.
+# What makes the model, the side of its images (0: it reads words), and the module at whose input the streams part.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, str | None]] = {
     "torchvision ViT": (lambda: torchvision_model("ViT", 32, 8, 2, 2, 16, 32), 32, "encoder.layers.encoder_layer_0"),
     "torchvision Swin": (lambda: torchvision_model("Swin", *_SWIN, stochastic_depth_prob=0.0), 32, None),
@@ -84,6 +93,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, str | None]] = {
         32,
         "blocks.0",
     ),
+    "Hugging Face ViT": (lambda: hugging_face_model("ViT", image_size=32, patch_size=8), 32, "vit.layers.0"),
+    "Hugging Face BERT": (lambda: hugging_face_model("Bert", vocab_size=WORDS[0]), 0, None),
 }
 
 
@@ -102,8 +113,11 @@ def pretrained(name: str) -> nn.Module:
     return model
 
 
-def images(name: str) -> Tensor:
-    return torch.randn(N, 3, MODELS[name][1], MODELS[name][1], generator=torch.Generator().manual_seed(1))
+def inputs(name: str) -> Tensor:
+    side, generator = MODELS[name][1], torch.Generator().manual_seed(1)
+    if side == 0:
+        return torch.randint(WORDS[0], (N, WORDS[1]), generator=generator)
+    return torch.randn(N, 3, side, side, generator=generator)
 
 
 def assert_close(got: Any, wanted: Any) -> None:
@@ -112,7 +126,7 @@ def assert_close(got: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_zoo(name: str) -> None:
-    plain, x = pretrained(name), images(name)
+    plain, x = pretrained(name), inputs(name)
     backbone = convert_model(plain, T, variant="tsbn", layer_norm=True)
     layers = [module for module in backbone.modules() if isinstance(module, TaskSpecific)]
     assert not any(
@@ -146,6 +160,26 @@ def test_zoo(name: str) -> None:
         assert_close(model(x)["hat"], wanted)
 
 
+def test_words_with_a_mask() -> None:
+    """A mask is made of the input itself: every task is given it, as the error says."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = pretrained("Hugging Face BERT")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x[:, 0], attention_mask=x[:, 1]).logits  # type: ignore[no-any-return]
+
+    words = inputs("Hugging Face BERT")
+    x, plain = torch.stack((words, torch.arange(WORDS[1]).lt(5).expand_as(words)), 1), Masked()
+    model = MultiTaskModel(convert_model(plain, T, layer_norm=True), {task: nn.Identity() for task in TASKS}).eval()
+    with pytest.raises(IndexError, match=r"(?s)in module 'model.bert.*model\(dict.fromkeys\(model.heads, x\)\)"):
+        model(x)
+    for y in model(dict.fromkeys(TASKS, x)).values():
+        assert_close(y, plain(x))
+
+
 @pytest.mark.parametrize("name", ["torchvision ViT", "timm Swin", "timm ConvNeXt", "timm MobileViT"])
 def test_gradients(name: str) -> None:
     """Those of shared parameters are the sums over the plain models of the tasks; those of layers are their rows."""
@@ -154,7 +188,7 @@ def test_gradients(name: str) -> None:
         if isinstance(layer, TaskSpecific):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
     model = MultiTaskModel(backbone, {task: nn.Identity() for task in TASKS}).eval()
-    x = images(name).double()
+    x = inputs(name).double()
     upstream = {task: torch.randn(N, 5, dtype=torch.float64) for task in TASKS}
     plain = {task: revert_model(backbone, index) for index, task in enumerate(TASKS)}
     sum((y * upstream[task]).sum() for task, y in model(x).items()).backward()

@@ -167,7 +167,7 @@ class MultiTaskModel(nn.Module):
         try:
             with recompute_outputs() if self.recompute else nullcontext():
                 features = self.backbone(x)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             if parting is not None and parting.obstacle and not isinstance(error, runs.RowsError):
                 raise parting.error(self.backbone) from error
             if shared and run.fanned_out and not torch.compiler.is_compiling():
@@ -234,12 +234,13 @@ def _layers(backbone: nn.Module) -> list[tuple[str, TaskSpecific | LateFanOut]]:
 def _explained(error: Exception, backbone: nn.Module) -> Exception:
     """An error behind the first task-specific layer with the module that it came from; as it is if not of sizes."""
     text = str(error)
-    if type(error) not in (RuntimeError, ValueError, runs.RowsError) or not any(word in text for word in _WORDS):
+    kinds = RuntimeError, ValueError, IndexError, runs.RowsError
+    if type(error) not in kinds or not any(word in text for word in _WORDS):
         return error
     names = {module: name for name, module in backbone.named_modules()}
     where = [backbone, *(call.module for call in calls(error) if call.module in names)][-1]
     place = f"module {names[where]!r}" if names[where] else "the backbone"
-    kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+    kind = ValueError if isinstance(error, ValueError) else type(error)
     return kind(
         f"{text}\nin {place} ({type(where).__name__}), behind a task-specific layer that has fanned the input out into "
         f"streams. Where a path leads around that layer, or the number of samples was read before it, "
