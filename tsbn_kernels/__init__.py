@@ -9,6 +9,7 @@ from tsbn_kernels.layers.mixing import task_index
 from tsbn_kernels.models.convert import convert_model, expand_state_dict, revert_model
 from tsbn_kernels.models.earlier_names import find_earlier_names
 from tsbn_kernels.models.export import export_task, fold_into_conv
+from tsbn_kernels.models.grow import add_task, remove_task
 from tsbn_kernels.models.hold import hold_absent_tasks
 from tsbn_kernels.models.multitask import MultiTaskModel
 from tsbn_kernels.models.parameter_groups import parameter_groups, split_parameters, task_vector_names
@@ -31,6 +32,7 @@ __all__ = [
     "FusedTSigmaRMSNorm",
     "LateFanOut",
     "MultiTaskModel",
+    "add_task",
     "convert_model",
     "convert_sync_batchnorm",
     "expand_state_dict",
@@ -41,6 +43,7 @@ __all__ = [
     "memory",
     "parameter_groups",
     "recompute_outputs",
+    "remove_task",
     "revert_model",
     "shard_tasks",
     "split_parameters",

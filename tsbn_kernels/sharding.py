@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tsbn_kernels.layers.late_fan_out import LateFanOut
 from tsbn_kernels.layers.participation import local
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.multitask import MultiTaskModel
+from tsbn_kernels.models.same_tasks import layers_of_same_tasks
 
 if TYPE_CHECKING:  # importing the package loads no part of torch.distributed
     from torch.distributed import ProcessGroup
@@ -273,17 +273,9 @@ def _layers(model: nn.Module) -> list[TaskSpecific]:
     """The task-specific layers, which must be all alike."""
     if any(isinstance(module, MultiTaskModel) for module in model.modules() if module is not model):
         raise ValueError(f"{type(model).__name__} has a MultiTaskModel inside; shard that one")
-    if late := [name for name, module in model.named_modules() if isinstance(module, LateFanOut)]:
-        raise TypeError(f"{late[0]!r} is a LateFanOut, which cannot be sharded; use a layer with fan_out=True")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskSpecific)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no task-specific layer; convert it with convert_model()")
+    layers = layers_of_same_tasks(model, "sharded")
     if sharded := [name for name, layer in layers.items() if any(_is_sharded(v) for _, v in _vectors(layer))]:
         raise ValueError(f"layer {sharded[0]!r} is sharded already; shard_tasks() comes first, and once")
-    counts = {layer.num_tasks: name for name, layer in layers.items()}
-    if len(counts) > 1:
-        found = " and ".join(f"{count} of {name!r}" for count, name in counts.items())
-        raise ValueError(f"all layers must have the same number of tasks, got {found}")
     return list(layers.values())
 
 

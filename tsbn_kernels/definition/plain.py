@@ -117,10 +117,13 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
         setattr(target, name, hooks)  # the same dictionary, in which handles remove their hooks
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy that shares the process groups, which cannot be copied, and keeps the attributes of parameters."""
+def copy_of(model: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
+    """A deep copy that keeps the attributes of parameters, and shares process groups, which cannot be copied.
+
+    It shares the objects in ``shared`` too.
+    """
     groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-    twin = copy.deepcopy(model, {id(group): group for group in groups})
+    twin = copy.deepcopy(model, {id(kept): kept for kept in (*groups, *shared)})
     for parameter, copied in zip(model.parameters(), twin.parameters(), strict=True):
         vars(copied).update(vars(parameter))
     return twin

@@ -9,6 +9,7 @@ of its own: what it does with them is what it does with a loop, whatever optimis
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from tsbn_kernels.operator.autograd_synchronized import GroupLike, group_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_TASKS = "tasks"  # in a state, which rows have one: those that have taken no step have none
+TASKS = "tasks"  # in a state, which rows have one: those that have taken no step have none
 
 
 def hold_absent_tasks(optimizer: torch.optim.Optimizer, model: nn.Module, process_group: GroupLike = None) -> None:
@@ -60,7 +61,7 @@ def hold_absent_tasks(optimizer: torch.optim.Optimizer, model: nn.Module, proces
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("LBFGS takes all parameters for one vector, and cannot leave out rows; take another optimiser")
     checks.check_module("model", model)
-    if any(isinstance(getattr(hook, "__self__", None), _Held) for hook in optimizer._optimizer_step_pre_hooks.values()):
+    if held_of(optimizer) is not None:
         raise ValueError(
             "the optimiser holds absent tasks already; call hold_absent_tasks() once, with the whole model"
         )
@@ -84,12 +85,18 @@ def hold_absent_tasks(optimizer: torch.optim.Optimizer, model: nn.Module, proces
             layers.setdefault(parameter, []).append(layer)
     if not layers:
         raise ValueError("the optimiser trains no parameter of a task-specific layer of the model")
-    held = _Held(layers, group_of(process_group))
+    held = Held(layers, group_of(process_group))
     optimizer.register_step_pre_hook(held.before)
     optimizer.register_step_post_hook(held.after)
 
 
-class _Held:
+def held_of(optimizer: torch.optim.Optimizer) -> Held | None:
+    """What :func:`hold_absent_tasks` has given an optimiser, if it has."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Held)), None)
+
+
+class Held:
     """What an optimiser sees of the parameters of some layers inside of its step: their rows.
 
     Gradients are averaged over the ranks of ``group``, if there are others.
@@ -105,6 +112,19 @@ class _Held:
         self._group = group
         self._whole: list[list[Tensor]] | None = None  # what the optimiser has, while it sees rows
         self._rows: dict[Tensor, Rows] = {}
+
+    def follow(self, replaced: Mapping[Tensor, Tensor], parts: dict[Participation, Participation]) -> None:
+        """Takes parameters with other rows in the place of those that it had.
+
+        Args:
+            replaced: the new parameters by the old ones.
+            parts: what watches the new ones, by what has watched the old; what is missing is added.
+        """
+        for parameter, watched in list(self._watched.items()):
+            if parameter in replaced:
+                new, rows = replaced[parameter], len(replaced[parameter])
+                del self._watched[parameter]
+                self._watched[new] = [parts.setdefault(part, Participation(new, rows)) for part in watched]
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before a step gives the optimiser the rows; where the step has a closure, as soon as that has ended."""
@@ -201,12 +221,12 @@ class Rows:
             row.grad = gradient if here else None
         self.present = [row for row in self.parameters if row.grad is not None]
         self._parameter = parameter
-        self._state = dict(state) if _TASKS in state or not state else _taken_apart(parameter, state)
-        self._given = {key: _by_row(value) for key, value in self._state.items() if key != _TASKS}
+        self._state = dict(state) if TASKS in state or not state else _taken_apart(parameter, state)
+        self._given = {key: _by_row(value) for key, value in self._state.items() if key != TASKS}
 
     def states(self) -> dict[Tensor, dict[str, Any]]:
         """The state of each row that has one; its tensors lie in those of the whole."""
-        started = local(self._state[_TASKS]).tolist() if self._state else []
+        started = local(self._state[TASKS]).tolist() if self._state else []
         return {
             row: {key: values[index] for key, values in self._given.items()}
             for index, (row, has_one) in enumerate(zip(self.parameters, started, strict=False))
@@ -229,7 +249,7 @@ class Rows:
                 if value is not None and value is not place:
                     place.copy_(value)
         if self._state:
-            self._state[_TASKS] = _whole(self._parameter, torch.tensor([float(bool(state)) for state in states]))
+            self._state[TASKS] = _whole(self._parameter, torch.tensor([float(bool(state)) for state in states]))
         return self._state
 
 
@@ -251,7 +271,7 @@ def _whole(parameter: Any, rows: Tensor) -> Tensor:
 
 def _taken_apart(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     count = len(local(parameter))
-    apart: dict[str, Any] = {_TASKS: _whole(parameter, torch.ones(count))}
+    apart: dict[str, Any] = {TASKS: _whole(parameter, torch.ones(count))}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             apart[key] = [copy.deepcopy(value) for _ in range(count)]
