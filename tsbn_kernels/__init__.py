@@ -6,8 +6,9 @@ from tsbn_kernels.layers.batch_norm import FusedTSigmaBN, FusedTSigmaBN1d, Fused
 from tsbn_kernels.layers.late_fan_out import LateFanOut
 from tsbn_kernels.layers.layer_norm import FusedTSigmaLN, FusedTSigmaLN2d, FusedTSigmaRMSNorm
 from tsbn_kernels.layers.mixing import task_index
-from tsbn_kernels.models.convert import convert_model, expand_state_dict, revert_model
+from tsbn_kernels.models.convert import convert_model, revert_model
 from tsbn_kernels.models.earlier_names import find_earlier_names
+from tsbn_kernels.models.expand import expand_state_dict
 from tsbn_kernels.models.export import export_task, fold_into_conv
 from tsbn_kernels.models.grow import add_task, remove_task
 from tsbn_kernels.models.hold import hold_absent_tasks

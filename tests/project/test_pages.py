@@ -93,8 +93,9 @@ def test_layer_normalisation(tmp_path: Path) -> None:
 def test_mixed_batches(tmp_path: Path) -> None:
     names = run("docs/mixed_batches.md", tmp_path)
     assert names["y"].shape == names["x"].shape
-    assert names["layer"].num_batches_tracked.tolist() == [1, 0, 1]
-    assert names["backbone"][1].num_batches_tracked.tolist() == [1, 0, 1]
+    assert names["layer"].num_batches_tracked.tolist() == [7, 7, 1]
+    assert names["model"].tasks == ("noisy", "drawn", "foggy")
+    assert names["backbone"][1].num_batches_tracked.tolist() == [0, 1, 0]  # of the second, the third, the second
 
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

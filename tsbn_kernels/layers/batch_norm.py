@@ -76,6 +76,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
     running_var: Tensor | None
     bias: Tensor | None  # type: ignore[assignment]
     _plain_vectors = ("weight", "bias", "running_mean", "running_var")
+    _plain_counts = ("num_batches_tracked",)
 
     def __init__(
         self,
@@ -336,14 +337,6 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes pickles from before the layer had all of its options."""
         super().__setstate__({**_LATER_OPTIONS, **state})  # type: ignore[no-untyped-call]
-
-    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        plain = super()._expand_plain_state(state_dict, prefix)
-        if plain and self.num_batches_tracked is not None:  # checkpoints of before PyTorch 0.4.1 have none
-            device, name = state_dict[f"{prefix}weight"].device, f"{prefix}num_batches_tracked"
-            count = state_dict.get(name, torch.zeros((), dtype=torch.long, device=device))
-            state_dict[name] = count.repeat(self.num_tasks)
-        return plain
 
     def extra_repr(self) -> str:
         return (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +42,7 @@ class TaskSpecific(nn.Module):
     """
 
     _plain_vectors: ClassVar[tuple[str, ...]] = ("weight", "bias")  # that a plain layer has too, without the task axis
+    _plain_counts: ClassVar[tuple[str, ...]] = ()  # numbers that a plain layer has too
 
     num_tasks: int
     stacking: Stacking
@@ -166,33 +169,54 @@ class TaskSpecific(nn.Module):
         tell_gates(destination, prefix, self.gate)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes the state of the plain layer too, and starts every task from it."""
+        """Takes the state of the plain layer too, and starts every task from it; and that of a list of T plain layers.
+
+        The list is in the place of the layer, or in a module there: ``prefix`` is followed by ``0.weight`` or by
+        ``bns.0.weight``.
+        """
         self._expand_plain_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Replaces the entries of a plain layer by those of T tasks, in place; leaves others alone.
+    def _expand_plain_state(self, state_dict: dict[str, Any], prefix: str, tasks: Sequence[int] | None = None) -> None:
+        """Replaces the entries of a plain layer, or of a list of them, by those of T tasks, in place.
 
-        Returns:
-            Whether they are of a plain layer.
+        Args:
+            state_dict: entries of other layers are left alone.
+            prefix: of the layer's entries.
+            tasks: whose the entries are; other tasks get the rows that the layer has. None: of all T.
 
         Raises:
-            ValueError: some entries are of a plain layer and others are not.
+            ValueError: some entries are of a plain layer and others are not, or they are those of other numbers of
+                tasks.
         """
+        count = self.num_tasks if tasks is None else len(tasks)
+        self._join_list(state_dict, prefix, count)
         entries = {name: state_dict[prefix + name] for name in self._plain_vectors if prefix + name in state_dict}
         plain = [prefix + name for name, entry in entries.items() if entry.dim() == self.weight.dim() - 1]
-        if not plain:
-            return False
-        if others := [prefix + name for name in entries if prefix + name not in plain]:
-            raise ValueError(
-                f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
-                f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
-                f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain one"
-            )
-        like: dict[str, Any] = {"device": state_dict[plain[0]].device, "dtype": self.weight.dtype}
-        state = {"weight": torch.ones(self.weight.shape[1:], **like)}  # of affine=False
+        if plain:
+            if others := [prefix + name for name in entries if prefix + name not in plain]:
+                raise ValueError(
+                    f"{', '.join(plain)} of the state is that of a plain layer, and {', '.join(others)} is "
+                    f"not. Where a checkpoint is distributed by the shapes of the model (set_model_state_dict with "
+                    f"broadcast_from_rank0), the first rank gives expand_state_dict(model, plain) instead of the plain "
+                    f"one"
+                )
+            counts = {name: state_dict[prefix + name] for name in self._plain_counts if prefix + name in state_dict}
+            for name, vector in self._of_plain(entries | counts, ()).items():
+                state_dict[prefix + name] = vector.repeat(count, *(1,) * vector.dim())
+        if tasks is not None:
+            self._add_own_rows(state_dict, prefix, tasks)
+
+    def _of_plain(self, entries: dict[str, Tensor], lead: tuple[int, ...]) -> dict[str, Tensor]:
+        """The entries of plain layers as a task-specific one has them, all ``[*lead, *]``, with what they lack."""
+        like: dict[str, Any] = {"device": next(iter(entries.values())).device}
+        shape = *lead, *self.weight.shape[1:]
+        state = {"weight": torch.ones(shape, dtype=self.weight.dtype, **like)}  # of affine=False
         if self.bias is not None:
-            state["bias"] = torch.zeros(self.weight.shape[1:], **like)
+            state["bias"] = torch.zeros(shape, dtype=self.weight.dtype, **like)
+        for name in self._plain_counts:  # checkpoints of before PyTorch 0.4.1 have none
+            if getattr(self, name) is not None:
+                state[name] = torch.zeros(lead, dtype=torch.long, **like)
         state |= entries
         if self.gate == "sigmoid":
             weight = state["weight"]
@@ -204,9 +228,44 @@ class TaskSpecific(nn.Module):
                     stacklevel=2,
                 )
             state["weight"] = torch.logit(exact, GATE_EPS).to(weight.dtype)
-        for name, vector in state.items():
-            state_dict[prefix + name] = vector.repeat(self.num_tasks, *(1,) * vector.dim())
-        return True
+        return state
+
+    def _join_list(self, state_dict: dict[str, Any], prefix: str, count: int) -> None:
+        """Makes the entries of a list of plain layers, if there is one, those of a layer of ``count`` tasks."""
+        names = *self._plain_vectors, *self._plain_counts
+        pattern = re.compile(rf"{re.escape(prefix)}(?:(\w+)\.)?(\d+)\.({'|'.join(names)})")
+        matches = [match for match in map(pattern.fullmatch, state_dict) if match and match[1] not in self._modules]
+        if not matches:
+            return
+        members = sorted({(match[1] or "", int(match[2])) for match in matches})
+        found = {match[3] for match in matches}
+        if [index for _, index in members] != list(range(count)) or len(matches) != count * len(found):
+            raise ValueError(
+                f"the layer {prefix[:-1]!r} needs plain layers of {count} tasks with the same entries, got "
+                f"{', '.join(match[0] for match in matches)}; expand_state_dict(model, state, tasks=...) says of which "
+                f"tasks the state is, where they are fewer"
+            )
+        rows: dict[str, list[Tensor]] = {name: [] for name in names if name in found}
+        for match in sorted(matches, key=lambda match: int(match[2])):
+            rows[match[3]].append(state_dict.pop(match[0]))
+        stacked = {name: torch.stack(vectors) for name, vectors in rows.items()}
+        for name, vectors in self._of_plain(stacked, (count,)).items():
+            state_dict[prefix + name] = vectors
+
+    def _add_own_rows(self, state_dict: dict[str, Any], prefix: str, tasks: Sequence[int]) -> None:
+        """Makes entries ``[K, *]`` of the K ``tasks`` those of all, with the layer's own rows for the others."""
+        for name, own in chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False)):
+            entry = state_dict.get(prefix + name)
+            if entry is None:
+                continue
+            if entry.shape != (len(tasks), *own.shape[1:]):
+                raise ValueError(
+                    f"{prefix + name} of the state must have shape {[len(tasks), *own.shape[1:]]}, for the tasks "
+                    f"{list(tasks)} of the layer's {self.num_tasks}, got {list(entry.shape)}"
+                )
+            rows = whole(own).detach().to(entry, copy=True)
+            rows[list(tasks)] = entry
+            state_dict[prefix + name] = rows
 
 
 def tell_gates(state: Any, prefix: str, gate: str) -> None:

@@ -16,7 +16,7 @@ from tsbn_kernels.layers.participation import Participation
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.models.hold import TASKS, held_of
 from tsbn_kernels.models.multitask import MultiTaskModel
-from tsbn_kernels.models.same_tasks import layers_of_same_tasks
+from tsbn_kernels.models.same_tasks import layers_of_same_tasks, row_of
 from tsbn_kernels.operator import checks
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -63,7 +63,7 @@ def add_task(
     """
     parts = _parts(model)
     optimizers = _optimizers(optimizer, model)
-    source = None if like is None else _index("like", like, parts)
+    source = None if like is None else row_of("like", like, parts.num_tasks, parts.names)
     whole, copied = parts.whole, False
     if whole is None:
         if name is not None or head is not None:
@@ -112,7 +112,7 @@ def remove_task(model: nn.Module, task: int | str, *, optimizer: Optimizers = No
     """
     parts = _parts(model)
     optimizers = _optimizers(optimizer, model)
-    index = _index("task", task, parts)
+    index = row_of("task", task, parts.num_tasks, parts.names)
     if parts.num_tasks == 1:
         raise ValueError(f"the model has one task, {task!r}, and cannot be without; revert_model() gives a plain model")
     changed = _Changed(parts, optimizers, [other for other in range(parts.num_tasks) if other != index], fresh=False)
@@ -131,6 +131,7 @@ class _Parts(NamedTuple):
     layers: dict[str, TaskSpecific]
     whole: MultiTaskModel | None
     num_tasks: int
+    names: tuple[str, ...]
 
 
 def _parts(model: nn.Module) -> _Parts:
@@ -149,7 +150,8 @@ def _parts(model: nn.Module) -> _Parts:
     models = [module for module in model.modules() if isinstance(module, MultiTaskModel)]
     if len(models) > 1:
         raise ValueError(f"{type(model).__name__} has {len(models)} MultiTaskModels; change them one by one")
-    return _Parts(layers, models[0] if models else None, next(iter(layers.values())).num_tasks)
+    whole, num_tasks = models[0] if models else None, next(iter(layers.values())).num_tasks
+    return _Parts(layers, whole, num_tasks, () if whole is None else whole.tasks)
 
 
 def _vectors(layer: TaskSpecific) -> Iterator[tuple[str, Tensor]]:
@@ -169,20 +171,6 @@ def _optimizers(optimizer: Any, model: nn.Module) -> list[torch.optim.Optimizer]
         if parameters.isdisjoint(parameter for group in one.param_groups for parameter in group["params"]):
             raise ValueError(f"the optimizer, {type(one).__name__}, trains no parameter of the model")
     return found
-
-
-def _index(argument: str, task: int | str, parts: _Parts) -> int:
-    if isinstance(task, str):
-        names = parts.whole.tasks if parts.whole is not None else ()
-        if task not in names:
-            raise ValueError(
-                f"{argument} must be one of {', '.join(names) or 'the indices, for there are no names'}, got {task!r}"
-            )
-        return names.index(task)
-    index = checks.index(argument, task)
-    if not -parts.num_tasks <= index < parts.num_tasks:
-        raise IndexError(f"{argument} {index} is out of range for num_tasks={parts.num_tasks}")
-    return index % parts.num_tasks
 
 
 # ---- vectors and their states ----------------------------------------------------------------------------------------
