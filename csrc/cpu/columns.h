@@ -289,6 +289,67 @@ struct Columns {
     }
   }
 
+  static void double_sums(const Work& w, int64_t group, int64_t chunk, double* partial, void* memory) {
+    const Factors center(w.vectors.center, w, group);
+    const T *x = slab_of(w.x, group), *dy = slab_of(w.dy, group), *ddx = slab_of(w.residual, group);
+    const int64_t padded = (w.C + L - 1) / L * L;
+    A* sums = static_cast<A*>(memory);
+    for (int64_t i = 0; i < kDoubleSums * w.C; ++i) partial[i] = 0;
+    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+      for (int64_t i = 0; i < kDoubleSums * padded; ++i) sums[i] = 0;
+      each_position(w, w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        const T *p = at(x, w.x, n, s), *q = at(dy, w.dy, n, s), *u = at(ddx, w.residual, n, s);
+        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+          const V origin = center(c, lanes);
+          V total[kDoubleSums] = {};
+          for (int j = 0; j < positions.count; ++j) {
+            const T *from = p + j * w.x.s + c, *upstream = q + j * w.dy.s + c, *second = u + j * w.residual.s + c;
+            for (const T* read : {from, upstream, second}) prefetch_ahead<kAhead>(read);
+            const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
+                    v = load_up_to(second, lanes, V{});
+            total[0] += v;
+            total[1] += g;
+            total[2] += v * d;
+            total[3] += g * d;
+            total[4] += v * g;
+          }
+          for (int k = 0; k < kDoubleSums; ++k) {
+            A* sum = sums + k * padded + c;
+            store(sum, load(sum) + total[k]);
+          }
+        });
+      });
+      for (int k = 0; k < kDoubleSums; ++k) {
+        for (int64_t c = 0; c < w.C; ++c) partial[k * w.C + c] += sums[k * padded + c];
+      }
+    }
+  }
+
+  static void double_backward(const Work& w, int64_t group, int64_t chunk) {
+    each_task_block(w, group, chunk, [&](const Block& b, int64_t task) TSBN_LAMBDA {
+      const Factors center(w.vectors.center, w, task), factors(w.vectors.factors, w, task);
+      const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task), *ddx = slab_of(w.residual, task);
+      T *out = slab_of(w.out, task), *ddy = slab_of(w.dresidual, task);
+      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
+        const T *p = at(x, w.x, n, s), *q = at(dy, w.dy, n, s), *u = at(ddx, w.residual, n, s);
+        T *r = at(out, w.out, n, s), *du = at(ddy, w.dresidual, n, s);
+        each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
+          const V origin = center(c, lanes);
+          V f[kDoubleFactors];
+          for (int k = 0; k < kDoubleFactors; ++k) f[k] = factors(k * w.T * w.C + c, lanes);
+          for (int j = 0; j < positions.count; ++j) {
+            const T *from = p + j * w.x.s + c, *upstream = q + j * w.dy.s + c, *second = u + j * w.residual.s + c;
+            for (const T* read : {from, upstream, second}) prefetch_ahead<kAhead>(read);
+            const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
+                    v = load_up_to(second, lanes, V{});
+            write(du + j * w.dresidual.s + c, lanes, v * f[0] + (d * f[1] + f[2]), w.stream);
+            write(r + j * w.out.s + c, lanes, v * f[3] + g * f[4] + (d * f[5] + f[6]), w.stream);
+          }
+        });
+      });
+    });
+  }
+
   template <template <class> class Activation>
   static void forward(const Work& w, int64_t group, int64_t chunk) {
     with_streaming<Activation<V>>(w.stream,

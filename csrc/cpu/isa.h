@@ -32,7 +32,7 @@ constexpr EpilogueKernels epilogue() {
 #define TSBN_EPILOGUE(name, Act) epilogue<Slabs, Act>(),
 template <class Slabs>
 constexpr SlabKernels slabs_of{Slabs::moments, Slabs::template forward<Identity>, Slabs::finish_shared,
-                               {TSBN_ACTIVATIONS(TSBN_EPILOGUE)}};
+                               Slabs::double_sums, Slabs::double_backward, {TSBN_ACTIVATIONS(TSBN_EPILOGUE)}};
 #undef TSBN_EPILOGUE
 
 template <template <class> class Slabs, class T>

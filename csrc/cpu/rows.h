@@ -295,6 +295,52 @@ struct Rows {
     }
   }
 
+  static void double_sums(const Work& w, int64_t group, int64_t chunk, double* partial, void*) {
+    const V center = factor(w.vectors.center, group);
+    const Place place(w, group);
+    const T *x = slab_of(w.x, place), *dy = slab_of(w.dy, place), *ddx = slab_of(w.residual, place);
+    for (int k = 0; k < kDoubleSums; ++k) partial[k] = 0;
+    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+      const Block b = w.partition.block(index);
+      V sums[kDoubleSums][kUnroll] = {};
+      for (int64_t n = b.n0; n < b.n1; ++n) {
+        const T *p = row(x, w.x, n, b.s0), *q = row(dy, w.dy, n, b.s0), *u = row(ddx, w.residual, n, b.s0);
+        each_vector(b.s1 - b.s0, n, [&](int64_t i, int lanes, int64_t j) TSBN_LAMBDA {
+          for (const T* read : {p, q, u}) prefetch_ahead<kAhead>(read + i);
+          const V d = load_up_to(p + i, lanes, center) - center, g = load_up_to(q + i, lanes, V{}),
+                  v = load_up_to(u + i, lanes, V{});
+          sums[0][j] += v;
+          sums[1][j] += g;
+          sums[2][j] += v * d;
+          sums[3][j] += g * d;
+          sums[4][j] += v * g;
+        });
+      }
+      for (int k = 0; k < kDoubleSums; ++k) partial[k] += Sums::total(sums[k]);
+    }
+  }
+
+  static void double_backward(const Work& w, int64_t group, int64_t chunk) {
+    each_slab_block(w, group, chunk, [&](const Block& b, int64_t slab) TSBN_LAMBDA {
+      const V center = factor(w.vectors.center, slab);
+      V f[kDoubleFactors];
+      for (int k = 0; k < kDoubleFactors; ++k) f[k] = factor(w.vectors.factors, k * w.T * w.C + slab);
+      const Place place(w, slab);
+      const T *x = slab_of(w.x, place), *dy = slab_of(w.dy, place), *ddx = slab_of(w.residual, place);
+      T *out = slab_of(w.out, place), *ddy = slab_of(w.dresidual, place);
+      for (int64_t n = b.n1; n-- > b.n0;) {
+        const T *p = row(x, w.x, n, b.s0), *q = row(dy, w.dy, n, b.s0), *u = row(ddx, w.residual, n, b.s0);
+        T *r = row(out, w.out, n, b.s0), *du = row(ddy, w.dresidual, n, b.s0);
+        each_output(r, b.s1 - b.s0, w.stream, [&](int64_t i, int lanes) TSBN_LAMBDA {
+          const V d = load_up_to(p + i, lanes, center) - center, g = load_up_to(q + i, lanes, V{}),
+                  v = load_up_to(u + i, lanes, V{});
+          write(du + i, lanes, v * f[0] + (d * f[1] + f[2]), w.stream);
+          write(r + i, lanes, v * f[3] + g * f[4] + (d * f[5] + f[6]), w.stream);
+        });
+      }
+    });
+  }
+
   template <template <class> class Activation>
   static void forward(const Work& w, int64_t group, int64_t chunk) {
     with_streaming<Activation<V>>(w.stream, [&](auto streams) { forward_rows<Activation>(w, group, chunk, streams); });

@@ -75,7 +75,13 @@ struct Vectors {
   void *z_scale = nullptr, *z_shift = nullptr;  // z = (x - center) * z_scale + z_shift + residual
   void *dweight = nullptr, *dbias = nullptr;
   const void *dz_mean = nullptr, *dz_xhat_mean = nullptr;  // given: of dz = dy * act'(z), and of dz * xhat
+  const void* factors = nullptr;  // of a double backward: kDoubleFactors vectors, one after the other
+  double* sums = nullptr;         // kDoubleSums
 };
+
+// What a double backward sums up over a slab, with d = x - center: ddx, dy, ddx * d, dy * d, ddx * dy. What it writes is
+// ddy = ddx * f0 + d * f1 + f2 and dx = ddx * f3 + dy * f4 + d * f5 + f6.
+inline constexpr int kDoubleSums = 5, kDoubleFactors = 7;
 
 // A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels. Where x
 // is shared by all tasks, a group is a slab of x, and has one of each other operand for each of `fan()` tasks.
@@ -87,7 +93,8 @@ struct Work {
   double positions = 0, eps = 0, slope = 0;  // positions: N * S; slope: of leaky ReLU
   Operand x, dy, out, residual, dresidual;   // the last two may be missing; x and dx have no task stride where shared
   Operand sum, mean, rstd;                   // layer norm: x + residual, if there is one; of each row. residual is like x,
-                                             // and in the backward it is what is added to dx
+                                             // and in the backward it is what is added to dx. Double backward: they
+                                             // are ddx and ddy
   void* h = nullptr;                         // shared: sum of g * z_scale over the tasks, in the accumulate type, cut like dx
   Vectors vectors;
   Partition partition;
@@ -132,6 +139,8 @@ struct SlabKernels {
   Reduce moments;            // of x: mean, sum of squared deviations
   Apply add_residual;        // the forward without an activation, but with a residual
   Apply finish_shared;       // out = h, and in training + (x - center) * scale + shift
+  Reduce double_sums;        // kDoubleSums vectors of channels() doubles, by as many vectors of `scratch`
+  Apply double_backward;     // out and dresidual from x, dy and residual
   EpilogueKernels epilogues[kActivations];
 };
 

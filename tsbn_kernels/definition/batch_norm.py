@@ -38,6 +38,11 @@ def gate_slope(weight: Tensor, gate: str) -> Tensor:
     return torch.sigmoid(weight) * torch.sigmoid(-weight) if gate == "sigmoid" else torch.ones_like(weight)
 
 
+def gate_curvature(weight: Tensor, gate: str) -> Tensor:
+    """Second derivative of :func:`gate_values` with respect to ``weight``, shape ``[T, C]``."""
+    return -gate_slope(weight, gate) * torch.tanh(weight / 2) if gate == "sigmoid" else torch.zeros_like(weight)
+
+
 def wide_view(x: Tensor, options: Options) -> Tensor:
     """A stacked tensor as ``[T, N, C, S]`` in the accumulate dtype."""
     return task_view(x, options.num_tasks, options.stacking).to(accumulate_dtype(x.dtype))

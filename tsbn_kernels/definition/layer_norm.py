@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype, gate_slope, gate_values
+from tsbn_kernels.definition.batch_norm import accumulate_dtype, gate_curvature, gate_slope, gate_values
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -140,6 +140,45 @@ def layer_norm_backward(
     if needs.dbias:
         dbias = dys.sum(over).to(weight.dtype)
     return LayerGradients(dx, dweight, dbias)
+
+
+def layer_norm_double_backward(
+    given: LayerGradients, dy: Tensor, saved: LayerSaved, options: LayerOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of dy, s and weight from those of dx, dweight and dbias.
+
+    With u, p and q the given ones, ``dz = g(w) * dy`` and P of a row as in
+    :mod:`tsbn_kernels.definition.double_backward`, of which the RMS form subtracts no mean::
+
+        ddy     = g(w) * rstd * P u + g'(w) * p * xhat + q
+        h       = g'(w) * p * dy - rstd * (u * mean(dz * xhat) + dz * mean(u * xhat))
+        ds      = rstd * P h - rstd * mean(dz * rstd * P u) * xhat
+        dweight = sum over the rows of dy * (g'(w) * rstd * P u + g''(w) * p * xhat)
+    """
+    s, raw, _, rstd = saved
+    dtype, dims = rstd.dtype, _normalized_dims(raw)
+    weight, xhat, dys = raw.to(dtype), normalized(saved), _task_streams(dy.to(dtype), options)
+    slope = gate_slope(weight, options.gate)
+    p = torch.zeros_like(weight) if given.dweight is None else given.dweight.to(dtype)
+    u = torch.zeros_like(xhat) if given.dx is None else given.dx.to(dtype)
+    gates = _spread(gate_values(weight, options.gate), dys)
+    of_u, of_xhat = (_streams(t, options) for t in (through_statistics(u, saved), xhat))
+
+    def of_input(streams: Tensor) -> Tensor:
+        return streams.sum(0) if options.fan_out else layout.stacked(streams, options.stacking)
+
+    def row_mean(values: Tensor) -> Tensor:
+        return values.mean(dims, keepdim=True)
+
+    ddy = gates * of_u + _spread(slope * p, dys) * of_xhat
+    if given.dbias is not None:
+        ddy = ddy + _spread(given.dbias.to(dtype), dys)
+    dz, scale = of_input(dys * gates), rstd.reshape(*rows_of(s, raw), *(1,) * (raw.dim() - 1))
+    h = of_input(dys * _spread(slope * p, dys)) - scale * (u * row_mean(dz * xhat) + dz * row_mean(u * xhat))
+    ds = through_statistics(h, saved) - scale * xhat * row_mean(dz * through_statistics(u, saved))
+    over = tuple(range(1, dys.dim() - raw.dim() + 1))
+    dweight = slope * (dys * of_u).sum(over) + gate_curvature(weight, options.gate) * p * (dys * of_xhat).sum(over)
+    return layout.stacked(ddy, options.stacking).to(dy.dtype), ds.to(s.dtype), dweight
 
 
 def _normalized_dims(weight: Tensor) -> tuple[int, ...]:

@@ -130,6 +130,21 @@ class Backend(Protocol):
         """Computes the gradients of x and residual of a part of a batch, by means ``[T, C]`` over the whole of it."""
 
 
+class TwiceBackend(Backend, Protocol):
+    """The operators of the second derivative too, which :mod:`tsbn_kernels.definition.double_backward` defines.
+
+    They know no activation and no fan-out: see :mod:`tsbn_kernels.operator.double_backward`.
+    """
+
+    def double_backward_sums(self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, options: Options) -> Tensor:
+        """Computes the sums of a second derivative, float64 ``[5, T, C]``."""
+
+    def double_backward(
+        self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, factors: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the gradients of dy and x by factors ``[7, T, C]``."""
+
+
 class MixedBackend(Protocol):
     """The operators of mixed batches, which :mod:`tsbn_kernels.definition.mixed_batch_norm` defines.
 

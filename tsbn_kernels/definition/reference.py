@@ -8,11 +8,14 @@ from tsbn_kernels.definition.batch_norm import (
     input_gradient,
     moments,
 )
+from tsbn_kernels.definition.double_backward import double_backward, double_backward_sums
 from tsbn_kernels.definition.layer_norm import layer_norm, layer_norm_backward
 from tsbn_kernels.definition.mixed_batch_norm import mixed_backward, mixed_forward_eval, mixed_forward_training
 
 __all__ = [
     "backward",
+    "double_backward",
+    "double_backward_sums",
     "forward_eval",
     "forward_tracked",
     "forward_training",

@@ -15,16 +15,12 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import NONE, activation_slope
 from tsbn_kernels.definition.options import Backend, Gradients, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.operator import recover_input as recovery
+from tsbn_kernels.operator.double_backward import differentiable_twice
 from tsbn_kernels.operator.ops import batch_norm, eager_operators, operators
 from tsbn_kernels.operator.registry import library
 
 _NEEDS = {flags: Needs(*flags) for flags in product((False, True), repeat=4)}
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
-
-
-def differentiable_twice(backend: str | None) -> Backend:
-    """The operators of a backend; the reference, whose gradients can be differentiated, under ``create_graph=True``."""
-    return reference if torch.is_grad_enabled() else operators(backend)
 
 
 def gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
@@ -75,8 +71,7 @@ def of_each_model(models: int, tensor: Any, dim: int | None) -> Any:
 class TaskBatchNorm(torch.autograd.Function):
     """Saves x and the ``[T, C]`` vectors, and the residual where an activation follows; y, xhat and gates are not kept.
 
-    The first derivative is the fused operator; with ``create_graph=True`` it is the reference's formula, which can be
-    differentiated again.
+    So are the first and the second derivative: see :mod:`tsbn_kernels.operator.double_backward`.
     """
 
     @staticmethod

@@ -12,7 +12,8 @@ from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import LayerOptions, Needs, Options, Saved
 from tsbn_kernels.operator import autograd
-from tsbn_kernels.operator.autograd import TaskBatchNorm, differentiable_twice
+from tsbn_kernels.operator.autograd import TaskBatchNorm
+from tsbn_kernels.operator.double_backward import differentiable_twice
 from tsbn_kernels.operator.separate import aliases, separate
 
 

@@ -13,7 +13,10 @@ from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import gate_slope, gate_values
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
+from tsbn_kernels.operator import layer_double_backward
 from tsbn_kernels.operator.autograd import of_each_model, transformed
+from tsbn_kernels.operator.double_backward import by_definition
+from tsbn_kernels.operator.layer_double_backward import differentiable
 from tsbn_kernels.operator.layer_ops import eager_operators, layer_norm, operators
 from tsbn_kernels.operator.registry import library
 
@@ -32,19 +35,17 @@ def keep(ctx: Any, saved: LayerSaved, options: LayerOptions, backend: str | None
     ctx.save_for_backward(*saved)
 
 
-def differentiable(s: Tensor, weight: Tensor, options: LayerOptions) -> LayerSaved:
-    """What is saved, with statistics that are functions of ``s``."""
-    return LayerSaved(s, weight, *reference.statistics(s, weight, options))
-
-
 def backward(
     saved: LayerSaved, dy: Tensor, ds: Tensor | None, needs: LayerNeeds, options: LayerOptions, backend: str | None
 ) -> LayerGradients:
-    """The gradients that are needed; under ``create_graph=True`` the reference's, which can be differentiated."""
-    if torch.is_grad_enabled():
+    """The gradients that are needed; under ``create_graph=True`` they can be differentiated."""
+    compute = operators(backend)
+    if not torch.is_grad_enabled():
+        return compute.layer_norm_backward(dy, ds, saved, needs, options)
+    if by_definition():
         saved = differentiable(saved.s, saved.weight, options)
         return reference.layer_norm_backward(dy, ds, saved, needs, options)
-    return operators(backend).layer_norm_backward(dy, ds, saved, needs, options)
+    return layer_double_backward.backward(compute, dy, ds, saved, needs, options)
 
 
 def gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, *needed: bool) -> tuple[Tensor | None, ...]:
@@ -60,8 +61,7 @@ def gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, *needed: bool) -> 
 class TaskLayerNorm(torch.autograd.Function):
     """Saves x, or ``x + residual``, the weight and the statistics of the rows; y and xhat are not kept.
 
-    The first derivative is the fused operator; with ``create_graph=True`` it is the reference's formula, which can be
-    differentiated again.
+    The first derivative is the fused operator; the second: :mod:`tsbn_kernels.operator.layer_double_backward`.
     """
 
     @staticmethod

@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tsbn_kernels.definition import mixed_batch_norm as reference
+from tsbn_kernels.definition import reference as all_references
 from tsbn_kernels.definition.activations import NONE
-from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import (
+    Gradients,
+    MixedBackend,
+    Moments,
+    Needs,
+    Normalized,
+    Options,
+    Saved,
+    TwiceBackend,
+)
+from tsbn_kernels.operator import ops
+from tsbn_kernels.operator.double_backward import Twice, by_definition
 from tsbn_kernels.operator.mixed_ops import eager_operators, mixed, operators
 from tsbn_kernels.operator.registry import library
 
@@ -33,16 +44,61 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, var: Tensor, backend:
     ctx.save_for_backward(task_of_sample, x, weight, bias, residual, mean, var)
 
 
+class MixedTasks:
+    """The passes over the samples of a mixed batch, for its second derivative; each sample is read as a task.
+
+    Args:
+        task_of_sample: the task of each sample, int64 ``[N]``.
+        compute, of_samples: what computes them, and those of equal tasks.
+    """
+
+    def __init__(self, task_of_sample: Tensor, compute: MixedBackend, of_samples: TwiceBackend) -> None:
+        self._index, self._compute, self._of_samples = task_of_sample, compute, of_samples
+
+    def defined(self) -> MixedTasks:
+        return MixedTasks(self._index, reference, all_references)
+
+    def statistics(self, x: Tensor, options: Options) -> Moments:
+        return reference.mixed_statistics(x, self._index, options.num_tasks)
+
+    def values(self, x: Tensor, options: Options) -> Tensor:
+        samples = reference.samples_of(self._index, options.num_tasks).double().unsqueeze(1)
+        return samples * (x.numel() // max(1, x.shape[0] * x.shape[1]))
+
+    def backward(self, dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Options) -> Gradients:
+        return self._compute.mixed_backward(dy, saved, self._index, training, needs, options)
+
+    def forward_eval(self, saved: Saved, options: Options) -> Tensor:
+        return self._compute.mixed_forward_eval(saved, self._index, options)
+
+    def double_backward_sums(self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, options: Options) -> Tensor:
+        mean, own = mean.index_select(0, self._index), options._replace(num_tasks=len(self._index))
+        sums = self._of_samples.double_backward_sums(ddx, dy, x, mean, own)
+        return sums.new_zeros(len(sums), options.num_tasks, x.shape[1]).index_add(1, self._index, sums)
+
+    def double_backward(
+        self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, factors: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        mean, factors = mean.index_select(0, self._index), factors.index_select(1, self._index)
+        own = options._replace(num_tasks=len(self._index))
+        return self._of_samples.double_backward(ddx, dy, x, mean, factors, own)
+
+
 def _gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
-    """The gradients that are needed; under ``create_graph=True`` the reference's, which can be differentiated."""
+    """The gradients that are needed; under ``create_graph=True`` they can be differentiated."""
     if dy is None or not any(needs):
         return Gradients()
     task_of_sample, *tensors = ctx.saved_tensors
     options: Options = ctx.options
-    compute = reference if torch.is_grad_enabled() else operators(ctx.backend)
+    compute = reference if torch.is_grad_enabled() and by_definition() else operators(ctx.backend)
     plain = options.activation == NONE and needs.dresidual
     wanted = needs._replace(dresidual=False) if plain else needs
-    found = compute.mixed_backward(dy, Saved._make(tensors), task_of_sample, ctx.training, wanted, options)
+    saved = Saved._make(tensors)
+    if torch.is_grad_enabled() and not by_definition():
+        tasks = MixedTasks(task_of_sample, compute, ops.operators(ctx.backend))
+        found = Twice(tasks).backward(dy, saved, ctx.training, wanted, options)
+    else:
+        found = compute.mixed_backward(dy, saved, task_of_sample, ctx.training, wanted, options)
     return found._replace(dresidual=dy) if plain else found
 
 
@@ -70,7 +126,7 @@ def apply(*inputs: Any) -> Normalized:
 
     The transforms of ``torch.func`` and forward-mode derivatives go through the reference's formulas.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if by_definition():
         return _normalize(reference, *inputs[:-1])
     return Normalized(*MixedTaskBatchNorm.apply(*inputs))
 

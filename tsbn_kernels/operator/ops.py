@@ -29,6 +29,7 @@ from tsbn_kernels.definition.options import (
     Options,
     Running,
     Saved,
+    TwiceBackend,
     of_input,
 )
 from tsbn_kernels.operator.registry import Normalization, Operator, or_empty
@@ -50,13 +51,15 @@ class Operators(NamedTuple):
     backward: Callable[..., Any]
     moments: Callable[..., Any]
     input_gradient: Callable[..., Any]
+    double_backward_sums: Callable[..., Any]
+    double_backward: Callable[..., Any]
 
 
 # ---- the schemas: options are fields of Options, those that have defaults follow the residual ------------------------
 
 _FLAT_NAMES = {name: "shared" if name == "fan_out" else name for name in Options._fields}
 _RUNNING = ("running_mean", "running_var", "batches", "momentum", "rows")
-_NOT_ASKED = {"eps": 0.0, "gate": "identity"}  # of moments
+_NOT_ASKED = {"eps": 0.0, "gate": "identity"}  # of moments and of the second derivative
 
 
 def _parameters(names: tuple[str, ...]) -> str:
@@ -72,6 +75,7 @@ def _parameters(names: tuple[str, ...]) -> str:
 
 _EPILOGUE = f"Tensor? residual=None, {_parameters(tuple(Options._field_defaults))}"
 _OPTIONS = _parameters(tuple(name for name in Options._fields if name not in Options._field_defaults))
+_READ = f"Tensor ddx, Tensor dy, Tensor x, Tensor mean, {{}}{_parameters(('num_tasks', 'stacking'))}"
 SCHEMAS = {
     "forward_training": (
         f"(Tensor x, Tensor weight, Tensor? bias, {_OPTIONS}, {_EPILOGUE}) -> (Tensor y, Tensor mean, Tensor var)"
@@ -96,6 +100,9 @@ SCHEMAS = {
         "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor dz_mean, Tensor dz_xhat_mean,"
         f" {_OPTIONS}, Tensor? bias=None, {_EPILOGUE}, bool need_dresidual=False) -> (Tensor dx, Tensor dresidual)"
     ),
+    # Of the second derivative: see tsbn_kernels/operator/double_backward.py.
+    "double_backward_sums": f"({_READ.format('')}) -> Tensor",
+    "double_backward": f"({_READ.format('Tensor factors, ')}) -> (Tensor ddy, Tensor dx)",
 }
 
 
@@ -140,6 +147,8 @@ _ADAPTERS: dict[str, Callable[..., Any]] = {
     "backward": _backward,
     "moments": lambda run, options, x: run(x, options),
     "input_gradient": _input_gradient,
+    "double_backward_sums": lambda run, options, **read: run(**read, options=options),
+    "double_backward": lambda run, options, **read: run(**read, options=options),
 }
 
 
@@ -225,6 +234,18 @@ class Dispatched:
         )
         return Gradients(dx, dresidual=dresidual if needs_dresidual else None)
 
+    def double_backward_sums(self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, options: Options) -> Tensor:
+        sums: Tensor = self.flat.double_backward_sums(ddx, dy, x, mean, options.num_tasks, options.stacking)
+        return sums
+
+    def double_backward(
+        self, ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, factors: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.flat.double_backward(
+            ddx, dy, x, mean, factors, options.num_tasks, options.stacking
+        )
+        return found
+
 
 # ---- fake kernels: shapes, dtypes and strides of the results ---------------------------------------------------------
 
@@ -265,9 +286,19 @@ class _Fake:
     ) -> Gradients:
         return _Fake.backward(dy, saved, True, Needs(True, False, False, needs_dresidual), options)
 
+    @staticmethod
+    def double_backward_sums(ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, options: Options) -> Tensor:
+        return mean.new_empty((5, *mean.shape), dtype=torch.float64)
+
+    @staticmethod
+    def double_backward(
+        ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, factors: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        return layout.empty_output(x, options), layout.empty_input(x, options)
+
 
 _DEFAULTS = _NOT_ASKED | {_FLAT_NAMES[name]: value for name, value in Options._field_defaults.items()}
-batch_norm: Normalization[Backend] = Normalization(
+batch_norm: Normalization[TwiceBackend] = Normalization(
     Operators,
     {name: Operator(schema, _ADAPTERS[name]) for name, schema in SCHEMAS.items()},
     _options,

@@ -1,0 +1,294 @@
+"""The second derivative: its operators, what they serve under ``create_graph=True``, and the memory that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.backends import instruction_sets, threads
+from support.problems import DTYPES, FORMATS, STACKINGS, Problem, defined, fill_cache_with_nan, problem, stack
+from support.tolerances import BACKWARD, STATISTICS, Tolerance, assert_same_bits, assert_within
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, functional
+from tsbn_kernels.backends import cpu
+from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import layer_norm, mixed_batch_norm
+from tsbn_kernels.definition.options import LayerOptions, Options
+from tsbn_kernels.operator import double_backward, layer_double_backward
+
+T, N, C, SPATIAL = 3, 4, 5, (6, 7)
+Call = Callable[..., Tensor]
+
+
+def by_autograd(call: Call, operands: Sequence[Tensor], dy: Tensor, seed: int = 1) -> list[Tensor]:
+    """Gradients of the operands and of dy, of random gradients of all that a backward pass gives; then those again."""
+    dy, *operands = (tensor.detach().clone().requires_grad_() for tensor in (dy, *operands))
+    first = torch.autograd.grad(call(*operands), operands, dy, create_graph=True)
+    generator = torch.Generator().manual_seed(seed)
+    given = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t) for t in first]
+    return [*first, *torch.autograd.grad(first, (dy, *operands), given, materialize_grads=True)]
+
+
+# Options of a call, of which the definition's are made; None of an activation: there is none.
+CASES: list[dict[str, Any]] = [
+    *({"stacking": stacking, "memory_format": f} for stacking in STACKINGS for f in FORMATS),
+    *({"activation": name, "stacking": "sample_major"} for name in ("relu", "leaky_relu", "hardswish", "gelu_tanh")),
+    {"gate": "identity", "memory_format": "channels_last", "activation": "silu"},
+    {"training": False},
+    {"training": False, "gate": "identity", "activation": "gelu", "memory_format": "channels_last"},
+    {"fan_out": True, "stacking": "sample_major"},
+    {"fan_out": True, "activation": "silu", "memory_format": "channels_last"},
+    {"fan_out": True, "training": False, "stacking": "task_axis", "activation": "relu6"},
+    {"mixed": True},
+    {"mixed": True, "activation": "silu", "training": False},
+    {"mixed": True, "activation": "relu", "memory_format": "channels_last"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_that_of_the_definition_through_autograd(case: dict[str, Any]) -> None:
+    """In float64 to 1e-10, with a learned bias, and with a residual where an activation follows."""
+    case = {"training": True, "activation": None, "fan_out": False, "mixed": False} | case
+    named = {name: case[name] for name in ("stacking", "memory_format", "gate") if name in case}
+    p = problem(T, N, C, SPATIAL, dtype=torch.float64, **named)
+    assert p.bias is not None
+    x = p.x if not case["fan_out"] else (p.x[0] if p.stacking == "task_axis" else p.x[:N])
+    index = torch.tensor([1, 0, 1, 1, 0, 1, 0, 1, 1, 1, 0, 0])  # the last task has no sample
+    statistics = torch.randn(T, C).double(), torch.rand(T, C).double() + 0.5
+    options = Options(T, p.eps, p.gate, p.stacking, case["activation"] or "none", 0.2, case["fan_out"])
+    given = (None, None) if case["training"] else statistics
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        settings = {"fan_out": case["fan_out"], "stacking": p.stacking}
+        return functional.task_batch_norm(
+            x, weight, bias, *given, residual, num_tasks=T, training=case["training"], gate=p.gate,
+            activation=case["activation"], negative_slope=0.2,
+            **({"task_of_sample": index} if case["mixed"] else settings),
+        )  # fmt: skip
+
+    def definition(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        if case["mixed"]:
+            found = statistics
+            if case["training"]:
+                found = mixed_batch_norm.mixed_statistics(x, index, T)
+            saved = reference.Saved(x, weight, bias, residual, *found)
+            return mixed_batch_norm.mixed_forward_eval(saved, index, options)
+        found = reference.statistics(x, options) if case["training"] else statistics
+        return reference.forward_eval(reference.Saved(x, weight, bias, residual, *found), options)
+
+    operands = x, p.weight, p.bias, torch.randn_like(p.dy)
+    found, expected = (by_autograd(call, operands, p.dy) for call in (ours, definition))
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_streams_whose_tasks_take_turns() -> None:
+    """Of tasks that no gradient comes from the second derivative is zero."""
+    layer = FusedTSigmaBN2d(T, C, activation="silu").double()
+    x = torch.randn(T * N, C, 3, 3, dtype=torch.float64)
+    dy = torch.randn(2 * N, C, 3, 3, dtype=torch.float64)
+    found = by_autograd(lambda x: torch.cat(layer.streams(x)[1:]), [x], dy)
+    expected = by_autograd(lambda x: layer(x)[N:], [x], dy)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_derivative_is_that_of_the_kernels() -> None:
+    p = problem(dtype=torch.bfloat16)
+    operands = [t.requires_grad_() for t in (p.x, p.weight, p.bias) if t is not None]
+    y = functional.task_batch_norm(*operands, num_tasks=p.num_tasks, activation="gelu")
+    plain = torch.autograd.grad(y, operands, p.dy, retain_graph=True)
+    for got, wanted in zip(torch.autograd.grad(y, operands, p.dy, create_graph=True), plain, strict=True):
+        assert_same_bits(got.detach(), wanted)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_third_derivative(activation: str | None) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape).double().requires_grad_() for shape in ((4, 2, 2), (2, 2), (2, 2), (4, 2, 2))]
+
+    def slopes(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        y = functional.task_batch_norm(x, weight, bias, num_tasks=2, activation=activation)
+        return torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(slopes, tensors, fast_mode=True)
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
+
+
+def operands_of(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ddx = torch.randn(p.x.shape, generator=generator).to(p.dy)
+    if p.x.stride() != p.x.contiguous().stride():
+        ddx = torch.empty_like(p.x).copy_(ddx)
+    mean = reference.statistics(p.x, Options(p.num_tasks, p.eps, p.gate, p.stacking)).mean
+    factors = torch.randn(7, *p.weight.shape, generator=generator).to(mean.dtype)
+    return ddx, p.dy, mean, factors
+
+
+# T, N, C, spatial: tails of every vector width, several blocks and chunks, and many groups.
+SIZES = [(1, 1, 1, (2,)), (3, 7, 13, ()), (2, 3, 65, (7,)), (3, 2, 5, (31, 33)), (1, 2, 2, (4099,)), (1, 130, 17, (9,))]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_kernels(size: tuple[int, int, int, tuple[int, ...]], memory_format: str, dtype: torch.dtype) -> None:
+    """Every instruction set, within the tolerances of the layer; no value is left out or written twice."""
+    p = problem(*size, dtype=dtype, memory_format=memory_format, stacking="sample_major")
+    ddx, dy, mean, factors = operands_of(p)
+    how = p.num_tasks, p.stacking
+    wide = (ddx.double(), dy.double(), p.x.double(), mean.double())
+    sums, results = defined.double_backward_sums(*wide, *how), defined.double_backward(*wide, factors.double(), *how)
+    values = p.x.numel() // p.weight.numel()
+    fill_cache_with_nan(p.x)
+    for name in instruction_sets():
+        cpu.set_instruction_set(name)
+        try:
+            found = torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean, *how)
+            outputs = torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors, *how)
+        finally:
+            cpu.set_instruction_set("")
+        assert_within(found, sums, Tolerance(STATISTICS[dtype], 1), scale=max(1.0, values**0.5) * 8)
+        for got, wanted in zip(outputs, results, strict=True):
+            assert got.dtype == dtype
+            assert got.stride() == p.x.stride()
+            assert_within(got, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_same_bits_for_every_number_of_threads(memory_format: str) -> None:
+    p = problem(2, 16, 4, (60, 60), dtype=torch.bfloat16, memory_format=memory_format)
+    ddx, dy, mean, factors = operands_of(p)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            sums = torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean, p.num_tasks, p.stacking)
+            outputs = torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors, p.num_tasks, p.stacking)
+            results.append((sums, *outputs))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("stacking", STACKINGS)
+def test_opcheck(stacking: str) -> None:
+    for memory_format in FORMATS:
+        p = problem(2, 2, 3, (2, 2), stacking=stacking, memory_format=memory_format)
+        ddx, dy, mean, factors = operands_of(p)
+        torch.library.opcheck(torch.ops.tsbn.double_backward_sums.default, (ddx, dy, p.x, mean, 2, stacking))
+        torch.library.opcheck(torch.ops.tsbn.double_backward.default, (ddx, dy, p.x, mean, factors, 2, stacking))
+
+
+@pytest.mark.usefixtures("native")
+def test_errors_say_what_was_expected() -> None:
+    p = problem()
+    ddx, dy, mean, factors = operands_of(p)
+    with pytest.raises(RuntimeError, match=r"factors must be contiguous.* of shape \[7, 3, 5\]"):
+        torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors[:6], 3, p.stacking)
+    with pytest.raises(RuntimeError, match="ddx must have the shape of y"):
+        torch.ops.tsbn.double_backward_sums(ddx[1:], dy, p.x, mean, 3, p.stacking)
+    with pytest.raises(RuntimeError, match=r"mean must have shape \[3, 5\]"):
+        torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean[1:], 3, p.stacking)
+
+
+# ---- parts and memory ------------------------------------------------------------------------------------------------
+
+
+def test_curvature_of_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(1, 1e-5, "sigmoid", "task_major", "gelu")
+    ddz, dy, z = torch.randn(3, 7, 5, 3, dtype=torch.bfloat16).unbind()
+    whole = double_backward.through_curvature(ddz, dy, z.clone(), options)
+    monkeypatch.setattr(double_backward, "_CHUNK", 32)
+    assert torch.equal(double_backward.through_curvature(ddz, dy, z.clone(), options), whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 60])
+@pytest.mark.parametrize("fan_out", [False, True])
+@pytest.mark.parametrize("stacking", STACKINGS)
+def test_layer_norm_is_that_of_the_definition(
+    stacking: str, fan_out: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows are computed at once."""
+    monkeypatch.setattr(layer_double_backward, "_CHUNK", chunk)
+    shape = (N, 2, 5) if fan_out else (T, N, 2, 5)
+    x = torch.randn(shape, dtype=torch.float64)
+    x, dy = x if fan_out else stack(x, stacking), stack(torch.randn(T, N, 2, 5, dtype=torch.float64), stacking)
+    weight, bias = torch.randn(2, T, 5, dtype=torch.float64)
+    for rms in (False, True):
+        options = LayerOptions(T, 1e-5, "sigmoid", stacking, rms, fan_out)
+        operands = (x, weight) if rms else (x, weight, bias)
+
+        def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return functional.normalize_rows((x, weight, bias, None), tuple(options))[0]  # noqa: B023
+
+        def definition(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return layer_norm.layer_norm(x, weight, bias, None, options).y  # noqa: B023
+
+        found, expected = (by_autograd(call, operands, dy) for call in (ours, definition))
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes at a time of what operators allocate meanwhile, as far as it is as large as ``least``."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self._least, self._alive, self.bytes = least, dict[int, tuple[StorageWeakRef, int]](), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self._least:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in given:
+                    self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: value for key, value in self._alive.items() if not value[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "temporaries"),
+    [
+        (lambda: FusedTSigmaBN2d(T, 16), 0),
+        (lambda: FusedTSigmaBN2d(T, 16, activation="relu"), 2),
+        (lambda: FusedTSigmaBN2d(T, 16, activation="silu"), 3),
+        (lambda: FusedTSigmaLN(T, 32), 0),
+    ],
+    ids=["batch norm", "ReLU", "SiLU", "layer norm"],
+)
+def test_temporaries(layer: Callable[[], torch.nn.Module], temporaries: int, dtype: torch.dtype) -> None:
+    """Beside the gradients of dy and x there are so many tensors of x's size at a time."""
+    x, dy, ddx = torch.randn(3, T * 32, 16, 32, 32).to(dtype).unbind()
+    x, dy, module = x.requires_grad_(), dy.requires_grad_(), layer()
+    (dx,) = torch.autograd.grad(module(x), x, dy, create_graph=True)
+    with Peak(x.nbytes // 8) as peak:
+        torch.autograd.grad(dx, (x, dy), ddx)
+    assert 2 * x.nbytes <= peak.bytes <= (2 + temporaries) * x.nbytes
+
+
+def test_the_graph_of_the_first_derivative_keeps_no_more_than_its_operands() -> None:
+    x, dy = (torch.randn(T * N, C, 8, 8, requires_grad=True) for _ in range(2))
+    y = FusedTSigmaBN2d(T, C, activation="silu")(x)
+    saved: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= x.numel():
+            saved.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.autograd.grad(y, x, dy, create_graph=True)
+    assert saved <= {x.data_ptr(), dy.data_ptr()}
