@@ -14,6 +14,7 @@ from tsbn_kernels.models.grow import add_task, remove_task
 from tsbn_kernels.models.hold import hold_absent_tasks
 from tsbn_kernels.models.multitask import MultiTaskModel
 from tsbn_kernels.models.parameter_groups import parameter_groups, split_parameters, task_vector_names
+from tsbn_kernels.models.prune import Pruning, prune
 from tsbn_kernels.models.sync_conversion import convert_sync_batchnorm, extend_sync_conversion
 from tsbn_kernels.operator.recompute_outputs import recompute_outputs
 from tsbn_kernels.sharding import shard_tasks
@@ -33,6 +34,7 @@ __all__ = [
     "FusedTSigmaRMSNorm",
     "LateFanOut",
     "MultiTaskModel",
+    "Pruning",
     "add_task",
     "convert_model",
     "convert_sync_batchnorm",
@@ -43,6 +45,7 @@ __all__ = [
     "hold_absent_tasks",
     "memory",
     "parameter_groups",
+    "prune",
     "recompute_outputs",
     "remove_task",
     "revert_model",
