@@ -6,7 +6,7 @@ import copy
 import operator
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from tsbn_kernels.models.fast_paths import open_fast_paths
 from tsbn_kernels.models.fuse_activations import Tracer, twin_of, unfuse
 from tsbn_kernels.models.multitask import MultiTaskModel
 from tsbn_kernels.models.norms import BATCH_NORMS, FusedTSigmaBNAct, FusedTSigmaBNAct2d
+from tsbn_kernels.models.prune import Pruning, shrink
 from tsbn_kernels.operator import checks
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -72,7 +73,7 @@ def fold_into_conv(conv: nn.Module, layer: FusedTSigmaBN, task: int) -> nn.Modul
     return folded if isinstance(rest, nn.Identity) else nn.Sequential(folded, rest).eval()
 
 
-def export_task(model: nn.Module, task: int | str) -> nn.Module:
+def export_task(model: nn.Module, task: int | str, *, prune: Pruning | None = None) -> nn.Module:
     """The plain network of one task, in eval mode, for ``torch.export``, ONNX and everything that takes plain modules.
 
     It is the copy that :func:`~tsbn_kernels.revert_model` gives, in which each normalisation that alone uses the
@@ -82,15 +83,24 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
     its input before; into a block that folds itself, such as RepVGG's, nothing is: it has ``reparameterize()``,
     ``fuse()`` or ``switch_to_deploy()``, which ``timm.utils.reparameterize_model`` calls afterwards.
 
+    With ``prune`` the network is smaller: filters that the gates of this task have closed are gone. What such a filter
+    leaves behind, its bias after the activation, is folded into the layers that read it, where it is 0 or these have no
+    padding with zeros; elsewhere the filter stays. The outputs are those of the network in which the gates of these
+    filters are 0, which is checked.
+
     Args:
         model: a converted model, or a :class:`~tsbn_kernels.MultiTaskModel`.
         task: index of the task; of a ``MultiTaskModel`` also the name of its head.
+        prune: which filters are to go, such as ``Pruning(images, threshold=0.05)``. Its example is an input of the
+            network of one task. It needs torch-pruning (``pip install 'tsbn-kernels[prune]'``).
 
     Returns:
         The network; of a ``MultiTaskModel`` the ``nn.Sequential`` of backbone and head.
 
     Raises:
-        ValueError: the model has no task-specific layer, there is no head of that name, or heads of other processes.
+        ValueError: the model has no task-specific layer, there is no head of that name, or heads of other processes;
+            or, as :func:`~tsbn_kernels.prune` says it, no filter can be taken out.
+        ImportError, RuntimeError: as :func:`~tsbn_kernels.prune` raises them.
         IndexError: there is no such task.
         TypeError: a name was given, and the model has no heads.
     """
@@ -105,9 +115,7 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
         if isinstance(task, str) and task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}, or an index, got {task!r}")
         index = names.index(task) if isinstance(task, str) else checks.index("task", task)
-        backbone, flat = _export(model.backbone, index, complaints)  # raises where there is no such index
-        head, _ = _export(model.heads[names[index]], 0, complaints, flat=flat)
-        plain: nn.Module = nn.Sequential(backbone, head).eval()
+        plain = _export_parts({model.backbone: index, model.heads[names[index]]: 0}, complaints, prune)
     elif isinstance(task, str):
         raise TypeError(f"{type(model).__name__} has no heads to be named, task must be an index, got {task!r}")
     else:
@@ -115,10 +123,23 @@ def export_task(model: nn.Module, task: int | str) -> nn.Module:
             raise ValueError(f"{type(model).__name__} has no task-specific layer; convert it with convert_model()")
         if any(isinstance(module, MultiTaskModel) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has a MultiTaskModel inside; export that one")
-        plain, _ = _export(model, task, complaints)
+        plain = _export_parts({model: task}, complaints, prune)
     if complaints:
         warnings.warn("; ".join(complaints), stacklevel=2)
     return plain
+
+
+def _export_parts(parts: Mapping[nn.Module, int], complaints: list[str], prune: Pruning | None) -> nn.Module:
+    """The network of a backbone and its head, or of a backbone, of these tasks; raises where there is no such one."""
+    if prune is not None:
+        unfolded = [_export(part, task, [], fold=False)[0] for part, task in parts.items()]
+        complaints += filter(None, [shrink(nn.Sequential(*unfolded), prune, fold=True)])
+        parts = dict.fromkeys(unfolded, 0)
+    flat, exported = False, []
+    for part, task in parts.items():
+        plain, flat = _export(part, task, complaints, flat=flat)
+        exported.append(plain)
+    return exported[0] if len(exported) == 1 else nn.Sequential(*exported).eval()
 
 
 class _FlatLinear(nn.Linear):
@@ -145,7 +166,9 @@ class _Epilogue(nn.Module):
         return self.activation(y if residual is None else y + residual)  # type: ignore[no-any-return]
 
 
-def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = False) -> tuple[nn.Module, bool]:
+def _export(
+    model: nn.Module, task: int, complaints: list[str], *, flat: bool = False, fold: bool = True
+) -> tuple[nn.Module, bool]:
     """The plain network, and whether it is known to return ``[N, C]``; ``flat`` says that it is given that."""
     model = copy_of(model).eval()
     parting.remove(model)
@@ -165,7 +188,7 @@ def _export(model: nn.Module, task: int, complaints: list[str], *, flat: bool = 
         norm: plain_layer(norm, name, task) for norm, name in norms.items() if isinstance(norm, TaskSpecific)
     }
     for norm, conv, extended in calls:
-        if conv is not None:
+        if conv is not None and fold:
             replaced[conv], rest = _fold(conv, norm, task)
             replaced[norm] = _Epilogue(nn.Identity(), rest) if extended else rest
         elif extended:

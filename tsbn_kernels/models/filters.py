@@ -58,7 +58,7 @@ class Group(NamedTuple):
 def scales_of(norm: Any) -> Tensor:
     """The factors of the normalised activation, float64 ``[T, C]`` on the CPU; of a plain layer T is 1."""
     gates = norm.gates if isinstance(norm, TaskSpecific) else norm.weight[None]
-    return gates.detach().to("cpu", torch.float64)  # type: ignore[no-any-return]
+    return gates.detach().to("cpu", torch.float64)
 
 
 @torch.no_grad()
