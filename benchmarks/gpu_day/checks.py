@@ -16,7 +16,7 @@ from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
 SECONDS = {"launches": 60.0, "checks": 90.0, "memcheck": 120.0}  # of the steps
 BEGIN = 0.75  # of them, after which no test begins
 NEEDED = ("pytest", "xdist", "hypothesis")
-CHECKS = "graphs", "streams", "repeats", "large"
+CHECKS = "rows", "graphs", "streams", "repeats", "large"
 
 
 def launches(setting: Setting) -> list[Measurement]:
@@ -25,7 +25,7 @@ def launches(setting: Setting) -> list[Measurement]:
 
 
 def cases(setting: Setting) -> list[Measurement]:
-    """Graphs, streams, the same bits again and again, large tensors."""
+    """Layer normalisation of every length, graphs, streams, the same bits again and again, large tensors."""
     return [Measurement("tests", partial(run, "checks", CHECKS, setting))]
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -20,12 +20,13 @@ from triton.runtime import driver
 from benchmarks.gpu_day import network, speed, sweep
 from benchmarks.gpu_day.sources import ROOT
 from benchmarks.layers.cases import DTYPES, MEMORY_FORMATS, Case, Inputs
-from benchmarks.layers.peers import Fused
+from benchmarks.layers.registry import PEERS
 from benchmarks.network.model import task_specific_network
 from benchmarks.profile.compile_offline import Call, compile_call, recorded, specialize, triton_forced
 from tsbn_kernels import FusedTSigmaBN
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.operator import layer_ops
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ def on_paper(device: Device) -> Iterator[list[Call]]:
 def planned(device: Device) -> list[Call]:
     """One call for each kernel that the steps launch."""
     sys.path += [str(ROOT / "tests")] * (str(ROOT / "tests") not in sys.path)  # whose calls the checks make
-    from on_gpu import calls, kinds, steps
+    from on_gpu import calls, kinds, rows, steps
+    from support.layer_problems import layer_problem
+    from support.layer_problems import run as row_call
 
+    by_triton = layer_ops.flat(layer_ops.operators("triton"))
     with on_paper(device) as made:
         for case in speed.planned():
             _layer(case)
@@ -63,6 +67,9 @@ def planned(device: Device) -> list[Call]:
             _network(variant, memory_format)
         for spec in kinds.smallest(lambda spec: kinds.triton_kinds(spec, device)):
             calls.run(calls.moved(spec.call(), lambda tensor: tensor.to("meta")), "triton", spec.sums)
+        for _, options in rows.calls():
+            with suppress(ValueError):  # rows that are longer than a program holds
+                row_call(rows.moved(layer_problem(**options), lambda tensor: tensor.to("meta")), by_triton)
         for name in steps.LAYERS:
             steps.Step.of(name, "meta")()
     return _distinct(made, device)
@@ -90,7 +97,7 @@ def _layer(case: Case) -> None:
     if x.dim() == 4:
         x = x.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
     gamma = torch.empty((case.tasks, case.layer.channels), device="meta")
-    peer = Fused(replace(case, device=x.device), Inputs(x, x, gamma, case.memory_format))
+    peer = PEERS[case.norm]["fused"](replace(case, device=x.device), Inputs(x, x, gamma, case.memory_format))
     peer.backward(peer.forward())
 
 

@@ -23,7 +23,7 @@ from benchmarks.layers.registry import PEERS, why_not
 from benchmarks.layers.run import COPY, records_of
 from benchmarks.layers.verify import MismatchError, check_by_tasks, outcome_of
 from benchmarks.records.summary import Summary
-from benchmarks.records.workloads import BATCH_NORM
+from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM
 from benchmarks.timing import environment, replay
 from benchmarks.timing.measure import (
     Effort,
@@ -41,6 +41,7 @@ EFFORT, QUICK_EFFORT = Effort(3, 6, 0.2, 1e-3), Effort(2, 2, 0.0, 0.0)
 REPLAY_SECONDS = 1e-3  # so long that the start of a graph does not count
 HOST = 20  # how many times as long as the kernels a call may take
 SOME_TASKS = 4  # of a peer are verified
+RIVALS = {BATCH_NORM: ("loop", "cudnn", "folded"), LAYER_NORM: ("loop", "scaled")}  # those that copy the input last
 SLACK = 4.0  # times the tolerances: a GPU's exponential and division have more rounding errors
 
 
@@ -61,9 +62,9 @@ def ours(device: torch.device) -> list[Entrant]:
     return [Entrant("fused", backend.name) for backend in usable]
 
 
-def peers(device: torch.device, names: Sequence[str] = ("loop", "cudnn", "folded")) -> list[Entrant]:
-    """The peers that run on the device; the folded ones last, for they copy the input."""
-    return [Entrant(name) for name in names if PEERS[BATCH_NORM][name].unavailable(device) is None]
+def peers(device: torch.device, norm: str = BATCH_NORM, names: Sequence[str] = ()) -> list[Entrant]:
+    """The peers that run a norm on the device, or those that are named."""
+    return [Entrant(name) for name in names or RIVALS[norm] if PEERS[norm][name].unavailable(device) is None]
 
 
 def run(case: Case, entrants: Sequence[Entrant], setting: Setting, kind: str) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from benchmarks.gpu_day import race
-from benchmarks.gpu_day.race import Entrant
 from benchmarks.gpu_day.step_api import Measurement, Setting
 from benchmarks.layers.cases import Case
 from benchmarks.layers.cases import cases as layer_cases
-from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
+from benchmarks.records.workloads import BERT_BASE, CELEBA, RESNET50, SEGNET, VIT_S16, Layer, Workload
 
 ORDER = ("bn4,bn5", "bn2,bn3", "bn6,bn7", "bn1", "bn8,bn9")
 DTYPES, FORMATS = ("bfloat16", "float32"), ("contiguous", "channels_last")
@@ -22,21 +21,18 @@ COMPILED = ("compiled_folded", "compiled_reference")
 
 def celeba(setting: Setting) -> list[Measurement]:
     """Every layer of the CelebA network at full size."""
-    device = torch.device(setting.device)
-    return _races(_celeba(setting), [*race.ours(device), *race.peers(device)], setting, "speed")
+    return _races(_celeba(setting), setting, "speed")
 
 
 def compiled(setting: Setting) -> list[Measurement]:
     """What ``torch.compile`` makes of the folded form and of the reference, for three layers."""
-    device = torch.device(setting.device)
     todo, names = (_celeba(setting)[:1], COMPILED[:1]) if setting.quick else (_celeba(setting)[:3], COMPILED)
-    return _races(todo, race.peers(device, names), setting, "speed")
+    return _races(todo, setting, "speed", names)
 
 
 def others(setting: Setting) -> list[Measurement]:
-    """Layers of ResNet-50 and SegNet, where the host may take more time than the kernels."""
-    device = torch.device(setting.device)
-    return _races(_others(setting), [*race.ours(device), *race.peers(device)], setting, "layers")
+    """Layers of transformers; and of ResNet-50 and SegNet, where the host may take more time than the kernels."""
+    return _races(_others(setting), setting, "layers")
 
 
 def planned() -> list[Case]:
@@ -60,7 +56,7 @@ def _celeba(setting: Setting) -> list[Case]:
 
 def _others(setting: Setting) -> list[Case]:
     found = []
-    for workload in (RESNET50[0], SEGNET):
+    for workload in (VIT_S16, BERT_BASE, RESNET50[0], SEGNET):
         layers = sorted(workload.layers, key=lambda layer: -layer.elements * layer.times)
         found += _cases(workload, layers[: 1 if setting.quick else None], "bfloat16", "contiguous", setting)
     return found
@@ -71,7 +67,7 @@ def _cases(workload: Workload, layers: Iterable[Layer], dtype: str, memory_forma
     tasks, batch = workload.tasks, workload.batch
     if setting.quick:
         tasks, batch = 3, 8
-        layers = [replace(one, channels=16, size=one.size and (8, 6)) for one in layers]
+        layers = [replace(one, channels=16, size=one.size and (8, 6)[: len(one.size)]) for one in layers]
     return layer_cases(
         list(layers),
         tasks=tasks,
@@ -83,5 +79,14 @@ def _cases(workload: Workload, layers: Iterable[Layer], dtype: str, memory_forma
     )
 
 
-def _races(todo: Iterable[Case], entrants: list[Entrant], setting: Setting, kind: str) -> list[Measurement]:
-    return [Measurement(f"{one.workload} {one}", partial(race.run, one, entrants, setting, kind)) for one in todo]
+def _races(todo: Iterable[Case], setting: Setting, kind: str, peers: Sequence[str] = ()) -> list[Measurement]:
+    """Races of ours and the usual peers, or of the named peers alone."""
+    device = torch.device(setting.device)
+    ours = [] if peers else race.ours(device)
+    return [
+        Measurement(
+            f"{one.workload} {one}",
+            partial(race.run, one, [*ours, *race.peers(device, one.norm, peers)], setting, kind),
+        )
+        for one in todo
+    ]

@@ -417,7 +417,7 @@ def test_what_is_compiled_beforehand_is_what_a_launch_asks_for(tmp_path, monkeyp
 def test_every_kernel_of_the_steps_is_planned():
     planned = {specialize(call, "sm_90").key for call in kernels.planned(DEVICES["H100"])}
     with kernels.on_paper(DEVICES["H100"]) as calls:
-        for names, dtype in (("bn1", "bfloat16"), ("bn8,bn9", "float32")):
+        for names, dtype in (("bn1", "bfloat16"), ("bn8,bn9", "float32"), ("384@1024 x25", "bfloat16")):
             (case,) = [case for case in speed.planned() if (case.layer.name, case.dtype) == (names, dtype)][:1]
             kernels._layer(case)
         network_step = task_specific_network("fused, ReLU inside", 40).to("meta").to(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from benchmarks.layers.cases import Case
 from benchmarks.layers.peers import Fused, Loop
 from benchmarks.layers.registry import PEERS
 from benchmarks.layers.verify import MismatchError
-from benchmarks.records.workloads import BATCH_NORM, Layer
+from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +37,8 @@ def test_every_layer_is_raced_at_full_size():
     flat = {("bn8,bn9", dtype, "none") for dtype in ("bfloat16", "float32")}
     orders = itertools.product(speed.ORDER[:4], ("bfloat16", "float32"), ("contiguous", "channels_last"))
     assert shapes == flat | set(orders)
-    assert {(case.tasks, case.batch) for case in found} == {(40, 256), (3, 4)}
+    assert {(case.tasks, case.batch) for case in found} == {(40, 256), (3, 4), (5, 8), (8, 32)}
+    assert [case.layer.name for case in found if case.norm == LAYER_NORM] == ["384@1024 x25", "768@512 x25"]
     assert [case.layer.name for case in found[:3]] == ["bn4,bn5", "bn2,bn3", "bn6,bn7"]
 
 
