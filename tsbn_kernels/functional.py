@@ -19,6 +19,7 @@ from tsbn_kernels.operator import (
     autograd_streams,
     autograd_synchronized,
     checks,
+    coefficients,
     layer_autograd,
     layer_checks,
     layer_ops,
@@ -91,8 +92,9 @@ def task_batch_norm(
             in the same order. None: those of this process alone.
         task_of_sample: of a mixed batch ``[N, C, *]``, the task of each sample: int64 ``[N]``, from 0 to T-1, in any
             order. Statistics and running statistics of a task are those of its own samples, of which it may have any
-            number; one without a sample keeps its running statistics, and its gradients are zero. Neither
-            ``stacking``, ``fan_out``, ``recover_input`` nor ``process_group`` go with it.
+            number; one without a sample keeps its running statistics, and its gradients are zero. With a
+            ``process_group`` they are those of all ranks' samples, of which a rank may have any, or none. Neither
+            ``stacking``, ``fan_out`` nor ``recover_input`` go with it.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
@@ -197,7 +199,7 @@ def normalize(
     tracked = running.mean is not None or running.var is not None or running.batches is not None
     outputs: Sequence[Tensor]
     if group is not None:
-        y, mean, var, count = autograd_synchronized.apply(x, weight, bias, residual, options, group, backend)
+        y, mean, var, count = autograd_synchronized.apply(x, None, weight, bias, residual, options, group, backend)
         outputs = autograd_streams.of_a_stack(y, options) if as_streams else (y,)
         if tracked:
             momentum = reference.advance(running, mean.dtype)
@@ -216,7 +218,7 @@ def normalize(
     if not compiling and recompute_outputs.wanted() and not recover_input:
         saved = Saved(x, weight, bias, residual, mean, var)
         if group is not None:
-            saved, options = autograd_synchronized.coefficients(saved, options)
+            saved, options = coefficients.coefficients(saved, options)
         compute = partial(_again, options, backend)
         recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:]))
     return outputs
@@ -236,8 +238,9 @@ def normalize_mixed(
         stacking=(stacking, "task_major"),
         fan_out=(fan_out, False),
         recover_input=(recover_input, False),
-        process_group=(process_group, None),
     )
+    checks.check_flag("training", training)
+    group = autograd_synchronized.group_of(process_group) if training else None
     x, weight, bias, running_mean, running_var, residual = tensors
     samples = mixed_checks.samples_of(task_of_sample, x, num_tasks)
     # Of the shape of one input that all tasks share.
@@ -256,17 +259,25 @@ def normalize_mixed(
         x, residual = _promoted(x, residual)
     x, residual = layout.readable(x, options, residual)
     positions = values // max(1, x.shape[0])
+    backend = backends.override(x.device.type) if backends.is_forced() else None
+    if group is not None:
+        inputs = x, task_of_sample, weight, bias, residual, options, group, backend
+        y, mean, var, samples = autograd_synchronized.apply(*inputs)
+        positions = 1  # it counts values of all ranks, whose samples may have other sizes
     if training:
         mixed_checks.check_values(samples, positions, x.shape)
-    backend = backends.override(x.device.type) if backends.is_forced() else None
-    apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
-    given = (None, None) if training else (running_mean, running_var)
-    y, mean, var = apply(x, task_of_sample, weight, bias, residual, *given, options, backend)
+    if group is None:
+        apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
+        given = (None, None) if training else (running_mean, running_var)
+        y, mean, var = apply(x, task_of_sample, weight, bias, residual, *given, options, backend)
     if running.mean is not None or running.var is not None or running.batches is not None:
         mixed_batch_norm.track(running, mean.detach(), var.detach(), samples, positions)
     if not compiling and recompute_outputs.wanted():
+        saved = Saved(x, weight, bias, residual, mean, var)
+        if group is not None:
+            saved, options = coefficients.coefficients(saved, options)
         again = partial(_mixed_again, options, backend)
-        recompute_outputs.offer([y], again, (weight, bias), (x, residual, mean, var, task_of_sample))
+        recompute_outputs.offer([y], again, saved[1:3], (saved.x, *saved[3:], task_of_sample))
     return y
 
 

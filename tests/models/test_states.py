@@ -82,7 +82,7 @@ def test_lists_of_plain_layers(inside: bool, gate: str, kind: str) -> None:
             tensor.copy_(torch.rand(tensor.shape) if tensor.is_floating_point() else torch.tensor(7))
     listed = nn.Sequential(nn.Linear(2, 2), Inside(layers) if inside else nn.ModuleList(layers))
     options = {"gate": gate} if kind == "RMS" else {"gate": gate, "bias": True}
-    model = nn.Sequential(nn.Linear(2, 2), fused(12, C, **options))
+    model: Any = nn.Sequential(nn.Linear(2, 2), fused(12, C, **options))
     model.load_state_dict(listed.state_dict())
     for key, tensor in expand_state_dict(model, listed.state_dict()).items():
         assert torch.equal(tensor, model.state_dict()[key])
@@ -116,7 +116,7 @@ def test_fewer_tasks_load_into_more(tasks: Any) -> None:
     heads = copy.deepcopy(many.heads)
     before: Any = {name: (revert_model(many.backbone, index), heads[name]) for index, name in enumerate("abcd")}
     for name in "bc":
-        before[name][0][0].load_state_dict(few.backbone[0].state_dict())  # what the tasks share is that of the state
+        before[name][0][0].load_state_dict(few.backbone.get_submodule("0").state_dict())  # what the tasks share is that of the state
     many.load_state_dict(expand_state_dict(many, few.state_dict(), tasks))
     for index, name in enumerate("abcd"):
         own = revert_model(many.backbone, index), many.heads[name]

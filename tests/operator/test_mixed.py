@@ -253,7 +253,6 @@ def test_empty_batches() -> None:
         ({"fan_out": True}, ValueError, "takes no fan_out"),
         ({"stacking": "sample_major"}, ValueError, "takes no stacking"),
         ({"recover_input": True}, ValueError, "takes no recover_input"),
-        ({"process_group": "world"}, ValueError, "takes no process_group"),
         ({"residual": torch.zeros(3, C)}, ValueError, "residual must have the shape of the output"),
         ({"x": torch.zeros(3, C)}, ValueError, "one sample of task 0"),
         ({"weight": torch.zeros(3, C)}, ValueError, "weight must have shape"),

@@ -1,6 +1,7 @@
 """The layer over a batch that is spread over the processes of a group, as ``nn.SyncBatchNorm`` is for one task.
 
-Equal to one process on the joined batch, with one collective for all T tasks in each direction. Forward: every rank
+Equal to one process on the joined batch, with one collective for all T tasks in each direction, and for every mix of
+them: a rank may have samples of some tasks, in any numbers, or none. Forward: every rank
 reads x for its moments, an all-gather hands all moments to all ranks, which join them in the order of the ranks; x is
 read again and y is written. Backward: x and dy are read for the local sums of ``dz = dy * act'(z)`` and ``dz * xhat``,
 which are the gradients of bias and gate; an all-reduce adds them up; x and dy are read again and dx is written.
@@ -18,7 +19,11 @@ from torch import Tensor, distributed
 
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.mixed_batch_norm import samples_of
 from tsbn_kernels.definition.options import Gradients, Needs, Options, Saved, of_input
+from tsbn_kernels.operator.coefficients import coefficients
+from tsbn_kernels.operator.mixed_ops import operators as mixed_operators
+from tsbn_kernels.operator.mixed_parts import input_gradient_of_tasks, task_moments
 from tsbn_kernels.operator.ops import operators
 
 Group = Any  # a ProcessGroup; PyTorch has none where it is built without distributed
@@ -73,49 +78,44 @@ def apply(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, mean, var, count
 
 
-def coefficients(saved: Saved, options: Options) -> tuple[Saved, Options]:
-    """What the operators take for a joined batch: gate values, and statistics of their dtype.
+def joined_moments(
+    x: Tensor, task_of_sample: Tensor | None, options: Options, group: Group, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance, float64 ``[T, C]``, of all ranks' parts, and how many values a channel has.
 
-    What that dtype cannot hold of the joined mean goes into the bias.
-    """
-    wide = reference.accumulate_dtype(saved.x.dtype)
-    gates, narrow = reference.gate_values(saved.weight.to(wide), options.gate), saved.mean.to(wide)
-    shift = (narrow - saved.mean) * (gates * torch.rsqrt(saved.var + options.eps))
-    bias = (shift if saved.bias is None else shift + saved.bias).to(wide)
-    given = saved._replace(weight=gates, bias=bias, mean=narrow, var=saved.var.to(wide))
-    return given, options._replace(gate="identity")
-
-
-def joined_moments(x: Tensor, options: Options, group: Group, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance, float64 ``[T, C]``, of all ranks' parts, and how many values a task and channel has.
+    The values are those of each task of a mixed batch, ``[T]``; else they are equal, ``[1]``.
 
     Raises:
         RuntimeError: another rank has another number of tasks or channels, as far as this can be seen: on the CPU.
     """
     num_tasks = options.num_tasks
-    mean, var = operators(backend).moments(x, of_input(options))  # with fan-out of one row
-    values, sizes = x.numel() // max(1, mean.numel()), (num_tasks, mean.shape[1])
-    numbers = [mean.new_full((1,), number) for number in (values, *sizes)]
-    message = torch.cat((*numbers, mean.flatten(), var.flatten()))
+    if task_of_sample is None:
+        mean, var = operators(backend).moments(x, of_input(options))  # with fan-out of one row
+        values = mean.new_full((1,), x.numel() // max(1, mean.numel()))
+    else:
+        mean, var = task_moments(operators(backend), x, task_of_sample, options)
+        values = samples_of(task_of_sample, num_tasks) * mean.new_full((), x.numel() // max(1, x.shape[0] * x.shape[1]))
+    sizes = num_tasks, mean.shape[1]
+    message = torch.cat((*(mean.new_full((1,), size) for size in sizes), values, mean.flatten(), var.flatten()))
     ranks = distributed.get_world_size(group)
     gathered = message.new_empty(ranks * len(message))
     assert _all_gather is not None
     _all_gather(gathered, message, group=group)
     gathered = gathered.view(ranks, -1)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        for rank, theirs in enumerate(gathered[:, 1:3].tolist()):
+        for rank, theirs in enumerate(gathered[:, :2].tolist()):
             if tuple(theirs) != sizes:
                 raise RuntimeError(
                     f"rank {rank} of process_group normalises {theirs[0]:g} tasks of {theirs[1]:g} channels where this "
                     f"rank has {num_tasks} of {mean.shape[1]}; all ranks must run the same layers in the same order, "
                     f"with as many tasks"
                 )
-    counts, _, _, moments = gathered.split((1, 1, 1, 2 * mean.numel()), dim=1)
+    _, counts, moments = gathered.split((2, len(values), 2 * mean.numel()), dim=1)
     means, variances = moments.view(ranks, 2, *mean.shape).unbind(1)
     mean, var = reference.join_moments(means, variances, counts.unsqueeze(2))
     if options.fan_out:
         mean, var = mean.repeat(num_tasks, 1), var.repeat(num_tasks, 1)
-    return mean, var, counts.sum()
+    return mean, var, counts.sum(0)
 
 
 class SynchronizedTaskBatchNorm(torch.autograd.Function):
@@ -124,6 +124,7 @@ class SynchronizedTaskBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
+        task_of_sample: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
@@ -131,34 +132,37 @@ class SynchronizedTaskBatchNorm(torch.autograd.Function):
         group: Group,
         backend: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns y, mean and variance of the joined batch in float64, and how many values a task and channel has."""
-        mean, var, count = joined_moments(x, options, group, backend)
+        """Returns y, and what :func:`joined_moments` does; ``task_of_sample`` is that of a mixed batch."""
+        mean, var, values = joined_moments(x, task_of_sample, options, group, backend)
         given, plain = coefficients(Saved(x, weight, bias, residual, mean, var), options)
-        return operators(backend).forward_eval(given, plain), mean, var, count
+        if task_of_sample is None:
+            return operators(backend).forward_eval(given, plain), mean, var, values
+        return mixed_operators(backend).mixed_forward_eval(given, task_of_sample, plain), mean, var, values
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, ctx.options, ctx.group, ctx.backend = inputs
+        x, task_of_sample, weight, bias, residual, ctx.options, ctx.group, ctx.backend = inputs
         _, *statistics = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*statistics)
         if ctx.options.activation == "none":  # its derivative does not depend on them
             bias = residual = None
-        ctx.save_for_backward(x, weight, bias, residual, *statistics)
+        ctx.save_for_backward(task_of_sample, x, weight, bias, residual, *statistics)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias, dresidual, *_ = ctx.needs_input_grad
+        dx, _index, dweight, dbias, dresidual, *_rest = ctx.needs_input_grad
         needs, gradients = Needs(dx, dweight, dbias, dresidual), Gradients()
         if dy is not None and any(needs):
-            *tensors, count = ctx.saved_tensors
+            task_of_sample, *tensors, values = ctx.saved_tensors
             saved = Saved(*tensors)
             with torch.no_grad():
-                gradients = _gradients(ctx, dy, saved, count, needs)
+                gradients = _gradients(ctx, dy, saved, task_of_sample, values, needs)
             if torch.is_grad_enabled():
                 operands = saved.x, saved.weight, saved.bias, saved.residual
                 gradients = Gradients._make(FirstDerivative.apply(dy, *operands, *gradients))
-        return *gradients, None, None, None
+        dx_found, *more = gradients
+        return dx_found, None, *more, None, None, None
 
     @staticmethod
     def vmap(*_: Any) -> Any:
@@ -177,7 +181,9 @@ class WithoutForwardMode(SynchronizedTaskBatchNorm):
         )
 
 
-def _gradients(ctx: Any, dy: Tensor, saved: Saved, count: Tensor, needs: Needs) -> Gradients:
+def _gradients(
+    ctx: Any, dy: Tensor, saved: Saved, task_of_sample: Tensor | None, values: Tensor, needs: Needs
+) -> Gradients:
     options, compute, plain = ctx.options, operators(ctx.backend), ctx.options.activation == "none"
     dy = layout.in_family(dy, layout.family(saved.x, of_input(options).stacking), options.stacking)
     given, identity = coefficients(saved, options)
@@ -187,13 +193,21 @@ def _gradients(ctx: Any, dy: Tensor, saved: Saved, count: Tensor, needs: Needs) 
         dbias=needs.dx or needs.dbias,
         dresidual=needs.dresidual and not plain and not needs.dx,
     )
-    _, dot, total, dresidual = compute.backward(dy, given, False, wanted, identity)
+    if task_of_sample is None:
+        _, dot, total, dresidual = compute.backward(dy, given, False, wanted, identity)
+    else:
+        mixed = mixed_operators(ctx.backend)
+        _, dot, total, dresidual = mixed.mixed_backward(dy, given, task_of_sample, False, wanted, identity)
     dx = dweight = dbias = None
     if needs.dx and total is not None and dot is not None:
         sums = torch.stack((total, dot))
         distributed.all_reduce(sums, group=ctx.group)
-        mean, dot_mean = (sums / count.clamp_min(1).to(sums.dtype)).unbind()
-        dx, *_, dresidual = compute.input_gradient(dy, given, mean, dot_mean, needs.dresidual and not plain, identity)
+        means = (sums / values.clamp_min(1).to(sums.dtype).unsqueeze(1)).unbind()
+        of_residual = needs.dresidual and not plain
+        if task_of_sample is None:
+            dx, *_, dresidual = compute.input_gradient(dy, given, *means, of_residual, identity)
+        else:
+            dx, dresidual = input_gradient_of_tasks(compute, dy, given, task_of_sample, *means, of_residual, identity)
     if needs.dweight and dot is not None:
         dweight = (reference.gate_slope(saved.weight.to(given.weight.dtype), options.gate) * dot).to(saved.weight.dtype)
     if needs.dbias and total is not None:

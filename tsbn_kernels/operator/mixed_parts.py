@@ -16,7 +16,7 @@ from tsbn_kernels.definition.activations import NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype, gate_slope, gate_values
 from tsbn_kernels.definition.mixed_batch_norm import samples_of, task_of_each_sample
 from tsbn_kernels.definition.options import Backend, Gradients, Moments, Needs, Normalized, Options, Saved
-from tsbn_kernels.operator.autograd_synchronized import coefficients
+from tsbn_kernels.operator.coefficients import coefficients
 
 _TINY = 1e-300  # below this a float64 has few digits left
 
@@ -48,6 +48,34 @@ def joined(moments: Moments, task_of_sample: Tensor, samples: Tensor) -> Moments
     return Moments(exact, mean_of(var + (mean - exact.index_select(0, task_of_sample)).square()))
 
 
+def task_moments(compute: Backend, x: Tensor, task_of_sample: Tensor, options: Options) -> Moments:
+    """Mean and biased variance of each task, float64 ``[T, C]``, by a backend for equal tasks; 0 without a value."""
+    if x.numel() == 0:
+        zeros = x.new_zeros(options.num_tasks, x.shape[1], dtype=torch.float64)
+        return Moments(zeros, zeros.clone())
+    of_each_sample = compute.moments(x, options._replace(num_tasks=x.shape[0]))
+    return joined(of_each_sample, task_of_sample, samples_of(task_of_sample, options.num_tasks))
+
+
+def input_gradient_of_tasks(
+    compute: Backend,
+    dy: Tensor,
+    given: Saved,
+    task_of_sample: Tensor,
+    mean: Tensor,
+    dot_mean: Tensor,
+    need_residual: bool,
+    options: Options,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the residual, from the means ``[T, C]`` of ``dz`` and ``dz * xhat`` of each task."""
+    if dy.numel() == 0:
+        return torch.zeros_like(given.x), torch.zeros_like(given.x) if need_residual else None
+    own, by_sample = task_of_each_sample(given, task_of_sample, options)
+    means = (vector.index_select(0, task_of_sample) for vector in (mean, dot_mean))
+    dx, *_, dresidual = compute.input_gradient(dy, own, *means, need_residual, by_sample)
+    return dx, dresidual
+
+
 class Parts:
     """The operators of mixed batches by those of a backend for equal tasks.
 
@@ -69,9 +97,7 @@ class Parts:
     ) -> Normalized:
         if x.numel() == 0:
             return definition.mixed_forward_training(x, task_of_sample, weight, bias, residual, options)
-        own = options._replace(num_tasks=x.shape[0])
-        samples = samples_of(task_of_sample, options.num_tasks)
-        found = joined(self._compute.moments(x, own), task_of_sample, samples)
+        found = task_moments(self._compute, x, task_of_sample, options)
         mean, var = (vector.to(accumulate_dtype(x.dtype)) for vector in found)
         # A backward pass must compute the same z from what is stored, where it computes one.
         read = found if options.activation == NONE else Moments(mean.double(), var.double())
