@@ -55,6 +55,7 @@ def task_batch_norm(
     recover_input: bool = False,
     process_group: autograd_synchronized.GroupLike = None,
     task_of_sample: Tensor | None = None,
+    evaluate_single: bool = False,
 ) -> Tensor:
     """Batch normalisation with statistics, gate and bias of its own for each task, and what follows it in a network.
 
@@ -95,6 +96,8 @@ def task_batch_norm(
             number; one without a sample keeps its running statistics, and its gradients are zero. With a
             ``process_group`` they are those of all ranks' samples, of which a rank may have any, or none. Neither
             ``stacking``, ``fan_out`` nor ``recover_input`` go with it.
+        evaluate_single: in training, normalise a task of a mixed batch that has one value per channel by its running
+            statistics, which stay, instead of raising an error.
 
     Returns:
         y, in the shape (with ``fan_out`` stacked), dtype (promoted by a residual's) and memory format of ``x``.
@@ -112,7 +115,7 @@ def task_batch_norm(
     settings = num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input
     running = _running(running_mean, running_var, momentum, training)
     if task_of_sample is not None:
-        return normalize_mixed(tensors, task_of_sample, settings, running, process_group)
+        return normalize_mixed(tensors, task_of_sample, settings, running, process_group, evaluate_single)
     y: Tensor
     (y,) = normalize(tensors, settings, running, process_group)
     return y
@@ -230,6 +233,7 @@ def normalize_mixed(
     settings: tuple[Any, ...],
     running: Running,
     process_group: autograd_synchronized.GroupLike = None,
+    evaluate_single: bool = False,
 ) -> Tensor:
     """Computes :func:`task_batch_norm` of a mixed batch; takes what :func:`normalize` does, and the index."""
     compiling = torch.compiler.is_compiling()
@@ -264,8 +268,13 @@ def normalize_mixed(
         inputs = x, task_of_sample, weight, bias, residual, options, group, backend
         y, mean, var, samples = autograd_synchronized.apply(*inputs)
         positions = 1  # it counts values of all ranks, whose samples may have other sizes
-    if training:
-        mixed_checks.check_values(samples, positions, x.shape)
+    alone = None
+    if training and positions == 1:
+        if not evaluate_single:
+            mixed_checks.check_values(samples, x.shape)
+        elif mixed_checks.may_be_alone(samples):
+            alone = samples == 1
+            samples = samples.masked_fill(alone, 0)
     if group is None:
         apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
         given = (None, None) if training else (running_mean, running_var)
@@ -278,7 +287,15 @@ def normalize_mixed(
             saved, options = coefficients.coefficients(saved, options)
         again = partial(_mixed_again, options, backend)
         recompute_outputs.offer([y], again, saved[1:3], (saved.x, *saved[3:], task_of_sample))
-    return y
+    if alone is None:
+        return y
+    if running_mean is None or running_var is None:
+        raise ValueError("evaluate_single=True needs running_mean and running_var; pass them, or leave it False")
+    vectors = weight, bias, running_mean.clone(), running_var.clone()  # which later calls may change
+    evaluated = normalize_mixed(
+        (tensors[0], *vectors, residual), task_of_sample, (num_tasks, False, *settings[2:]), Running()
+    )
+    return torch.where(alone.index_select(0, task_of_sample).view(-1, *(1,) * (y.dim() - 1)), evaluated, y)
 
 
 def _mixed_again(

@@ -122,6 +122,10 @@ def case_single(lonely: bool) -> None:
         layer(x, task_of_sample=index)
     assert layer.num_batches_tracked is not None
     assert not layer.num_batches_tracked.any()
+    layer.evaluate_single = True
+    y = layer(x, task_of_sample=index)
+    assert layer.num_batches_tracked.tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(y[1], layer.task(int(index[1])).eval()(x)[1])
 
 
 @pytest.mark.parametrize("lonely", [False, True])

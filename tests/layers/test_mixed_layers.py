@@ -55,6 +55,44 @@ def test_equals_a_list_of_layers(tracked: bool, momentum: float | None) -> None:
         torch.testing.assert_close(module(x, task_of_sample=index), run_each(twins, x, index), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_task_with_one_value_is_evaluated_where_asked(compiled: bool, residual: bool) -> None:
+    """As a loop that calls ``eval()`` for such tasks: outputs, gradients and statistics."""
+    torch.manual_seed(0)
+    module = FusedTSigmaBN1d(T, C, bias=True, momentum=None, evaluate_single=True).double()
+    nn.init.normal_(module.weight)
+    twins = nn.ModuleList(module.task(task) for task in range(T))
+    call = torch.compile(module, backend="eager", fullgraph=True, dynamic=True) if compiled else module
+    for index in mixes():
+        tensors = torch.randn(2 + residual, len(index), C).double()
+        results = []
+        for ours in (True, False):
+            dy, *inputs = (tensor.clone() for tensor in tensors)
+            inputs = [tensor.requires_grad_() for tensor in inputs]
+            if ours:
+                y = call(*inputs, task_of_sample=index)
+            else:
+                for task, twin in enumerate(twins):
+                    twin.train(int((index == task).sum()) != 1)
+                y = run_each(twins, inputs[0], index) + (inputs[1] if residual else 0)
+            (module if ours else twins).zero_grad()
+            y.backward(dy)
+            results.append((y, *(tensor.grad for tensor in inputs)))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+        for name in ("weight", "bias"):
+            gradients = [getattr(twin, name).grad for twin in twins]
+            wanted = torch.stack([torch.zeros(C).double() if one is None else one for one in gradients])
+            if name == "weight":
+                wanted = wanted * module.gates * (1 - module.gates)
+            torch.testing.assert_close(getattr(module, name).grad, wanted, rtol=1e-9, atol=1e-9)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        wanted = torch.stack([getattr(twin, name) for twin in twins])
+        torch.testing.assert_close(getattr(module, name), wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="needs running statistics"):
+        FusedTSigmaBN1d(T, C, track_running_stats=False, evaluate_single=True)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_repeats_the_call_and_not_the_statistics(reentrant: bool) -> None:
     module, x = layer(), torch.randn(7, C, 3, 2).double().requires_grad_()

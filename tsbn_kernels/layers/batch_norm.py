@@ -26,6 +26,7 @@ _LATER_OPTIONS = {
     "fan_out": False,
     "recover_input": False,
     "_process_group": None,
+    "evaluate_single": False,
 }
 
 
@@ -61,6 +62,8 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         process_group: in training mode, synchronise the statistics over the ranks of a
             ``torch.distributed.ProcessGroup``, or over all (``"world"``), as ``nn.SyncBatchNorm`` does. None: do not.
             Copies of the layer share the group.
+        evaluate_single: in training, a task of a mixed batch that has one value per channel is normalised by its
+            running statistics, which stay, as in evaluation. False: that is an error.
         device, dtype: of the parameters and buffers.
 
     Shape:
@@ -94,6 +97,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         fan_out: bool = False,
         recover_input: bool = False,
         process_group: autograd_synchronized.GroupLike = None,
+        evaluate_single: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,9 +107,16 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         momentum = None if momentum is None else checks.number("momentum", momentum)
         checks.check_options(gate, stacking, activation)
         checks.check_dtype(dtype)
-        flags = {"track_running_stats": track_running_stats, "fan_out": fan_out, "recover_input": recover_input}
+        flags = {
+            "track_running_stats": track_running_stats,
+            "fan_out": fan_out,
+            "recover_input": recover_input,
+            "evaluate_single": evaluate_single,
+        }
         for name, flag in flags.items():
             checks.check_flag(name, flag)
+        if evaluate_single and not track_running_stats:
+            raise ValueError("evaluate_single=True needs running statistics; use track_running_stats=True with it")
         checks.check_bias(bias)
         checks.check_layer_stacking(stacking)
         if recover_input:
@@ -122,6 +133,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         self.fan_out = fan_out
         self.recover_input = recover_input
         self.process_group = process_group
+        self.evaluate_single = evaluate_single
 
         self.weight = nn.Parameter(torch.empty((num_tasks, num_features), device=device, dtype=dtype))
         self._add_bias(bias)
@@ -321,6 +333,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             (weight.shape[0], of_batch, *arithmetic, False, False),
             running,
             self.process_group if training else None,
+            self.evaluate_single,
         )
         if routed:
             mixing.remember(y, task_of_sample)
@@ -347,6 +360,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             + ", fan_out=True" * self.fan_out
             + ", recover_input=True" * self.recover_input
             + (f", process_group={self.process_group!r}" if self.process_group is not None else "")
+            + ", evaluate_single=True" * self.evaluate_single
         )
 
 

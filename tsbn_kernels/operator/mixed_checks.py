@@ -51,17 +51,23 @@ def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
     return torch.bincount(task_of_sample, minlength=num_tasks)
 
 
-def check_values(samples: Tensor, positions: int, shape: Any) -> None:
-    """Raises ValueError where a task has one value per channel in training; on other devices they raise an error."""
-    if positions != 1:
-        return
-    if not _readable(samples):
-        torch._assert_async((samples != 1).all(), "Expected more than 1 value per task and channel when training")
-    elif alone := (samples == 1).nonzero().flatten().tolist():
+def check_values(values: Tensor, shape: Any) -> None:
+    """Raises ValueError where a task has one value per channel in training; other devices raise an error themselves.
+
+    ``values`` are those of a channel of each task, ``[T]``.
+    """
+    if not _readable(values):
+        torch._assert_async((values != 1).all(), "Expected more than 1 value per task and channel when training")
+    elif alone := (values == 1).nonzero().flatten().tolist():
         raise ValueError(
             f"Expected more than 1 value per task and channel when training, got input size {list(shape)} with one "
-            f"sample of task {checks.some(map(str, alone))}; use more samples of it, or eval()"
+            f"sample of task {checks.some(map(str, alone))}; use more samples of it, evaluate_single=True or eval()"
         )
+
+
+def may_be_alone(values: Tensor) -> bool:
+    """Whether a task has one value per channel; also where only a device that would have to be waited for knows."""
+    return not _readable(values) or bool((values == 1).any())
 
 
 def _readable(tensor: Tensor) -> bool:
