@@ -6,7 +6,7 @@ import copy
 import operator
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from itertools import chain
 from typing import Any, NamedTuple
@@ -115,6 +115,8 @@ def export_task(model: nn.Module, task: int | str, *, prune: Pruning | None = No
         if isinstance(task, str) and task not in names:
             raise ValueError(f"task must be one of {', '.join(names)}, or an index, got {task!r}")
         index = names.index(task) if isinstance(task, str) else checks.index("task", task)
+        if not -len(names) <= index < len(names):
+            raise IndexError(f"task {index} is out of range for num_tasks={len(names)}")
         plain = _export_parts({model.backbone: index, model.heads[names[index]]: 0}, complaints, prune)
     elif isinstance(task, str):
         raise TypeError(f"{type(model).__name__} has no heads to be named, task must be an index, got {task!r}")
