@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "benchmarks.commands.report:compare",
     "celeba40": "benchmarks.commands.celeba40:celeba40",
     "fan-out": "benchmarks.commands.fan_out:fan_out",
+    "export": "benchmarks.commands.export:export",
     "host": "benchmarks.commands.host:host",
     "compiled-kernels": "tools.compile_gate.command:compile_kernels",
 }
