@@ -199,11 +199,11 @@ class LateFanOut(nn.Module):
         Raises:
             ValueError: the input is the streams of several tasks.
         """
-        weight = self.weight
+        weight: Tensor = self.weight
         for router in self._routers:
             if (found := router.route(self, x)) is not None:
                 tasks, fan_out = found
-                weight = self.weight if tasks is None else self.weight.index_select(0, tasks)
+                weight: Tensor = self.weight if tasks is None else self.weight.index_select(0, tasks)
                 if not fan_out and weight.shape[0] > 1:
                     raise ValueError(
                         f"late fan-out needs one input for all tasks, got the streams of {weight.shape[0]} in an input "
