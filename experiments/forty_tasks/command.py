@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, TimeRemainingColumn
 
 from benchmarks.commands.options import OnDevice, machine_line, parse_device
 from benchmarks.network.data import DataError
-from benchmarks.report.console import bar_columns, choices, fail, wide_console
+from benchmarks.report.console import choices, fail, wide_console
 from benchmarks.timing.measure import Effort
-from experiments.forty_tasks.methods import METHODS, PAPER_MULTIPLIER, TASK_SPECIFIC, methods_of
+from experiments.forty_tasks.methods import METHODS, methods_of
 from experiments.forty_tasks.step_cost import step_costs
 from experiments.forty_tasks.summary import DATASETS, all_settings, summaries, train_all, write_json
 from experiments.forty_tasks.tables import show
-from experiments.forty_tasks.train_run import OnStep, ResumeError
+from experiments.training.methods import PAPER_MULTIPLIER, TASK_SPECIFIC
+from experiments.training.progress import told
 
 MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
 NETWORKS = tuple(dict.fromkeys(chain.from_iterable(kind.layouts for kind in DATASETS.values())))
@@ -102,29 +102,10 @@ def train(
         f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
         highlight=False,
     )
-    try:
-        with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
-            bar = progress.add_task("what a step costs", total=len(todo))
-            effort = QUICK_COST_EFFORT if quick else COST_EFFORT
-            measured = step_costs(methods, splits, layout, batch, where, effort)
-
-            def notify(run: int) -> OnStep:
-                settings = todo[run]
-
-                def told(epoch: int, share: float, loss: float, f1: float | None) -> None:
-                    score = "" if f1 is None else f", F1 {f1:.3f}"
-                    text = f"{settings.name}, seed {settings.seed}, epoch {epoch + 1}: loss {loss:.3f}{score}"
-                    progress.update(bar, description=text, completed=run + (epoch + share) / settings.epochs)
-
-                return told
-
-            reading = (4 if kind.needs_folder else 0) if workers is None else workers
-            fits = train_all(todo, splits, where, output, resume, reading, notify)
-    except (DataError, ResumeError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail(f"interrupted; the same command with --resume goes on from the checkpoints in {output}")
-
+    with told(console, todo, "F1", output) as notify:
+        measured = step_costs(methods, splits, layout, batch, where, QUICK_COST_EFFORT if quick else COST_EFFORT)
+        reading = (4 if kind.needs_folder else 0) if workers is None else workers
+        fits = train_all(todo, splits, where, output, resume, reading, notify)
     show(console, summaries(fits), measured)
     pictures = {"learning_curves.png": learning_curves}
     if not PAPER_MULTIPLIER.keys().isdisjoint(methods):

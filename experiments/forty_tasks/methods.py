@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from benchmarks.network.model import Layout
 from experiments.forty_tasks import convolutional, transformer
 from experiments.forty_tasks.transformer import TransformerLayout
+from experiments.training.methods import HARD_SHARING, SINGLE_TASK, TS_SIGMA_BN, TS_SIGMA_LN, TSBN, TSLN
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
 AnyLayout = Layout | TransformerLayout
 
-SINGLE_TASK, HARD_SHARING = "single_task", "hard_sharing"
-TSBN, TS_SIGMA_BN, TSLN, TS_SIGMA_LN = "tsbn", "ts_sigma_bn", "tsln", "ts_sigma_ln"
-TASK_SPECIFIC = TSBN, TS_SIGMA_BN, TSLN, TS_SIGMA_LN  # whose normalisation takes a multiplier of the learning rate
-PAPER_MULTIPLIER = {TS_SIGMA_BN: 100.0, TS_SIGMA_LN: 10.0}  # of the methods that have gates
 LOOP = "loop"  # the method that has gates by plain layers in a loop: to be timed against, and not trained
 
 # By the class of its layout and the method: makes the network of T tasks, which gives logits [T, N].

@@ -7,60 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from benchmarks.report.plot import save
-from experiments.forty_tasks.methods import (
-    HARD_SHARING,
-    PAPER_MULTIPLIER,
-    SINGLE_TASK,
-    TS_SIGMA_BN,
-    TS_SIGMA_LN,
-    TSBN,
-    TSLN,
-)
-from experiments.forty_tasks.summary import grouped
 from experiments.forty_tasks.train_run import Fit
+from experiments.training.methods import PAPER_MULTIPLIER
+from experiments.training.pictures import colors_of, draw_curves
+from experiments.training.study import grouped
 
-_PLAIN = {SINGLE_TASK: "#202020", HARD_SHARING: "#9aa0a6"}
-_MAPS = dict.fromkeys((TS_SIGMA_BN, TS_SIGMA_LN), colormaps["YlGn"]) | dict.fromkeys((TSBN, TSLN), colormaps["OrRd"])
 _BINS = 40
-
-
-def _colors(groups: dict[str, list[Fit]]) -> dict[str, object]:
-    """A hue for each method; the darker, the higher the multiplier."""
-    colors: dict[str, object] = {}
-    for name, group in groups.items():
-        method = group[0].settings.method
-        same = sorted(one[0].settings.multiplier for one in groups.values() if one[0].settings.method == method)
-        place = (same.index(group[0].settings.multiplier) + 1) / len(same)
-        colors[name] = _PLAIN.get(method) or _MAPS[method](0.15 + 0.85 * place)
-    return colors
 
 
 def learning_curves(path: Path, fits: Sequence[Fit]) -> None:
     """Mean F1 of the tasks on the validation samples by epoch: the mean of the seeds, and a band from worst to best."""
     groups = grouped(fits)
-    colors = _colors(groups)
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
-    lowest = []
-    for name, group in groups.items():
-        scores = np.array([[epoch.mean_f1 for epoch in fit.history] for fit in group])
-        epochs = np.arange(1, scores.shape[1] + 1)
-        lowest.append(scores[:, min(1, scores.shape[1] - 1)].min())
-        axes.plot(epochs, scores.mean(0), color=colors[name], marker="o", markersize=3, label=name)
-        axes.fill_between(epochs, scores.min(0), scores.max(0), color=colors[name], alpha=0.15, linewidth=0)
-    axes.set_ylim(bottom=min(lowest) - 0.02)  # the first epoch is far below the rest, and may leave the picture
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch")
+    scores = {name: [[epoch.mean_f1 for epoch in fit.history] for fit in group] for name, group in groups.items()}
+    draw_curves(axes, scores, colors_of({name: group[0].settings for name, group in groups.items()}))
     axes.set_ylabel("F1 on validation samples, mean over tasks")
     seeds = max(len(group) for group in groups.values())
     axes.set_title(f"{fits[0].settings.source}: mean of {seeds} seeds, and their range")
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
     save(path, figure)
 

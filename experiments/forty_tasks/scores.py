@@ -1,9 +1,6 @@
-"""How good the predictions are: F1 of each task, and the mean change against single-task networks."""
+"""How good the predictions are: F1 of each task."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,14 +23,3 @@ class Confusion:
         true_positives, false_positives, false_negatives = self.counts.double()
         total = 2 * true_positives + false_positives + false_negatives
         return (2 * true_positives / total.clamp_min(1)).tolist()  # type: ignore[no-any-return]
-
-
-def delta_m(scores: Sequence[float], single_task: Sequence[float]) -> float:
-    """Mean over the tasks of the change against single-task networks, in percent; higher scores are better.
-
-    NaN where a single-task network scores 0.
-    """
-    changes = [
-        (ours - theirs) / theirs if theirs else math.nan for ours, theirs in zip(scores, single_task, strict=True)
-    ]
-    return 100 * math.fsum(changes) / len(changes)

@@ -16,7 +16,7 @@ from benchmarks.timing.environment import memory_in_use
 from benchmarks.timing.fresh_process import in_fresh_process
 from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
 from experiments.forty_tasks.methods import LOOP, AnyLayout, make_network
-from experiments.forty_tasks.train_run import on_device, optimizer_of
+from experiments.training.study import on_device, optimizer_of
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.network.data import Splits
 from experiments.forty_tasks.scores import Confusion
-from experiments.forty_tasks.summary import checkpoint_of
-from experiments.forty_tasks.train_run import OnStep, Settings, TrainRun
+from experiments.forty_tasks.train_run import TrainRun
+from experiments.training.run import OnStep, Settings
+from experiments.training.study import checkpoint_of
 from tsbn_kernels.analysis import (
     Conflicts,
     Importance,

@@ -16,10 +16,10 @@ from benchmarks.commands.options import OnDevice, machine_line, parse_device
 from benchmarks.network.data import DataError
 from benchmarks.report.console import bar_columns, choices, fail, wide_console
 from experiments.forty_tasks import studies
-from experiments.forty_tasks.methods import HARD_SHARING, PAPER_MULTIPLIER, TS_SIGMA_BN, TSBN
 from experiments.forty_tasks.studies import Notify, Place
 from experiments.forty_tasks.summary import DATASETS, all_settings
-from experiments.forty_tasks.train_run import OnStep, ResumeError, Settings
+from experiments.training.methods import HARD_SHARING, PAPER_MULTIPLIER, TS_SIGMA_BN, TSBN
+from experiments.training.run import OnStep, ResumeError, Settings
 from tsbn_kernels.analysis import Conflicts, stability
 
 NETWORK = "cnn"

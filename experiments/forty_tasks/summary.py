@@ -15,11 +15,13 @@ from benchmarks.network.model import CELEBA, DIGITS
 from benchmarks.timing import environment
 from experiments.forty_tasks import transformer
 from experiments.forty_tasks.digits import digits40
-from experiments.forty_tasks.methods import HARD_SHARING, PAPER_MULTIPLIER, SINGLE_TASK, TASK_SPECIFIC, AnyLayout
-from experiments.forty_tasks.scores import delta_m
+from experiments.forty_tasks.methods import AnyLayout
 from experiments.forty_tasks.step_cost import StepCost
-from experiments.forty_tasks.train_run import Fit, OnStep, Settings, TrainRun
+from experiments.forty_tasks.train_run import Fit, TrainRun
 from experiments.forty_tasks.words import words24
+from experiments.training.methods import HARD_SHARING, PAPER_MULTIPLIER, SINGLE_TASK
+from experiments.training.run import OnStep, Settings
+from experiments.training.study import checkpoint_of, delta_m, grouped, multiplied
 
 CLOSED, OPEN = 0.05, 0.95  # gates beyond these are nearly binary
 
@@ -74,15 +76,8 @@ def all_settings(
     samples = len(splits.train), len(splits.validation), len(splits.test)
     return [
         Settings(splits.source, samples, layout, method, multiplier, seed, epochs, batch, lr)
-        for seed in range(seeds)
-        for method in methods
-        for multiplier in (multipliers[method] if method in TASK_SPECIFIC else (1.0,))
+        for method, multiplier, seed in multiplied(methods, multipliers, seeds)
     ]
-
-
-def checkpoint_of(settings: Settings, folder: Path) -> Path:
-    """The file that holds a run."""
-    return folder / f"{settings.name.replace(' ', '-')}-seed{settings.seed}.pt"
 
 
 def train_all(
@@ -137,14 +132,6 @@ class MethodScores:
     def spread(self) -> float:
         """How far the best seed is from the worst."""
         return max(self.f1) - min(self.f1)
-
-
-def grouped(fits: Sequence[Fit]) -> dict[str, list[Fit]]:
-    """The seeds of each method and multiplier, by its name."""
-    groups: dict[str, list[Fit]] = {}
-    for fit in fits:
-        groups.setdefault(fit.settings.name, []).append(fit)
-    return groups
 
 
 def summaries(fits: Sequence[Fit]) -> dict[str, MethodScores]:

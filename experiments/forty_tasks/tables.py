@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from experiments.forty_tasks.methods import LOOP, PAPER_MULTIPLIER
+from experiments.forty_tasks.methods import LOOP
 from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.summary import CLOSED, OPEN, MethodScores, verdict
+from experiments.training.methods import PAPER_MULTIPLIER
 
 
 def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:

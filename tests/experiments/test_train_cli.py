@@ -191,7 +191,8 @@ def test_the_verdict_is_against_the_larger_spread():
 
 
 def test_summaries_are_of_the_seeds():
-    from experiments.forty_tasks.train_run import Fit, Settings
+    from experiments.forty_tasks.train_run import Fit
+    from experiments.training.run import Settings
 
     def fit(method: str, seed: int, test_f1: tuple[float, ...], gates=None) -> Fit:
         settings = Settings("", (1, 1, 1), TINY, method, 1.0, seed, 1, 2, 1.0)

@@ -18,8 +18,9 @@ from benchmarks.network.data import Splits
 from benchmarks.network.model import Layout
 from experiments.forty_tasks import train_run as fits
 from experiments.forty_tasks.methods import methods_of
-from experiments.forty_tasks.train_run import Epoch, ResumeError, Settings, TrainRun
+from experiments.forty_tasks.train_run import Epoch, TrainRun
 from experiments.forty_tasks.transformer import TransformerLayout
+from experiments.training.run import ResumeError, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,11 @@ from torch import nn
 
 from benchmarks.network.model import CELEBA, CelebaNetwork, Layout, loss_of
 from experiments.forty_tasks.convolutional import SingleTasks, plain_norm
-from experiments.forty_tasks.methods import LOOP, TASK_SPECIFIC, gates, make_network, methods_of
+from experiments.forty_tasks.methods import LOOP, gates, make_network, methods_of
 from experiments.forty_tasks.step_cost import measured_step
-from experiments.forty_tasks.train_run import optimizer_of
 from experiments.forty_tasks.transformer import TransformerLayout
+from experiments.training.methods import TASK_SPECIFIC
+from experiments.training.study import optimizer_of
 
 TINY = Layout(2, (2, 3, 2, 3, 2, 3, 4))
 PATCHES = TransformerLayout(inputs=2, patch=4, tokens=16, width=6, heads=2, depth=2)

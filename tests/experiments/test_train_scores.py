@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from experiments.forty_tasks.scores import Confusion, delta_m
+from experiments.forty_tasks.scores import Confusion
+from experiments.training.study import delta_m
 
 
 def test_f1_is_that_of_scikit_learn():
@@ -35,3 +36,5 @@ def test_delta_m_is_the_mean_change_in_percent():
     assert delta_m([0.6, 0.5], [0.5, 0.5]) == pytest.approx(10.0)
     assert delta_m([0.4, 0.8], [0.5, 0.8]) == pytest.approx(-10.0)
     assert math.isnan(delta_m([0.4, 0.8], [0.0, 0.8]))
+    assert delta_m([0.6, 0.4], [0.5, 0.5], [False, True]) == pytest.approx(20.0)
+    assert delta_m([0.4, 0.6], [0.5, 0.5], [False, True]) == pytest.approx(-20.0)

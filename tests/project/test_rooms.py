@@ -30,6 +30,7 @@ FLOORS = [
     ["benchmarks.report"],
     ["benchmarks.gpu_day", "benchmarks.hot_paths"],
     ["benchmarks.commands"],
+    ["experiments.training"],
     ["benchmarks.__main__", "experiments.dense_tasks", "experiments.forty_tasks", "tools.compile_gate"],
 ]
 ALONE = ["tools.build_matrix", "tools.ptxvm", "tools.sanitize", "tools.site"]  # these import none of the others
