@@ -10,7 +10,7 @@ from torch.nn import functional
 
 RESNET50 = (3, 4, 6, 3)  # blocks of each stage
 STRIDE = 8  # pixels of the image for one of the features, along each axis
-_EXPANSION = 4
+EXPANSION = 4  # of the channels of a block over its width
 _RATES = (12, 24, 36)  # dilations of ASPP
 _ASPP = 256  # its channels, where the features have 2048
 
@@ -20,7 +20,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
         super().__init__()
-        outputs = _EXPANSION * width
+        outputs = EXPANSION * width
         self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -45,6 +45,7 @@ class DilatedResNet(nn.Module):
 
     Attributes:
         count: of its stages, the first with what is before the residual blocks.
+        width: of its first layer.
         features: channels of what it returns.
         multiple: of which height and width have to be.
     """
@@ -54,6 +55,7 @@ class DilatedResNet(nn.Module):
 
     def __init__(self, width: int = 64, blocks: Sequence[int] = RESNET50) -> None:
         super().__init__()
+        self.width = width
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         inputs, dilation = width, 1
@@ -63,7 +65,7 @@ class DilatedResNet(nn.Module):
             for block in range(count):
                 stride = 2 if stage == 1 and block == 0 else 1
                 layers.append(Bottleneck(inputs, width * 2**stage, stride, dilation if block else before))
-                inputs = _EXPANSION * width * 2**stage
+                inputs = EXPANSION * width * 2**stage
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.features = inputs
         for module in self.modules():
@@ -78,10 +80,17 @@ class DilatedResNet(nn.Module):
 
     def run_stage(self, index: int, x: Tensor, kept: list[Tensor]) -> Tensor:
         """A stage; nothing is kept for another one."""
-        if index == 0:
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        found: Tensor = self.get_submodule(f"layer{index + 1}")(x)
+        found: Tensor = self.layers()[index](self.stem(x) if index == 0 else x)
         return found
+
+    def stem(self, images: Tensor) -> Tensor:
+        """What comes before the residual blocks, ``[N, width, H/4, W/4]``."""
+        x: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return x
+
+    def layers(self) -> list[nn.Sequential]:
+        """The residual blocks of each stage."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4]  # type: ignore[list-item]
 
 
 def _branch(inputs: int, outputs: int, size: int, dilation: int = 1) -> nn.Sequential:

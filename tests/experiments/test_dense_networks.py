@@ -15,7 +15,7 @@ from experiments.dense_tasks.segnet import SegNet, segnet_head
 from experiments.dense_tasks.tasks import Depth, Normals, Segmentation, total_loss
 from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
 
 TASKS = {task.name: task for task in (Segmentation(13), Depth(), Normals())}
 T, STEPS = len(TASKS), 20
@@ -123,15 +123,6 @@ def samples(size: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     labels = torch.randint(-1, 13, (batch, *size), generator=generator)
     normals = nn.functional.normalize(draw(batch, 3, *size), dim=1)
     return draw(batch, 3, *size), {"segmentation": labels, "depth": draw(batch, 1, *size).abs(), "normals": normals}
-
-
-@pytest.fixture(autouse=True)
-def _unpooling():
-    """PyTorch has no unpooling that it calls deterministic, as all tests ask for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize(
