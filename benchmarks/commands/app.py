@@ -13,6 +13,7 @@ COMMANDS = {
     "layers": "benchmarks.commands.layers:layers",
     "sweep": "benchmarks.commands.layers:sweep",
     "train": "experiments.forty_tasks.command:train",
+    "train-dense": "experiments.dense_tasks.command:train_dense",
     "study": "experiments.forty_tasks.study_command:study",
     "profile": "benchmarks.commands.profile:profile",
     "gpu-day": "benchmarks.commands.gpu_day:gpu_day",
