@@ -116,7 +116,7 @@ def test_fewer_tasks_load_into_more(tasks: Any) -> None:
     heads = copy.deepcopy(many.heads)
     before: Any = {name: (revert_model(many.backbone, index), heads[name]) for index, name in enumerate("abcd")}
     for name in "bc":
-        before[name][0][0].load_state_dict(few.backbone.get_submodule("0").state_dict())  # what the tasks share is that of the state
+        before[name][0][0].load_state_dict(few.backbone.get_submodule("0").state_dict())  # which the tasks share
     many.load_state_dict(expand_state_dict(many, few.state_dict(), tasks))
     for index, name in enumerate("abcd"):
         own = revert_model(many.backbone, index), many.heads[name]

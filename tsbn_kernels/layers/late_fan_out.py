@@ -203,7 +203,7 @@ class LateFanOut(nn.Module):
         for router in self._routers:
             if (found := router.route(self, x)) is not None:
                 tasks, fan_out = found
-                weight: Tensor = self.weight if tasks is None else self.weight.index_select(0, tasks)
+                weight = self.weight if tasks is None else self.weight.index_select(0, tasks)
                 if not fan_out and weight.shape[0] > 1:
                     raise ValueError(
                         f"late fan-out needs one input for all tasks, got the streams of {weight.shape[0]} in an input "
