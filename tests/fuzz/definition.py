@@ -122,7 +122,7 @@ def _slabs(tensor: Tensor, num_tasks: int, stacking: str) -> Tensor:
     return streams.transpose(1, 2).flatten(2)
 
 
-def _compare(name: str, actual: Tensor, expected: Tensor, bound: Tensor, ignored: Tensor) -> str | None:
+def compare(name: str, actual: Tensor, expected: Tensor, bound: Tensor, ignored: Tensor) -> str | None:
     """None, or what is wrong; where NaN is expected the result is not finite, ignored or not."""
     rounded = expected.to(actual.dtype).double()
     got = actual.detach().double()
@@ -149,7 +149,7 @@ def compare_output(name: str, actual: Tensor, wanted: Expected, num_tasks: int, 
     tolerance = FORWARD[actual.dtype]
     scale = (expected.abs().nan_to_num(0, 0, 0).amax(2) / 4).clamp_min(1) * wanted.condition
     bound = tolerance.absolute * scale[..., None] + tolerance.units * unit_in_last_place(expected, actual.dtype)
-    return _compare(name, got, expected, bound, wanted.loose[..., None])
+    return compare(name, got, expected, bound, wanted.loose[..., None])
 
 
 def compare_gradient(
@@ -180,7 +180,7 @@ def compare_gradient(
         got, expected = _slabs(actual, num_tasks, stacking), _slabs(expected, num_tasks, stacking)
     scale = expected.abs().nan_to_num(0, 0, 0).amax(2).clamp_min(1) * condition * slack * max(1.0, wanted.count**0.5)
     bound = tolerance.absolute * scale[..., None] + tolerance.units * unit_in_last_place(expected, actual.dtype)
-    return _compare(f"gradient of {name}", got, expected, bound, ignored[..., None])
+    return compare(f"gradient of {name}", got, expected, bound, ignored[..., None])
 
 
 def compare_statistics(
@@ -198,4 +198,4 @@ def compare_statistics(
     size = (before.double().abs() + batch.abs() + 1) * (1 + torch.as_tensor(momentum).double().abs())
     bound = 4 * (STATISTICS[dtype] + torch.finfo(actual.dtype).eps) * size * wanted.condition.clamp_max(1e4)
     finite = expected.abs() < torch.finfo(actual.dtype).max
-    return _compare(name, actual, torch.where(finite, expected, 0.0), bound, wanted.loose | ~finite)
+    return compare(name, actual, torch.where(finite, expected, 0.0), bound, wanted.loose | ~finite)

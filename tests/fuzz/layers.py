@@ -119,7 +119,7 @@ def spoil(rng: random.Random, arguments: dict[str, Any], notes: list[str], name:
         notes.append(f"{name}={arguments[name]!r}")
 
 
-def _text(function: str, arguments: dict[str, Any]) -> str:
+def call_text(function: str, arguments: dict[str, Any]) -> str:
     return f"{function}({', '.join(f'{name}={describe(value)}' for name, value in arguments.items())})"
 
 
@@ -148,7 +148,7 @@ def functional_call(rng: random.Random) -> Call:
         y = definition.restacked(torch.stack(y), arguments["stacking"]) if isinstance(y, tuple) else y
         return check(arguments, y, before, seed)
 
-    return Call(_text(function.__name__, arguments), run, not notes, inputs)
+    return Call(call_text(function.__name__, arguments), run, not notes, inputs)
 
 
 def check(arguments: dict[str, Any], y: Tensor, before: dict[str, Tensor], seed: int) -> str | None:
@@ -236,7 +236,7 @@ def layer_call(rng: random.Random) -> Call:
     if rng.random() < 0.3:
         spoil(rng, options, notes)
     seed = rng.getrandbits(32)
-    text = _text(f"tsbn_kernels.{name}", options) + f" then calls of seed {seed}"
+    text = call_text(f"tsbn_kernels.{name}", options) + f" then calls of seed {seed}"
     calls = random.Random(seed)
     hostile = calls.random() < 0.4
     inputs: list[Any] = []

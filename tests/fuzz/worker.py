@@ -14,10 +14,12 @@ from fuzz.calls import Outcome, judge
 from fuzz.layers import functional_call, layer_call
 from fuzz.models import MODEL_CALLS
 from fuzz.programs import program_call
+from fuzz.rows import row_call
 
 MEMORY = 16 << 30  # of addresses: an allocation without bounds is an error, not the end of the machine
 TARGETS = {
-    "calls": [functional_call] * 10 + [layer_call] * 6 + MODEL_CALLS,
+    "calls": [functional_call] * 10 + [layer_call] * 6 + [row_call] * 4 + MODEL_CALLS,
+    "rows": [row_call],
     "programs": [program_call],
 }
 

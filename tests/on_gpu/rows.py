@@ -31,7 +31,7 @@ FORMS: list[dict[str, bool]] = [
 
 def moved(p: LayerProblem, change: Callable[[Tensor], Tensor]) -> LayerProblem:
     """The call with each of its tensors changed."""
-    return LayerProblem(*(change(value) if isinstance(value, Tensor) else value for value in p))
+    return p._replace(**{name: change(value) for name, value in p._asdict().items() if isinstance(value, Tensor)})
 
 
 def calls() -> Iterator[tuple[str, dict[str, Any]]]:
