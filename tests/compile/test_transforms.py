@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from support.layers import SHAPE, of_any_kind, trained, with_a_bias
+from support.layers import LAYERS, SHAPE, of_any_kind, trained, with_a_bias
 from support.problems import FORMATS, GATES, STACKINGS, Problem, defined, in_double, problem
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jacfwd, jacrev, stack_module_state, vmap
 
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d
+from tsbn_kernels import FusedTSigmaBN1d
 from tsbn_kernels.functional import task_batch_norm
 
 T, N, C = 2, 3, 4
@@ -164,10 +165,11 @@ def test_per_sample_gradients_of_an_ensemble() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_functionalized(training: bool) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("BN", {"activation": "silu"}), *((kind, {}) for kind in LAYERS)])
+def test_functionalized(kind: str, options: Any, training: bool) -> None:
     """Statistics are updated through it, and what comes out can be differentiated."""
-    layer = FusedTSigmaBN2d(2, 4, activation="silu").train(training)
-    x, dy = torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(6, 4, 3, 3)
+    layer = trained(kind, **options).train(training)
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     results = []
     for transform in (torch.func.functionalize, lambda call: call):
         state = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}

@@ -43,21 +43,23 @@ def test_a_layer_is_a_leaf(kind: str) -> None:
 
 
 class Calls(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *names: str) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.names = layer, names
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x, x, tasks=[0], fan_out=False)
+        y: Tensor = self.layer(x, **dict.fromkeys(self.names, x), tasks=[0], fan_out=False)
         return y * 2
 
 
-def test_arguments_are_in_the_graph() -> None:
-    model = Calls(FusedTSigmaBN2d(T, 3, activation="relu"))
+@of_any_kind
+def test_arguments_are_in_the_graph(kind: str) -> None:
+    names = ("residual",) if kind == "BN" else ()
+    model = Calls(trained(kind), *names)
     traced = fx.symbolic_trace(model)
     (node,) = (node for node in traced.graph.nodes if node.op == "call_module")
-    assert list(node.kwargs) == ["residual", "tasks", "fan_out"]
-    x = torch.randn(N, 3, 4, 4)
+    assert list(node.kwargs) == [*names, "tasks", "fan_out"]
+    x = torch.randn(SHAPE)[:N]
     torch.testing.assert_close(traced(x), model(x))
 
 
@@ -146,7 +148,8 @@ def test_quantisation_of_a_graph() -> None:
         and "fbgemm" not in torch.backends.quantized.supported_engines
     ):
         pytest.skip("this PyTorch quantises nothing here")
-    model = convert_model(look_trained(encoder()), T).eval()
+    rows = nn.LayerNorm(4), nn.Conv2d(5, 3, 1), nn.RMSNorm(4)
+    model = convert_model(look_trained(nn.Sequential(*encoder(), *rows)), T, layer_norm=True).eval()
     x = torch.randn(T * N, 3, 6, 6)
     prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping("fbgemm"), (x,))
     prepared(x)

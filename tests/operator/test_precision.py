@@ -1,4 +1,4 @@
-"""Dtypes, autocast, scaled gradients and deterministic mode, against nn.BatchNorm2d."""
+"""Dtypes, autocast, scaled gradients and deterministic mode, against PyTorch's layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.graphs import WAYS, Way, tensors
-from support.layers import LAYERS, SHAPE, WITH_BIAS
+from support.layers import LAYERS, SHAPE, WITH_BIAS, of_any_kind, trained
 from support.problems import DTYPES
 from support.tolerances import assert_same_bits
 from torch import Tensor, nn
@@ -84,18 +84,17 @@ def autocast_of(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_lets_activations_pass(dtype: torch.dtype, device: str) -> None:
+@of_any_kind
+def test_autocast_lets_activations_pass(kind: str, dtype: torch.dtype, device: str) -> None:
     """As for BatchNorm: in a network the convolution gives half precision, and the layer keeps it."""
     with FakeTensorMode(), autocast_of(device, torch.bfloat16):
-        layer = FusedTSigmaBN2d(T, C, device=device)
-        plain = nn.BatchNorm2d(C, device=device)
+        layer = LAYERS[kind](device=device)
         conv = nn.Conv2d(C, C, 1, device=device)
-        x = torch.randn(T * N, C, 4, 4, device=device, dtype=dtype)
-        for norm in (layer, plain):
+        x = torch.randn(SHAPE, device=device, dtype=dtype)
+        for norm in (layer, nn.BatchNorm2d(C, device=device)):
             assert norm(x).dtype == dtype
             assert norm(conv(x)).dtype == torch.bfloat16
-        assert layer.running_mean is not None
-        assert layer.running_mean.dtype == torch.float32
+        assert {tensor.dtype for tensor in layer.state_dict().values()} <= {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize("fan_out", [False, True])
@@ -121,12 +120,13 @@ def test_residual_that_is_no_floating_point_tensor() -> None:
         FusedTSigmaBN2d(T, C)(torch.randn(T * N, C, 2, 2), torch.ones(T * N, C, 2, 2, dtype=torch.int64))
 
 
+@of_any_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_scaled_gradients(dtype: torch.dtype) -> None:
+def test_scaled_gradients(dtype: torch.dtype, kind: str) -> None:
     """A power of two as scale leaves the gradients' bits, but where half precision ends; an overflow is found."""
-    layer = FusedTSigmaBN2d(T, C, bias=True)
+    layer = trained(kind, **{"bias": True} if kind in WITH_BIAS else {})
     twin = copy.deepcopy(layer)
-    x, dy = torch.randn(T * N, C, 6, 5).to(dtype), torch.randn(T * N, C, 6, 5).to(dtype)
+    x, dy = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaler.scale((layer(x) * dy).float().sum()).backward()
