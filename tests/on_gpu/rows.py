@@ -31,7 +31,8 @@ FORMS: list[dict[str, bool]] = [
 
 def moved(p: LayerProblem, change: Callable[[Tensor], Tensor]) -> LayerProblem:
     """The call with each of its tensors changed."""
-    return p._replace(**{name: change(value) for name, value in p._asdict().items() if isinstance(value, Tensor)})
+    tensors: Any = {name: change(value) for name, value in p._asdict().items() if isinstance(value, Tensor)}
+    return p._replace(**tensors)
 
 
 def calls() -> Iterator[tuple[str, dict[str, Any]]]:
