@@ -13,7 +13,15 @@ import torch
 from support.networks import NETWORKS, ResNet, pretrained
 from torch import Tensor, nn
 
-from tsbn_kernels import FusedTSigmaBN, MultiTaskModel, convert_model, export_task, fold_into_conv, revert_model
+from tsbn_kernels import (
+    FusedTSigmaBN,
+    MultiTaskModel,
+    convert_model,
+    export_task,
+    fold_into_conv,
+    revert_model,
+    task_index,
+)
 from tsbn_kernels.definition.activations import TABLE
 from tsbn_kernels.models.fuse_activations import FusedActivation
 
@@ -341,6 +349,9 @@ def test_the_activation_of_batch_norm_act(act: nn.Module, drop: nn.Module, activ
         assert repr(revert_model(copied, 1)) == repr(plain)
         assert repr(copied[1].task(1)) == repr(plain[1])
     expected = revert_model(unfused.eval(), 1)(x)
+    with task_index(torch.ones(N, dtype=torch.int64)):
+        for one in (model.eval(), unfused):
+            torch.testing.assert_close(one(x), expected)
     folded = fold_into_conv(model[0], model[1], 1)
     for one in (revert_model(model.eval(), 1), export_task(model, 1), nn.Sequential(folded, nn.ReLU())):
         torch.testing.assert_close(one(x), expected)

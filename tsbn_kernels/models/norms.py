@@ -34,13 +34,15 @@ class FusedTSigmaBNAct(FusedTSigmaBN):
     act: nn.Module
 
     def _call(self, *args: Any) -> Any:
-        results = super()._call(*args)
-        if self.activation is not None or any(isinstance(y, fx.Proxy) for y in results):  # a call of the whole layer
-            return results
-        return tuple(map(self.activate, results))
+        return tuple(map(self.activate, super()._call(*args)))
+
+    def _mixed(self, *args: Any) -> Tensor:
+        return self.activate(super()._mixed(*args))
 
     def activate(self, y: Tensor) -> Tensor:
-        """``act(drop(y))``."""
+        """Computes ``act(drop(y))``, where ``activation`` does not; a Proxy stands for a call of the whole layer."""
+        if self.activation is not None or isinstance(y, fx.Proxy):
+            return y
         activated: Tensor = self.act(self.drop(y))
         return activated
 
