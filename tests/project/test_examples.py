@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,79 @@ def test_dense_transformer_is_a_loop_over_plain_ones() -> None:
         layer = layers.get(name.removesuffix(".weight"))
         expected = gradients.sum(0) if layer is None else gradients * layer.gates * (1 - layer.gates)
         torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+DOMAINS = ROOT / "examples" / "domains.py"
+
+
+def test_domains_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(DOMAINS))
+    example["train"](example["parse"](["--data", "random", "--steps", "50"]))
+    printed = capsys.readouterr().out
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", printed))
+    assert last < first / 4
+    assert all(float(share) > 0.8 for share in re.findall(r"(?:ink|negative) ([\d.]+)", printed))
+
+
+class DomainLoop(nn.Module):
+    """The network of the example, with a list of plain layers and masks, as one writes it without this package."""
+
+    def __init__(self, model: nn.Module, domains: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for layer in copy.deepcopy(list(model.children())):
+            plain = [layer.task(domain) for domain in range(domains)] if hasattr(layer, "gates") else None
+            self.layers.append(layer if plain is None else nn.ModuleList(plain))
+
+    def forward(self, x: Tensor, domains: Tensor) -> Tensor:
+        for layer in self.layers:
+            if isinstance(layer, nn.ModuleList):
+                y = torch.zeros_like(x)
+                for domain in domains.unique().tolist():
+                    mask = domains == domain
+                    y[mask] = layer[domain](x[mask])
+                x = y
+            else:
+                x = layer(x)
+        return x
+
+
+def test_domains_are_a_loop_over_masks() -> None:
+    """Parameters and statistics after 20 steps, some of which have no picture of a domain."""
+    torch.manual_seed(0)
+    example = runpy.run_path(str(DOMAINS))
+    count = len(example["DOMAINS"])
+    model = example["build"]().double()
+    loop = DomainLoop(model, count)
+    optimizer = example["make_optimizer"](model)
+    (base, gates) = optimizer.param_groups
+    norms = [layer for layer in loop.modules() if isinstance(layer, nn.BatchNorm2d)]
+    of_gates = [norm.weight for norm in norms]
+    others = [parameter for parameter in loop.parameters() if all(parameter is not gate for gate in of_gates)]
+    theirs = torch.optim.AdamW(
+        [
+            {"params": params, "lr": group["lr"], "weight_decay": group["weight_decay"]}
+            for params, group in ((others, base), (of_gates, gates))
+        ]
+    )
+    pictures, digits = example["load"]("random")
+    absent = 0
+    for batch in example["batches"](pictures, digits, 24, 20):
+        given = batch._replace(pictures=batch.pictures.double())
+        absent += len(batch.domains.unique()) < count
+        for one in (optimizer, theirs):
+            one.zero_grad()
+        for logits in (example["predict"](model, given), loop(given.pictures, given.domains)):
+            nn.functional.cross_entropy(logits, batch.digits).backward()
+        for one in (optimizer, theirs):
+            one.step()
+    assert 0 < absent < 20
+    for ours, layer in zip(model.children(), loop.layers, strict=True):
+        expected: Any = layer.state_dict()
+        if hasattr(ours, "gates"):
+            plain = [one.state_dict() for one in layer]  # each a BatchNorm2d and its ReLU
+            expected = {name: torch.stack([state[f"0.{name}"] for state in plain]) for name in ours.state_dict()}
+        torch.testing.assert_close(dict(ours.state_dict()), dict(expected), rtol=1e-8, atol=1e-9)
 
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
