@@ -14,6 +14,7 @@ COMMANDS = {
     "sweep": "benchmarks.commands.layers:sweep",
     "train": "experiments.forty_tasks.command:train",
     "train-dense": "experiments.dense_tasks.command:train_dense",
+    "dense-step": "experiments.dense_tasks.step_command:dense_step",
     "study": "experiments.forty_tasks.study_command:study",
     "profile": "benchmarks.commands.profile:profile",
     "gpu-day": "benchmarks.commands.gpu_day:gpu_day",

@@ -44,7 +44,8 @@ def make_backbone(layout: Layout) -> SegNet | DilatedResNet:
     return DilatedResNet(layout.width)
 
 
-def _heads(tasks: Mapping[str, Task], layout: Layout, features: int) -> Heads:
+def make_heads(tasks: Mapping[str, Task], layout: Layout, features: int) -> Heads:
+    """A head for each task, of a backbone with so many channels."""
     make = segnet_head if layout.network == "segnet" else deeplab_head
     return {name: make(features, task.outputs) for name, task in tasks.items()}
 
@@ -105,31 +106,31 @@ class CrossStitch(nn.Module):
 
 def _single_tasks(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
     backbones = {name: make_backbone(layout) for name in tasks}
-    return SingleTasks(backbones, _heads(tasks, layout, next(iter(backbones.values())).features))
+    return SingleTasks(backbones, make_heads(tasks, layout, next(iter(backbones.values())).features))
 
 
 def _hard_sharing(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
     backbone = make_backbone(layout)
-    return HardSharing(backbone, _heads(tasks, layout, backbone.features))
+    return HardSharing(backbone, make_heads(tasks, layout, backbone.features))
 
 
 def _task_specific(variant: Literal["ts_sigma_bn", "tsbn"]) -> Callable[[Mapping[str, Task], Layout], nn.Module]:
     def make(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
         backbone = make_backbone(layout)
         converted = convert_model(backbone, len(tasks), variant=variant, pretrained=False)
-        return MultiTaskModel(converted, _heads(tasks, layout, backbone.features))
+        return MultiTaskModel(converted, make_heads(tasks, layout, backbone.features))
 
     return make
 
 
 def _cross_stitch(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
     backbones = [make_backbone(layout) for _ in tasks]
-    return CrossStitch(backbones, _heads(tasks, layout, backbones[0].features))
+    return CrossStitch(backbones, make_heads(tasks, layout, backbones[0].features))
 
 
 def _mtan(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
     backbone = make_backbone(layout)
-    heads = _heads(tasks, layout, backbone.features)
+    heads = make_heads(tasks, layout, backbone.features)
     return MtanSegNet(backbone, heads) if isinstance(backbone, SegNet) else MtanResNet(backbone, heads)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,21 +10,12 @@ from torch import Tensor
 
 from benchmarks.network.data import Splits
 from benchmarks.network.model import train_step
-from benchmarks.records.summary import Summary
 from benchmarks.timing.environment import memory_in_use
 from benchmarks.timing.fresh_process import in_fresh_process
 from benchmarks.timing.measure import Effort, measure, step_candidate, summarize, timer_for
 from experiments.forty_tasks.methods import LOOP, AnyLayout, make_network
+from experiments.training.step_cost import StepCost
 from experiments.training.study import on_device, optimizer_of
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Trainable parameters, seconds of a training step, and the most bytes during one above what lay there before."""
-
-    parameters: int
-    step: Summary
-    peak_bytes: int
 
 
 def step_costs(

@@ -16,11 +16,11 @@ from benchmarks.timing import environment
 from experiments.forty_tasks import transformer
 from experiments.forty_tasks.digits import digits40
 from experiments.forty_tasks.methods import AnyLayout
-from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.train_run import Fit, TrainRun
 from experiments.forty_tasks.words import words24
 from experiments.training.methods import HARD_SHARING, PAPER_MULTIPLIER, SINGLE_TASK
 from experiments.training.run import OnStep, Settings
+from experiments.training.step_cost import StepCost
 from experiments.training.study import checkpoint_of, delta_m, grouped, multiplied
 
 CLOSED, OPEN = 0.05, 0.95  # gates beyond these are nearly binary

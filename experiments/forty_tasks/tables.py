@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.forty_tasks.methods import LOOP
-from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.summary import CLOSED, OPEN, MethodScores, verdict
 from experiments.training.methods import PAPER_MULTIPLIER
+from experiments.training.step_cost import StepCost
 
 
 def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:
@@ -38,15 +38,10 @@ def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost
             f"{100 * min(summary.f1):.2f} to {100 * max(summary.f1):.2f}",
             "-" if summary.delta_m is None else f"{summary.delta_m:+.2f}",
             " ".join(map(str, summary.best_epochs)),
-            *_cost_cells(costs[summary.method]),
+            *costs[summary.method].cells(),
         )
-    table.add_row("gates by a loop of plain layers", *["-"] * 5, *_cost_cells(costs[LOOP]))
+    table.add_row("gates by a loop of plain layers", *["-"] * 5, *costs[LOOP].cells())
     return table
-
-
-def _cost_cells(cost: StepCost) -> tuple[str, str, str]:
-    time = f"{1e3 * cost.step.median:.1f} ± {1e3 * cost.step.iqr:.1f}"
-    return f"{cost.parameters:,}", time, f"{cost.peak_bytes / 2**20:.0f} MiB"
 
 
 def gates_table(found: Mapping[str, MethodScores]) -> Table:

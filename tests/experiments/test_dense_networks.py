@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layers.peers import LoopOfBatchNorms
 from experiments.dense_tasks.deeplab import Aspp, DilatedResNet, Enlarge, deeplab_head
+from experiments.dense_tasks.methods import Layout
 from experiments.dense_tasks.segnet import SegNet, segnet_head
+from experiments.dense_tasks.step_cost import NAMES, measured_step
 from experiments.dense_tasks.tasks import Depth, Normals, Segmentation, total_loss
-from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model
+from experiments.dense_tasks.ways import FUSED, LOOP, RECOVERY, WAYS, fill_gates, gates_of, leak, task_specific
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
 
@@ -49,71 +51,20 @@ NETWORKS = {
 }
 
 
-class Loop(nn.Module):
-    """The plain backbone with a loop of T BatchNorms for each of its own, run on T copies of the images."""
-
-    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module], leaky: bool) -> None:
-        super().__init__()
-        self.backbone, self.heads = copy.deepcopy(backbone), nn.ModuleDict(heads)
-        for name, module in list(self.backbone.named_modules()):
-            parent, _, own = name.rpartition(".")
-            if isinstance(module, nn.BatchNorm2d):
-                loop = LoopOfBatchNorms(T, module.num_features).double()
-                setattr(self.backbone.get_submodule(parent), own, loop)
-            elif leaky and isinstance(module, nn.ReLU):
-                setattr(self.backbone.get_submodule(parent), own, nn.LeakyReLU(0.1))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        streams = self.backbone(images.repeat(T, 1, 1, 1)).chunk(T)
-        return {name: head(stream) for (name, head), stream in zip(self.heads.items(), streams, strict=True)}
-
-
-def leaky_copy(backbone: nn.Module) -> nn.Module:
-    found = copy.deepcopy(backbone)
-    for name, module in list(found.named_modules()):
-        if isinstance(module, nn.ReLU):
-            parent, _, own = name.rpartition(".")
-            setattr(found.get_submodule(parent), own, nn.LeakyReLU(0.1))
-    return found
-
-
-def fan_out_late(backbone: nn.Module) -> None:
-    """SegNet: at the second convolution, in its weights; ResNet: behind the first pooling."""
-    if isinstance(backbone, SegNet):
-        first, rest = backbone.stages[0].first, backbone.stages[0].rest
-        first[1] = LateFanOut.from_layer(first[1], conv=rest[0][0])
-        rest[0][0] = nn.Identity()
-    else:
-        resnet = backbone if isinstance(backbone, DilatedResNet) else backbone[0]
-        resnet.bn1 = LateFanOut.from_layer(resnet.bn1, pool=resnet.maxpool)
-        resnet.maxpool = nn.Identity()
-
-
-WAYS = ["fused", "recompute", "leaky recovery", "late fan-out"]
-
-
-def pair(network: str, way: str) -> tuple[Loop, MultiTaskModel, tuple[int, ...]]:
+def pair(network: str, way: str) -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    """The loop of plain layers, and the fused network, with the same weights and gates."""
     make, make_head, size, count = NETWORKS[network]
     torch.manual_seed(0)
     backbone = make().double()
     heads = {name: make_head(backbone.features, task.outputs).double() for name, task in TASKS.items()}
-    leaky = way == "leaky recovery"
-    loop = Loop(backbone, copy.deepcopy(heads), leaky)
-    fused = convert_model(leaky_copy(backbone) if leaky else backbone, T, pretrained=False)
-    layers = [module for module in fused.modules() if isinstance(module, FusedTSigmaBN2d)]
-    loops = [module for module in loop.modules() if isinstance(module, LoopOfBatchNorms)]
-    assert len(layers) == len(loops) == count
-    with torch.no_grad():
-        for layer, norms in zip(layers, loops, strict=True):
-            layer.weight.normal_()
-            for row, norm in zip(layer.weight, norms.norms, strict=True):
-                norm.weight.copy_(row)
-    if leaky:
-        for layer in layers[1:]:  # the first fans out
-            layer.recover_input = layer.activation == "leaky_relu"
-    if way == "late fan-out":
-        fan_out_late(fused)
-    return loop, MultiTaskModel(fused, heads, recompute=way == "recompute"), size
+    plain = copy.deepcopy(backbone)
+    if way == RECOVERY:
+        leak(plain)
+    networks = task_specific(LOOP, plain, copy.deepcopy(heads)), task_specific(way, backbone, heads)
+    for model in networks:
+        assert len(gates_of(model)) == count
+        fill_gates(model, 2)
+    return *networks, size
 
 
 def samples(size: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,8 +78,8 @@ def samples(size: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("network", "way"),
-    [(network, "fused") for network in NETWORKS]
-    + [(network, way) for way in WAYS[1:] for network in ("segnet", "shared aspp")],
+    [(network, FUSED) for network in NETWORKS]
+    + [(network, way) for way in WAYS[2:] for network in ("segnet", "shared aspp")],
 )
 def test_steps_are_those_of_the_loop(network, way):
     *networks, size = pair(network, way)
@@ -137,7 +88,7 @@ def test_steps_are_those_of_the_loop(network, way):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         images, truth = samples(size)
         losses.append([])
-        for _ in range(STEPS if way == "fused" else 2):
+        for _ in range(STEPS if way == FUSED else 2):
             optimizer.zero_grad()
             loss = total_loss(TASKS, model(images), truth)
             loss.backward()
@@ -150,3 +101,10 @@ def test_steps_are_those_of_the_loop(network, way):
         loop, fused = (model(images) for model in networks)
     for name in TASKS:
         assert (fused[name] - loop[name]).abs().max() < 1e-8 * loop[name].abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_everything_can_be_measured(name):
+    step, parameters = measured_step(name, Layout("segnet", 1), (2, 32, 32), torch.device("cpu"))
+    losses = [step().item() for _ in range(2)]
+    assert losses[0] != losses[1] and all(map(math.isfinite, losses)) and parameters > 500

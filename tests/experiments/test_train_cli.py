@@ -21,9 +21,9 @@ from benchmarks.timing.measure import Effort
 from experiments.forty_tasks import command
 from experiments.forty_tasks import summary as study
 from experiments.forty_tasks.methods import methods_of
-from experiments.forty_tasks.step_cost import StepCost
 from experiments.forty_tasks.summary import MethodScores, summaries, verdict
 from experiments.forty_tasks.transformer import TransformerLayout
+from experiments.training.step_cost import StepCost
 
 TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
 TINY_TRANSFORMER = TransformerLayout(inputs=1, patch=14, tokens=4, width=4, heads=1, depth=1)

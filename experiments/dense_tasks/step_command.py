@@ -1,0 +1,44 @@
+"""The command that measures training steps of dense tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks.commands.options import OnDevice, machine_line, parse_device
+from benchmarks.report.console import choices, wide_console
+from benchmarks.timing.measure import Effort
+from experiments.dense_tasks.methods import NETWORKS, Layout
+from experiments.dense_tasks.step_cost import NAMES, step_costs
+
+EFFORT = Effort(5, 15, 30.0)
+
+
+def dense_step(
+    network: Annotated[str, typer.Option(help=f"One of {', '.join(NETWORKS)}.")] = "segnet",
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first layer; 64 as in the paper.")] = 16,
+    batch: Annotated[int, typer.Option(min=2)] = 4,
+    height: Annotated[int, typer.Option(min=32)] = 96,
+    image_width: Annotated[int, typer.Option(min=32)] = 128,
+    name: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(NAMES)}. Default: all.")] = None,
+    device: OnDevice = None,
+) -> None:
+    """Time and peak memory of a training step of three dense tasks: TS-sigma-BN in several ways, and other methods."""
+    console = wide_console()
+    (network,) = choices([network], NETWORKS, "--network")
+    names = choices(name or NAMES, NAMES, "--name")
+    if height % 32 or image_width % 32:
+        raise typer.BadParameter(f"must be multiples of 32, got {height}x{image_width}", param_hint="--height")
+    where = parse_device(device)
+    console.print(machine_line(where), highlight=False)
+    found = step_costs(names, Layout(network, width), (batch, height, image_width), where, EFFORT)
+    table = Table(
+        title=f"A training step of {network}, width {width}, batch {batch} of {height}x{image_width}, 3 tasks"
+    )
+    for column in ("", "parameters", "step, ms", "peak memory of the step"):
+        table.add_column(column, justify="right" if column else "left")
+    for key, cost in found.items():
+        table.add_row(key, *cost.cells())
+    console.print(table)
