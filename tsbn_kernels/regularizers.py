@@ -6,6 +6,7 @@ They are those of arXiv 2204.06404 and arXiv 1912.06844, written for gates of ea
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,10 @@ def l1_of_gates(
 
 
 def orthogonal_gradients(
-    losses: Mapping[str, Tensor] | Sequence[Tensor], parameters: Tensor | Iterable[Tensor], alpha: float = 0.1
+    losses: Mapping[str, Tensor] | Sequence[Tensor],
+    parameters: Tensor | Iterable[Tensor],
+    alpha: float = 0.1,
+    process_group: Any = None,
 ) -> Tensor:
     """Keeps the gradients of different tasks at right angles (arXiv 1912.06844).
 
@@ -67,25 +71,48 @@ def orthogonal_gradients(
         parameters: those that all tasks share and that the gradients are taken of. The paper takes the last layer of
             the shared encoder.
         alpha: a factor. The paper takes 0.1 in networks with batch normalisation, and 10 without.
+        process_group: of the ranks that have the losses of the other tasks: ``mesh.get_group("tasks")`` of
+            :func:`~tsbn_kernels.shard_tasks`. All must call this. Each gets the penalty of all tasks, whose gradient
+            comes from its own losses alone: the sum over the ranks, which is what ``shard_tasks`` makes, is the whole.
 
     Raises:
         TypeError: a loss is no tensor.
-        ValueError: there are fewer than two losses or no parameters, a loss is no scalar or has no graph, ``alpha`` is
-            no finite number of 0 or more.
+        ValueError: there are fewer than two losses on all ranks, or no parameters, a loss is no scalar or has no graph,
+            ``alpha`` is no finite number of 0 or more.
     """
     alpha = checks.number("alpha", alpha, 0.0)
     named = checks.named_losses(losses)
     shared = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if len(named) < 2 or not shared:
+    if len(named) < (2 if process_group is None else 1) or not shared:
         raise ValueError(f"expected two losses or more and a parameter, got {len(named)} and {len(shared)}")
     columns = []
     for loss in named.values():
         gradients = torch.autograd.grad(loss, shared, create_graph=True, materialize_grads=True)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         columns.append(flat / torch.where(flat.any(), flat, 1).norm())
-    unit = torch.stack(columns, 1)
-    excess = unit.T @ unit - torch.eye(len(named), dtype=unit.dtype, device=unit.device)
-    return alpha / (len(named) * (len(named) - 1)) * excess.square().sum()
+    unit = torch.stack(columns)
+    if process_group is not None:
+        unit = _of_all_ranks(unit, process_group)
+    count = len(unit)
+    excess = unit @ unit.T - torch.eye(count, dtype=unit.dtype, device=unit.device)
+    return alpha / max(1, count * (count - 1)) * excess.square().sum()
+
+
+def _of_all_ranks(rows: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks, of which this rank's alone have a graph. Ranks may have different numbers of them."""
+    from torch import distributed
+
+    ranks = distributed.get_world_size(group)
+    counts = [torch.empty(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
+    distributed.all_gather(counts, counts[0].new_full((1,), len(rows)), group=group)
+    sizes = [int(count) for count in counts]
+    padded = rows.new_zeros(max(sizes), rows.shape[1])
+    padded[: len(rows)] = rows.detach()
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(gathered, padded, group=group)
+    parts = [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+    parts[distributed.get_rank(group)] = rows
+    return torch.cat(parts)
 
 
 def _sigmoid_weights(model: nn.Module) -> Tensor:
