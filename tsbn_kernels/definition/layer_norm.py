@@ -151,18 +151,18 @@ def layer_norm_double_backward(
     :mod:`tsbn_kernels.definition.double_backward`, of which the RMS form subtracts no mean::
 
         ddy     = g(w) * rstd * P u + g'(w) * p * xhat + q
-        h       = g'(w) * p * dy - rstd * (u * mean(dz * xhat) + dz * mean(u * xhat))
-        ds      = rstd * P h - rstd * mean(dz * rstd * P u) * xhat
+        v       = g'(w) * p * dy - dz * rstd * mean(u * xhat)
+        ds      = rstd * P v - rstd * (mean(dz * xhat) * rstd * P u + mean(dz * rstd * P u) * xhat)
         dweight = sum over the rows of dy * (g'(w) * rstd * P u + g''(w) * p * xhat)
+
+    They are in the dtype of the statistics.
     """
-    s, raw, _, rstd = saved
+    s, raw, mean, rstd = saved
     dtype, dims = rstd.dtype, _normalized_dims(raw)
     weight, xhat, dys = raw.to(dtype), normalized(saved), _task_streams(dy.to(dtype), options)
-    slope = gate_slope(weight, options.gate)
-    p = torch.zeros_like(weight) if given.dweight is None else given.dweight.to(dtype)
+    scale, over = rstd.reshape(*rows_of(s, raw), *(1,) * (raw.dim() - 1)), tuple(range(1, dys.dim() - raw.dim() + 1))
+    slope, gates = gate_slope(weight, options.gate), _spread(gate_values(weight, options.gate), dys)
     u = torch.zeros_like(xhat) if given.dx is None else given.dx.to(dtype)
-    gates = _spread(gate_values(weight, options.gate), dys)
-    of_u, of_xhat = (_streams(t, options) for t in (through_statistics(u, saved), xhat))
 
     def of_input(streams: Tensor) -> Tensor:
         return streams.sum(0) if options.fan_out else layout.stacked(streams, options.stacking)
@@ -170,15 +170,27 @@ def layer_norm_double_backward(
     def row_mean(values: Tensor) -> Tensor:
         return values.mean(dims, keepdim=True)
 
-    ddy = gates * of_u + _spread(slope * p, dys) * of_xhat
+    def through(values: Tensor, dot: Tensor) -> Tensor:
+        if mean is not None:
+            values = values - row_mean(values)
+        return torch.addcmul(values, xhat, dot, value=-1) * scale
+
+    u_dot = row_mean(u * xhat)
+    rest = through(u, u_dot)
+    of_u, of_xhat = _streams(rest, options), _streams(xhat, options)
+    dz = of_input(dys * gates)
+    v = dz * (-scale * u_dot)
+    ddy, dweight = of_u * gates, slope * (dys * of_u).sum(over)
+    if given.dweight is not None:
+        p = given.dweight.to(dtype)
+        factor = _spread(slope * p, dys)
+        ddy, v = torch.addcmul(ddy, of_xhat, factor), v + of_input(dys * factor)
+        dweight = dweight + gate_curvature(weight, options.gate) * p * (dys * of_xhat).sum(over)
     if given.dbias is not None:
         ddy = ddy + _spread(given.dbias.to(dtype), dys)
-    dz, scale = of_input(dys * gates), rstd.reshape(*rows_of(s, raw), *(1,) * (raw.dim() - 1))
-    h = of_input(dys * _spread(slope * p, dys)) - scale * (u * row_mean(dz * xhat) + dz * row_mean(u * xhat))
-    ds = through_statistics(h, saved) - scale * xhat * row_mean(dz * through_statistics(u, saved))
-    over = tuple(range(1, dys.dim() - raw.dim() + 1))
-    dweight = slope * (dys * of_u).sum(over) + gate_curvature(weight, options.gate) * p * (dys * of_xhat).sum(over)
-    return layout.stacked(ddy, options.stacking).to(dy.dtype), ds.to(s.dtype), dweight
+    ds = torch.addcmul(through(v, row_mean(v * xhat)), rest, scale * row_mean(dz * xhat), value=-1)
+    ds = torch.addcmul(ds, xhat, scale * row_mean(dz * rest), value=-1)
+    return layout.stacked(ddy, options.stacking), ds, dweight
 
 
 def _normalized_dims(weight: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import LayerBackend, LayerGradients, LayerNeeds, LayerOptions, LayerSaved
 
-_CHUNK = 1 << 16  # values of dy whose rows are computed at once
+_CHUNK = 1 << 15  # values of dy whose rows are computed at once
 
 
 def differentiable(s: Tensor, weight: Tensor, options: LayerOptions) -> LayerSaved:
@@ -43,6 +43,7 @@ class TaskLayerNormBackward(torch.autograd.Function):
         if torch.is_grad_enabled():
             saved = differentiable(saved.s, saved.weight, options)
             ddy, ds, dweight = reference.layer_norm_double_backward(given, dy, saved, options)
+            ddy, ds = ddy.to(dy.dtype), ds.to(saved.s.dtype)
         else:
             ddy, ds, dweight = by_rows(given, dy, saved, options)
         dds = given.dx if ctx.needs_input_grad[1] else None  # there may be no ds
