@@ -24,6 +24,7 @@ COMMANDS = {
     "celeba40": "benchmarks.commands.celeba40:celeba40",
     "fan-out": "benchmarks.commands.fan_out:fan_out",
     "export": "benchmarks.commands.export:export",
+    "double-backward": "benchmarks.commands.double_backward:double_backward",
     "host": "benchmarks.commands.host:host",
     "compiled-kernels": "tools.compile_gate.command:compile_kernels",
 }
