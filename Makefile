@@ -22,7 +22,8 @@ report: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS) --json $(REPORT)/celeba40.json --plot $(REPORT)/celeba40.png
 	$(BIN)/python -m benchmarks sweep tasks $(BENCH_ARGS) --json $(REPORT)/tasks.json
 	$(BIN)/python -m benchmarks sweep slab $(BENCH_ARGS) --json $(REPORT)/slab.json
-	$(BIN)/python -m benchmarks report $(REPORT)/celeba40.json $(REPORT)/tasks.json $(REPORT)/slab.json --markdown $(REPORT)/tables.md
+	$(BIN)/python -m benchmarks layers mixed_8 $(BENCH_ARGS) --json $(REPORT)/mixed.json --plot $(REPORT)/mixed.png
+	$(BIN)/python -m benchmarks report $(REPORT)/celeba40.json $(REPORT)/tasks.json $(REPORT)/slab.json $(REPORT)/mixed.json --markdown $(REPORT)/tables.md
 
 # On a machine with a GPU, everything for real within ten minutes, then a verdict; a second call goes on where the first
 # one stopped: make gpu-check GPU_CHECK_ARGS="--seconds=1200 --fresh"

@@ -49,7 +49,7 @@ from benchmarks.report.tables import show
 from benchmarks.timing import environment, host_memory
 
 SERIES = {"tasks": SWEEP_TASKS, "slab": SWEEP_SLAB, "width": SWEEP_WIDTH}
-QUICK_LAYERS, QUICK_POINTS = 2, slice(0, 6, 2)  # points of a series: every other one
+QUICK_SIZES, QUICK_POINTS = 2, slice(0, 6, 2)  # points of a series: every other one
 
 
 def layers(
@@ -76,7 +76,7 @@ def layers(
     memory_format: Formats = None,
     impl: Impls = None,
     device: OnDevice = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The two smallest layers, few rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Layers of the two smallest sizes, few rounds.")] = False,
     fresh_memory: FreshMemory = False,
     json_path: Json = None,
     plot_path: Annotated[
@@ -108,7 +108,8 @@ def layers(
         tasks = tasks or network.tasks
         chosen = parse_layers(names, network.layers)
         if quick:
-            chosen = tuple(sorted(chosen, key=lambda layer: layer.elements)[:QUICK_LAYERS])
+            smallest = sorted({layer.elements for layer in chosen})[:QUICK_SIZES]
+            chosen = tuple(layer for layer in chosen if layer.elements in smallest)
         reason = "given"
         if batch is None:
             available = environment.available_bytes(where)

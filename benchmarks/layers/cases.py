@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.records.workloads import GIVEN, ITEM_BYTES, NO_ACTIVATION, NO_FORMAT, Layer
+from benchmarks.records.workloads import GIVEN, ITEM_BYTES, NO_ACTIVATION, NO_FORMAT, SORTED, Layer, samples_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -61,17 +61,39 @@ class Case:
         x = random(*self.shape).mul_(1.5).add_(0.5)
         parameters = torch.float64 if self.dtype == "float64" else torch.float32
         dy, gamma = random(*self.shape), random(self.tasks, self.layer.channels, dtype=parameters)
-        return Inputs(x, dy, gamma, self.memory_format)
+        return Inputs(x, dy, gamma, self.memory_format, self._tasks_of_samples(generator))
+
+    def _tasks_of_samples(self, generator: torch.Generator) -> Tensor | None:
+        """The index of a mixed batch: in a random order, but for a sorted one."""
+        if not self.layer.mix:
+            return None
+        counts = torch.tensor(samples_of(self.layer.mix, self.tasks, self.shape[0]), device=self.device)
+        index = torch.arange(self.tasks, device=self.device).repeat_interleave(counts)
+        if self.layer.mix == SORTED:
+            return index
+        return index[torch.randperm(len(index), generator=generator, device=self.device)]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Task-major activation ``x`` and gradient ``dy`` of one shape, and the raw gates ``gamma`` ``[T, C]``."""
+    """Task-major activation ``x`` and gradient ``dy`` of one shape, and the raw gates ``gamma`` ``[T, C]``.
+
+    In a mixed batch ``task_of_sample`` tells the tasks, and samples lie in any order.
+    """
 
     x: Tensor
     dy: Tensor
     gamma: Tensor
     memory_format: str
+    task_of_sample: Tensor | None = None
+
+    def samples_of_tasks(self) -> Sequence[Tensor | slice]:
+        """Where in x the samples of each task are."""
+        tasks = len(self.gamma)
+        if self.task_of_sample is not None:
+            return [(self.task_of_sample == task).nonzero().flatten() for task in range(tasks)]
+        each = len(self.x) // tasks
+        return [slice(task * each, (task + 1) * each) for task in range(tasks)]
 
     @cached_property
     def folded(self) -> tuple[Tensor, Tensor]:

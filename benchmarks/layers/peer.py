@@ -54,9 +54,9 @@ class Peer(ABC):
     def forward(self) -> Tensor:
         """Runs the forward pass in training, with its autograd graph."""
 
-    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x and of the parameters for the incoming gradient dy."""
-        return torch.autograd.grad(y, (self.x, *self.parameters), self.dy)
+    def backward(self, y: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the parameters for the incoming gradient dy; None where y does not depend on one."""
+        return torch.autograd.grad(y, (self.x, *self.parameters), self.dy, allow_unused=True)
 
     def rotate_over(self, buffers: int) -> None:
         """Sets of x and dy that take turns from now on, all with the values that there are."""
@@ -74,6 +74,8 @@ class Peer(ABC):
     def step(self) -> Outcome:
         """One forward and backward, for verification."""
         y = self.forward()
-        dx, *dgamma = self.backward(y)
-        stacked = torch.stack(list(dgamma)).view(self.tasks, self.channels)
+        dx, *found = self.backward(y)
+        assert dx is not None
+        dgamma = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        stacked = torch.stack(dgamma).view(self.tasks, self.channels)
         return Outcome(self.task_major(y.detach()), self.task_major(dx), stacked)

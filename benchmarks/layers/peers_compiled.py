@@ -14,6 +14,7 @@ from benchmarks.layers.cases import Case, Inputs
 from benchmarks.layers.peer import Peer
 from benchmarks.layers.peers import Folded, Loop, Reference, Vmap
 from benchmarks.layers.peers_layer_norm import LoopOfLayerNorms, Scaled
+from benchmarks.layers.peers_mixed import Grouped, MaskedLoop, SortedSlices
 
 # Without CUDA graphs: they spare launches, for whatever is put into them, and would copy x into a buffer of theirs.
 MODES = {"compiled": "default", "autotuned": "max-autotune-no-cudagraphs"}
@@ -46,15 +47,17 @@ class Compiled(Peer):
 def _compiled(prefix: str, peer: type[Peer]) -> type[Peer]:
     """A class of the peer, compiled.
 
-    By default a CPU measures neither the loop of batch normalisations, which takes minutes to compile, nor what is
+    By default a CPU measures neither loops of batch normalisations, which take minutes to compile, nor what is
     autotuned: there max-autotune tries kernels of matrix products and convolutions alone, and makes the same
     code of a normalisation.
     """
-    name, default = f"{prefix}_{peer.name}", peer.default_on_cpu and peer is not Loop and prefix == "compiled"
+    default = peer.default_on_cpu and not issubclass(peer, Loop) and prefix == "compiled"
+    name = f"{prefix}_{peer.name}"
     return type(name, (Compiled, peer), {"name": name, "mode": MODES[prefix], "default_on_cpu": default})
 
 
-_PEERS: tuple[type[Peer], ...] = (Loop, Reference, Folded, Vmap, LoopOfLayerNorms, Scaled)
+_OF_MIXED: tuple[type[Peer], ...] = (MaskedLoop, SortedSlices, Grouped)
+_PEERS: tuple[type[Peer], ...] = (Loop, Reference, Folded, Vmap, LoopOfLayerNorms, Scaled, *_OF_MIXED)
 COMPILED = [_compiled(prefix, peer) for prefix in MODES for peer in _PEERS]
 
 

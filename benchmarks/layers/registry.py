@@ -12,11 +12,13 @@ from benchmarks.layers.peers import ActivationBehind, CuDNN, Folded, Fused, Loop
 from benchmarks.layers.peers_compiled import COMPILED
 from benchmarks.layers.peers_installed import INSTALLED
 from benchmarks.layers.peers_layer_norm import FusedLayerNorm, LoopOfLayerNorms, Scaled
+from benchmarks.layers.peers_mixed import EqualTasks, FusedMixed, Grouped, MaskedLoop, SortedSlices
 from benchmarks.records.workloads import BATCH_NORM, NORMS
 
 _OF_BATCH_NORM: tuple[type[Peer], ...] = (Fused, ActivationBehind, Loop, Folded, Vmap, CuDNN)
 _OF_LAYER_NORM: tuple[type[Peer], ...] = (FusedLayerNorm, LoopOfLayerNorms, Scaled)
-_ALL: tuple[type[Peer], ...] = (*_OF_BATCH_NORM, *_OF_LAYER_NORM, *COMPILED, *INSTALLED)
+_OF_MIXED: tuple[type[Peer], ...] = (FusedMixed, EqualTasks, MaskedLoop, SortedSlices, Grouped)
+_ALL: tuple[type[Peer], ...] = (*_OF_BATCH_NORM, *_OF_LAYER_NORM, *_OF_MIXED, *COMPILED, *INSTALLED)
 PEERS = {norm: {peer.name: peer for peer in _ALL if peer.norm == norm} for norm in NORMS}
 NAMES = tuple(dict.fromkeys(peer.name for peer in _ALL))
 

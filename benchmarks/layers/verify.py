@@ -14,7 +14,7 @@ from benchmarks.layers.cases import DTYPES, Case, Inputs
 from benchmarks.layers.peer import EPS, Outcome, Peer
 from benchmarks.layers.peers import MOMENTUM, SLOPE, BatchNormOutcome
 from benchmarks.records.record import OURS
-from benchmarks.records.workloads import BATCH_NORM, ITEM_BYTES, LAYER_NORM
+from benchmarks.records.workloads import BATCH_NORM, ITEM_BYTES, LAYER_NORM, MIXED_BATCH_NORM
 from tsbn_kernels.definition import batch_norm, layer_norm
 from tsbn_kernels.definition.activations import EPILOGUES, NONE
 from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved, Needs, Options, Saved
@@ -89,15 +89,16 @@ def _of_batch_norm(case: Case, inputs: Inputs) -> Outcome:
     and the sums over a channel must not depend on it.
     """
     y, dx, dgamma, running_mean, running_var = _empty(case, inputs.x, inputs.x, *[inputs.gamma] * 3)
-    positions = inputs.x.numel() // inputs.gamma.numel()
-    block = max(1, _block(inputs) // positions)
     initial = (1 - MOMENTUM) ** STEPS  # what is left of the running statistics' first values
-    tensors = [_by_task(tensor, case.tasks) for tensor in (inputs.x, inputs.dy, y, dx)]
-    for task in range(case.tasks):
+    for task, samples in enumerate(inputs.samples_of_tasks()):
+        positions = inputs.x[samples, 0].numel()
+        if positions == 0:
+            dgamma[task], running_mean[task], running_var[task] = 0.0, 0.0, 1.0
+            continue
+        block = max(1, _block(inputs) // positions)
         for start in range(0, case.layer.channels, block):
             channels = slice(start, start + block)
-            x, dy, y_part, dx_part = (tensor[task, :, channels] for tensor in tensors)
-            x64, dy64 = x.double(), dy.double()
+            x64, dy64 = (tensor[samples, channels].double() for tensor in (inputs.x, inputs.dy))
             gamma64 = inputs.gamma[task : task + 1, channels].double()
             options = Options(1, EPS, "sigmoid", "task_major", case.activation, SLOPE)
             result, mean, var = batch_norm.forward_training(x64, gamma64, None, None, options)
@@ -107,12 +108,12 @@ def _of_batch_norm(case: Case, inputs: Inputs) -> Outcome:
                 z = batch_norm.forward_eval(saved, linear)
                 for kink in kinks:
                     dy64.masked_fill_((z - kink).abs() < KINK, 0.0)
-                dy.copy_(dy64)
+                inputs.dy[samples, channels] = dy64.to(inputs.dy.dtype)
             gradient, gate_gradient, *_ = batch_norm.backward(dy64, saved, True, needs, options)
             assert gradient is not None
             assert gate_gradient is not None
-            y_part.copy_(result)
-            dx_part.copy_(gradient)
+            y[samples, channels] = result.to(y.dtype)
+            dx[samples, channels] = gradient.to(dx.dtype)
             dgamma[task, channels] = gate_gradient[0]
             running_mean[task, channels] = (1 - initial) * mean[0]
             running_var[task, channels] = initial + (1 - initial) * var[0] * (positions / (positions - 1))
@@ -142,7 +143,11 @@ def _of_layer_norm(case: Case, inputs: Inputs) -> Outcome:
     return Outcome(y, dx, dgamma)
 
 
-_REFERENCES: dict[str, Callable[[Case, Inputs], Outcome]] = {BATCH_NORM: _of_batch_norm, LAYER_NORM: _of_layer_norm}
+_REFERENCES: dict[str, Callable[[Case, Inputs], Outcome]] = {
+    BATCH_NORM: _of_batch_norm,
+    LAYER_NORM: _of_layer_norm,
+    MIXED_BATCH_NORM: _of_batch_norm,
+}
 
 
 def _block(inputs: Inputs) -> int:

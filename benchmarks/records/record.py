@@ -17,7 +17,7 @@ PASSES = (FORWARD, FORWARD_BACKWARD)
 TRAINING_STEP = "training_step"  # of the whole network
 # Tensors of the activation's size that must be read or written: x and y; and again x, dy and dx.
 USEFUL_TENSORS = {FORWARD: 2, FORWARD_BACKWARD: 5}
-OURS = ("fused", "separate")  # implementations that are the fused layer; all others are its peers
+OURS = ("fused", "separate", "equal")  # implementations that are the fused layer; all others are its peers
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # of the dtypes that are measured
-BATCH_NORM, LAYER_NORM = NORMS = ("batch_norm", "layer_norm")
+BATCH_NORM, LAYER_NORM, MIXED_BATCH_NORM = NORMS = ("batch_norm", "layer_norm", "mixed_batch_norm")
+SORTED, BALANCED, ZIPF, ONE_SIDED = MIXES = ("sorted", "balanced", "zipf", "one_sided")  # of mixed batches
+LEAST_OF_A_TASK, MOST_OF_A_TASK = 4, 0.9  # samples, and share of them, in a mix
 NO_ACTIVATION = "none"
 NO_FORMAT = "none"  # of [N, C] layers and of layer normalisation: measured once, part of the means of every format
 
@@ -21,6 +23,7 @@ class Layer:
         channels: how many gates a task has; of layer normalisation the length D of a row.
         size: height and width; None is a 1-d layer. Of layer normalisation the number of tokens, each a row.
         times: how many layers have this shape, where they have no names of their own.
+        mix: of a mixed batch, how many samples each task has (:func:`samples_of`).
     """
 
     names: tuple[str, ...]
@@ -28,6 +31,7 @@ class Layer:
     size: tuple[int, ...] | None
     times: int = 1
     norm: str = BATCH_NORM
+    mix: str = ""
 
     @classmethod
     def of(cls, channels: int, size: tuple[int, ...], times: int = 1, norm: str = BATCH_NORM) -> Layer:
@@ -39,6 +43,12 @@ class Layer:
     def of_rows(cls, width: int, tokens: int, times: int = 1) -> Layer:
         """Layer normalisation of so many tokens of this width, named by its shape: ``384@1024``."""
         return cls.of(width, (tokens,), times, LAYER_NORM)
+
+    @classmethod
+    def of_mix(cls, channels: int, size: tuple[int, ...], mix: str) -> Layer:
+        """Batch normalisation of a mixed batch, named by its shape and mix: ``64@16x16 zipf``."""
+        plain = cls.of(channels, size)
+        return replace(plain, names=(f"{plain.name} {mix}",), norm=MIXED_BATCH_NORM, mix=mix)
 
     @property
     def name(self) -> str:
@@ -57,7 +67,28 @@ class Layer:
     @property
     def has_format(self) -> bool:
         """Whether its activation may lie in one memory format or another."""
-        return self.norm == BATCH_NORM and self.size is not None
+        return self.norm != LAYER_NORM and self.size is not None
+
+
+def samples_of(mix: str, tasks: int, samples: int) -> list[int]:
+    """How many of the samples of a mixed batch each task has; the first has most.
+
+    Those that have any have four, or their equal share: deviations of two or three values may be so small that rounding
+    hides what is wrong.
+
+    Args:
+        mix: "sorted" and "balanced": equally many; "zipf": more of a task by 1/1, 1/2, 1/3, ...; "one_sided": the first
+            task has 90 %, and tasks for which there are no four have none.
+    """
+    least = min(LEAST_OF_A_TASK, samples // tasks)
+    if mix == ONE_SIDED:
+        left = samples - int(MOST_OF_A_TASK * samples)
+        present = min(tasks - 1, max(1, left // least))
+        others = [max(least, left // max(1, present))] * present + [0] * (tasks - 1 - present)
+    else:
+        weights = [1 / (task + 1) if mix == ZIPF else 1.0 for task in range(tasks)]
+        others = [least + int((samples - least * tasks) * weight / sum(weights)) for weight in weights[1:]]
+    return [samples - sum(others), *others]
 
 
 def layers_named(name: str) -> int:
@@ -140,8 +171,16 @@ VIT_FUSION = Workload("vit_fusion", 5, 8, (Layer.of(512, (32, 32)),), "gelu")
 # of 12 blocks, and behind or before all of them. The batches are not those of papers.
 VIT_S16 = Workload("vit_s16_512", 5, 8, (Layer.of_rows(384, 1024, 25),), NO_ACTIVATION)
 BERT_BASE = Workload("bert_base", 8, 32, (Layer.of_rows(768, 512, 25),), NO_ACTIVATION)
+# Mixed batches, few and many tasks; [N, C] is what a head normalises.
+MIXED_LAYERS = (
+    *(Layer.of_mix(512, (), mix) for mix in MIXES),
+    *(Layer.of_mix(64, (16, 16), mix) for mix in MIXES),
+)
+MIXED = tuple(Workload(f"mixed_{tasks}", tasks, 16, MIXED_LAYERS, "relu") for tasks in (2, 8, 40))
 CELEBA = Workload("celeba40", 40, 256, CELEBA40, "relu")
-WORKLOADS = {workload.name: workload for workload in (CELEBA, SEGNET, *RESNET50, VIT_FUSION, VIT_S16, BERT_BASE)}
+WORKLOADS = {
+    workload.name: workload for workload in (CELEBA, SEGNET, *RESNET50, VIT_FUSION, VIT_S16, BERT_BASE, *MIXED)
+}
 
 # Series: one layer for more and more tasks, one number of tasks and channels for larger and larger activations, and
 # layer normalisation of longer and longer rows in activations of one size.

@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.profile.predict import DIRECTIONS, work_of
 from benchmarks.records.groups import BY_PLAN, backend_of
 from benchmarks.records.record import FORWARD, Record
-from benchmarks.records.workloads import ITEM_BYTES, LAYER_NORM, activation_named
+from benchmarks.records.workloads import BATCH_NORM, ITEM_BYTES, activation_named
 from tsbn_kernels.backends.plan import Device, Plan, Work, choice
 from tsbn_kernels.backends.plan.devices import by_driver
 
@@ -32,7 +32,7 @@ def plans(records: Sequence[Record]) -> list[tuple[Record, Plan]]:
     for record in records:
         rules, device = RULES.get(backend_of(record)[0]), by_driver(record.device)
         known = record.impl == "fused" and record.pass_ == FORWARD and record.dtype in ITEM_BYTES
-        if rules and device and known and record.tasks and record.norm != LAYER_NORM:
+        if rules and device and known and record.tasks and record.norm in (None, BATCH_NORM):
             for direction in DIRECTIONS:
                 work = work_of(
                     record.shape,

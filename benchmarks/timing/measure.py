@@ -169,7 +169,7 @@ def _nothing() -> None:
 
 def training_candidate(
     forward: Callable[[], Tensor],
-    backward: Callable[[Tensor], tuple[Tensor, ...]],
+    backward: Callable[[Tensor], tuple[Tensor | None, ...]],
     before: Callable[[], None] = _nothing,
 ) -> Candidate:
     """Times a forward, and a forward+backward, of one and the same step; ``before`` each step is not timed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -17,7 +18,18 @@ from benchmarks.layers.peers_compiled import COMPILED
 from benchmarks.layers.registry import NAMES, PEERS, defaults, runnable, why_not
 from benchmarks.layers.run import run_cases
 from benchmarks.layers.verify import Expected, MismatchError, check, outcome_of
-from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM, NO_FORMAT, NORMS, Layer
+from benchmarks.records.workloads import (
+    BALANCED,
+    BATCH_NORM,
+    LAYER_NORM,
+    MIXED_BATCH_NORM,
+    MIXES,
+    NO_FORMAT,
+    NORMS,
+    SORTED,
+    ZIPF,
+    Layer,
+)
 from benchmarks.timing.measure import Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,6 +43,11 @@ def rows(dtype="float32", width=37, tokens=5) -> Case:
     return Case(Layer.of_rows(width, tokens), 3, 4, dtype, NO_FORMAT, CPU)
 
 
+def mixed(dtype="float32", memory_format="contiguous", size=(3, 5), mix=BALANCED, activation="none") -> Case:
+    layer = Layer.of_mix(8, size or (), mix)
+    return Case(layer, 3, 6, dtype, memory_format if size else NO_FORMAT, CPU, activation)
+
+
 def errors_of(impl: str, case: Case) -> dict[str, float]:
     inputs = case.inputs()
     expected = Expected.of(case, inputs)
@@ -41,7 +58,7 @@ def test_names_are_those_of_the_registry():
     for norm in NORMS:
         assert [(peer.norm, name) for name, peer in PEERS[norm].items()] == [(norm, one) for one in PEERS[norm]]
         assert [peer.name for peer in PEERS[norm].values()] == list(PEERS[norm])
-    assert [len(PEERS[norm]) for norm in NORMS] == [17, 8]
+    assert [len(PEERS[norm]) for norm in NORMS] == [17, 8, 11]
     assert set(NAMES) == {name for norm in NORMS for name in PEERS[norm]}
 
 
@@ -50,6 +67,30 @@ def test_names_are_those_of_the_registry():
 def test_every_activation(impl, activation):
     errors_of(impl, small(activation=activation))
     errors_of(impl, small("float64", "channels_last", activation=activation))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("impl", ["fused", "equal", "loop", "sorted", "grouped"])
+def test_mixed_batches(impl, mix):
+    cases = [
+        mixed("bfloat16", mix=mix, activation="relu"),
+        mixed("float64", "channels_last", mix=mix),
+        mixed(size=None, mix=mix, activation="relu"),
+    ]
+    for case in cases:
+        assert (why_not(impl, case) is None) == (impl != "equal" or mix == SORTED)
+        if why_not(impl, case) is None:
+            errors_of(impl, case)
+
+
+@pytest.mark.parametrize("impl", ["fused", "loop", "sorted", "grouped"])
+def test_another_index_is_found(impl):
+    case = mixed(mix=ZIPF)
+    inputs = case.inputs()
+    expected = Expected.of(case, inputs)
+    other = replace(inputs, task_of_sample=inputs.task_of_sample.roll(1))
+    with pytest.raises(MismatchError, match=f"{impl} is wrong: y of"):
+        check(impl, case, outcome_of(PEERS[MIXED_BATCH_NORM][impl](case, other)), expected)
 
 
 @pytest.mark.parametrize("impl", ["fused", "separate", "loop", "folded"])
@@ -82,12 +123,12 @@ def test_compiled_peers_do_the_same_work(norm, impl):
 def test_compiled_peers_are_those_that_are_not(monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda step, **options: given.append((step, options)) or step)
-    cases = {BATCH_NORM: small(), LAYER_NORM: rows()}
+    cases = {BATCH_NORM: small(), LAYER_NORM: rows(), MIXED_BATCH_NORM: mixed()}
     for peer in COMPILED:
         plain, case = peer.name.partition("_")[2], cases[peer.norm]
         assert isinstance(peer(case, case.inputs()), peer.__mro__[2])
         assert peer.__mro__[2].name == plain
-    assert len({step for step, _ in given}) == 6
+    assert len({step for step, _ in given}) == 9
     assert {options["mode"] for _, options in given} == {"default", "max-autotune-no-cudagraphs"}
     assert all(options["dynamic"] is False for _, options in given)
 
@@ -333,7 +374,9 @@ def test_what_is_slow_to_compile_is_no_default_on_a_cpu():
     assert set(defaults(CUDA)) - set(defaults(CPU)) == left
     kept = ["fused", "loop", "scaled", "compiled_loop", "compiled_scaled", "liger"]  # a loop of rows compiles quickly
     assert defaults(CPU, [LAYER_NORM]) == kept
-    assert defaults(CPU, NORMS) == [*defaults(CPU), *(name for name in kept if name not in defaults(CPU))]
+    of_mixed = ["fused", "equal", "loop", "sorted", "grouped", "compiled_grouped"]
+    assert defaults(CPU, [MIXED_BATCH_NORM]) == of_mixed
+    assert defaults(CPU, NORMS) == list(dict.fromkeys([*defaults(CPU), *kept, *of_mixed]))
 
 
 @pytest.mark.parametrize("impl", ["loop", "fused"])

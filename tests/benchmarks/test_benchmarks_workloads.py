@@ -21,16 +21,22 @@ from benchmarks.layers.registry import PEERS
 from benchmarks.records.groups import groups, positions, series_of_slabs, series_of_tasks, series_of_widths
 from benchmarks.records.record import FORWARD, Record, means
 from benchmarks.records.workloads import (
+    BALANCED,
     BATCH_NORM,
     LAYER_NORM,
+    MIXES,
+    ONE_SIDED,
     SLAB_LAYERS,
+    SORTED,
     TASK_COUNTS,
     WIDTH_LAYERS,
     WORKLOADS,
+    ZIPF,
     Layer,
     activation_named,
     layers_named,
     parse_shape,
+    samples_of,
 )
 from benchmarks.report import figures, page
 from benchmarks.report.what_ran import plans
@@ -64,13 +70,14 @@ def test_networks_of_the_paper():
     counts = {name: sum(layers_named(layer.name) for layer in one.layers) for name, one in WORKLOADS.items()}
     resnets = {f"resnet50_{size}": 53 for size in ("256x256", "288x384", "128x256")}
     transformers = {"vit_s16_512": 25, "bert_base": 25}
-    assert counts == {"celeba40": 9, "segnet": 26, **resnets, "vit_fusion": 1, **transformers}
+    mixed = {f"mixed_{tasks}": 8 for tasks in (2, 8, 40)}
+    assert counts == {"celeba40": 9, "segnet": 26, **resnets, "vit_fusion": 1, **transformers, **mixed}
     shapes = {name: {layer.shape(one.tasks, one.batch) for layer in one.layers} for name, one in WORKLOADS.items()}
     assert {(12, 64, 288, 384), (12, 512, 36, 48), (12, 256, 36, 48), (12, 512, 18, 24)} <= shapes["segnet"]
     assert {(32, 64, 64, 128), (32, 128, 32, 64), (32, 2048, 16, 32)} <= shapes["resnet50_128x256"]
     assert (12, 1024, 36, 48) in shapes["resnet50_288x384"]
     assert shapes["vit_fusion"] == {(40, 512, 32, 32)}
-    assert [one.activation for one in WORKLOADS.values()] == ["relu"] * 5 + ["gelu"] + ["none"] * 2
+    assert [one.activation for one in WORKLOADS.values()] == [*["relu"] * 5, "gelu", *["none"] * 2, *["relu"] * 3]
 
 
 def test_transformers_normalise_the_width_of_every_token():
@@ -89,6 +96,27 @@ def test_transformers_normalise_the_width_of_every_token():
     inputs = case.inputs()
     assert inputs.x.shape == inputs.dy.shape == (6, 512, 768)
     assert inputs.gamma.shape == (2, 768)
+
+
+def test_mixes_have_the_samples_that_they_say():
+    assert samples_of(SORTED, 3, 12) == samples_of(BALANCED, 3, 12) == [4, 4, 4]
+    assert samples_of(ZIPF, 4, 64) == [29, 15, 11, 9]
+    assert samples_of(ONE_SIDED, 8, 128) == [116, 4, 4, 4, 0, 0, 0, 0]
+    assert samples_of(ONE_SIDED, 40, 640) == [576, *[4] * 16, *[0] * 23]
+    for mix in MIXES:
+        for tasks, samples in ((1, 2), (2, 4), (40, 80), (40, 640)):
+            found = samples_of(mix, tasks, samples)
+            assert len(found) == tasks
+            assert sum(found) == samples
+            assert not {1, -1} & set(found)
+            assert max(found) == found[0]
+    layers = WORKLOADS["mixed_8"].layers
+    assert [layer.mix for layer in layers] == [*MIXES, *MIXES]
+    (case,) = cases([layers[-1]], tasks=3, batch=4, dtypes=["float32"], memory_formats=["contiguous"], device=CPU)
+    assert str(case) == "64@16x16 one_sided float32 contiguous"
+    index = case.inputs().task_of_sample
+    assert index.bincount(minlength=3).tolist() == samples_of(ONE_SIDED, 3, 12) == [8, 4, 0]
+    assert not bool((index.diff() >= 0).all())
 
 
 def test_a_layer_of_several_counts_as_them():
