@@ -31,11 +31,44 @@ struct Contents {
   }
 };
 
-// A sample, and the first of its bytes, which mostly tell two apart.
-struct Entry {
-  uint64_t head;
-  int64_t sample;
-};
+// A hash of 32 bits of a sample's first bytes, which mostly tell two apart.
+uint64_t hash_of(const char* data, int64_t length) {
+  constexpr int64_t kMost = 16, kWord = sizeof(uint64_t);
+  uint64_t hash = 0, word = 0;
+  const auto add = [&] {
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15;
+    hash ^= hash >> 32;
+  };
+  length = std::min(length, kMost);
+  for (; length >= kWord; length -= kWord, data += kWord) std::memcpy(&word, data, kWord), add();
+  if (length > 0) word = 0, std::memcpy(&word, data, size_t(length)), add();
+  return hash >> 32;
+}
+
+// Orders the samples of each task by their contents: by a hash into as many places as there are samples, then those of one
+// place by all that they hold. `place_of(n, hash)` is monotonic in the hash, and tasks lie one after the other.
+template <class PlaceOf>
+void order_by(const std::vector<Contents>& contents, std::vector<int64_t>& order, PlaceOf place_of) {
+  const int64_t samples = int64_t(order.size());
+  const Contents& first = contents[0];
+  std::vector<int64_t> places(samples), ends(samples + 1);
+  for (int64_t n = 0; n < samples; ++n) {
+    places[n] = place_of(n, hash_of(first.data + n * first.sample, first.length));
+    ++ends[places[n] + 1];
+  }
+  for (int64_t place = 0; place < samples; ++place) ends[place + 1] += ends[place];
+  for (int64_t n = 0; n < samples; ++n) order[ends[places[n]]++] = n;
+  const auto before = [&](int64_t a, int64_t b) {
+    for (const Contents& operand : contents) {
+      if (const int found = operand.compare(a, b)) return found < 0;
+    }
+    return false;
+  };
+  int64_t begin = 0;
+  for (int64_t place = 0; place < samples; begin = ends[place++]) {
+    if (ends[place] > begin + 1) std::sort(order.begin() + begin, order.begin() + ends[place], before);
+  }
+}
 
 }  // namespace
 
@@ -57,30 +90,18 @@ Mix::Mix(Work& w, const Tensor& task_of_sample, int64_t T, std::initializer_list
     cuts_[task].first = next[task];
     next[task + 1] += next[task];
   }
-  for (int64_t n = 0; n < w.N; ++n) order_[next[index[n * stride]]++] = n;
 
   std::vector<Contents> operands;
   for (const Operand* o : contents) {
     if (o->data != nullptr) operands.emplace_back(w, *o);
   }
-  if (!operands.empty()) {
-    std::vector<Entry> entries(w.N);
-    const size_t head = std::min(sizeof(uint64_t), size_t(operands[0].length));
-    for (int64_t i = 0; i < w.N; ++i) {
-      entries[i] = {0, order_[i]};
-      std::memcpy(&entries[i].head, operands[0].data + order_[i] * operands[0].sample, head);
-    }
-    const auto before = [&](const Entry& a, const Entry& b) {
-      if (a.head != b.head) return a.head < b.head;
-      for (const Contents& operand : operands) {
-        if (const int found = operand.compare(a.sample, b.sample)) return found < 0;
-      }
-      return false;
-    };
-    for (const Partition& cut : cuts_) {
-      std::sort(entries.begin() + cut.first, entries.begin() + cut.first + cut.N, before);
-    }
-    for (int64_t i = 0; i < w.N; ++i) order_[i] = entries[i].sample;
+  if (operands.empty()) {
+    for (int64_t n = 0; n < w.N; ++n) order_[next[index[n * stride]]++] = n;
+  } else {
+    order_by(operands, order_, [&](int64_t n, uint64_t hash) {
+      const Partition& cut = cuts_[index[n * stride]];
+      return cut.first + int64_t(hash * uint64_t(cut.N) >> 32);
+    });
   }
   w.T = T;
   for (Operand* o : {&w.x, &w.dy, &w.out, &w.residual, &w.dresidual}) o->t = 0;

@@ -189,6 +189,39 @@ def test_no_order_of_the_samples_changes_a_bit(compute: MixedBackend) -> None:
                     assert_same_bits(here[order] if len(here) == len(index) and here.dim() == x.dim() else here, there)
 
 
+@pytest.mark.parametrize("spatial", [(), (3,), (2, 2)])
+def test_no_order_changes_a_bit_of_samples_that_are_alike(spatial: tuple[int, ...]) -> None:
+    """They differ in their last channel alone, or in the gradient."""
+    pairs = torch.randint(T, (20,))
+    index = torch.cat([pairs, pairs])
+    x, weight, bias, residual, dy = operands(index, spatial, torch.float32, memory_format="channels_last")
+    x[:, :-1], x[20:] = 1.0, x[:20].clone()
+    for memory_format in FORMATS:
+        operators, options = eager_operators(None), Options(T, 1e-5, "sigmoid", "task_major", "silu")
+        results = []
+        for order in (torch.arange(40), torch.randperm(40), torch.arange(39, -1, -1)):
+            of_rows = [in_memory_format(tensor[order], "task_major", memory_format) for tensor in (x, residual, dy)]
+            found = operators.mixed_forward_training(of_rows[0], index[order], weight, bias, of_rows[1], options)
+            saved = Saved(of_rows[0], weight, bias, of_rows[1], found.mean, found.var)
+            _, *gradients = operators.mixed_backward(of_rows[2], saved, index[order], True, ALL, options)
+            results.append((found.mean, found.var, *gradients[:2]))
+        for one in results[1:]:
+            for here, there in zip(results[0], one, strict=True):
+                assert here is not None
+                assert there is not None
+                assert_same_bits(here, there)
+
+
+def test_an_index_that_is_a_view() -> None:
+    for index in mixes():
+        x, weight, bias, *_ = operands(index, (3,))
+        view = torch.stack([index, index.roll(1)], 1)[:, 0]
+        found, expected = (
+            task_batch_norm(x, weight, bias, num_tasks=T, task_of_sample=given) for given in (view, index)
+        )
+        assert_same_bits(found, expected)
+
+
 def test_exact_sums() -> None:
     index = torch.randint(3, (50,))
     values = torch.randn(50, 2).double() * 10.0 ** torch.randint(-20, 20, (50, 1)).double()
