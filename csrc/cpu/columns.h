@@ -12,11 +12,6 @@ struct Columns {
   static T* slab_of(const Operand& o, int64_t task) {
     return o.data == nullptr ? nullptr : static_cast<T*>(o.data) + task * o.t;
   }
-  // The channels of a position.
-  template <class P> static TSBN_INLINE P* at(P* slab, const Operand& o, int64_t n, int64_t s) {
-    return slab == nullptr ? nullptr : slab + n * o.n + s * o.s;
-  }
-
   // One task's values of a vector over [T*C].
   struct Factors {
     const A* values;
@@ -42,17 +37,52 @@ struct Columns {
     if (c < C) f(c, int(C - c));
   }
 
-  template <int k> struct Positions { static constexpr int count = k; };
+  // Positions that are visited at once, as they share the loads of the channels' vectors. `in` tells where they lie in an
+  // operand, the channels of position j at [j]; of a missing operand, whose slab is nullptr, it is not used.
+  template <int k> struct Adjacent {  // of one sample
+    static constexpr int count = k;
+    int64_t n, s;
+    template <class P> struct Places {
+      P* first;
+      int64_t step;
+      TSBN_INLINE P* operator[](int j) const { return first + j * step; }
+    };
+    template <class P> TSBN_INLINE Places<P> in(P* slab, const Operand& o) const {
+      return {slab == nullptr ? nullptr : slab + n * o.n + s * o.s, o.s};
+    }
+    template <class P> static TSBN_INLINE void prefetch(const P* p) { prefetch_ahead<kAhead>(p); }
+  };
+  template <int k> struct OfSamples {  // the same one of several samples, which lie anywhere
+    static constexpr int count = k;
+    int64_t n[k], s;
+    template <class P> struct Places {
+      P* of[k];
+      TSBN_INLINE P* operator[](int j) const { return of[j]; }
+    };
+    template <class P> TSBN_INLINE Places<P> in(P* slab, const Operand& o) const {
+      Places<P> places{};
+      for (int j = 0; j < k && slab != nullptr; ++j) places.of[j] = slab + n[j] * o.n + s * o.s;
+      return places;
+    }
+    template <class P> static TSBN_INLINE void prefetch(const P*) {}
+  };
 
-  // Calls f(n, s, Positions<k>) for k adjacent positions at once: they share the loads of the channels' vectors.
+  // Calls f(positions) for four positions at once, and for single ones where there are fewer.
   template <class Function>
   static TSBN_INLINE void each_position(const Work& w, const Block& b, Function f) {
     const Samples samples = w.samples();
-    for (int64_t index = b.n0; index < b.n1; ++index) {
+    int64_t index = b.n0;
+    if (b.s1 - b.s0 < 4) {
+      for (; index + 4 <= b.n1; index += 4) {
+        const int64_t n[]{samples[index], samples[index + 1], samples[index + 2], samples[index + 3]};
+        for (int64_t s = b.s0; s < b.s1; ++s) f(OfSamples<4>{{n[0], n[1], n[2], n[3]}, s});
+      }
+    }
+    for (; index < b.n1; ++index) {
       const int64_t n = samples[index];
       int64_t s = b.s0;
-      for (; s + 4 <= b.s1; s += 4) f(n, s, Positions<4>{});
-      for (; s < b.s1; ++s) f(n, s, Positions<1>{});
+      for (; s + 4 <= b.s1; s += 4) f(Adjacent<4>{n, s});
+      for (; s < b.s1; ++s) f(Adjacent<1>{n, s});
     }
   }
   // The two sums of each channel and the origin they are taken around, padded to whole registers.
@@ -77,14 +107,14 @@ struct Columns {
 
   static void add_block(const Work& w, const T* x, const Block& b, Scratch& scratch) {
     scratch.clear_sums();
-    each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-      const T* p = x + n * w.x.n + s * w.x.s;
+    each_position(w, b, [&](const auto& positions) TSBN_LAMBDA {
+      const auto p = positions.in(x, w.x);
       each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
         const V origin = load(scratch.shift + c);
         V sum{}, squares{};
         for (int j = 0; j < positions.count; ++j) {
-          const T* from = p + j * w.x.s + c;
-          prefetch_ahead<kAhead>(from);
+          const T* from = p[j] + c;
+          positions.prefetch(from);
           const V d = load_up_to(from, lanes, origin) - origin;
           sum += d;
           squares += d * d;
@@ -109,7 +139,7 @@ struct Columns {
   }
 
   static void moments(const Work& w, int64_t task, int64_t chunk, double* partial, void* memory) {
-    constexpr int64_t kFew = 8;
+    constexpr int64_t kFew = 8;  // of one or two samples a mean may lie far from that of all
     const T* x = slab_of(w.x, task);
     Scratch k(memory, w.C);
     double *mean = partial, *m2 = partial + w.C;
@@ -118,7 +148,8 @@ struct Columns {
     const int64_t begin = cut.first_block(chunk), end = cut.last_block(chunk);
 
     Block b = cut.block(begin);
-    const Block few{b.n0, b.n0 + 1, b.s0, b.s1 - b.s0 < kFew ? b.s1 : b.s0 + kFew};
+    const int64_t length = b.s1 - b.s0, samples = std::max<int64_t>(1, kFew / length);
+    const Block few{b.n0, std::min(b.n1, b.n0 + samples), b.s0, b.s0 + std::min(length, kFew)};
     add_block(w, x, few, k);
     k.set_shift(w.C, [&](int64_t c) TSBN_LAMBDA { return k.first[c] / A(few.positions()); });
     add_block(w, x, b, k);
@@ -158,31 +189,28 @@ struct Columns {
         T* dresidual = kShared ? slab_of(w.dresidual, task) : nullptr;
         A* all_h = kShared ? static_cast<A*>(w.h) : nullptr;
         sums.clear_sums();
-        each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-          const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
-          T* du = at(dresidual, w.dresidual, n, s);
-          A* h = at(all_h, w.out, n, s);
+        each_position(w, b, [&](const auto& positions) TSBN_LAMBDA {
+          const auto p = positions.in(x, w.x), q = positions.in(dy, w.dy), u = positions.in(residual, w.residual);
+          const auto du = positions.in(dresidual, w.dresidual);
+          const auto h = positions.in(all_h, w.out);
           each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
             const Before<V> z = before.template at<Act>(c, lanes);
             const V share = kShared ? before.scale(c, lanes) : V{};
             V first{}, second{};
             for (int j = 0; j < positions.count; ++j) {
-              const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
-              if constexpr (!kShared) prefetch_ahead<kAhead>(p + j * w.x.s + c);
-              prefetch_ahead<kAhead>(q + j * w.dy.s + c);
-              if (added != nullptr) prefetch_ahead<kAhead>(added + c);
-              const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
+              const T* added = residual == nullptr ? nullptr : u[j];
+              if constexpr (!kShared) positions.prefetch(p[j] + c);
+              positions.prefetch(q[j] + c);
+              if (added != nullptr) positions.prefetch(added + c);
+              const auto [d, g] = gradient(act, z, p[j], q[j], added, c, lanes);
               first += g;
               second += g * d;
               if constexpr (kShared) {
-                if (h != nullptr) {
-                  A* target = h + j * w.out.s + c;
+                if (all_h != nullptr) {
+                  A* target = h[j] + c;
                   store_up_to(target, lanes, (k == 0 ? V{} : load_up_to(target, lanes, V{})) + g * share);
                 }
-                if (du != nullptr) {
-                  T* target = du + j * w.dresidual.s + c;
-                  write(target, lanes, g, w.stream);
-                }
+                if (dresidual != nullptr) write(du[j] + c, lanes, g, w.stream);
               }
             }
             store(sums.first + c, load(sums.first + c) + first);
@@ -217,18 +245,18 @@ struct Columns {
       const Factors center(w.vectors.center, w, task), scale(w.vectors.scale, w, task), shift(w.vectors.shift, w, task);
       const T *x = slab_of(w.x, task), *residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
       T* out = slab_of(w.out, task);
-      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T *p = x + n * w.x.n + s * w.x.s, *u = at(residual, w.residual, n, s);
-        T* r = out + n * w.out.n + s * w.out.s;
+      each_position(w, b, [&](const auto& positions) TSBN_LAMBDA {
+        const auto p = positions.in(x, w.x), u = positions.in(residual, w.residual);
+        const auto r = positions.in(out, w.out);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            const T *from = p + j * w.x.s + c, *added = u == nullptr ? nullptr : u + j * w.residual.s;
-            prefetch_ahead<kAhead>(from);
-            if (added != nullptr) prefetch_ahead<kAhead>(added + c);
+            const T *from = p[j] + c, *added = residual == nullptr ? nullptr : u[j];
+            positions.prefetch(from);
+            if (added != nullptr) positions.prefetch(added + c);
             const V d = load_up_to(from, lanes, origin) - origin;
             const V z = preactivation<Act, T>(d, factor, offset, added, c, lanes);
-            write(r + j * w.out.s + c, lanes, act.value(z), streams);
+            write(r[j] + c, lanes, act.value(z), streams);
           }
         });
       });
@@ -246,24 +274,24 @@ struct Columns {
       const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task);
       const T* residual = Act::kPlain ? nullptr : slab_of(w.residual, task);
       T *out = slab_of(w.out, task), *dresidual = Act::kPlain ? nullptr : slab_of(w.dresidual, task);
-      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T *p = x + n * w.x.n + s * w.x.s, *q = dy + n * w.dy.n + s * w.dy.s, *u = at(residual, w.residual, n, s);
-        T *r = at(out, w.out, n, s), *du = at(dresidual, w.dresidual, n, s);
+      each_position(w, b, [&](const auto& positions) TSBN_LAMBDA {
+        const auto p = positions.in(x, w.x), q = positions.in(dy, w.dy), u = positions.in(residual, w.residual);
+        const auto r = positions.in(out, w.out), du = positions.in(dresidual, w.dresidual);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const Before<V> z = before.template at<Act>(c, lanes);
           const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            const T* added = u == nullptr ? nullptr : u + j * w.residual.s;
-            prefetch_ahead<kAhead>(p + j * w.x.s + c);
-            prefetch_ahead<kAhead>(q + j * w.dy.s + c);
-            if (added != nullptr) prefetch_ahead<kAhead>(added + c);
-            const auto [d, g] = gradient(act, z, p + j * w.x.s, q + j * w.dy.s, added, c, lanes);
-            if (Act::kPlain || r != nullptr) {
+            const T* added = residual == nullptr ? nullptr : u[j];
+            positions.prefetch(p[j] + c);
+            positions.prefetch(q[j] + c);
+            if (added != nullptr) positions.prefetch(added + c);
+            const auto [d, g] = gradient(act, z, p[j], q[j], added, c, lanes);
+            if (Act::kPlain || out != nullptr) {
               V v = Act::kPlain || w.training ? d * factor + offset : V{};
               v += g * dy_factor;
-              write(r + j * w.out.s + c, lanes, v, streams);
+              write(r[j] + c, lanes, v, streams);
             }
-            if (du != nullptr) write(du + j * w.dresidual.s + c, lanes, g, streams);
+            if (dresidual != nullptr) write(du[j] + c, lanes, g, streams);
           }
         });
       });
@@ -273,16 +301,15 @@ struct Columns {
   static void finish_shared(const Work& w, int64_t, int64_t chunk) {
     const Factors center(w.vectors.center, w, 0), scale(w.vectors.scale, w, 0), shift(w.vectors.shift, w, 0);
     for (int64_t index = w.partition.last_block(chunk); index-- > w.partition.first_block(chunk);) {
-      each_position(w, w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T* p = at(slab_of(w.x, 0), w.x, n, s);
-        const A* h = at(static_cast<const A*>(w.h), w.out, n, s);
-        T* r = at(slab_of(w.out, 0), w.out, n, s);
+      each_position(w, w.partition.block(index), [&](const auto& positions) TSBN_LAMBDA {
+        const auto p = positions.in(slab_of(w.x, 0), w.x), r = positions.in(slab_of(w.out, 0), w.out);
+        const auto h = positions.in(static_cast<const A*>(w.h), w.out);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            V v = load_up_to(h + j * w.out.s + c, lanes, V{});
-            if (w.training) v += (load_up_to(p + j * w.x.s + c, lanes, origin) - origin) * factor + offset;
-            write(r + j * w.out.s + c, lanes, v, w.stream);
+            V v = load_up_to(h[j] + c, lanes, V{});
+            if (w.training) v += (load_up_to(p[j] + c, lanes, origin) - origin) * factor + offset;
+            write(r[j] + c, lanes, v, w.stream);
           }
         });
       });
