@@ -18,7 +18,7 @@ from tsbn_kernels.backends import triton
 from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved, Needs, Options, Saved
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.layers.layer_norm import TaskRowNorm
-from tsbn_kernels.operator import layer_ops
+from tsbn_kernels.operator import layer_ops, mixed_ops
 from tsbn_kernels.operator.ops import operators
 
 Make = Callable[[], Callable[[], object]]
@@ -75,6 +75,23 @@ def _kernel(
     return calls[kind]
 
 
+def _mixed_kernel(kind: str, shape: tuple[int, ...]) -> Callable[[], object]:
+    """The kernels of a mixed batch on the equal tasks of :func:`_kernel`, one after the other."""
+    samples, channels, *_ = shape
+    x, dy = (_tensor((TASKS * samples, *shape[1:]), torch.float32, torch.contiguous_format) for _ in range(2))
+    index = torch.arange(TASKS).repeat_interleave(samples)
+    weight, bias = torch.randn(TASKS, channels), torch.randn(TASKS, channels)
+    options = Options(TASKS, EPS, "sigmoid", "task_major", "none")
+    fused = mixed_ops.operators(None)
+    _, mean, var = fused.mixed_forward_training(x, index, weight, bias, None, options)
+    saved, needs = Saved(x, weight, bias, None, mean, var), Needs(True, True, True, False)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: fused.mixed_forward_training(x, index, weight, bias, None, options),
+        "backward": lambda: fused.mixed_backward(dy, saved, index, True, needs, options),
+    }
+    return calls[kind]
+
+
 def _row_kernel(
     kind: str, dtype: torch.dtype = torch.float32, rms: bool = False, added: bool = False
 ) -> Callable[[], object]:
@@ -118,6 +135,8 @@ def _kernels() -> Iterator[HotPath]:
         yield HotPath(f"{layout} fp32 eval", partial(in_format, "eval"))
     for kind in ("forward", "backward"):
         yield HotPath(f"1d fp32 {kind}", partial(_kernel, kind, FLAT))
+        yield HotPath(f"mixed NCHW fp32 {kind}", partial(_mixed_kernel, kind, IN_CACHE))
+        yield HotPath(f"mixed 1d fp32 {kind}", partial(_mixed_kernel, kind, FLAT))
         for variant, settings in ROW_VARIANTS.items():
             yield HotPath(f"layer norm {variant} {kind}", partial(_row_kernel, kind, **settings))
 
@@ -148,6 +167,12 @@ def _added() -> Callable[[], object]:
     return lambda: layer.add(x, x)
 
 
+def _mixed() -> Callable[[], object]:
+    x, layer = _input(), _batch_norm()
+    index = torch.arange(TASKS).repeat_interleave(TINY[0])
+    return lambda: layer(x, task_of_sample=index)
+
+
 def _functional() -> Callable[[], object]:
     x, layer = _input(), _batch_norm()
     return lambda: task_batch_norm(
@@ -176,6 +201,7 @@ def _model() -> Callable[[], object]:
 def _host() -> Iterator[HotPath]:
     yield HotPath("host: module, training", partial(_module, _batch_norm))
     yield HotPath("host: module, evaluation", partial(_module, partial(_batch_norm, False)))
+    yield HotPath("host: mixed batch, training", _mixed)
     yield HotPath("host: functional", _functional)
     yield HotPath("host: operator", partial(_kernel, "forward", TINY))
     yield HotPath("host: backward", _backward)
