@@ -39,6 +39,13 @@ OUTPUTS = {
     "layer_norm_forward": ("y", "added", "mean", "rstd"),
     "layer_norm_backward": ("dx", "dweight", "dbias"),
     "layer_norm_parameters": ("dweight", "dbias"),
+    "mixed_keys": ("keys",),
+    "mixed_partial": (),  # partials have room for more blocks than most mixes have
+    "mixed_statistics": ("mean", "rest", "var"),
+    "mixed_forward": ("y",),
+    "mixed_backward": ("dx", "dresidual"),
+    "mixed_gradient": ("dx", "dresidual"),
+    "mixed_sums": ("dweight", "dbias", "slopes", "offsets"),
 }
 
 
@@ -133,7 +140,7 @@ def break_kernel(module: str, text: str, broken: str, folder: Path, monkeypatch:
             code = code.replace(text, broken)
         (folder / package / source.name).write_text(code)
     monkeypatch.syspath_prepend(folder)
-    for part in ("forward", "backward", "fan_out", "layer_norm"):
+    for part in ("forward", "backward", "fan_out", "layer_norm", "mixed"):
         monkeypatch.setattr(launches, part, importlib.import_module(f"{package}.{part}"))
 
 

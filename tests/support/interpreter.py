@@ -200,6 +200,7 @@ class Kernels(NamedTuple):
     backward: Any
     fan_out: Any
     layer_norm: Any
+    mixed: Any
 
 
 @cache
@@ -227,7 +228,7 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
     loaded = kernels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Builder, "overflow", overflow)
-        for name in ("forward", "backward", "fan_out", "layer_norm"):
+        for name in ("forward", "backward", "fan_out", "layer_norm", "mixed"):
             patch.setattr(launch, name, getattr(loaded, name))
         patch.setattr(backend_passes, "activations", loaded.activations)
         patch.setattr(ops, "forwards", {})

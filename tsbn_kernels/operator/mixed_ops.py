@@ -2,8 +2,8 @@
 
 ``x``, ``residual`` and ``dy`` are ``[N, C, *]`` with any strides, ``task_of_sample`` is int64 ``[N]``. Parameters and
 statistics are ``[T, C]``, and tell T; statistics are float64 for float64 input, else float32. A gradient that is not
-needed is an empty tensor. Where no backend has kernels of its own, those of equal tasks serve
-(:mod:`tsbn_kernels.operator.mixed_parts`).
+needed is an empty tensor. The CPU has kernels of its own, and so has Triton for short samples; elsewhere those of equal
+tasks serve (:mod:`tsbn_kernels.operator.mixed_parts`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tsbn_kernels.backends import triton
+from tsbn_kernels.backends.plan.mixed import walks
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Saved
 from tsbn_kernels.operator import ops
 from tsbn_kernels.operator.mixed_parts import Parts
-from tsbn_kernels.operator.registry import Normalization, Operator, or_empty
+from tsbn_kernels.operator.registry import Normalization, Operator, chained, library, or_empty
 
 if TYPE_CHECKING:
     from tsbn_kernels.definition import mixed_batch_norm as reference
@@ -129,10 +131,35 @@ class _Fake:
         return layout.empty_gradients(saved.x, saved.weight, needs, options)
 
 
+def _by_size(small: Callable[..., Any], large: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator ``small`` where samples are too short to be tasks of their own, else ``large``."""
+
+    def call(first: Tensor | Saved, *more: Any) -> Any:
+        x = first.x if isinstance(first, Saved) else first  # or dy, which has its shape
+        return (small if walks(x) else large)(first, *more)
+
+    return call
+
+
 class _Mixed(Normalization[MixedBackend]):
+    def _register(self, name: str) -> None:
+        super()._register(name)
+        parts = getattr(self._general, name)
+        for key in triton.DISPATCH_KEYS if triton.available else ():
+            library.impl(name, self._flattened(name, _by_size(chained(name, key, parts), parts)), key)
+
     def eager(self, backend: str | None) -> MixedBackend:
-        """The operators of a backend outside of graphs; of one for GPUs, by its kernels for equal tasks."""
-        return Parts(ops.eager_operators(backend)) if backend in ("cuda", "triton") else super().eager(backend)
+        """The operators of a backend outside of graphs; of one for GPUs, by its kernels for equal tasks.
+
+        Triton has kernels of its own for short samples.
+        """
+        if backend not in ("cuda", "triton"):
+            return super().eager(backend)
+        parts = Parts(ops.eager_operators(backend))
+        if backend == "cuda":
+            return parts
+        found: MixedBackend = self._kind(*(_by_size(triton.operator(n), getattr(parts, n)) for n in self._operators))
+        return found
 
 
 mixed = _Mixed(

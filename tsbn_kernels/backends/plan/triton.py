@@ -118,6 +118,8 @@ def alternatives(plan: Plan) -> list[Plan]:
 
 def is_even(work: Work, tile: Tile) -> bool:
     """Whether every tile of every slab is full, so that no access needs a mask."""
+    if work.ragged:
+        return False
     if work.family == "columns":
         return work.values % tile[0] == 0 and work.channels % tile[1] == 0
     return work.samples % tile[0] == 0 and work.positions % tile[1] == 0

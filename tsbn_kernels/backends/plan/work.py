@@ -101,6 +101,11 @@ class Work:
         return self.samples * self.positions
 
     @property
+    def ragged(self) -> bool:
+        """Whether what shares statistics may have fewer values than ``values`` tells."""
+        return False
+
+    @property
     def fuses(self) -> bool:
         """Whether the pass does more than the layer."""
         return self.activation != NONE or self.residual or self.fan_out

@@ -23,6 +23,7 @@ DISPATCH_KEYS = ("CUDA", "XPU")  # ROCm devices are CUDA devices to PyTorch
 available = importlib.util.find_spec("triton") is not None
 interpreted = available and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 device_types = ("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu")
+_MODULES = "ops", "layer_norm", "mixed"  # which have the operators
 
 health = Health("Triton")
 
@@ -42,6 +43,6 @@ def detail() -> str:
 @cache
 def operator(name: str) -> Callable[..., Any]:
     """An operator by Triton's kernels, or the reference's where they have none."""
-    modules = (importlib.import_module(f"tsbn_kernels.backends.triton.{module}") for module in ("ops", "layer_norm"))
+    modules = (importlib.import_module(f"tsbn_kernels.backends.triton.{module}") for module in _MODULES)
     found: Callable[..., Any] = next((getattr(m, name) for m in modules if hasattr(m, name)), getattr(reference, name))
     return found

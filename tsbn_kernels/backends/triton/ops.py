@@ -48,13 +48,13 @@ def class_of(x: Tensor | None) -> Hashable:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def _contiguous(saved: Saved) -> Saved:
+def contiguous(saved: Saved) -> Saved:
     x, weight, bias, residual, mean, var = saved
     bias = bias if bias is None else bias.contiguous()
     return Saved(x, weight.contiguous(), bias, residual, mean.contiguous(), var.contiguous())
 
 
-def _dtypes(saved: Saved) -> Hashable:
+def dtypes(saved: Saved) -> Hashable:
     return saved.weight.dtype, saved.mean.dtype, saved.var.dtype, saved.bias is None or saved.bias.dtype
 
 
@@ -76,10 +76,10 @@ def _fastest(make: Callable[[Plan], Any], work: Work, device: torch.device, argu
 
 
 def _normalize(saved: Saved, training: bool, options: Options, running: Running = NOT_TRACKED) -> Tensor:
-    saved = _contiguous(saved)
+    saved = contiguous(saved)
     x, _, _, residual, *_ = saved
     kinds = running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
-    key = class_of(x), class_of(residual), _dtypes(saved), kinds, training, options
+    key = class_of(x), class_of(residual), dtypes(saved), kinds, training, options
     run = forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options, residual)
@@ -137,11 +137,11 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
         saved = saved._replace(bias=None, residual=None)
     if not any(needs):
         return Gradients()
-    saved = _contiguous(saved)
+    saved = contiguous(saved)
     x, weight, _, residual, *_ = saved
     if x.numel() == 0:
         return reference.backward(dy, saved, training, needs, options)
-    key = class_of(dy), class_of(x), class_of(residual), _dtypes(saved), training, needs, options
+    key = class_of(dy), class_of(x), class_of(residual), dtypes(saved), training, needs, options
 
     def outputs(run: Pass) -> Gradients:
         return Gradients(
@@ -193,7 +193,7 @@ def input_gradient(
     x, _, _, residual, *_ = saved
     if x.numel() == 0:
         return reference.input_gradient(dy, saved, dz_mean, dz_xhat_mean, needs_dresidual, options)
-    key = "input_gradient", class_of(dy), class_of(x), class_of(residual), _dtypes(saved), needs_dresidual, options
+    key = "input_gradient", class_of(dy), class_of(x), class_of(residual), dtypes(saved), needs_dresidual, options
     run: Any = backwards.get(key)
     if run is None:
         own_x, own_dy, own_residual = layout.readable(x, options, dy, residual)
@@ -205,5 +205,5 @@ def input_gradient(
         run = backwards[key] = InputGradient(plan, dy, x, options, residual)
     found = Gradients(run.input_like(x), dresidual=run.stacked_like(x) if needs_dresidual else None)
     with on_device(x.device):
-        run(dy, _contiguous(saved), dz_mean, dz_xhat_mean, found)
+        run(dy, contiguous(saved), dz_mean, dz_xhat_mean, found)
     return found

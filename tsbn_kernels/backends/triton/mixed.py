@@ -1,0 +1,80 @@
+"""The operators of :class:`tsbn_kernels.definition.options.MixedBackend` by the Triton kernels.
+
+They are for samples of few positions: :func:`tsbn_kernels.backends.plan.mixed.walks`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsbn_kernels.backends.plan.mixed import plan, work_of
+from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.triton.passes_mixed import MixedBackward, MixedForward
+from tsbn_kernels.definition import layout
+from tsbn_kernels.definition.activations import NONE
+from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Options, Saved
+
+
+def _normalize(saved: Saved, task_of_sample: Tensor, training: bool, options: Options) -> Tensor:
+    saved = ops.contiguous(saved)
+    x, weight, bias, residual, *_ = saved
+    key = "mixed", ops.class_of(x), ops.class_of(residual), ops.dtypes(saved), training, options
+    run = ops.forwards.get(key)
+    if run is None:
+        own_x, own_residual = layout.readable(x, options._replace(num_tasks=1), residual)
+        if own_x is not x or own_residual is not residual:
+            own = saved._replace(x=own_x, residual=own_residual)
+            return _normalize(own, task_of_sample, training, options)
+        details = {"training": training, "bias": bias is not None, "residual": residual is not None}
+        work = work_of(x, options, parameter_size=weight.element_size(), **details)
+        run = ops.forwards[key] = MixedForward(plan(work, ops.device_of(x.device)), x, options)
+    y: Tensor = run.empty(x)
+    with ops.on_device(x.device):
+        run(saved, task_of_sample, y)
+    return y
+
+
+def mixed_forward_training(
+    x: Tensor, task_of_sample: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> Normalized:
+    mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
+    var = torch.empty_like(mean)
+    y = _normalize(Saved(x, weight, bias, residual, mean, var), task_of_sample, True, options)
+    return Normalized(y, mean, var)
+
+
+def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
+    return _normalize(saved, task_of_sample, False, options)
+
+
+def mixed_backward(
+    dy: Tensor, saved: Saved, task_of_sample: Tensor, training: bool, needs: Needs, options: Options
+) -> Gradients:
+    if options.activation == NONE:  # nothing depends on what went into it
+        saved = saved._replace(bias=None, residual=None)
+    if not any(needs):
+        return Gradients()
+    saved = ops.contiguous(saved)
+    x, weight, bias, residual, *_ = saved
+    activations = tuple(map(ops.class_of, (dy, x, residual)))
+    key = "mixed", *activations, ops.dtypes(saved), training, needs, options
+    run = ops.backwards.get(key)
+    if run is None:
+        own_x, own_dy, own_residual = layout.readable(x, options._replace(num_tasks=1), dy, residual)
+        if own_x is not x or own_dy is not dy or own_residual is not residual:
+            own = saved._replace(x=own_x, residual=own_residual)
+            return mixed_backward(own_dy, own, task_of_sample, training, needs, options)
+        details = {"training": training, "bias": bias is not None, "residual": residual is not None}
+        work = work_of(x, options, needs, parameter_size=weight.element_size(), **details)
+        run = ops.backwards[key] = MixedBackward(plan(work, ops.device_of(x.device)), x, options)
+    found = Gradients(
+        run.empty(x) if needs.dx else None,
+        torch.empty_like(weight) if needs.dweight else None,
+        torch.empty_like(weight) if needs.dbias else None,
+        run.empty(x) if needs.dresidual else None,
+    )
+    with ops.on_device(x.device):
+        run(dy, saved, task_of_sample, found)
+    return found
