@@ -31,8 +31,9 @@ from benchmarks.profile.compile_offline import (
     specialize,
 )
 from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
-from tools.compile_gate import layer_norm
+from tools.compile_gate import layer_norm, mixed
 from tools.compile_gate.layer_norm import LaidOutRows
+from tools.compile_gate.mixed import LaidOutMix
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
@@ -168,7 +169,7 @@ class LaidOut:
 class Asked:
     """A kernel that a layer asks for, and the plan that asks."""
 
-    layer: LaidOut | LaidOutRows
+    layer: LaidOut | LaidOutRows | LaidOutMix
     pass_: str
     plan: Plan
     call: Call
@@ -197,6 +198,10 @@ def asked(target: str) -> list[Asked]:
         for plan in rows.plans(pass_, DEVICES[TARGETS[target]]):
             for call in rows.calls(plan):
                 found.setdefault(specialize(call, target).key, Asked(rows, pass_, plan, call))
+    for batch, pass_ in product(mixed.LAYERS, mixed.PASSES):
+        whole = batch.plan(pass_, DEVICES[TARGETS[target]])
+        for call in batch.calls(whole):
+            found.setdefault(specialize(call, target).key, Asked(batch, pass_, whole, call))
     return list(found.values())
 
 

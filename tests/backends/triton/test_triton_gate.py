@@ -55,7 +55,7 @@ def test_the_table_is_true(measured):
 
 def test_activations_move_sixteen_bytes_at_a_time(measured):
     for row in measured:
-        if row.kernel.startswith("layer_norm"):
+        if row.kernel.startswith(("layer_norm", "mixed")):
             continue
         width = str(min(16, max(1, values(row)) * ITEM[row.dtype]))
         sums = row.kernel == "fan_out_sums"
@@ -74,6 +74,18 @@ def test_rows_are_read_as_widely_as_they_are_aligned(measured):
         merges, whole = row.kernel == "layer_norm_parameters", row.pass_ == "forward" or block >= size
         assert row.load_bytes == ("" if merges else width), row
         assert row.store_bytes == (width if whole and not merges else ""), row
+
+
+def test_samples_are_read_as_widely_as_they_are_aligned(measured):
+    """Of a mixed batch: sixteen bytes at a time, but in runs of 25 positions; keys by words of eight bytes at least."""
+    for row in measured:
+        if row.kernel == "mixed_keys":
+            assert row.load_bytes in ("8", "16"), row
+            assert row.store_bytes == "", row
+        elif row.kernel.startswith("mixed"):
+            width = "16" if row.family == "columns" else "4"
+            assert row.load_bytes == ("" if row.kernel in ("mixed_statistics", "mixed_sums") else width), row
+            assert row.store_bytes == (width if row.kernel in ("mixed_forward", "mixed_gradient") else ""), row
 
 
 def test_nothing_spills_and_budgets_hold(measured):

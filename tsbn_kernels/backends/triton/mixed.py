@@ -5,6 +5,8 @@ They are for samples of few positions: :func:`tsbn_kernels.backends.plan.mixed.w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,13 @@ def _normalize(saved: Saved, task_of_sample: Tensor, training: bool, options: Op
         if own_x is not x or own_residual is not residual:
             own = saved._replace(x=own_x, residual=own_residual)
             return _normalize(own, task_of_sample, training, options)
-        details = {"training": training, "bias": bias is not None, "residual": residual is not None}
-        work = work_of(x, options, parameter_size=weight.element_size(), **details)
+        details: dict[str, Any] = {
+            "training": training,
+            "bias": bias is not None,
+            "residual": residual is not None,
+            "parameter_size": weight.element_size(),
+        }
+        work = work_of(x, options, **details)
         run = ops.forwards[key] = MixedForward(plan(work, ops.device_of(x.device)), x, options)
     y: Tensor = run.empty(x)
     with ops.on_device(x.device):
@@ -66,8 +73,13 @@ def mixed_backward(
         if own_x is not x or own_dy is not dy or own_residual is not residual:
             own = saved._replace(x=own_x, residual=own_residual)
             return mixed_backward(own_dy, own, task_of_sample, training, needs, options)
-        details = {"training": training, "bias": bias is not None, "residual": residual is not None}
-        work = work_of(x, options, needs, parameter_size=weight.element_size(), **details)
+        details: dict[str, Any] = {
+            "training": training,
+            "bias": bias is not None,
+            "residual": residual is not None,
+            "parameter_size": weight.element_size(),
+        }
+        work = work_of(x, options, needs, **details)
         run = ops.backwards[key] = MixedBackward(plan(work, ops.device_of(x.device)), x, options)
     found = Gradients(
         run.empty(x) if needs.dx else None,
