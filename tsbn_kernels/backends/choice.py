@@ -7,16 +7,39 @@ multiples of 16 bytes. See :mod:`tsbn_kernels.backends.plan.choice` for the rule
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends import cuda, is_forced
+from tsbn_kernels.backends.fallback import Operator
 from tsbn_kernels.backends.plan import choice as rule
 from tsbn_kernels.backends.plan import layer_norm as layer_plan
 from tsbn_kernels.backends.plan.work import work_of
 from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved, Needs, Options, Running, Saved
+
+
+def planned(choose: Callable[..., str], orders: Mapping[str, Operator]) -> Operator:
+    """The operator of the backend that ``choose`` names for a call.
+
+    Where one is forced, or a call has no plan, the first of ``orders`` makes it.
+    """
+    (first, *_) = orders.values()
+
+    def call(*arguments: Any) -> Any:
+        try:
+            operator = first if is_forced() else orders[choose(*arguments)]
+        except Exception:  # of the caller, whom an operator tells, or of a driver, which the kernels meet too
+            operator = first
+        return operator(*arguments)
+
+    return call
+
+
+# ---- the operators ---------------------------------------------------------------------------------------------------
 
 
 def forward_training(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options) -> str:

@@ -13,7 +13,7 @@ Where a backend was chosen, every error is raised.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,23 +84,6 @@ class Health:
             self.broken = error.reason
             missing = self.name
         warnings.warn(f"tsbn-kernels runs without {missing}, more slowly: {error.reason}", stacklevel=3)
-
-
-def planned(choose: Callable[..., str], orders: Mapping[str, Operator]) -> Operator:
-    """The operator of the backend that ``choose`` names for a call.
-
-    Where one is forced, or a call has no plan, the first of ``orders`` makes it.
-    """
-    (first, *_) = orders.values()
-
-    def call(*arguments: Any) -> Any:
-        try:
-            operator = first if _forced() else orders[choose(*arguments)]
-        except Exception:  # of the caller, whom an operator tells, or of a driver, which the kernels meet too
-            operator = first
-        return operator(*arguments)
-
-    return call
 
 
 def guarded(health: Health, name: str, find: Callable[[str], Operator], otherwise: Operator) -> Operator:

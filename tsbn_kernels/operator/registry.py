@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tsbn_kernels import backends
 from tsbn_kernels.backends import choice, cpu, cuda, triton
-from tsbn_kernels.backends.fallback import guarded, planned
+from tsbn_kernels.backends.fallback import guarded
 from tsbn_kernels.definition import reference
 
 library = torch.library.Library("tsbn", "DEF")
@@ -181,7 +181,7 @@ def chained(name: str, key: str, definition: Adapter) -> Adapter:
         return chain
     chain = by_triton(chain)
     if has_cuda and hasattr(choice, name):
-        return planned(getattr(choice, name), {"triton": chain, "cuda": by_cuda(by_triton(definition))})
+        return choice.planned(getattr(choice, name), {"triton": chain, "cuda": by_cuda(by_triton(definition))})
     return chain
 
 
