@@ -41,6 +41,8 @@ FIRST = (
     "test_triton_epilogue.py",
     "test_multitask.py",
     "test_train_cli.py",
+    "test_dense_train.py",
+    "test_dense_networks.py",
     "test_studies.py",
     "test_on_models.py",
     "test_mixing.py",

@@ -103,7 +103,7 @@ def train_dense(
         highlight=False,
     )
     reading = (0 if kind.read is None else 4) if workers is None else workers
-    with told(console, todo, _first_metric(samples), output) as notify:
+    with told(console, todo, "starting", _first_metric(samples), output) as notify:
         examples = [samples.validation[index] for index in range(min(SHOWN, len(samples.validation)))]
         shown = torch.stack([image for image, _ in examples])
         fits, predictions = train_all(todo, samples, where, output, resume, reading, compiled, shown, notify)

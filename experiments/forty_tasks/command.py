@@ -102,7 +102,7 @@ def train(
         f"{len(splits.validation)} to validate, {len(splits.test)} to test; {len(todo)} runs",
         highlight=False,
     )
-    with told(console, todo, "F1", output) as notify:
+    with told(console, todo, "what a step costs", "F1", output) as notify:
         measured = step_costs(methods, splits, layout, batch, where, QUICK_COST_EFFORT if quick else COST_EFFORT)
         reading = (4 if kind.needs_folder else 0) if workers is None else workers
         fits = train_all(todo, splits, where, output, resume, reading, notify)

@@ -17,11 +17,19 @@ Notify = Callable[[int], OnStep]  # of a run's number
 
 
 @contextmanager
-def told(console: Console, todo: Sequence[Settings], score_name: str, output: Path) -> Iterator[Notify]:
-    """A bar for all runs; ends the command, with what to do, where the data or a checkpoint is bad, or by Ctrl-C."""
+def told(console: Console, todo: Sequence[Settings], first: str, score_name: str, output: Path) -> Iterator[Notify]:
+    """A bar for all runs; ends the command, with what to do, where the data or a checkpoint is bad, or by Ctrl-C.
+
+    Args:
+        console: where it is drawn.
+        todo: the runs.
+        first: what is done before the first step.
+        score_name: of what the runs tell as their score.
+        output: the folder of the checkpoints.
+    """
     try:
         with Progress(*bar_columns(), TimeRemainingColumn(), console=console, transient=True) as progress:
-            bar = progress.add_task("what a step costs", total=len(todo))
+            bar = progress.add_task(first, total=len(todo))
 
             def notify(run: int) -> OnStep:
                 settings = todo[run]

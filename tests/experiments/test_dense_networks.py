@@ -9,13 +9,17 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from benchmarks.commands import app
+from benchmarks.records.summary import Summary
 from experiments.dense_tasks.deeplab import Aspp, DilatedResNet, Enlarge, deeplab_head
 from experiments.dense_tasks.methods import Layout
 from experiments.dense_tasks.segnet import SegNet, segnet_head
 from experiments.dense_tasks.step_cost import NAMES, measured_step
 from experiments.dense_tasks.tasks import Depth, Normals, Segmentation, total_loss
 from experiments.dense_tasks.ways import FUSED, LOOP, RECOVERY, WAYS, fill_gates, gates_of, leak, task_specific
+from experiments.training.step_cost import StepCost
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
 
@@ -108,3 +112,20 @@ def test_a_step_of_everything_can_be_measured(name):
     step, parameters = measured_step(name, Layout("segnet", 1), (2, 32, 32), torch.device("cpu"))
     losses = [step().item() for _ in range(2)]
     assert losses[0] != losses[1] and all(map(math.isfinite, losses)) and parameters > 500
+
+
+def test_the_command_shows_what_steps_cost(monkeypatch):
+    asked = []
+
+    def costs(*arguments):
+        asked.append(arguments[:3])
+        return {"fused": StepCost(1234, Summary(0.5, 0.0, 1, 0, (0.5,)), 2**21)}
+
+    monkeypatch.setattr("experiments.dense_tasks.step_command.step_costs", costs)
+    invoke = partial(CliRunner().invoke, app.app)
+    result = invoke(["dense-step", "--name", "fused", "--network", "deeplab", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert asked == [(["fused"], Layout("deeplab", 16), (4, 96, 128))]
+    assert all(part in result.output for part in ("batch 4 of 96x128", "1,234", "500.0", "2 MiB"))
+    refused = invoke(["dense-step", "--height", "40", "--device", "cpu"])
+    assert refused.exit_code == 2 and "multiples of 32, got 40x128" in refused.output
