@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,13 @@ def _fan_out_late(fused: nn.Module) -> None:
     """SegNet parts its streams at the second convolution, in its weights; a residual network behind its pooling."""
     for module in fused.modules():
         if isinstance(module, SegNet):
-            first, rest = module.stages[0].first, module.stages[0].rest
-            first[1] = LateFanOut.from_layer(first[1], conv=rest[0][0])  # type: ignore[index,operator]
-            rest[0][0] = nn.Identity()  # type: ignore[index,operator]
+            stage: Any = module.stages[0]
+            stage.first[1] = LateFanOut.from_layer(stage.first[1], conv=stage.rest[0][0])
+            stage.rest[0][0] = nn.Identity()
         elif isinstance(module, DilatedResNet):
-            module.bn1 = LateFanOut.from_layer(module.bn1, pool=module.maxpool)  # type: ignore[assignment,arg-type]
-            module.maxpool = nn.Identity()  # type: ignore[assignment]
+            resnet: Any = module
+            resnet.bn1 = LateFanOut.from_layer(resnet.bn1, pool=resnet.maxpool)
+            resnet.maxpool = nn.Identity()
 
 
 def gates_of(network: nn.Module) -> list[list[Tensor]]:
