@@ -105,7 +105,7 @@ class TaskBatchNormBackward(torch.autograd.Function):
     """The backward pass. Saves what it reads."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, *inputs: Any) -> Gradients:  # type: ignore[override]
+    def forward(ctx: Any, dy: Tensor, *inputs: Any) -> Gradients:
         """Takes dy, the fields of ``Saved``, tasks, and what else :meth:`Twice.backward` does."""
         *saved, ctx.tasks, ctx.training, needs, ctx.options = inputs
         ctx.set_materialize_grads(False)
@@ -114,7 +114,7 @@ class TaskBatchNormBackward(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *saved = ctx.saved_tensors
         call = dy, Saved._make(saved), ctx.training, ctx.options
         dtwice, gradients = double_backward(ctx.tasks, Gradients._make(given), *call)
@@ -196,6 +196,6 @@ def through_curvature(ddz: Tensor, dy: Tensor, z: Tensor, options: Options) -> T
     if torch.is_grad_enabled():
         return bent(ddz, dy, z, True).to(z.dtype)
     rows = max(1, _CHUNK * z.shape[0] // max(1, z.numel()))
-    for parts in zip(*(tensor.split(rows) for tensor in (ddz, dy, z)), strict=True):
-        parts[2].copy_(bent(*parts, False))
+    for above, upstream, part in zip(ddz.split(rows), dy.split(rows), z.split(rows), strict=True):
+        part.copy_(bent(above, upstream, part, False))
     return z

@@ -28,7 +28,7 @@ class TaskLayerNormBackward(torch.autograd.Function):
     """The backward pass. Saves what it reads."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, ds: Tensor | None, *inputs: Any) -> LayerGradients:  # type: ignore[override]
+    def forward(ctx: Any, dy: Tensor, ds: Tensor | None, *inputs: Any) -> LayerGradients:
         """Takes the gradients, the fields of ``LayerSaved``, what computes the pass, needs and options."""
         *saved, compute, needs, ctx.options = inputs
         ctx.set_materialize_grads(False)
@@ -37,7 +37,7 @@ class TaskLayerNormBackward(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, *tensors = ctx.saved_tensors
         given, saved, options = LayerGradients._make(gradients), LayerSaved._make(tensors), ctx.options
         if torch.is_grad_enabled():
@@ -66,7 +66,7 @@ def by_rows(
     given: LayerGradients, dy: Tensor, saved: LayerSaved, options: LayerOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the second derivative, part by part; the gradient of the weight is in the dtype of the statistics."""
-    s, weight, mean, rstd = saved
+    s, weight, *statistics = saved
     sizes, num_tasks = reference.rows_of(s, weight), options.num_tasks
     own = options._replace(stacking="task_axis")
 
@@ -74,10 +74,10 @@ def by_rows(
         return tensor if options.fan_out or tensor is None else layout.streams(tensor, num_tasks, options.stacking)
 
     ddy, gradient = torch.empty_like(dy), torch.empty_like(s)
-    dweight = torch.zeros_like(weight, dtype=rstd.dtype)
+    dweight = torch.zeros_like(weight, dtype=saved.rstd.dtype)
     dys, ddys = (layout.streams(tensor, num_tasks, options.stacking) for tensor in (dy, ddy))
     rows, dx, out = of_input(s), of_input(given.dx), of_input(gradient)
-    mean, rstd = (None if v is None else of_input(v.view(sizes)) for v in (mean, rstd))
+    mean, rstd = (None if v is None else of_input(v.view(sizes)) for v in statistics)
     for tasks, samples in _parts(dys, options.fan_out):
         where = (samples,) if options.fan_out else (tasks, samples)
 
