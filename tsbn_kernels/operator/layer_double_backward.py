@@ -84,7 +84,7 @@ def by_rows(
         def part(vector: Any, index: Any) -> Any:
             return None if vector is None else vector[index]
 
-        of_part = LayerSaved(rows[where], weight[tasks], part(mean, where), rstd[where].flatten())
+        of_part = LayerSaved(rows[where], weight[tasks], part(mean, where), part(rstd, where).flatten())
         of_part = of_part._replace(mean=None if of_part.mean is None else of_part.mean.flatten())
         cut = LayerGradients(part(dx, where), part(given.dweight, tasks), part(given.dbias, tasks))
         call = dys[tasks, samples], of_part, own._replace(num_tasks=len(weight[tasks]))
