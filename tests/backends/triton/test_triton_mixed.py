@@ -31,7 +31,7 @@ from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Option
 from tsbn_kernels.operator.mixed_ops import eager_operators
 
 TOY = device(threads=64, multiprocessors=2)
-SOME, MANY, ALL_OF_ONE = (3, 0, 5, 1), (6, 5, 54, 0), (0, 0, 9, 0)
+SOME, MANY, ALL_OF_ONE = (3, 0, 5, 1), (6, 5, 24, 0), (0, 0, 9, 0)
 EVERY = Needs(True, True, True, True)
 
 
