@@ -17,7 +17,7 @@ from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, hold_absent_tasks, re
 
 T, C = 4, 5
 # The tasks of each rank's samples. Task 1 is on one rank alone, task 3 on none until the end; a rank may have nothing.
-MIXES = (
+MIXES: tuple[tuple[list[int], ...], ...] = (
     ([2, 0, 2, 2], [0, 2, 0, 1, 1], [2]),
     ([0], [], [2, 2, 0]),
     ([], [], []),
@@ -57,15 +57,16 @@ def case_steps(dtype: torch.dtype, backend: str | None, options: dict[str, Any])
                 y = module(*leaves, task_of_sample=own)
                 y.backward(dy)
             results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-        tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+        tolerance: Any = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
         for got, joined in zip(*results, strict=True):
             wanted = joined.split([len(part) for part in mix])[rank]
             torch.testing.assert_close(got.double(), wanted, **tolerance)
-        for parameter, other in zip(layer.parameters(), whole.parameters(), strict=True):
+        for parameter, joined in zip(layer.parameters(), whole.parameters(), strict=True):
+            assert parameter.grad is not None
             distributed.all_reduce(parameter.grad)
-            torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=2e-5, atol=2e-4)
-        for buffer, other in zip(layer.buffers(), whole.buffers(), strict=True):
-            torch.testing.assert_close(buffer.to(other.dtype), other, **tolerance)
+            torch.testing.assert_close(parameter.grad.double(), joined.grad, rtol=2e-5, atol=2e-4)
+        for buffer, wanted in zip(layer.buffers(), whole.buffers(), strict=True):
+            torch.testing.assert_close(buffer.to(wanted.dtype), wanted, **tolerance)
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return torch.stack((layer.running_mean, layer.running_var))
@@ -137,7 +138,7 @@ def case_training() -> tuple[list[Tensor], list[Tensor]]:
     """DDP with a mix on each rank, its absent tasks held, beside one process; the loss is the mean over all samples."""
     torch.manual_seed(0)
     layer = FusedTSigmaBN2d(T, C, gate="identity", bias=True, process_group="world")
-    model = nn.Sequential(nn.Conv2d(3, C, 3), layer, nn.Flatten(), nn.Linear(C * 9, 1)).double()
+    model: Any = nn.Sequential(nn.Conv2d(3, C, 3), layer, nn.Flatten(), nn.Linear(C * 9, 1)).double()
     alone = copy.deepcopy(model)
     alone[1].process_group = None
     parallel = DistributedDataParallel(model)

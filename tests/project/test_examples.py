@@ -98,10 +98,10 @@ def test_domains_learn(capsys: pytest.CaptureFixture[str]) -> None:
 class DomainLoop(nn.Module):
     """The network of the example, with a list of plain layers and masks, as one writes it without this package."""
 
-    def __init__(self, model: nn.Module, domains: int) -> None:
+    def __init__(self, model: Any, domains: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList()
-        for layer in copy.deepcopy(list(model.children())):
+        self.layers: Any = nn.ModuleList()
+        for layer in map(copy.deepcopy, model.children()):
             plain = [layer.task(domain) for domain in range(domains)] if hasattr(layer, "gates") else None
             self.layers.append(layer if plain is None else nn.ModuleList(plain))
 

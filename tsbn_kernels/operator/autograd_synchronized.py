@@ -202,12 +202,14 @@ def _gradients(
     if needs.dx and total is not None and dot is not None:
         sums = torch.stack((total, dot))
         distributed.all_reduce(sums, group=ctx.group)
-        means = (sums / values.clamp_min(1).to(sums.dtype).unsqueeze(1)).unbind()
+        mean, dot_mean = (sums / values.clamp_min(1).to(sums.dtype).unsqueeze(1)).unbind()
         of_residual = needs.dresidual and not plain
         if task_of_sample is None:
-            dx, *_, dresidual = compute.input_gradient(dy, given, *means, of_residual, identity)
+            dx, *_, dresidual = compute.input_gradient(dy, given, mean, dot_mean, of_residual, identity)
         else:
-            dx, dresidual = input_gradient_of_tasks(compute, dy, given, task_of_sample, *means, of_residual, identity)
+            dx, dresidual = input_gradient_of_tasks(
+                compute, dy, given, task_of_sample, mean, dot_mean, of_residual, identity
+            )
     if needs.dweight and dot is not None:
         dweight = (reference.gate_slope(saved.weight.to(given.weight.dtype), options.gate) * dot).to(saved.weight.dtype)
     if needs.dbias and total is not None:

@@ -71,8 +71,8 @@ def input_gradient_of_tasks(
     if dy.numel() == 0:
         return torch.zeros_like(given.x), torch.zeros_like(given.x) if need_residual else None
     own, by_sample = task_of_each_sample(given, task_of_sample, options)
-    means = (vector.index_select(0, task_of_sample) for vector in (mean, dot_mean))
-    dx, *_, dresidual = compute.input_gradient(dy, own, *means, need_residual, by_sample)
+    mean, dot_mean = (vector.index_select(0, task_of_sample) for vector in (mean, dot_mean))
+    dx, *_, dresidual = compute.input_gradient(dy, own, mean, dot_mean, need_residual, by_sample)
     return dx, dresidual
 
 
