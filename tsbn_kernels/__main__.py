@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     analyse.add_argument("--tasks", metavar="A,B,...", help="their names; by default those of the model's heads")
     analyse.add_argument("--key", help="where in a checkpoint the state is, such as model, or ema.model")
     analyse.add_argument("--gate", choices=("sigmoid", "identity"), help="of a state that does not say it")
+    analyse.add_argument("--modules", metavar="A,B,...", help="with gates, of a state that does not say it")
     analyse.add_argument("--threshold", type=float, default=0.5, help="of specialised filters")
     analyse.add_argument("--clusters", type=int, help="how many; by default a quarter of the tasks")
     options = parser.parse_args(arguments)
@@ -77,8 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _analyse(options: argparse.Namespace) -> None:
     from tsbn_kernels.plots import report
 
-    tasks = options.tasks and options.tasks.split(",")
-    runs = [importance(load_state(path, options.key), tasks, gate=options.gate) for path in options.checkpoints]
+    tasks, modules = (names and names.split(",") for names in (options.tasks, options.modules))
+    states = [load_state(path, options.key) for path in options.checkpoints]
+    runs = [importance(state, tasks, gate=options.gate, modules=modules) for state in states]
     named = dict(zip(report.names_of(options.checkpoints), runs, strict=True))
     report.write_report(named, options.out, threshold=options.threshold, clusters=options.clusters)
     print(f"report: {options.out}")

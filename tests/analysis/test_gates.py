@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.runs import T, every_layer, late, multitask
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaRMSNorm, analysis, shard_tasks
+from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, FusedTSigmaRMSNorm, MultiTaskModel, analysis, shard_tasks
 from tsbn_kernels.analysis import Importance, importance, load_state
 
 
@@ -82,9 +83,43 @@ def test_a_state_that_says_nothing_is_read_by_shapes() -> None:
         importance(state)
     assert same(importance(state, gate="identity"), importance(nn.Sequential(biased)))
     assert torch.equal(importance(state, gate="sigmoid").matrix, torch.sigmoid(biased.weight.detach()).double())
-    with pytest.raises(ValueError, match="no layer with gates"):
-        importance(dict(FusedTSigmaRMSNorm(T, 4).state_dict()))  # as a matrix of a Linear without a bias
-    assert importance(FusedTSigmaRMSNorm(T, 4).state_dict()).matrix.shape == (T, 4)
+
+
+@pytest.mark.parametrize("make", [FusedTSigmaRMSNorm, partial(FusedTSigmaLN, bias=False)])
+@pytest.mark.parametrize("gate", ["sigmoid", "identity"])
+def test_norms_without_bias_or_statistics_are_named(make, gate: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), make(T, 4, gate=gate), nn.Linear(4, T, bias=False))
+    nn.init.normal_(model[1].weight)
+    assert same(importance(model.state_dict()), importance(model))
+    state = dict(model.state_dict())
+    with pytest.raises(ValueError, match="name modules by modules="):
+        importance(state)
+    with pytest.raises(ValueError, match="weights of '1' are gates or their logits"):
+        importance(state, modules=["1"])
+    assert same(importance(state, modules=["1"], gate=gate), importance(model))
+
+
+def test_a_weight_that_may_be_of_gates_is_not_passed_by() -> None:
+    model = nn.Sequential(FusedTSigmaBN2d(T, 4), FusedTSigmaRMSNorm(T, 4, gate="sigmoid"))
+    state = dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"whether '1.weight', of shape \[3, 4\], holds the gates .* modules=\[...\]"):
+        importance(state)
+    assert same(importance(state, modules=["0", "1"], gate="sigmoid"), importance(model))
+    assert importance(state, modules=["0"]).layers == ("0",)
+    heads = dict(MultiTaskModel(model[1:], {task: nn.Linear(4, 1) for task in "abc"}).state_dict())
+    with pytest.raises(ValueError, match=r"whether 'backbone\.1\.weight'"):
+        importance(heads)
+
+
+@pytest.mark.parametrize(
+    ("modules", "kind", "message"),
+    [("1", TypeError, "modules must be names in a state"), (["2"], ValueError, "the state has no '2.weight'")],
+)
+def test_bad_modules_are_refused(modules, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        importance(dict(nn.Sequential(FusedTSigmaBN2d(T, 4)).state_dict()), modules=modules)
+    with pytest.raises(TypeError, match="and a Linear"):
+        importance(nn.Linear(2, 2), modules=["0"])
 
 
 def test_what_is_no_gate_is_passed_by() -> None:

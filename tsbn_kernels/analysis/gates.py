@@ -62,7 +62,11 @@ Source: TypeAlias = "nn.Module | Mapping[str, Any] | Importance | Tensor"
 
 
 def importance(
-    source: Source, tasks: Sequence[str] | None = None, *, gate: Literal["sigmoid", "identity"] | None = None
+    source: Source,
+    tasks: Sequence[str] | None = None,
+    *,
+    gate: Literal["sigmoid", "identity"] | None = None,
+    modules: Sequence[str] | None = None,
 ) -> Importance:
     """Reads how much each task uses each filter, over all layers with gates.
 
@@ -73,21 +77,26 @@ def importance(
     A state says of itself which tensors are gates, and of what kind, where layers of this package have written it with
     ``model.state_dict()``, and ``torch.save`` and ``torch.load`` keep that. Where it does not (a file of safetensors,
     a state that was put together anew), the layers are those whose ``weight`` ``[T, *]`` has a ``bias`` or a
-    ``running_mean`` of the same shape. Their gates are taken for sigmoids where no layer has a bias.
+    ``running_mean`` of the same shape. Their gates are taken for sigmoids where no layer has a bias. A ``weight`` that
+    stands alone, as that of an RMS norm or of a plain layer without a bias, is refused where it may be of gates;
+    ``modules`` says which are.
 
     Args:
         source: a model, or its state alone; an ``Importance``, or a matrix ``[T, F]`` of gates.
         tasks: the names of the tasks. By default those of the :class:`~tsbn_kernels.MultiTaskModel` that is the model
             or a part of it; without one, ``"task 0"`` and so on.
         gate: of a state that does not say it.
+        modules: of a state that does not say it, the names of the modules whose ``weight`` is that of gates.
 
     Raises:
-        TypeError: ``source`` is none of these.
+        TypeError: ``source`` is none of these, or ``modules`` no sequence of names, or of no state.
         ValueError: there are no gates, layers have different numbers of tasks, or the number of names is another; a
-            state does not say of what kind its gates are.
+            state does not say which of its tensors are gates, or of what kind.
     """
     if gate not in (None, "sigmoid", "identity"):
         raise ValueError(f"gate must be 'sigmoid' or 'identity', got {gate!r}")
+    if modules is not None and (isinstance(modules, str) or not isinstance(source, Mapping)):
+        raise TypeError(f"modules must be names in a state, got {modules!r:.80} and a {type(source).__name__}")
     names: Sequence[str] | None = None
     if isinstance(source, Importance):
         names, found = source.tasks, {layer: source.matrix[:, part] for layer, part in source.slices.items()}
@@ -97,15 +106,17 @@ def importance(
         models = [module for module in source.modules() if isinstance(module, MultiTaskModel)]
         names, found = (models[0].tasks if models else None), {name: module.gates for name, module in layers(source)}
     elif isinstance(source, Mapping):
-        found = states.gates(source, gate)
+        found = states.gates(source, gate, modules)
         names = states.heads(source)
     else:
         raise TypeError(
             f"expected a model, its state, an Importance or a matrix [T, F] of gates, got a {type(source).__name__}"
         )
     if not found:
+        remedy = "; where a state does not say it, name modules by modules=" if isinstance(source, Mapping) else ""
         raise ValueError(
-            f"{type(source).__name__} has no layer with gates: a tensor [T, *] of factors, as FusedTSigmaBN2d has it"
+            f"{type(source).__name__} has no layer with gates: a tensor [T, *] of factors, as FusedTSigmaBN2d has "
+            f"it{remedy}"
         )
     matrices = {name: _matrix(name, gates) for name, gates in found.items()}
     counts = {matrix.shape[0]: name for name, matrix in matrices.items()}

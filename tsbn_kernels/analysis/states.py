@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,38 +10,73 @@ from torch import Tensor
 
 from tsbn_kernels.layers.task_specific import GATE_KEY
 
-_WEIGHT = "weight"
+_WEIGHT, _STATISTICS = "weight", "running_mean"
 
 
-def gates(state: Mapping[str, Any], gate: str | None) -> dict[str, Tensor]:
-    """The gates by the name of their layer; ``gate`` is their kind where the state does not say it.
+def gates(state: Mapping[str, Any], gate: str | None, modules: Sequence[str] | None) -> dict[str, Tensor]:
+    """The gates by the name of their layer.
+
+    Args:
+        state: of a model.
+        gate: their kind, where the state does not say it.
+        modules: whose weights are gates, where the state does not say it; None: by their shapes.
 
     Raises:
-        ValueError: the state does not say it, and no ``gate`` is given; what it says is gates is not there.
+        ValueError: the state does not say what is a gate, or of what kind, and nobody else does; what is named is not
+            there, or is no weight of tasks.
     """
     written = {
         name: kind[GATE_KEY] for name, kind in getattr(state, "_metadata", {}).items() if kind.get(GATE_KEY) is not None
     }
-    if written:
+    if written and modules is None:
         outermost = [name for name in written if not any(_inside(name, other) for other in written)]
         return {name: _of_kind(_weight(state, name), written[name]) for name in outermost}
-    found = {}
-    biased = []
-    for key, weight in state.items():
-        prefix, _, last = key.rpartition(".")
-        if last != _WEIGHT or not isinstance(weight, Tensor) or weight.dim() < 2:
-            continue
-        shapes = {name: getattr(state.get(_join(prefix, name)), "shape", None) for name in ("bias", "running_mean")}
-        if weight.shape in shapes.values():
-            found[prefix] = weight
-            if shapes["bias"] is not None:
-                biased.append(prefix)
-    if gate is None and biased:
+    found = _by_shape(state) if modules is None else {name: _weight(state, name) for name in modules}
+    kinds = {name: written.get(name, gate) for name in found}
+    unsure = [name for name in found if kinds[name] is None and not _has_twin(state, name, _STATISTICS)]
+    unsure += [name for name in found if kinds[name] is None and _has_twin(state, name, "bias")]
+    if unsure:
         raise ValueError(
-            f"the state does not say whether the weights of {biased[0]!r} are gates or their logits: say "
+            f"the state does not say whether the weights of {unsure[0]!r} are gates or their logits: say "
             f"gate='sigmoid' or gate='identity', or give the model"
         )
-    return {name: _of_kind(weight, gate or "sigmoid") for name, weight in found.items()}
+    return {name: _of_kind(weight, kinds[name] or "sigmoid") for name, weight in found.items()}
+
+
+def _by_shape(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights ``[T, *]`` that stand beside a bias or statistics of the same shape.
+
+    Raises:
+        ValueError: a weight ``[T, D]`` without either may be that of an RMS norm, or of a plain layer.
+    """
+    names = [key.rpartition(".")[0] for key in state if key.rpartition(".")[2] == _WEIGHT]
+    weights = {name: state[_join(name, _WEIGHT)] for name in names}
+    weights = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() > 1}
+    found = {name: weight for name, weight in weights.items() if _has_twin(state, name, "bias", _STATISTICS)}
+    tasks = {weight.shape[0] for weight in found.values()} or {len(heads(state))}
+    alone = [
+        name
+        for name, weight in weights.items()
+        if name not in found and weight.dim() == 2 and weight.shape[0] in tasks and not _has(state, name, "bias")
+    ]
+    if alone:
+        shape = list(weights[alone[0]].shape)
+        raise ValueError(
+            f"the state does not say whether {_join(alone[0], _WEIGHT)!r}, of shape {shape}, holds the gates of a "
+            f"norm without bias or statistics, or is a plain weight: give modules=[...], the names of all modules with "
+            f"gates, or the model"
+        )
+    return found
+
+
+def _has(state: Mapping[str, Any], name: str, vector: str) -> bool:
+    return isinstance(state.get(_join(name, vector)), Tensor)
+
+
+def _has_twin(state: Mapping[str, Any], name: str, *vectors: str) -> bool:
+    """Whether one of these stands beside the weight, and is of its shape."""
+    shape = state[_join(name, _WEIGHT)].shape
+    return any(_has(state, name, vector) and state[_join(name, vector)].shape == shape for vector in vectors)
 
 
 def heads(state: Mapping[str, Any]) -> list[str]:
