@@ -9,17 +9,16 @@ from typing import Annotated
 import typer
 
 from benchmarks.commands.options import OnDevice, machine_line, parse_device
-from benchmarks.network.data import DataError
-from benchmarks.report.console import choices, fail, wide_console
+from benchmarks.report.console import choices, wide_console
 from benchmarks.timing.measure import Effort
+from experiments.forty_tasks.loading import load_splits
 from experiments.forty_tasks.methods import METHODS, methods_of
 from experiments.forty_tasks.step_cost import step_costs
 from experiments.forty_tasks.summary import DATASETS, all_settings, summaries, train_all, write_json
 from experiments.forty_tasks.tables import show
-from experiments.training.methods import PAPER_MULTIPLIER, TASK_SPECIFIC
+from experiments.training.methods import MULTIPLIERS, PAPER_MULTIPLIER, TASK_SPECIFIC
 from experiments.training.progress import told
 
-MULTIPLIERS = (1.0, 10.0, 100.0, 1000.0)  # the paper's ablation
 NETWORKS = tuple(dict.fromkeys(chain.from_iterable(kind.layouts for kind in DATASETS.values())))
 COST_EFFORT, QUICK_COST_EFFORT = Effort(5, 15, 15.0), Effort(2, 2, 1.0)
 QUICK_EPOCHS = 1
@@ -59,6 +58,7 @@ def train(
     ] = None,
 ) -> None:
     """Forty tasks, trained with every method: F1, delta_m%, parameters, time and memory of a step."""
+    from benchmarks.report.plot import save
     from experiments.forty_tasks.pictures import gate_histograms, learning_curves
 
     console = wide_console()
@@ -67,9 +67,6 @@ def train(
     (network,) = choices([network or next(iter(kind.layouts))], list(kind.layouts), "--network")
     layout = kind.layouts[network]
     methods = choices(method or methods_of(layout), methods_of(layout), "--method")
-    if kind.needs_folder != (data is not None):
-        needs = "needs the folder of its files" if kind.needs_folder else "takes no folder"
-        raise typer.BadParameter(f"{chosen} {needs}", param_hint="--data")
     multipliers = {
         name: (multiplier or MULTIPLIERS) if name in PAPER_MULTIPLIER else tsbn_multiplier or (1.0,)
         for name in TASK_SPECIFIC
@@ -78,15 +75,7 @@ def train(
         raise typer.BadParameter(f"a multiplier must be above 0, got {wrong[0]:g}", param_hint="--multiplier")
     where = parse_device(device)
     batch = batch or kind.batch
-    try:
-        splits = kind.load(data or Path())
-    except DataError as error:
-        fail(str(error))
-    if not (len(splits.validation) and len(splits.test)):
-        fail(f"{splits.source} must have samples to validate and to test with")
-    if batch > len(splits.train):
-        message = f"{splits.source} has {len(splits.train)} training samples, fewer than a batch of {batch}"
-        raise typer.BadParameter(message, param_hint="--batch")
+    splits = load_splits(chosen, data, batch)
     todo = all_settings(
         splits,
         layout,
@@ -111,7 +100,7 @@ def train(
     if not PAPER_MULTIPLIER.keys().isdisjoint(methods):
         pictures["gates.png"] = gate_histograms
     for name, draw in pictures.items():
-        draw(output / name, fits)
+        save(output / name, draw(fits))
         console.print(f"plot: {output / name}", highlight=False, soft_wrap=True)
     json_path = json_path or output / "results.json"
     write_json(json_path, splits, fits, measured, where)

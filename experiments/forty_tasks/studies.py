@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.network.data import Splits
+from experiments.forty_tasks.place import Notify, Place
 from experiments.forty_tasks.scores import Confusion
-from experiments.forty_tasks.train_run import TrainRun
-from experiments.training.run import OnStep, Settings
-from experiments.training.study import checkpoint_of
+from experiments.forty_tasks.train_run import Fit
+from experiments.training.run import Settings
 from tsbn_kernels.analysis import (
     Conflicts,
     Importance,
@@ -31,30 +30,10 @@ from tsbn_kernels.analysis import (
 FILTERS = 1 / 14.4  # that are taken away: 200 of the 2,880 of the paper's network
 STEPS = 10  # batches whose gradients are compared
 
-Notify = Callable[[int], OnStep]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where runs are trained and kept: those that are there already are not trained again."""
-
-    splits: Splits
-    device: torch.device
-    folder: Path
-    workers: int = 0
-
-    def run(self, settings: Settings, notify: OnStep) -> TrainRun:
-        """A trained run, whose network has the weights of its best epoch."""
-        path = checkpoint_of(settings, self.folder)
-        run = TrainRun(settings, self.splits, self.device, path, resume=True, workers=self.workers)
-        run.run(notify)
-        run.network.load_state_dict(run.best_weights)
-        return run
-
 
 def trained_gates(todo: Sequence[Settings], place: Place, notify: Notify) -> dict[str, Importance]:
     """The importance of each run, by its seed."""
-    runs = (place.run(settings, notify(index)) for index, settings in enumerate(todo))
+    runs = (place.run(settings, notify(index, len(todo))) for index, settings in enumerate(todo))
     return {f"seed {run.fit.settings.seed}": importance(run.network, place.splits.tasks) for run in runs}
 
 
@@ -62,7 +41,7 @@ def pruning(todo: Sequence[Settings], place: Place, notify: Notify) -> list[Tens
     """The drops of F1 on the test images of each run, ``[T, T]``, where each task's most important filters are gone."""
     drops = []
     for index, settings in enumerate(todo):
-        run = place.run(settings, notify(index))
+        run = place.run(settings, notify(index, len(todo)))
         filters = importance(run.network).matrix.shape[1]
         images, labels = _all(place.splits.test, place.device)
 
@@ -86,7 +65,7 @@ def _all(split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 def conflicts(todo: Sequence[Settings], place: Place, notify: Notify) -> Iterator[list[Conflicts]]:
     """The conflicts of each run in the shared convolutions, over some batches of training images."""
     for index, settings in enumerate(todo):
-        run = place.run(settings, notify(index))
+        run = place.run(settings, notify(index, len(todo)))
         network = run.network.train()
         shared = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
         order = torch.Generator().manual_seed(settings.seed)
@@ -128,28 +107,38 @@ class Noise:
     similarity: float  # mean cosine with the other tasks
     independent: float  # capacity
     others: float  # mean independent capacity of the other tasks
+    own_f1: float  # on true labels
     f1: float  # of the other tasks, mean
 
 
 def noise(todo: Sequence[Settings], place: Place, task: str, shares: Sequence[float], notify: Notify) -> list[Noise]:
     """Trains with a growing share of one task's training labels drawn at random."""
-    index = place.splits.tasks.index(task)
+    splits, index = place.splits, place.splits.tasks.index(task)
+    rest = [other for other in range(len(splits.tasks)) if other != index]
+    jobs = list(itertools.product(shares, todo))
     found = []
-    for number, (share, clean) in enumerate(itertools.product(shares, todo)):
-        splits, settings, where = place.splits, clean, place
+    for number, (share, settings) in enumerate(jobs):
+        where = place
         if share:
-            splits = replace(splits, train=Corrupted(splits.train, index, share))
-            settings = replace(clean, source=f"{clean.source}, {share:.0%} of {task} at random")
-            where = replace(place, splits=splits, folder=place.folder / f"{task}-{share:g}")
-        run = where.run(settings, notify(number))
+            corrupted = replace(splits, train=Corrupted(splits.train, index, share))
+            where = place.varied(f"{share:.0%} of {task} at random", splits=corrupted)
+        run = where.run(settings, notify(number, len(jobs)))
         gates = importance(run.network, splits.tasks)
-        rest = [other for other in range(len(splits.tasks)) if other != index]
-        own = capacity(gates).independent
-        cosine = similarity(gates)[index][rest].mean()
-        scores = [run.fit.test_f1[other] for other in rest]
+        independent = capacity(gates).independent
         found.append(
             Noise(
-                share, settings.seed, float(cosine), float(own[index]), float(own[rest].mean()), sum(scores) / len(rest)
+                share,
+                settings.seed,
+                similarity=float(similarity(gates)[index][rest].mean()),
+                independent=float(independent[index]),
+                others=float(independent[rest].mean()),
+                own_f1=run.fit.test_f1[index],
+                f1=statistics.fmean(run.fit.test_f1[other] for other in rest),
             )
         )
     return found
+
+
+def multipliers(todo: Sequence[Settings], place: Place, notify: Notify) -> list[Fit]:
+    """The runs of all multipliers, with their scores and gates."""
+    return [place.run(settings, notify(index, len(todo))).fit for index, settings in enumerate(todo)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.network.data import Splits
 from benchmarks.network.model import train_step
@@ -16,6 +17,28 @@ from experiments.forty_tasks.methods import gates, make_network
 from experiments.forty_tasks.scores import Confusion
 from experiments.training.run import OnStep, Run, Settings
 from experiments.training.study import on_device, optimizer_of
+
+MakeNetwork = Callable[[str, int, Any], nn.Module]  # (method, T, layout) -> network
+# Forward, backward and the optimiser's step of samples and labels; gives the loss.
+TrainStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run may do in its own way.
+
+    Attributes:
+        make: makes the network.
+        step: is done with each batch.
+        memory_format: of the network's weights.
+    """
+
+    make: MakeNetwork = make_network
+    step: TrainStep = train_step
+    memory_format: torch.memory_format = torch.channels_last
+
+
+USUAL = Recipe()
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,7 @@ class TrainRun(Run):
         resume: go on from the checkpoint, if there is one. On a CPU, with the same number of threads, the result is
             bitwise that of a run that was never interrupted.
         workers: processes that read samples.
+        recipe: how the network is made, and what is done with each batch.
 
     Raises:
         ResumeError: the checkpoint is of other settings, or cannot be read.
@@ -79,11 +103,12 @@ class TrainRun(Run):
         *,
         resume: bool = False,
         workers: int = 0,
+        recipe: Recipe = USUAL,
     ) -> None:
-        self.splits, self.fit = splits, Fit(settings)
+        self.splits, self.fit, self.recipe = splits, Fit(settings), recipe
         torch.manual_seed(settings.seed)
-        network = make_network(settings.method, len(splits.tasks), settings.layout)
-        network = network.to(device).to(memory_format=torch.channels_last)
+        network = recipe.make(settings.method, len(splits.tasks), settings.layout)
+        network = network.to(device).to(memory_format=recipe.memory_format)
         optimizer = optimizer_of(network, settings.lr, settings.multiplier)
         super().__init__(settings, network, optimizer, device, checkpoint, workers)
         self.best_weights: dict[str, Tensor] = {}  # and statistics, of the best epoch
@@ -114,7 +139,7 @@ class TrainRun(Run):
 
     def step(self, batch: Any) -> Tensor:
         samples, labels = (on_device(part, self.device) for part in batch)
-        return train_step(self.network, self.optimizer, samples, labels)
+        return self.recipe.step(self.network, self.optimizer, samples, labels)
 
     def end_epoch(self, loss: float) -> None:
         epoch = Epoch(loss, self._f1(self.splits.validation))

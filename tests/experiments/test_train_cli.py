@@ -94,7 +94,7 @@ def test_resume_trains_nothing_twice_and_refuses_other_settings(invoke, no_costs
     assert invoke(*arguments).exit_code == 0
     first = (tmp_path / "out" / "results.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.forty_tasks.train_run.train_step", None)
+        patch.setattr("experiments.training.run.Run._epoch", None)
         again = invoke(*arguments, "--resume", "--json", "again.json")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again.json").read_text() == first
@@ -107,7 +107,7 @@ def test_an_interrupted_run_says_how_to_go_on(invoke, no_costs, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.forty_tasks.train_run.train_step", interrupted)
+    monkeypatch.setattr("experiments.training.run.Run._epoch", interrupted)
     result = invoke("--method", "hard_sharing")
     assert result.exit_code == 1
     assert "the same command with --resume goes on from the checkpoints in results/train" in result.output

@@ -45,6 +45,25 @@ class AbsArchitecture(nn.Module):
         return self.rep_tasks[task]
 
 
+class HPS(AbsArchitecture):
+    """Hard parameter sharing: one encoder, one representation for all tasks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.encoder = self.encoder_class()
+
+    def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+        representation = self.encoder(inputs)
+        names = self.task_name if task_name is None else [task_name]
+        return {task: self.decoders[task](representation) for task in names}
+
+    def get_share_params(self) -> Any:
+        return self.encoder.parameters()
+
+    def zero_grad_share_params(self) -> None:
+        self.encoder.zero_grad(set_to_none=False)
+
+
 class EW(nn.Module):
     """Equal weights."""
 
@@ -151,11 +170,11 @@ def install(monkeypatch: Any) -> None:
         return
     contents: dict[str, dict[str, Any]] = {
         "LibMTL": {"Trainer": Trainer},
-        "LibMTL.architecture": {},
+        "LibMTL.architecture": {"HPS": HPS},
         "LibMTL.architecture.abstract_arch": {"AbsArchitecture": AbsArchitecture},
         "LibMTL.loss": {"CELoss": CELoss},
         "LibMTL.metrics": {"AccMetric": AccMetric},
-        "LibMTL.weighting": {"EW": EW},
+        "LibMTL.weighting": {"EW": EW, "PCGrad": TaskGradients, "CAGrad": TaskGradients},
     }
     for name, attributes in contents.items():
         module = ModuleType(name)
