@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.forty_tasks.comparisons import Outcome
+from experiments.forty_tasks.shrink import Shrunk
 from experiments.forty_tasks.studies import Noise
 from experiments.forty_tasks.train_run import Fit
 from experiments.training.methods import PAPER_MULTIPLIER
@@ -91,4 +92,24 @@ def noise_lines(task: str, found: Sequence[Noise]) -> Figure:
     figure.supxlabel(label, fontsize=10)
     handles, names = figure.axes[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def shrink_curves(groups: Mapping[str, Sequence[Shrunk]]) -> Figure:
+    """Draws F1 against the share of filters that are gone, for all tasks together and for each: mean and range."""
+    figure = plots_figure(4.0)
+    together, alone = figure.subplots(1, 2, sharey=True)
+    for (name, runs), color in zip(groups.items(), (INK, *COLORS), strict=False):
+        for axes, points in ((together, [run.together for run in runs]), (alone, [run.alone for run in runs])):
+            gone, scores = 100 * np.array(points).transpose(2, 0, 1)  # each [seeds, amounts]
+            axes.plot(gone.mean(0), scores.mean(0), color=color, marker="o", markersize=3, label=name)
+            axes.fill_between(gone.mean(0), scores.min(0), scores.max(0), color=color, alpha=0.15, linewidth=0)
+    together.set_title("gone for all tasks: the least used of any task", fontsize=10)
+    alone.set_title("gone for each task: the least used of that task", fontsize=10)
+    together.set_ylabel("F1 on test images, mean over tasks, %")
+    for axes in (together, alone):
+        axes.set_xlabel("filters that are gone, %")
+        axes.set_ylim(0, 100)
+        plain(axes)
+    alone.legend(frameon=False, loc="lower left")
     return figure

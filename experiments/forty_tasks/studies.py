@@ -43,21 +43,27 @@ def pruning(todo: Sequence[Settings], place: Place, notify: Notify) -> list[Tens
     for index, settings in enumerate(todo):
         run = place.run(settings, notify(index, len(todo)))
         filters = importance(run.network).matrix.shape[1]
-        images, labels = _all(place.splits.test, place.device)
+        images, labels = all_of(place.splits.test, place.device)
 
         def f1(network: nn.Module, images: Tensor = images, labels: Tensor = labels) -> list[float]:
-            confusion = Confusion(labels.shape[1])
-            network.eval()
-            with torch.inference_mode():
-                for part, truth in zip(images.split(250), labels.split(250), strict=True):
-                    confusion.add(network(part).cpu(), truth.cpu())
-            return confusion.f1()
+            return f1_of(network, images, labels)
 
         drops.append(specialization_test(run.network, f1, round(FILTERS * filters)))
     return drops
 
 
-def _all(split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def f1_of(network: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """The F1 of each task, in evaluation mode."""
+    confusion = Confusion(labels.shape[1])
+    network.eval()
+    with torch.inference_mode():
+        for part, truth in zip(images.split(250), labels.split(250), strict=True):
+            confusion.add(network(part).cpu(), truth.cpu())
+    return confusion.f1()
+
+
+def all_of(split: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All images of a split, and their labels."""
     images, labels = (torch.stack(parts) for parts in zip(*split, strict=True))
     return images.to(device), labels.to(device)
 

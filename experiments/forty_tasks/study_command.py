@@ -51,6 +51,8 @@ STUDIES = {
     "noise": Study(_OURS),
     "loss-scales": Study({SINGLE_TASK: (), HARD_SHARING: (), TSBN: (1.0,)} | _OURS),
     "weighting": Study({SINGLE_TASK: (), HARD_SHARING: ()} | _OURS),
+    "shrink": Study(_OURS),
+    "orthogonal": Study({HARD_SHARING: ()} | _OURS),
 }
 NETWORK = "cnn"
 NAMES = [name for name, kind in DATASETS.items() if NETWORK in kind.layouts]

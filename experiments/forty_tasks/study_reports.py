@@ -14,15 +14,19 @@ from rich.console import Console
 
 from experiments.forty_tasks import studies
 from experiments.forty_tasks.comparisons import Outcome, compare, in_turn, with_scaled_losses
-from experiments.forty_tasks.pictures import gate_histograms, noise_lines, outcome_points
+from experiments.forty_tasks.penalties import L1, ORTHOGONAL, RECEDING, with_penalties
+from experiments.forty_tasks.pictures import gate_histograms, noise_lines, outcome_points, shrink_curves
 from experiments.forty_tasks.place import Notify, Place
-from experiments.forty_tasks.summary import summaries
+from experiments.forty_tasks.shrink import Shrunk, shrink
+from experiments.forty_tasks.summary import CLOSED, summaries
 from experiments.forty_tasks.weighting import with_weightings
 from experiments.training.run import Settings
 from tsbn_kernels import plots
 from tsbn_kernels.analysis import Conflicts, stability
 
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of a task's labels that are drawn at random
+OF_GATES = ((L1, 1e-4), (L1, 1e-3), (RECEDING, 1e-4), (RECEDING, 1e-3))  # penalties, and their strengths
+OF_GRADIENTS = ((ORTHOGONAL, 0.1),)
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,23 @@ def _pruning(request: Request) -> None:
 
 
 def _conflicts(request: Request) -> None:
+    _conflicts_in(request, [request.place])
+
+
+def _conflicts_in(request: Request, places: Sequence[Place]) -> None:
     found: dict[str, list[Conflicts]] = {}
     means: dict[str, list[float]] = {}
     negative: dict[str, list[float]] = {}
-    runs = studies.conflicts(request.todo, request.place, request.notify)
-    for settings, steps in zip(request.todo, runs, strict=True):
-        cosines = torch.stack([step.cosine for step in steps])
-        tasks = cosines.shape[1]
-        one, other = torch.triu_indices(tasks, tasks, 1)
-        pairs = cosines[:, one, other]
-        found.setdefault(settings.name, []).extend(steps)
-        means.setdefault(settings.name, []).append(float(pairs.mean()))
-        negative.setdefault(settings.name, []).append(100 * float((pairs < 0).double().mean()))
+    for place in places:
+        for settings, steps in zip(request.todo, studies.conflicts(request.todo, place, request.notify), strict=True):
+            cosines = torch.stack([step.cosine for step in steps])
+            tasks = cosines.shape[1]
+            one, other = torch.triu_indices(tasks, tasks, 1)
+            pairs = cosines[:, one, other]
+            name = _named(settings, place)
+            found.setdefault(name, []).extend(steps)
+            means.setdefault(name, []).append(float(pairs.mean()))
+            negative.setdefault(name, []).append(100 * float((pairs < 0).double().mean()))
     for name in found:
         request.say(f"{name}: mean cosine {_mean(means[name])}, pairs in conflict {_mean(negative[name], 1)} %")
     request.draw("conflicts.png", plots.conflict_histograms(found))
@@ -155,6 +164,46 @@ def _weighting(request: Request) -> None:
     request.draw("weighting.png", outcome_points(found, labels))
 
 
+def _orthogonal(request: Request) -> None:
+    places = [request.place, *with_penalties(request.place, OF_GRADIENTS)]
+    _conflicts_in(request, places)
+    for place in places:
+        scores: dict[str, list[float]] = {}
+        for number, settings in enumerate(request.todo):
+            f1 = place.run(settings, request.notify(number, len(request.todo))).fit.mean_f1
+            scores.setdefault(_named(settings, place), []).append(100 * f1)
+        for name, each in scores.items():
+            request.say(f"{name}: F1 {_mean(each, 2)}")
+
+
+def _named(settings: Settings, place: Place) -> str:
+    return f"{settings.name} {place.otherwise}".rstrip()
+
+
+def _shrink(request: Request) -> None:
+    groups: dict[str, list[Shrunk]] = {}
+    for run in shrink(request.todo, [request.place, *with_penalties(request.place, OF_GATES)], request.notify):
+        groups.setdefault(run.penalty or "no penalty", []).append(run)
+    for name, runs in groups.items():
+        closed = [100 * float((run.gates < CLOSED).double().mean()) for run in runs]
+        unused = [100 * float((run.gates.amax(0) < CLOSED).double().mean()) for run in runs]
+        request.say(
+            f"{name}: F1 {_mean([100 * run.alone[0][1] for run in runs], 2)}, gates below {CLOSED:g} "
+            f"{_mean(closed, 1)} %, filters that no task has above it {_mean(unused, 1)} %"
+        )
+        for kind, points in (("all", [run.together for run in runs]), ("each", [run.alone for run in runs])):
+            means = torch.tensor(points, dtype=torch.float64).mean(0).tolist()
+            cells = (f"{gone:.0%} {100 * f1:.1f}" for gone, f1 in means)
+            request.say(f"  gone for {kind}, and F1: {', '.join(cells)}")
+        request.say(
+            f"  exported at {_mean([100 * run.best for run in runs], 0)} %: "
+            f"F1 {_mean([100 * run.exported_f1 for run in runs], 2)}, "
+            f"parameters {_mean([100 * run.parameters for run in runs], 1)} % of the unpruned ones"
+        )
+    request.draw("shrink.png", shrink_curves(groups))
+    request.draw("penalties.png", plots.gate_histograms({k: [run.gates for run in runs] for k, runs in groups.items()}))
+
+
 def _by_name(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     groups: dict[str, list[Outcome]] = {}
     for one in found:
@@ -170,4 +219,6 @@ REPORTS: dict[str, Callable[[Request], None]] = {
     "noise": _noise,
     "loss-scales": _loss_scales,
     "weighting": _weighting,
+    "shrink": _shrink,
+    "orthogonal": _orthogonal,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +21,15 @@ pytest.importorskip("mlxtend")
 
 from benchmarks.commands import app
 from benchmarks.network.data import Splits
+from benchmarks.network.exported import chain_of, network_of
 from benchmarks.network.model import Layout
-from experiments.forty_tasks import studies, study_command, summary
+from experiments.forty_tasks import shrink, studies, study_command, study_reports, summary
 from experiments.forty_tasks.comparisons import ScaledLoss, in_turn
+from experiments.forty_tasks.penalties import PENALTIES, PenalisedStep
 from experiments.forty_tasks.studies import Corrupted
 from experiments.forty_tasks.study_reports import REPORTS
 from experiments.forty_tasks.weighting import WeightedNetwork, WeightedStep
+from tsbn_kernels import Pruning, export_task
 
 TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
 
@@ -61,6 +66,34 @@ def test_a_share_of_one_tasks_labels_is_drawn_anew() -> None:
     assert float(torch.stack([each[1] for each in images])[:, 1].mean()) == 0.5  # the images are left alone
 
 
+def test_gates_are_closed_as_the_exported_networks_lose_filters() -> None:
+    pytest.importorskip("torch_pruning")
+    network = network_of(3, Layout(1, (3, 4, 5, 4, 5, 6, 6)))
+    images = torch.randn(4, 1, 28, 28)
+    for amount in (0.3, 0.6, 0.8):
+        with torch.no_grad():
+            logits = shrink.closed_for_each(network, amount)(images)
+        for task in range(3):
+            pruning = Pruning(images, amount=amount, min_filters=shrink.LEAST)
+            exported = export_task(chain_of(network, task), task, prune=pruning)
+            torch.testing.assert_close(exported(images)[:, 0], logits[task])
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_is_added_to_the_loss_of_a_step(name: str) -> None:
+    """A step of plain gradient descent moves by the gradients of both."""
+    images, labels = torch.randn(6, 1, 28, 28), torch.randint(2, (6, 3)).float()
+    networks = [network_of(3, TINY).train()]
+    networks.append(copy.deepcopy(networks[0]))
+    losses = functional.binary_cross_entropy_with_logits(networks[0](images), labels.T, reduction="none").mean(1)
+    (losses.sum() + PENALTIES[name](networks[0], losses, 0.3)).backward()
+    optimizer = torch.optim.SGD(networks[1].parameters(), lr=0.5)
+    loss = PenalisedStep(name, 0.3)(networks[1], optimizer, images, labels)
+    torch.testing.assert_close(loss, losses.sum().detach())
+    for before, after in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(after.detach(), before.detach() - 0.5 * before.grad)
+
+
 @pytest.mark.parametrize(
     ("name", "says", "file"),
     [
@@ -70,6 +103,7 @@ def test_a_share_of_one_tasks_labels_is_drawn_anew() -> None:
         ("multipliers", "ts_sigma_bn x1000: F1 ", "multipliers.png"),
         ("loss-scales", "losses of 1 tasks multiplied in turn ", "loss_scales.png"),
         ("weighting", "ts_sigma_bn x100, CAGrad: F1 ", "weighting.png"),
+        ("orthogonal", "ts_sigma_bn x100 orthogonal 0.1: F1 ", "conflicts.png"),
     ],
 )
 def test_studies_measure_what_they_train(invoke, monkeypatch, tmp_path, name: str, says: str, file: str) -> None:
@@ -78,6 +112,23 @@ def test_studies_measure_what_they_train(invoke, monkeypatch, tmp_path, name: st
     assert result.exit_code == 0, result.output
     assert says in result.output
     assert (tmp_path / "out" / file).stat().st_size > 1000
+
+
+def test_shrinking(invoke, monkeypatch, tmp_path) -> None:
+    pytest.importorskip("torch_pruning")
+    monkeypatch.setattr(shrink, "AMOUNTS", (0.0, 0.5))
+    monkeypatch.setattr(study_reports, "OF_GATES", (("L1", 1e-3),))
+    whole = few_digits(tmp_path)
+    parts = [[(image, labels[10:12]) for image, labels in part] for part in (whole.train, whole.validation, whole.test)]
+    tiny = replace(summary.DATASETS["digits40"], load=lambda _: Splits(*parts, whole.tasks[10:12], whole.source))
+    monkeypatch.setitem(summary.DATASETS, "digits40", tiny)
+    result = invoke("shrink", "--seeds", "1")
+    assert result.exit_code == 0, result.output
+    for name in ("no penalty", "L1 0.001"):
+        assert f"{name}: F1 " in result.output
+    assert result.output.count("gone for each, and F1: 0% ") == 2
+    for picture in ("shrink.png", "penalties.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 1000
 
 
 def test_nothing_is_trained_twice(invoke, monkeypatch) -> None:
