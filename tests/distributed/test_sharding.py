@@ -34,8 +34,10 @@ from tsbn_kernels import (
     FusedTSigmaBN2d,
     LateFanOut,
     MultiTaskModel,
+    add_task,
     convert_model,
     convert_sync_batchnorm,
+    expand_state_dict,
     export_task,
     parameter_groups,
     shard_tasks,
@@ -415,6 +417,12 @@ def case_errors() -> None:
     shard_tasks(model, mesh)
     with pytest.raises(ValueError, match=r"'backbone.1' is sharded already"):
         shard_tasks(model, mesh)
+    with pytest.raises(ValueError, match=r"'backbone.1' is sharded; add and remove tasks before shard_tasks"):
+        add_task(model, "task3", like="task0")
+    whole = model.backbone[1].weight.full_tensor()
+    expanded = expand_state_dict(model, {"backbone.1.weight": torch.full((2, whole.shape[1]), 5.0)}, tasks=[2, 0])
+    assert torch.equal(expanded["backbone.1.weight"][1], whole[1])
+    assert (expanded["backbone.1.weight"][::2] == 5).all()
     images, _ = batch(3, 0)
     other, own = [("task2", [0, 1]), ("task0", [2])][distributed.get_rank()]
     with pytest.raises(ValueError, match=f"{other} runs on other ranks; this one has {', '.join(model.heads)}"):

@@ -263,8 +263,8 @@ class TaskSpecific(nn.Module):
                     f"{prefix + name} of the state must have shape {[len(tasks), *own.shape[1:]]}, for the tasks "
                     f"{list(tasks)} of the layer's {self.num_tasks}, got {list(entry.shape)}"
                 )
-            rows = whole(own).detach().to(entry, copy=True)
-            rows[list(tasks)] = entry
+            rows = whole(own).detach().to(entry.device, copy=True)  # in their own dtype, so that they keep their bits
+            rows[list(tasks)] = entry.to(rows.dtype)
             state_dict[prefix + name] = rows
 
 
