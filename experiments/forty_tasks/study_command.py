@@ -42,17 +42,17 @@ class Study:
     epochs: int | None = None
 
 
-_OURS = {TS_SIGMA_BN: (PAPER_MULTIPLIER[TS_SIGMA_BN],)}
+_OURS: dict[str, Sequence[float]] = {TS_SIGMA_BN: (PAPER_MULTIPLIER[TS_SIGMA_BN],)}
 STUDIES = {
     "multipliers": Study({TS_SIGMA_BN: MULTIPLIERS}),
     "stability": Study(_OURS, seeds=7),
     "pruning": Study(_OURS),
-    "conflicts": Study({HARD_SHARING: (), TSBN: (1.0,)} | _OURS, epochs=1),
+    "conflicts": Study({HARD_SHARING: (), TSBN: (1.0,), **_OURS}, epochs=1),
     "noise": Study(_OURS),
-    "loss-scales": Study({SINGLE_TASK: (), HARD_SHARING: (), TSBN: (1.0,)} | _OURS),
-    "weighting": Study({SINGLE_TASK: (), HARD_SHARING: ()} | _OURS),
+    "loss-scales": Study({SINGLE_TASK: (), HARD_SHARING: (), TSBN: (1.0,), **_OURS}),
+    "weighting": Study({SINGLE_TASK: (), HARD_SHARING: (), **_OURS}),
     "shrink": Study(_OURS),
-    "orthogonal": Study({HARD_SHARING: ()} | _OURS),
+    "orthogonal": Study({HARD_SHARING: (), **_OURS}),
 }
 NETWORK = "cnn"
 NAMES = [name for name, kind in DATASETS.items() if NETWORK in kind.layouts]
