@@ -110,7 +110,8 @@ def exported(
         pruning: gives what is pruned, for an example.
         notify: is told what is being done.
     """
-    example = torch.randn(2, network.convolutions[0].in_channels, size, size)  # type: ignore[arg-type]
+    inputs: Any = network.convolutions[0].in_channels
+    example = torch.randn(2, inputs, size, size)
     found: dict[str, nn.Module] = {}
     for index, name in tasks.items():
         notify(f"exporting {name}")
