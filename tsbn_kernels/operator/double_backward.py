@@ -29,7 +29,7 @@ class Tasks(Protocol):
     """How the samples are those of tasks, and who computes the passes over them; see :class:`Backend`."""
 
     def defined(self) -> Tasks:
-        """The same by the definition, which is differentiable."""
+        """Gives tasks that the definition computes, which is differentiable."""
 
     def statistics(self, x: Tensor, options: Options) -> Moments:
         """Computes mean and variance of the tasks, differentiable."""
