@@ -324,14 +324,14 @@ struct Columns {
     for (int64_t i = 0; i < kDoubleSums * w.C; ++i) partial[i] = 0;
     for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
       for (int64_t i = 0; i < kDoubleSums * padded; ++i) sums[i] = 0;
-      each_position(w, w.partition.block(index), [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T *p = at(x, w.x, n, s), *q = at(dy, w.dy, n, s), *u = at(ddx, w.residual, n, s);
+      each_position(w, w.partition.block(index), [&](const auto& positions) TSBN_LAMBDA {
+        const auto p = positions.in(x, w.x), q = positions.in(dy, w.dy), u = positions.in(ddx, w.residual);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes);
           V total[kDoubleSums] = {};
           for (int j = 0; j < positions.count; ++j) {
-            const T *from = p + j * w.x.s + c, *upstream = q + j * w.dy.s + c, *second = u + j * w.residual.s + c;
-            for (const T* read : {from, upstream, second}) prefetch_ahead<kAhead>(read);
+            const T *from = p[j] + c, *upstream = q[j] + c, *second = u[j] + c;
+            for (const T* read : {from, upstream, second}) positions.prefetch(read);
             const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
                     v = load_up_to(second, lanes, V{});
             total[0] += v;
@@ -357,20 +357,20 @@ struct Columns {
       const Factors center(w.vectors.center, w, task), factors(w.vectors.factors, w, task);
       const T *x = slab_of(w.x, task), *dy = slab_of(w.dy, task), *ddx = slab_of(w.residual, task);
       T *out = slab_of(w.out, task), *ddy = slab_of(w.dresidual, task);
-      each_position(w, b, [&](int64_t n, int64_t s, auto positions) TSBN_LAMBDA {
-        const T *p = at(x, w.x, n, s), *q = at(dy, w.dy, n, s), *u = at(ddx, w.residual, n, s);
-        T *r = at(out, w.out, n, s), *du = at(ddy, w.dresidual, n, s);
+      each_position(w, b, [&](const auto& positions) TSBN_LAMBDA {
+        const auto p = positions.in(x, w.x), q = positions.in(dy, w.dy), u = positions.in(ddx, w.residual);
+        const auto r = positions.in(out, w.out), du = positions.in(ddy, w.dresidual);
         each_vector(w.C, [&](int64_t c, int lanes) TSBN_LAMBDA {
           const V origin = center(c, lanes);
           V f[kDoubleFactors];
           for (int k = 0; k < kDoubleFactors; ++k) f[k] = factors(k * w.T * w.C + c, lanes);
           for (int j = 0; j < positions.count; ++j) {
-            const T *from = p + j * w.x.s + c, *upstream = q + j * w.dy.s + c, *second = u + j * w.residual.s + c;
-            for (const T* read : {from, upstream, second}) prefetch_ahead<kAhead>(read);
+            const T *from = p[j] + c, *upstream = q[j] + c, *second = u[j] + c;
+            for (const T* read : {from, upstream, second}) positions.prefetch(read);
             const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
                     v = load_up_to(second, lanes, V{});
-            write(du + j * w.dresidual.s + c, lanes, v * f[0] + (d * f[1] + f[2]), w.stream);
-            write(r + j * w.out.s + c, lanes, v * f[3] + g * f[4] + (d * f[5] + f[6]), w.stream);
+            write(du[j] + c, lanes, v * f[0] + (d * f[1] + f[2]), w.stream);
+            write(r[j] + c, lanes, v * f[3] + g * f[4] + (d * f[5] + f[6]), w.stream);
           }
         });
       });
