@@ -18,7 +18,7 @@ L1, RECEDING, ORTHOGONAL = "L1", "receding", "orthogonal"
 
 
 def _orthogonal(network: Any, losses: Tensor, strength: float) -> Tensor:
-    """Of the gradients of the last layer that all tasks share."""
+    """Takes the gradients of the last layer that all tasks share."""
     return orthogonal_gradients(list(losses), network.linears[-1].weight, strength)
 
 
