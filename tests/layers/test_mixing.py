@@ -130,6 +130,22 @@ def test_a_backbone_gets_the_index(reentrant: bool | None) -> None:
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_layers_that_take_samples_and_rows(reentrant: bool) -> None:
+    """What is repeated asks first for the layers of samples, behind which one took several rows of each."""
+    model, twin = backbone(), backbone()
+    x, dy = torch.randn(ROWS, 3, 6, 6), torch.randn(ROWS * 4, 4)
+
+    def whole(model: nn.Module, x: Tensor) -> Tensor:
+        with task_index(INDEX):
+            return checkpoint(model, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    found = gradients(model, x, dy, whole)
+    expected = gradients(twin, x, dy, lambda twin, x: explicit(twin, x, INDEX))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_contexts_nest_and_end() -> None:
     model = backbone().eval()
     x, other = torch.randn(ROWS, 3, 6, 6), INDEX.flip(0)

@@ -336,7 +336,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             self.evaluate_single,
         )
         if routed:
-            mixing.remember(y, task_of_sample)
+            mixing.remember(y)
         return y
 
     def _vectors(self) -> tuple[Any, ...]:

@@ -163,7 +163,7 @@ class TaskRowNorm(TaskSpecific):
         options = len(weight), self.eps, self.gate, "task_major", self._rms, False
         result = normalize_mixed_rows((x, weight, bias, residual), task_of_sample, options)
         if routed:
-            mixing.remember(result[0], task_of_sample)
+            mixing.remember(result[0])
         return result
 
     def _vectors(self) -> tuple[Any, ...]:

@@ -77,10 +77,11 @@ def of_rows(task_of_sample: Tensor, x: Tensor) -> Tensor:
     return task_of_sample.unsqueeze(1).expand(samples, rows // samples).flatten()
 
 
-def remember(y: Tensor, task_of_sample: Tensor) -> None:
-    """Lets what repeats the call that gave ``y`` find its index."""
+def remember(y: Tensor) -> None:
+    """Lets what repeats the call that gave ``y`` find the index that was routed to it, as all layers get it."""
     if torch.compiler.is_compiling():
         return
+    task_of_sample = routed()
     if y.grad_fn is not None:
         node: Any = y.grad_fn
         node.metadata[_KEY] = task_of_sample
