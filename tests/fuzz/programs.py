@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fuzz.calls import Call
 from tsbn_kernels import MultiTaskModel, convert_model, revert_model
-from tsbn_kernels.layers.batch_norm import FusedTSigmaBN
+from tsbn_kernels.layers.task_specific import TaskSpecific
 
 NAMES = "abcd"
 PLACES = (None, None, "block", "layer", "backbone", "model", "nested")
@@ -50,21 +50,22 @@ class Again:
 
 
 class Block(nn.Module):
-    """Convolution, normalisation, activation; tokens are normalised folded into the batch."""
+    """Convolution, normalisation, activation; tokens are normalised folded into the batch, rows each by itself."""
 
     def __init__(self, inputs: int, outputs: int, kind: str, act: nn.Module, again: Again) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=kind != "tokens")
-        self.norm = nn.BatchNorm1d(outputs) if kind == "tokens" else nn.BatchNorm2d(outputs)
+        self.norm = {"tokens": nn.BatchNorm1d, "rows": nn.LayerNorm}.get(kind, nn.BatchNorm2d)(outputs)
         self.act, self.kind, self.again = act, kind, again
         self.keep = inputs == outputs and kind == "residual"
 
     def normalized(self, x: Tensor) -> Tensor:
         """The normalisation, of samples or of their tokens."""
-        if self.kind != "tokens":
+        if self.kind not in ("tokens", "rows"):
             return self.norm(x)  # type: ignore[no-any-return]
         tokens = x.flatten(2).transpose(1, 2)
-        return self.norm(tokens.flatten(0, 1)).view(tokens.shape).transpose(1, 2).reshape(x.shape)  # type: ignore[no-any-return]
+        y: Tensor = self.norm(tokens if self.kind == "rows" else tokens.flatten(0, 1))
+        return y.view(tokens.shape).transpose(1, 2).reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.again("layer", self.normalized, self.conv(x))
@@ -150,11 +151,11 @@ class Program:
         self.hooks = not compiled and rng.random() < 0.3
         self.output = rng.choice(["pooled", "map", "named", "dict"])
         # Of flattened tokens PyTorch traces graphs whose backward pass cannot make a view that it wants.
-        kinds = ["plain", "plain", "residual", *["tokens"] * (not compiled)]
+        kinds = ["plain", "plain", "residual", "rows", *["tokens"] * (not compiled)]
         self.plain = Network(rng, Again(None, False), self.output, kinds).double()
         backbone = convert_model(self.plain, len(self.names), pretrained=False, fuse_activation=rng.random() < 0.5)
         for layer in backbone.modules():
-            if isinstance(layer, FusedTSigmaBN):
+            if isinstance(layer, TaskSpecific):
                 nn.init.normal_(layer.weight)
         heads = {name: Head(self.plain.width, rng.choice(["none", "relu", "twice"])) for name in self.names}
         self.model = MultiTaskModel(backbone, heads, recompute=self.recompute).double().train(self.training)
@@ -241,7 +242,7 @@ class Program:
         seen: list[int] = []
         if self.hooks:
             for layer in model.backbone.modules():
-                if isinstance(layer, FusedTSigmaBN):
+                if isinstance(layer, TaskSpecific):
                     layer.register_forward_pre_hook(lambda _, args: (args[0] * 1,))
                     layer.register_forward_hook(lambda _, __, y: seen.append(len(y)))
         pairs, results = [], {}
@@ -266,7 +267,7 @@ class Program:
             if hasattr(module, "again"):
                 module.again = Again(None, False)
         twins = [revert_model(model.backbone, t).train(self.training) for t in range(len(self.names))]
-        specific = {name for name, module in model.backbone.named_modules() if isinstance(module, FusedTSigmaBN)}
+        specific = {name for name, module in model.backbone.named_modules() if isinstance(module, TaskSpecific)}
         for twin in twins:
             for name, parameter in model.backbone.named_parameters():
                 owner, _, leaf = name.rpartition(".")
@@ -284,13 +285,16 @@ class Program:
             layer = model.backbone.get_submodule(name)
             norms = [twin.get_submodule(name) for twin in twins]
             norms = [norm[0] if isinstance(norm, nn.Sequential) else norm for norm in norms]
-            gates = torch.sigmoid(layer.weight.detach())
-            grads = [norm.weight.grad for norm in norms]
-            if any(grad is not None for grad in grads):
-                rows = torch.stack([torch.zeros_like(gates[0]) if grad is None else grad for grad in grads])
-                layer.weight.grad = rows * gates * (1 - gates)
-            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                getattr(layer, buffer).copy_(torch.stack([getattr(norm, buffer) for norm in norms]))
+            for vector in ("weight", "bias"):
+                grads = [None if norm is None else norm.grad for norm in (getattr(norm, vector) for norm in norms)]
+                if getattr(layer, vector) is not None and any(grad is not None for grad in grads):
+                    start = torch.zeros_like(getattr(layer, vector)[0])
+                    getattr(layer, vector).grad = torch.stack([start if grad is None else grad for grad in grads])
+            if layer.weight.grad is not None and layer.gate == "sigmoid":
+                gates = torch.sigmoid(layer.weight.detach())
+                layer.weight.grad *= gates * (1 - gates)
+            for buffer, rows in layer.named_buffers():
+                rows.copy_(torch.stack([getattr(norm, buffer) for norm in norms]))
         return {**outputs, **_state(model, steps, self.threads > 1)}
 
 

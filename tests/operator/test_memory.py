@@ -196,17 +196,17 @@ print(os.waitpid(pid, 0)[1])
 PEAK = """
 import re, sys, torch
 from tsbn_kernels import memory
-from tsbn_kernels.functional import task_batch_norm
+from tsbn_kernels.functional import task_batch_norm, task_layer_norm, task_rms_norm
 torch.set_num_threads(2)
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def step(x, dy, weight):
-    y = task_batch_norm(x, weight, num_tasks=8)
+    y = {"BN": task_batch_norm, "LN": task_layer_norm, "RMS": task_rms_norm}[sys.argv[3]](x, weight, num_tasks=8)
     return torch.autograd.grad(y, (x, weight), dy)[0]
 dtype, memory_format = getattr(torch, sys.argv[1]), getattr(torch, sys.argv[2])
 def inputs(N, C, side):
     x, dy = (torch.randn(N, C, side, side).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
-    return x.requires_grad_(), dy, torch.zeros(8, C, requires_grad=True)
+    return x.requires_grad_(), dy, torch.zeros(8, C if sys.argv[3] == "BN" else side, requires_grad=True)
 small = inputs(16, 16, 64)  # loads what the first call loads
 step(*small)
 del small
@@ -223,12 +223,15 @@ print(x.nbytes, first, second)
 """
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    ("norm", "memory_format"), [*(("BN", name) for name in FORMATS), ("LN", "contiguous"), ("RMS", "contiguous")]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory_is_input_output_and_gradients(dtype: str, memory_format: str) -> None:
+def test_peak_memory_is_input_output_and_gradients(dtype: str, norm: str, memory_format: str) -> None:
     """Within 2%: x and dy are there before; y and dx are all that comes, and a second step adds nothing."""
     name = {"contiguous": "contiguous_format"}.get(memory_format, memory_format)
     program = PEAK.replace("sys.argv[1]", repr(dtype)).replace("sys.argv[2]", repr(name))
+    program = program.replace("sys.argv[3]", repr(norm))
     done = python(program)
     if "clear_refs" in done.stderr:
         pytest.skip("this system does not let the peak start again")
