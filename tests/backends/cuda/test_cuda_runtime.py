@@ -177,7 +177,7 @@ def test_the_backend_asks_for_what_it_would_launch(monkeypatch: pytest.MonkeyPat
 
     def choice(answer: Callable[..., int]) -> rules.CudaPlan:
         monkeypatch.setattr(torch.ops.tsbn, "_cuda_active_clusters", answer, raising=False)
-        clusters = cuda.batch_norm._clusters(torch.bfloat16, torch.device("cuda", 3))
+        clusters = cuda.batch_norm.clusters(torch.bfloat16, torch.device("cuda", 3))
         return rules.plan.__wrapped__(Work(40, 256, 128, 1024, 2), DEVICES["H100"], clusters)
 
     asked = []
