@@ -1,10 +1,10 @@
 """The layer over a batch that is spread over the processes of a group, as ``nn.SyncBatchNorm`` is for one task.
 
 Equal to one process on the joined batch, with one collective for all T tasks in each direction, and for every mix of
-them: a rank may have samples of some tasks, in any numbers, or none. Forward: every rank
-reads x for its moments, an all-gather hands all moments to all ranks, which join them in the order of the ranks; x is
-read again and y is written. Backward: x and dy are read for the local sums of ``dz = dy * act'(z)`` and ``dz * xhat``,
-which are the gradients of bias and gate; an all-reduce adds them up; x and dy are read again and dx is written.
+them: a rank may have samples of some tasks, in any numbers, or none. Forward: every rank reads x for its moments, an
+all-gather hands all moments to all ranks, which join them in the order of the ranks; x is read again and y is written.
+Backward: x and dy are read for the local sums of ``dz = dy * act'(z)`` and ``dz * xhat``, which are the gradients of
+bias and gate; an all-reduce adds them up; x and dy are read again and dx is written.
 
 Gradients of the parameters are those of the rank's own part, for ``DistributedDataParallel`` to reduce. The gradient of
 x is that of the sum of all ranks' losses.

@@ -90,15 +90,13 @@ def _gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
         return Gradients()
     task_of_sample, *tensors = ctx.saved_tensors
     options: Options = ctx.options
-    compute = reference if torch.is_grad_enabled() and by_definition() else operators(ctx.backend)
+    tasks = MixedTasks(task_of_sample, operators(ctx.backend), ops.operators(ctx.backend))
     plain = options.activation == NONE and needs.dresidual
     wanted = needs._replace(dresidual=False) if plain else needs
-    saved = Saved._make(tensors)
-    if torch.is_grad_enabled() and not by_definition():
-        tasks = MixedTasks(task_of_sample, compute, ops.operators(ctx.backend))
-        found = Twice(tasks).backward(dy, saved, ctx.training, wanted, options)
-    else:
-        found = compute.mixed_backward(dy, saved, task_of_sample, ctx.training, wanted, options)
+    compute: MixedTasks | Twice = tasks
+    if torch.is_grad_enabled():
+        compute = tasks.defined() if by_definition() else Twice(tasks)
+    found = compute.backward(dy, Saved._make(tensors), ctx.training, wanted, options)
     return found._replace(dresidual=dy) if plain else found
 
 
