@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.language import core  # noqa: F401  (patched, too: _patch_lang looks for it among this module's names)
 from triton.runtime import JITFunction, interpreter
 
+from support import interpreter_types
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.triton import launch, ops
@@ -174,9 +175,8 @@ def language(builder: Builder) -> Iterator[Builder]:
             if hasattr(tl, name):
                 patch.setattr(tl, name, function)
         patch.setattr(interpreter, "ReduceOps", Reduction)
-        patch.setattr(interpreter, "interpreter_builder", builder)
         patch.setattr(interpreter, "_get_np_dtype", _numpy_types)
-        patch.setattr(interpreter.interpreter_semantic, "builder", builder)
+        interpreter_types.use(builder, patch)
         patch.setattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", assert_no_overflow)
         scope = interpreter._patch_lang(Function.run)
         try:
