@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
@@ -44,6 +47,18 @@ def digest(*parts: str | bytes) -> str:
     return hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:20]
 
 
+@contextmanager
+def missing(made: Path, lock: Path) -> Iterator[bool]:
+    """Says whether a file of the cache is to be made; of several processes that ask, one makes it, the others wait."""
+    if made.exists():
+        yield False
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield not made.exists()
+
+
 @cache
 def core() -> ModuleType:
     """The compiled core; the first call on a machine compiles it."""
@@ -51,12 +66,12 @@ def core() -> ModuleType:
     sources = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]pp"))]
     directory = cache_directory() / f"core-{digest(*sources, _resolved(compiler), sys.version, platform.machine())}"
     library = directory / f"ptxvm_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-            _compile(Path(scratch), compiler, library.name)
-            directory.mkdir(exist_ok=True)
-            os.replace(Path(scratch) / library.name, library)
+    with missing(library, directory.with_suffix(".lock")) as needed:
+        if needed:
+            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+                _compile(Path(scratch), compiler, library.name)
+                directory.mkdir(exist_ok=True)
+                os.replace(Path(scratch) / library.name, library)
     loader = ExtensionFileLoader("ptxvm_core", str(library))
     module = module_from_spec(ModuleSpec(loader.name, loader, origin=loader.path))
     loader.exec_module(module)

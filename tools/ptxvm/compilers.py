@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .build import cache_directory, digest
+from .build import cache_directory, digest, missing
 from .launch import Dim, launch
 from .memory import Memory, Out, is_array
 from .report import Report
@@ -105,16 +105,20 @@ def compile_cuda(source: str, *, target: int | str = 80, flags: Sequence[str] = 
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     command = [nvcc, "-ptx", "-lineinfo", "-std=c++17", f"-arch=compute_{target}", *flags]
     kept = cache_directory() / "ptx" / f"{digest(source, version, ' '.join(command[1:]))}.ptx"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            file, made = Path(scratch) / "kernel.cu", Path(scratch) / "kernel.ptx"
-            file.write_text(source)
-            done = subprocess.run([*command, str(file), "-o", str(made)], check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"nvcc does not compile it:\n{done.stderr}")
-            made.replace(kept)
+    with missing(kept, kept.with_suffix(".lock")) as needed:
+        if needed:
+            _compile(command, source, kept)
     return kept.read_text()
+
+
+def _compile(command: Sequence[str], source: str, kept: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        file, made = Path(scratch) / "kernel.cu", Path(scratch) / "kernel.ptx"
+        file.write_text(source)
+        done = subprocess.run([*command, str(file), "-o", str(made)], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc does not compile it:\n{done.stderr}")
+        made.replace(kept)
 
 
 def launch_cuda(

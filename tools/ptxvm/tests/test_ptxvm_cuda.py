@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -339,3 +341,17 @@ def test_local_memory_and_constants() -> None:
 def test_a_source_that_does_not_compile_says_why() -> None:
     with pytest.raises(RuntimeError, match='identifier "oops" is undefined'):
         compile_cuda("__global__ void f() { oops(); }")
+
+
+def test_what_two_ask_for_at_once_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        '#!/bin/sh\nfor made; do :; done\n[ "$1" = --version ] || { echo >> calls; sleep 0.2; echo ptx > "$made"; }\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTXVM_CACHE", str(tmp_path))
+    monkeypatch.setattr("tools.ptxvm.compilers.find_nvcc", lambda: str(compiler))
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(compile_cuda, ["a", "a", "b"])) == ["ptx\n"] * 3
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
