@@ -26,11 +26,11 @@ M_PERTURB = -6
 # Files of fewer than 120 tests that take 8 s or more, the longest first: among those of few tests they would come last.
 FIRST = (
     "test_cuda_compile.py",  # two minutes, where the CUDA library is older than its sources
-    "test_triton_kernels.py",
     "test_compile.py",
     "test_gpu_day.py",
     "test_gpu_check.py",
     "test_convert.py",
+    "test_triton_kernels.py",
     "test_triton_layer_norm.py",
     "test_benchmarks_cli.py",
     "test_examples.py",
@@ -64,10 +64,26 @@ def pytest_configure() -> None:
     """Lets no rank, worker or command that a test has started outlive the tests.
 
     Threads of OpenMP that wait sleep, in workers that start after this and in all that tests start. By default they
-    spin for a while, on cores that another worker needs.
+    spin for a while, on cores that another worker needs. Inductor, which has little to compile here, starts no
+    processes for that, which would import PyTorch again.
     """
     end_with_this_process()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Looks for garbage from here on: a third of the time that files take to be imported would go into that."""
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One more than there are cores: a test that waits for a program, or for a time, leaves its core to another."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None  # as xdist says
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
