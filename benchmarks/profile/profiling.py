@@ -14,17 +14,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 STEP = "training step"
+NORMALISATION, ACTIVATION = "normalisation", "activation"
 OPTIMIZER = "optimizer"
 OTHER = "other"
-# The first that an operator's name contains. Nothing but the loop splits and concatenates in this network.
+# The first that an operator's name contains. Nothing but the loop splits and concatenates in the CelebA network.
 KINDS = {
-    "normalisation": r"^tsbn::|batch_norm|TaskBatchNorm|^aten::(cat|split)",
+    NORMALISATION: r"^tsbn::|batch_norm|TaskBatchNorm|^aten::(cat|split)",
     "convolution": r"conv",
-    "activation": r"relu|threshold",
+    ACTIVATION: r"relu|threshold",
     "pooling and mean": r"pool|^aten::mean",
     "linear": r"mm$|matmul|linear",
 }
-NORMALISATION = next(iter(KINDS))
 
 
 @dataclass(frozen=True)

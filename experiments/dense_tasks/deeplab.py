@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.training.staged import Staged
+
 RESNET50 = (3, 4, 6, 3)  # blocks of each stage
 STRIDE = 8  # pixels of the image for one of the features, along each axis
 EXPANSION = 4  # of the channels of a block over its width
@@ -37,16 +39,16 @@ class Bottleneck(nn.Module):
         return found
 
 
-class DilatedResNet(nn.Module):
+class DilatedResNet(Staged):
     """Features ``[N, 32 * width, H/8, W/8]`` of images ``[N, 3, H, W]``; the last two stages dilate and do not stride.
 
     Its parameters have torchvision's names and, with 64 as ``width``, shapes: ``load_state_dict`` takes those of a
     pretrained ``resnet50``, but for its ``fc``.
 
+    The first stage begins with what is before the residual blocks.
+
     Attributes:
-        count: of its stages, the first with what is before the residual blocks.
         width: of its first layer.
-        features: channels of what it returns.
         multiple: of which height and width have to be.
     """
 
@@ -71,12 +73,6 @@ class DilatedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images
-        for index in range(self.count):
-            x = self.run_stage(index, x, [])
-        return x
 
     def run_stage(self, index: int, x: Tensor, kept: list[Tensor]) -> Tensor:
         """A stage; nothing is kept for another one."""

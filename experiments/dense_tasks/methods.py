@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.dense_tasks.deeplab import DilatedResNet, deeplab_head
 from experiments.dense_tasks.mtan import MtanResNet, MtanSegNet
 from experiments.dense_tasks.segnet import SEGNET, SegNet, segnet_head
 from experiments.dense_tasks.tasks import Task
+from experiments.training.cross_stitch import CrossStitch
 from experiments.training.methods import (
     CROSS_STITCH,
     HARD_SHARING,
@@ -22,11 +23,11 @@ from experiments.training.methods import (
     TS_SIGMA_BN,
     TSBN,
 )
+from experiments.training.sizes import Size, size_of
 from tsbn_kernels import MultiTaskModel, convert_model
 
 Heads = dict[str, nn.Module]
 NETWORKS = "segnet", "deeplab"
-OWN = 0.9  # weight of a task's own features in a new cross-stitch unit
 
 
 @dataclass(frozen=True)
@@ -71,37 +72,6 @@ class HardSharing(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.backbone(images)
         return {name: head(features) for name, head in self.heads.items()}
-
-
-class CrossStitch(nn.Module):
-    """T backbones that mix their features behind each stage but the last (Misra and others, CVPR 2016).
-
-    Attributes:
-        units: ``[stages - 1, T, T]``: how much of the features of each task (columns) a task (rows) goes on with.
-    """
-
-    def __init__(self, backbones: list[SegNet | DilatedResNet], heads: Heads) -> None:
-        super().__init__()
-        self.backbones, self.heads = nn.ModuleList(backbones), nn.ModuleDict(heads)
-        tasks = len(heads)
-        own = torch.eye(tasks)
-        others = (1 - OWN) / max(1, tasks - 1) * (1 - own)
-        self.units = nn.Parameter((OWN * own + others).repeat(backbones[0].count - 1, 1, 1))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        streams: list[Tensor] = [images] * len(self.heads)
-        kept: list[list[Tensor]] = [[] for _ in streams]
-        for stage in range(len(self.units) + 1):
-            streams = [
-                backbone.run_stage(stage, x, own)  # type: ignore[operator]
-                for backbone, x, own in zip(self.backbones, streams, kept, strict=True)
-            ]
-            if stage < len(self.units):
-                unit = self.units[stage]
-                streams = [
-                    torch.stack([share * x for share, x in zip(row, streams, strict=True)]).sum(0) for row in unit
-                ]
-        return {name: head(x) for (name, head), x in zip(self.heads.items(), streams, strict=True)}
 
 
 def _single_tasks(tasks: Mapping[str, Task], layout: Layout) -> nn.Module:
@@ -149,22 +119,7 @@ def make_network(method: str, tasks: Mapping[str, Task], layout: Layout) -> nn.M
     return MAKERS[method](tasks, layout)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Trainable parameters, and floating-point operations of convolutions for one image, forward."""
-
-    parameters: int
-    operations: int
-
-
 def sizes(methods: Sequence[str], tasks: Mapping[str, Task], layout: Layout, size: tuple[int, int]) -> dict[str, Size]:
-    """The size of each method's network for pictures of this height and width, counted without memory or values."""
-    found = {}
-    for method in methods:
-        with torch.device("meta"):
-            network = make_network(method, tasks, layout).eval()
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(torch.empty(1, 3, *size))
-        parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-        found[method] = Size(parameters, counter.get_total_flops())
-    return found
+    """The size of each method's network for pictures of this height and width."""
+    image = torch.empty(1, 3, *size, device="meta")
+    return {method: size_of(partial(make_network, method, tasks, layout), image) for method in methods}

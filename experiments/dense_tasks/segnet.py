@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from experiments.training.staged import Staged
+
 SEGNET = (64, 128, 256, 512, 512)  # channels of the stages
 _CONVOLUTIONS = (2, 2, 3, 3, 3)  # in each stage, of the encoder and of the decoder: 26 in all
 
@@ -44,12 +46,10 @@ class Up(nn.Module):
         return found
 
 
-class SegNet(nn.Module):
+class SegNet(Staged):
     """Features ``[N, channels[0], H, W]`` of images ``[N, 3, H, W]``, with H and W multiples of 32.
 
     Attributes:
-        count: of its stages.
-        features: channels of what it returns.
         multiple: of which height and width have to be.
     """
 
@@ -67,13 +67,6 @@ class SegNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-
-    def forward(self, images: Tensor) -> Tensor:
-        kept: list[Tensor] = []
-        x = images
-        for index in range(self.count):
-            x = self.run_stage(index, x, kept)
-        return x
 
     def run_stage(self, index: int, x: Tensor, kept: list[Tensor]) -> Tensor:
         """A stage of the encoder, which appends its indices to what is kept, or of the decoder, which takes them."""

@@ -11,7 +11,8 @@ from benchmarks.commands.options import OnDevice, machine_line, parse_device
 from benchmarks.report.console import choices, wide_console
 from benchmarks.timing.measure import Effort
 from experiments.dense_tasks.methods import NETWORKS, Layout
-from experiments.dense_tasks.step_cost import NAMES, step_costs
+from experiments.dense_tasks.step_cost import NAMES, measured_step, norm_share
+from experiments.training.step_cost import step_costs
 
 EFFORT = Effort(5, 15, 30.0)
 
@@ -25,7 +26,7 @@ def dense_step(
     name: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(NAMES)}. Default: all.")] = None,
     device: OnDevice = None,
 ) -> None:
-    """Time and peak memory of a training step of three dense tasks: TS-sigma-BN in several ways, and other methods."""
+    """A training step of three dense tasks, TS-sigma-BN in several ways and other methods: time, memory, norms."""
     console = wide_console()
     (network,) = choices([network], NETWORKS, "--network")
     names = choices(name or NAMES, NAMES, "--name")
@@ -33,12 +34,13 @@ def dense_step(
         raise typer.BadParameter(f"must be multiples of 32, got {height}x{image_width}", param_hint="--height")
     where = parse_device(device)
     console.print(machine_line(where), highlight=False)
-    found = step_costs(names, Layout(network, width), (batch, height, image_width), where, EFFORT)
+    arguments = Layout(network, width), (batch, height, image_width)
+    found = step_costs(measured_step, names, arguments, where, EFFORT)
     table = Table(
         title=f"A training step of {network}, width {width}, batch {batch} of {height}x{image_width}, 3 tasks"
     )
-    for column in ("", "parameters", "step, ms", "peak memory of the step"):
+    for column in ("", "parameters", "step\nms", "peak memory\nof the step", "norms and\nactivations"):
         table.add_column(column, justify="right" if column else "left")
     for key, cost in found.items():
-        table.add_row(key, *cost.cells())
+        table.add_row(key, *cost.cells(), f"{norm_share(key, *arguments, where):.0%}")
     console.print(table)

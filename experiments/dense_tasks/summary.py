@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.timing import environment
 from experiments.dense_tasks.data import DenseData, cityscapes, nyuv2
-from experiments.dense_tasks.methods import Size
 from experiments.dense_tasks.tasks import Task
 from experiments.dense_tasks.train_run import DenseFit, DenseRun, DenseSettings
 from experiments.training.methods import SINGLE_TASK
 from experiments.training.progress import Notify
-from experiments.training.study import checkpoint_of, delta_m, grouped
+from experiments.training.sizes import Size
+from experiments.training.study import checkpoint_of, delta_m, grouped, write_report
 
 ROOM_SIZES = {"small": (96, 128), "large": (288, 384)}
 
@@ -133,8 +131,6 @@ def write_json(
     report = {
         "source": data.source,
         "tasks": {name: [metric.name for metric in task.metrics] for name, task in data.tasks.items()},
-        "device": environment.device_name(device),
-        "versions": environment.versions(device),
         "summaries": [asdict(summary) for summary in summaries(data.tasks, fits).values()],
         "sizes": {name: asdict(size) for name, size in sizes.items()},
         "runs": [
@@ -142,5 +138,4 @@ def write_json(
             for fit in fits
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(path, report, device)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from experiments.dense_tasks.methods import Size
 from experiments.dense_tasks.summary import MethodScores
 from experiments.dense_tasks.tasks import Task
 from experiments.training.methods import SINGLE_TASK
+from experiments.training.sizes import Size
 
 
 def scores_table(tasks: Mapping[str, Task], found: Mapping[str, MethodScores], sizes: Mapping[str, Size]) -> Table:
@@ -32,11 +32,7 @@ def scores_table(tasks: Mapping[str, Task], found: Mapping[str, MethodScores], s
             if deltas is None
             else [f"{statistics.fmean(deltas):+.2f}", f"{min(deltas):+.2f} to {max(deltas):+.2f}"]
         )
-        size, single = sizes[summary.method], sizes[SINGLE_TASK]
-        cells += [
-            f"{size.parameters:,}",
-            f"{len(tasks) * size.parameters / single.parameters:.2f}",
-            f"{len(tasks) * size.operations / single.operations:.2f}",
-        ]
+        size = sizes[summary.method]
+        cells += [f"{size.parameters:,}", *size.relative(sizes[SINGLE_TASK], len(tasks))]
         table.add_row(name, *cells)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch import Tensor
 from experiments.dense_tasks.data import DenseData, ScaledCrops
 from experiments.dense_tasks.methods import make_network
 from experiments.dense_tasks.tasks import total_loss
-from experiments.training.run import OnStep, Run, Settings
-from experiments.training.study import on_device, optimizer_of
+from experiments.training.run import OnStep, Run, Settings, on_device
 
 LAST = 20  # the metrics are means over one of so many epochs, the last: no other samples are there to choose one by
 AMP = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,9 +64,8 @@ class DenseRun(Run):
     """A training run of dense tasks, whose learning rate is halved in steps.
 
     Args:
-        settings: what to train. The seed decides the first weights, the order of the samples and their crops.
         data: the samples.
-        device, checkpoint, workers: as in :class:`~experiments.training.run.Run`.
+        settings, device, checkpoint, workers: as in :class:`~experiments.training.run.Run`; the seed decides crops too.
         resume: go on from the checkpoint, if there is one.
         compiled: compile the network; the result then depends on the compiler too.
 
@@ -88,14 +87,11 @@ class DenseRun(Run):
         compiled: bool = False,
     ) -> None:
         self.data, self.fit = data, DenseFit(settings)
-        torch.manual_seed(settings.seed)
-        network = make_network(settings.method, data.tasks, settings.layout)
-        network = network.to(device).to(memory_format=torch.channels_last)
-        optimizer = optimizer_of(network, settings.lr, settings.multiplier)
-        super().__init__(settings, network, optimizer, device, checkpoint, workers)
-        self.halving = torch.optim.lr_scheduler.StepLR(optimizer, settings.halve, 0.5)
+        make = partial(make_network, settings.method, data.tasks, settings.layout)
+        super().__init__(settings, make, device, checkpoint, workers)
+        self.halving = torch.optim.lr_scheduler.StepLR(self.optimizer, settings.halve, 0.5)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
-        self.predict: Any = torch.compile(network) if compiled else network
+        self.predict: Any = torch.compile(self.network) if compiled else self.network
         self.crops = ScaledCrops(data.train, data.disparity) if settings.crops else data.train
         self.start(resume)
 

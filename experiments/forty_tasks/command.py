@@ -12,11 +12,11 @@ from benchmarks.commands.options import OnDevice, machine_line, parse_device
 from benchmarks.report.console import choices, wide_console
 from benchmarks.timing.measure import Effort
 from experiments.forty_tasks.loading import load_splits
-from experiments.forty_tasks.methods import METHODS, methods_of
+from experiments.forty_tasks.methods import LOOP, METHODS, methods_of, sizes
 from experiments.forty_tasks.step_cost import step_costs
 from experiments.forty_tasks.summary import DATASETS, all_settings, summaries, train_all, write_json
 from experiments.forty_tasks.tables import show
-from experiments.training.methods import MULTIPLIERS, PAPER_MULTIPLIER, TASK_SPECIFIC
+from experiments.training.methods import HARD_SHARING, MULTIPLIERS, PAPER_MULTIPLIER, TASK_SPECIFIC
 from experiments.training.progress import told
 
 NETWORKS = tuple(dict.fromkeys(chain.from_iterable(kind.layouts for kind in DATASETS.values())))
@@ -95,7 +95,10 @@ def train(
         measured = step_costs(methods, splits, layout, batch, where, QUICK_COST_EFFORT if quick else COST_EFFORT)
         reading = (4 if kind.needs_folder else 0) if workers is None else workers
         fits = train_all(todo, splits, where, output, resume, reading, notify)
-    show(console, summaries(fits), measured)
+    sample, _ = splits.train[0]
+    counted = sizes([*methods, LOOP], len(splits.tasks), layout, sample)
+    single = sizes([HARD_SHARING], 1, layout, sample)[HARD_SHARING]
+    show(console, summaries(fits), counted, single, measured)
     pictures = {"learning_curves.png": learning_curves}
     if not PAPER_MULTIPLIER.keys().isdisjoint(methods):
         pictures["gates.png"] = gate_histograms
@@ -103,5 +106,5 @@ def train(
         save(output / name, draw(fits))
         console.print(f"plot: {output / name}", highlight=False, soft_wrap=True)
     json_path = json_path or output / "results.json"
-    write_json(json_path, splits, fits, measured, where)
+    write_json(json_path, splits, fits, counted, measured, where)
     console.print(f"results: {json_path}", highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,6 @@ import torch
 
 from benchmarks.network.data import Splits, celeba
 from benchmarks.network.model import CELEBA, DIGITS
-from benchmarks.timing import environment
 from experiments.forty_tasks import transformer
 from experiments.forty_tasks.digits import digits40
 from experiments.forty_tasks.methods import AnyLayout
@@ -20,8 +18,9 @@ from experiments.forty_tasks.train_run import Fit, TrainRun
 from experiments.forty_tasks.words import words24
 from experiments.training.methods import HARD_SHARING, PAPER_MULTIPLIER, SINGLE_TASK
 from experiments.training.run import OnStep, Settings
+from experiments.training.sizes import Size
 from experiments.training.step_cost import StepCost
-from experiments.training.study import checkpoint_of, delta_m, grouped, multiplied
+from experiments.training.study import checkpoint_of, delta_m, grouped, multiplied, write_report
 
 CLOSED, OPEN = 0.05, 0.95  # gates beyond these are nearly binary
 
@@ -191,7 +190,12 @@ def verdict(found: Mapping[str, MethodScores]) -> Verdict | None:
 
 
 def write_json(
-    path: Path, splits: Splits, fits: Sequence[Fit], measured: Mapping[str, StepCost], device: torch.device
+    path: Path,
+    splits: Splits,
+    fits: Sequence[Fit],
+    sizes: Mapping[str, Size],
+    measured: Mapping[str, StepCost],
+    device: torch.device,
 ) -> None:
     """Everything that was found, but the gates themselves; creates the folder."""
     runs = [
@@ -207,11 +211,9 @@ def write_json(
     report = {
         "source": splits.source,
         "tasks": splits.tasks,
-        "device": environment.device_name(device),
-        "versions": environment.versions(device),
         "summaries": [asdict(summary) | {"mean_f1": summary.mean} for summary in summaries(fits).values()],
+        "sizes": {name: asdict(size) for name, size in sizes.items()},
         "costs": {name: asdict(cost) for name, cost in measured.items()},
         "runs": runs,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(path, report, device)

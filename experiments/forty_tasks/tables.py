@@ -11,11 +11,20 @@ from rich.table import Table
 from experiments.forty_tasks.methods import LOOP
 from experiments.forty_tasks.summary import CLOSED, OPEN, MethodScores, verdict
 from experiments.training.methods import PAPER_MULTIPLIER
+from experiments.training.sizes import Size
 from experiments.training.step_cost import StepCost
 
 
-def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> Table:
-    """A line for each method and multiplier, and one for the loop of plain layers."""
+def scores_table(
+    found: Mapping[str, MethodScores], sizes: Mapping[str, Size], single: Size, costs: Mapping[str, StepCost]
+) -> Table:
+    """A line for each method and multiplier, and one for the loop of plain layers.
+
+    Args:
+        found: the scores.
+        sizes, costs: of the methods' networks.
+        single: the size of one single-task network.
+    """
     table = Table(title="F1 in percent, mean over the tasks, on the test samples after the best epoch by validation")
     table.add_column("method")
     for name in (
@@ -24,6 +33,8 @@ def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost
         "worst to\nbest seed",
         "delta_m%",
         "best\nepochs",
+        "#P",
+        "#F",
         "parameters",
         "step\nms",
         "peak memory\nof the step",
@@ -38,9 +49,10 @@ def scores_table(found: Mapping[str, MethodScores], costs: Mapping[str, StepCost
             f"{100 * min(summary.f1):.2f} to {100 * max(summary.f1):.2f}",
             "-" if summary.delta_m is None else f"{summary.delta_m:+.2f}",
             " ".join(map(str, summary.best_epochs)),
+            *sizes[summary.method].relative(single),
             *costs[summary.method].cells(),
         )
-    table.add_row("gates by a loop of plain layers", *["-"] * 5, *costs[LOOP].cells())
+    table.add_row("gates by a loop of plain layers", *["-"] * 5, *sizes[LOOP].relative(single), *costs[LOOP].cells())
     return table
 
 
@@ -58,9 +70,15 @@ def gates_table(found: Mapping[str, MethodScores]) -> Table:
     return table
 
 
-def show(console: Console, found: Mapping[str, MethodScores], costs: Mapping[str, StepCost]) -> None:
-    """Prints everything that was found."""
-    console.print(scores_table(found, costs))
+def show(
+    console: Console,
+    found: Mapping[str, MethodScores],
+    sizes: Mapping[str, Size],
+    single: Size,
+    costs: Mapping[str, StepCost],
+) -> None:
+    """Prints everything that was found; arguments as of :func:`scores_table`."""
+    console.print(scores_table(found, sizes, single, costs))
     if any(summary.gates for summary in found.values()):
         console.print(gates_table(found))
     for method in PAPER_MULTIPLIER:

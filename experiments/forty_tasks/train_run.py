@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from benchmarks.network.data import Splits
 from benchmarks.network.model import train_step
 from experiments.forty_tasks.methods import gates, make_network
 from experiments.forty_tasks.scores import Confusion
-from experiments.training.run import OnStep, Run, Settings
-from experiments.training.study import on_device, optimizer_of
+from experiments.training.run import OnStep, Run, Settings, on_device
 
 MakeNetwork = Callable[[str, int, Any], nn.Module]  # (method, T, layout) -> network
 # Forward, backward and the optimiser's step of samples and labels; gives the loss.
@@ -81,13 +81,9 @@ class TrainRun(Run):
     """A run of forty tasks: the weights of the best epoch by validation are those that are tested.
 
     Args:
-        settings: what to train. The seed decides the first weights and the order of the samples.
         splits: the data.
-        device: where.
-        checkpoint: file that holds the run after each epoch; replaced as a whole, never half written.
-        resume: go on from the checkpoint, if there is one. On a CPU, with the same number of threads, the result is
-            bitwise that of a run that was never interrupted.
-        workers: processes that read samples.
+        settings, device, checkpoint, workers: as in :class:`~experiments.training.run.Run`.
+        resume: go on from the checkpoint, if there is one.
         recipe: how the network is made, and what is done with each batch.
 
     Raises:
@@ -106,11 +102,8 @@ class TrainRun(Run):
         recipe: Recipe = USUAL,
     ) -> None:
         self.splits, self.fit, self.recipe = splits, Fit(settings), recipe
-        torch.manual_seed(settings.seed)
-        network = recipe.make(settings.method, len(splits.tasks), settings.layout)
-        network = network.to(device).to(memory_format=recipe.memory_format)
-        optimizer = optimizer_of(network, settings.lr, settings.multiplier)
-        super().__init__(settings, network, optimizer, device, checkpoint, workers)
+        make = partial(recipe.make, settings.method, len(splits.tasks), settings.layout)
+        super().__init__(settings, make, device, checkpoint, workers, recipe.memory_format)
         self.best_weights: dict[str, Tensor] = {}  # and statistics, of the best epoch
         self.start(resume)
 

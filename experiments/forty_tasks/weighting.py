@@ -15,27 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.network.model import LINEARS, POOL_AFTER, Layout
+from benchmarks.network.model import Layout
 from experiments.forty_tasks.place import Place
+from experiments.forty_tasks.staged import PlainBackbone
 from experiments.forty_tasks.train_run import Recipe
 from experiments.training.methods import TS_SIGMA_BN
 
 WEIGHTINGS: dict[str, dict[str, float]] = {"PCGrad": {}, "CAGrad": {"calpha": 0.5, "rescale": 1}}  # LibMTL's defaults
 NEEDS = "pip install git+https://github.com/median-research-group/LibMTL"
-
-
-def encoder(layout: Layout) -> nn.Sequential:
-    """Makes the plain backbone of ``CelebaNetwork``, which LibMTL takes without its heads."""
-    modules: list[nn.Module] = []
-    for index, (before, after) in enumerate(zip((layout.inputs, *layout.channels), layout.channels, strict=False)):
-        modules += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
-        if index in POOL_AFTER:
-            modules.append(nn.MaxPool2d(2))
-    modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    width = layout.features
-    for _ in range(LINEARS):
-        modules += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*modules)
 
 
 class WeightedNetwork(nn.Module):
@@ -67,7 +54,7 @@ class WeightedNetwork(nn.Module):
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]  # as in CelebaNetwork
         options = {"pretrained": False} if own_streams else {}
         device = torch.device("cpu")
-        self.model: Any = made(self.names, partial(encoder, layout), heads, False, False, device, **options)
+        self.model: Any = made(self.names, partial(PlainBackbone, layout), heads, False, False, device, **options)
         self.model.init_param()
         self.streams = self.names if own_streams else [None]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from experiments.training.methods import TASK_SPECIFIC
+from tsbn_kernels import parameter_groups
 
 
 class ResumeError(Exception):
@@ -53,24 +54,26 @@ class Run(ABC):
     A subclass has a step, what ends an epoch, and what more there is to keep. It calls :meth:`start` when it is whole.
 
     Args:
-        settings: what to train. The seed decides the order of the samples.
-        network: on its device.
-        optimizer: of the network.
+        settings: what to train. The seed decides the first weights and the order of the samples.
+        make: makes the network.
         device: where.
         checkpoint: file that holds the run after each epoch; replaced as a whole, never half written.
         workers: processes that read samples.
+        memory_format: of the network's weights.
     """
 
     def __init__(
         self,
         settings: Settings,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        make: Callable[[], nn.Module],
         device: torch.device,
         checkpoint: Path,
         workers: int,
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
-        self.settings, self.network, self.optimizer = settings, network, optimizer
+        torch.manual_seed(settings.seed)
+        self.settings, self.network = settings, make().to(device).to(memory_format=memory_format)
+        self.optimizer = optimizer_of(self.network, settings.lr, settings.multiplier)
         self.device, self.checkpoint, self.workers = device, checkpoint, workers
         self.order = torch.Generator().manual_seed(settings.seed)
 
@@ -175,6 +178,18 @@ class Run(ABC):
         self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])
         self.take(state)
+
+
+def optimizer_of(network: nn.Module, lr: float, multiplier: float) -> torch.optim.Optimizer:
+    """Adam, in one pass over all parameters; gates, and weights in their place, at ``multiplier * lr``."""
+    groups = parameter_groups(network, lr, gate_lr_multiplier=multiplier, layer_norm_lr_multiplier=multiplier)
+    return torch.optim.Adam(groups, fused=True)
+
+
+def on_device(samples: Tensor, device: torch.device) -> Tensor:
+    """A batch where a network takes it; images in channels_last."""
+    memory_format = torch.channels_last if samples.dim() == 4 else torch.preserve_format
+    return samples.to(device, memory_format=memory_format, non_blocking=True)
 
 
 def _told(notify: OnStep, epoch: int, score: float | None, share: float, loss: float) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks.timing import environment
 from experiments.training.methods import TASK_SPECIFIC
 from experiments.training.run import Settings
-from tsbn_kernels import parameter_groups
 
 
 class HasSettings(Protocol):
@@ -70,13 +70,8 @@ def delta_m(
     return 100 * math.fsum(changes) / len(changes)
 
 
-def optimizer_of(network: nn.Module, lr: float, multiplier: float) -> torch.optim.Optimizer:
-    """Adam, in one pass over all parameters; gates, and weights in their place, at ``multiplier * lr``."""
-    groups = parameter_groups(network, lr, gate_lr_multiplier=multiplier, layer_norm_lr_multiplier=multiplier)
-    return torch.optim.Adam(groups, fused=True)
-
-
-def on_device(samples: Tensor, device: torch.device) -> Tensor:
-    """A batch where a network takes it; images in channels_last."""
-    memory_format = torch.channels_last if samples.dim() == 4 else torch.preserve_format
-    return samples.to(device, memory_format=memory_format, non_blocking=True)
+def write_report(path: Path, report: Mapping[str, Any], device: torch.device) -> None:
+    """Writes JSON, with where it was found; creates the folder."""
+    where = {"device": environment.device_name(device), "versions": environment.versions(device)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**report, **where}, indent=1) + "\n")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.dense_tasks.methods import MAKERS, NETWORKS, CrossStitch, Layout, make_network, sizes
+from experiments.dense_tasks.methods import MAKERS, NETWORKS, Layout, make_network, sizes
 from experiments.dense_tasks.mtan import MtanSegNet
 from experiments.dense_tasks.tasks import Depth, Normals, Segmentation
-from experiments.training.study import optimizer_of
+from experiments.training.cross_stitch import CrossStitch
+from experiments.training.run import optimizer_of
 from tsbn_kernels import FusedTSigmaBN2d
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
@@ -36,7 +37,9 @@ def test_parameters_and_operations_of_segnet_are_those_of_the_papers():
     assert gates == 3 * channels - 2 * channels  # gates of three tasks in the place of weight and bias
     assert found["tsbn"].parameters - found["hard_sharing"].parameters == 2 * (3 - 1) * channels
     operations = {name: size.operations for name, size in found.items()}
-    assert operations["cross_stitch"] == operations["single_task"]
+    # Of pictures of 9x12, enlarged: what leaves the stages of the encoder, and those of the decoder but the last.
+    values = 9 * 12 * (512 + 2 * sum(channels * 4**level for level, channels in enumerate((512, 256, 128, 64), 1)))
+    assert operations["cross_stitch"] == operations["single_task"] + 2 * 3 * 3 * values  # the units, 3x3
     assert operations["ts_sigma_bn"] == operations["tsbn"]
     assert 0.97 < operations["ts_sigma_bn"] / operations["single_task"] < 1  # the first convolution runs once
     assert 1 / 3 < operations["hard_sharing"] / operations["single_task"] < 0.4  # and the heads three times

@@ -118,14 +118,15 @@ def test_the_command_shows_what_steps_cost(monkeypatch):
     asked = []
 
     def costs(*arguments):
-        asked.append(arguments[:3])
+        asked.append(arguments[1:3])
         return {"fused": StepCost(1234, Summary(0.5, 0.0, 1, 0, (0.5,)), 2**21)}
 
     monkeypatch.setattr("experiments.dense_tasks.step_command.step_costs", costs)
+    monkeypatch.setattr("experiments.dense_tasks.step_command.norm_share", lambda *_: 0.25)
     invoke = partial(CliRunner().invoke, app.app)
     result = invoke(["dense-step", "--name", "fused", "--network", "deeplab", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert asked == [(["fused"], Layout("deeplab", 16), (4, 96, 128))]
-    assert all(part in result.output for part in ("batch 4 of 96x128", "1,234", "500.0", "2 MiB"))
+    assert asked == [(["fused"], (Layout("deeplab", 16), (4, 96, 128)))]
+    assert all(part in result.output for part in ("batch 4 of 96x128", "1,234", "500.0", "2 MiB", "25%"))
     refused = invoke(["dense-step", "--height", "40", "--device", "cpu"])
     assert refused.exit_code == 2 and "multiples of 32, got 40x128" in refused.output

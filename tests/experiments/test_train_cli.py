@@ -20,14 +20,14 @@ from benchmarks.records.summary import Summary
 from benchmarks.timing.measure import Effort
 from experiments.forty_tasks import command
 from experiments.forty_tasks import summary as study
-from experiments.forty_tasks.methods import methods_of
 from experiments.forty_tasks.summary import MethodScores, summaries, verdict
 from experiments.forty_tasks.transformer import TransformerLayout
 from experiments.training.step_cost import StepCost
 
 TINY = Layout(1, (2, 2, 2, 2, 2, 2, 4))
 TINY_TRANSFORMER = TransformerLayout(inputs=1, patch=14, tokens=4, width=4, heads=1, depth=1)
-NAMES = ["single_task", "hard_sharing", "tsbn x1", "ts_sigma_bn x1", "ts_sigma_bn x100"]
+METHODS = "single_task", "hard_sharing", "ts_sigma_bn"
+NAMES = ["single_task", "hard_sharing", "ts_sigma_bn x1", "ts_sigma_bn x100"]
 
 
 @cache
@@ -59,8 +59,9 @@ def no_costs(monkeypatch):
     monkeypatch.setattr(command, "step_costs", lambda methods, *_: dict.fromkeys([*methods, "loop"], cost))
 
 
-def test_a_run_trains_every_method_and_writes_results_and_pictures(invoke, tmp_path):
-    result = invoke("--seeds", "2", "--multiplier", "1", "--multiplier", "100", "--output", "out")
+def test_methods_train_and_results_and_pictures_are_written(invoke, tmp_path):
+    methods = [part for name in METHODS for part in ("--method", name)]
+    result = invoke(*methods, "--seeds", "2", "--multiplier", "1", "--multiplier", "100", "--output", "out")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [summary["name"] for summary in found["summaries"]] == NAMES
@@ -70,20 +71,22 @@ def test_a_run_trains_every_method_and_writes_results_and_pictures(invoke, tmp_p
         assert one["mean_test_f1"] == pytest.approx(sum(one["test_f1"]) / 40)
         best = max(one["history"], key=lambda epoch: sum(epoch["validation_f1"]))
         assert best is one["history"][one["best_epoch"] - 1]
-    assert set(found["costs"]) == {*methods_of(TINY), "loop"}
-    for cost in found["costs"].values():
+    assert set(found["costs"]) == set(found["sizes"]) == {*METHODS, "loop"}
+    for name, cost in found["costs"].items():
         assert cost["step"]["median"] > 0 and 0 < cost["peak_bytes"] < 2**30
-    assert found["costs"]["loop"]["parameters"] == found["costs"]["ts_sigma_bn"]["parameters"]
+        assert cost["parameters"] == found["sizes"][name]["parameters"]
+    assert found["sizes"]["loop"] == found["sizes"]["ts_sigma_bn"]
     assert {path.name for path in (tmp_path / "out").glob("*.pt")} == {
         f"{name.replace(' ', '-')}-seed{seed}.pt" for name in NAMES for seed in (0, 1)
     }
     for picture in ("learning_curves.png", "gates.png"):
         with Image.open(tmp_path / "out" / picture) as image:
             assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24) or ()) > 10  # not blank
-    text = " ".join(result.output.split())
+    text = " ".join(result.output.replace("│", " ").split())
     for part in (
-        "40 tasks, 75 samples to train on, 25 to validate, 25 to test; 10 runs",
+        "40 tasks, 75 samples to train on, 25 to validate, 25 to test; 8 runs",
         "delta_m%",
+        "40.00 40.00",  # #P and #F of single tasks
         "x as fast as by",
     ):
         assert part in text
@@ -144,10 +147,11 @@ def test_celeba_trains_from_its_folder(invoke, no_costs, monkeypatch, tmp_path):
     layout = Layout(3, TINY.channels)
     monkeypatch.setitem(study.DATASETS, "celeba", study.Dataset(celeba.load, True, {"cnn": layout}, 1, 2, 1e-3))
     write_celeba(tmp_path / "faces", TORCHVISION, ("red", "green", "blue", "white"), (0, 0, 1, 2))
-    options = "--dataset", "celeba", "--data", "faces", "--method", "ts_sigma_bn", "--seeds", "1", "--workers", "1"
+    methods = [part for name in ("ts_sigma_bn", "mtan", "cross_stitch") for part in ("--method", name)]
+    options = "--dataset", "celeba", "--data", "faces", *methods, "--seeds", "1", "--workers", "1"
     result = invoke(*options)
     assert result.exit_code == 0, result.output
-    assert "CelebA in faces: 3 tasks, 2 samples to train on, 1 to validate, 1 to test; 4 runs" in result.output
+    assert "CelebA in faces: 3 tasks, 2 samples to train on, 1 to validate, 1 to test; 6 runs" in result.output
     (tmp_path / "faces" / TORCHVISION[2]).unlink()
     result = invoke(*options)
     assert result.exit_code == 1

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.network.model import CELEBA, CelebaNetwork, Layout, loss_of
 from experiments.forty_tasks.convolutional import SingleTasks, plain_norm
-from experiments.forty_tasks.methods import LOOP, gates, make_network, methods_of
+from experiments.forty_tasks.methods import LOOP, gates, make_network, methods_of, sizes
+from experiments.forty_tasks.staged import MtanConvolutional, PlainBackbone
 from experiments.forty_tasks.step_cost import measured_step
 from experiments.forty_tasks.transformer import TransformerLayout
 from experiments.training.methods import TASK_SPECIFIC
-from experiments.training.study import optimizer_of
+from experiments.training.run import optimizer_of
 
 TINY = Layout(2, (2, 3, 2, 3, 2, 3, 4))
 PATCHES = TransformerLayout(inputs=2, patch=4, tokens=16, width=6, heads=2, depth=2)
@@ -25,17 +27,26 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def test_parameter_counts_of_the_paper():
-    found = {}
-    with torch.device("meta"):
-        for name in (*methods_of(CELEBA), LOOP):
-            found[name] = parameters(make_network(name, 40, CELEBA))
-    assert found == {
+def test_parameters_and_operations_of_the_paper():
+    sample = torch.empty(3, 64, 64)
+    single = sizes(["hard_sharing"], 1, CELEBA, sample)["hard_sharing"]
+    found = sizes(methods_of(CELEBA), 40, CELEBA, sample)
+    assert {name: size.parameters for name, size in found.items()} == {
         "single_task": 207_086_120,
         "hard_sharing": 5_197_160,
+        "cross_stitch": 207_086_120 + 3 * 40 * 40,  # its units
+        # The backbone and what hands on are shared; masks and a head are of each task.
+        "mtan": 5_176_640 + 3_836_416 + 40 * (1_810_688 + 513),
         "tsbn": 5_421_800,
         "ts_sigma_bn": 5_306_600,
-        "loop": 5_306_600,
+    }
+    assert {name: size.relative(single) for name, size in found.items()} == {
+        "single_task": ("40.00", "40.00"),
+        "hard_sharing": ("1.00", "1.00"),
+        "cross_stitch": ("40.00", "40.12"),
+        "mtan": ("15.73", "52.81"),
+        "tsbn": ("1.05", "39.60"),  # the first convolution runs once
+        "ts_sigma_bn": ("1.03", "39.60"),
     }
 
 
@@ -79,6 +90,37 @@ def test_single_tasks_start_as_such_networks_do():
         assert mine.weight.std().item() == pytest.approx(its.weight.std().item(), rel=0.05)
     for mine, its in zip(ours.linears, single.linears, strict=True):
         assert mine.std().item() == pytest.approx(its.weight.std().item(), rel=0.05)
+
+
+def test_the_plain_backbone_is_the_network_without_its_heads():
+    network, backbone = CelebaNetwork(1, plain_norm, 1, layout=TINY).double(), PlainBackbone(TINY).double()
+    theirs = [*network.convolutions, *network.linears]
+    ours = [module for module in backbone.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for mine, its in zip(ours, theirs, strict=True):
+        mine.load_state_dict(its.state_dict())
+    images = torch.rand(5, 2, 16, 16).double()
+    logits = backbone(images) @ network.head_weight[0] + network.head_bias
+    torch.testing.assert_close(logits.T, network(images))
+
+
+@pytest.mark.parametrize("method", ["cross_stitch", "mtan"])
+def test_nothing_is_made_that_is_not_used(method):
+    network = make_network(method, 3, TINY)
+    logits = network(torch.rand(5, 2, 16, 16))
+    (logits * torch.randn(3, 5)).sum().backward()
+    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
+
+
+def test_an_open_mask_lets_the_last_features_pass():
+    torch.manual_seed(0)
+    network = MtanConvolutional(PlainBackbone(TINY), 3).double()
+    last = network.masks_of("task1")[-1]
+    nn.init.zeros_(last[4].weight)
+    nn.init.constant_(last[4].bias, 50.0)  # a sigmoid of one
+    images = torch.rand(5, 2, 16, 16).double()
+    features, found = network.backbone(images), network(images)
+    torch.testing.assert_close(found["task1"], network.heads["task1"](features))
+    assert not found["task2"].allclose(network.heads["task2"](features))
 
 
 def samples(layout: Layout | TransformerLayout, count: int = 5) -> torch.Tensor:
@@ -162,7 +204,9 @@ def test_the_multiplier_is_of_task_specific_weights_alone(name, method):
 
 @pytest.mark.parametrize("method", [*methods_of(LETTERS), LOOP])
 def test_what_a_step_on_words_costs_can_be_measured(method):
-    step, count = measured_step(method, LETTERS, samples(LETTERS), torch.zeros(5, 3), torch.device("cpu"))
+    step, count = measured_step(
+        method, LETTERS, samples(LETTERS).numpy(), np.zeros((5, 3), np.float32), torch.device("cpu")
+    )
     first = step()
     assert step() < first
     assert count == parameters(make_network(method, 3, LETTERS))
