@@ -14,10 +14,11 @@ from torch.nn import functional
 from benchmarks.report.plot import save
 from experiments.dense_tasks.tasks import DEPTH, MISSING, SEGMENTATION, Task
 from experiments.dense_tasks.train_run import DenseFit
-from experiments.training.pictures import colors_of, draw_curves
+from experiments.training.pictures import colors_of, draw_curves, of_seeds
 from experiments.training.study import grouped
 
 _CLASSES = colormaps["tab20"]
+_COLUMN = 1.9  # inches of a map's width
 
 
 def learning_curves(path: Path, tasks: Mapping[str, Task], fits: Sequence[DenseFit]) -> None:
@@ -32,8 +33,7 @@ def learning_curves(path: Path, tasks: Mapping[str, Task], fits: Sequence[DenseF
         axes.set_title(f"{task}: {metric.name} ({'less' if metric.less_is_better else 'more'} is better)")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    seeds = max(len(group) for group in groups.values())
-    figure.suptitle(f"{fits[0].settings.source}, validation pictures: mean of {seeds} seeds, and their range")
+    figure.suptitle(f"{fits[0].settings.source}, validation pictures: {of_seeds(groups)}")
     save(path, figure)
 
 
@@ -55,7 +55,7 @@ def _shown(name: str, x: Tensor, farthest: float) -> np.ndarray:
 def maps(
     path: Path, samples: Sequence[tuple[Tensor, dict[str, Tensor]]], predictions: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Pictures, the truth of their tasks, and below it what each method says.
+    """Pictures, and a row for each of their tasks: the truth, and what each method says.
 
     Args:
         path: of the PNG.
@@ -63,21 +63,26 @@ def maps(
         predictions: of each method and task, ``[N, outputs, H, W]`` of these samples.
     """
     tasks = list(samples[0][1])
-    rows = ["truth", *predictions]
-    figure = Figure(figsize=(2.1 * (1 + len(tasks)) * len(samples), 1.65 * len(rows) + 0.5), layout="constrained")
-    grid = figure.subplots(len(rows), (1 + len(tasks)) * len(samples), squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    columns = ["picture", "truth", *predictions]
+    height, width = samples[0][0].shape[1:]
+    widths = [1.5, *[1.0] * (len(columns) - 1)]
+    rows = len(samples) * len(tasks)
+    size = _COLUMN * sum(widths) + 0.2, rows * (_COLUMN * height / width + 0.08)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(rows, len(columns), width_ratios=widths)
     for index, (image, truth) in enumerate(samples):
-        columns = grid[:, index * (1 + len(tasks)) : (index + 1) * (1 + len(tasks))]
-        columns[0, 0].imshow(image.clamp(0, 1).movedim(0, -1).numpy())
-        columns[0, 0].set_title("image", fontsize=9)
-        for row, name in enumerate(rows[1:], 1):
-            columns[row, 0].text(0.5, 0.5, name, ha="center", va="center", fontsize=9)
+        first = index * len(tasks)
+        shown = [(figure.add_subplot(grid[first : first + len(tasks), 0]), image.clamp(0, 1).movedim(0, -1).numpy())]
         farthest = float(truth[DEPTH].max()) or 1.0
-        for column, task in enumerate(tasks, 1):
-            found = [truth[task], *(method[task][index] for method in predictions.values())]
-            for row, x in enumerate(found):
-                columns[row, column].imshow(_shown(task, x, farthest))
-            columns[0, column].set_title(f"{task}, truth", fontsize=9)
+        for row, task in enumerate(tasks, first):
+            maps = [truth[task], *(method[task][index] for method in predictions.values())]
+            cells = [figure.add_subplot(grid[row, column]) for column in range(1, len(columns))]
+            cells[0].text(-0.06, 0.5, task, rotation=90, ha="right", va="center", transform=cells[0].transAxes)
+            shown += [(axes, _shown(task, x, farthest)) for axes, x in zip(cells, maps, strict=True)]
+            if row == 0:
+                for (axes, _), name in zip(shown, columns, strict=True):
+                    axes.set_title(name, fontsize=10)
+        for axes, colors in shown:
+            axes.imshow(colors, interpolation="nearest")
+            axes.set_axis_off()
     save(path, figure)

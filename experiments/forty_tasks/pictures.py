@@ -12,7 +12,7 @@ from experiments.forty_tasks.shrink import Shrunk
 from experiments.forty_tasks.studies import Noise
 from experiments.forty_tasks.train_run import Fit
 from experiments.training.methods import PAPER_MULTIPLIER
-from experiments.training.pictures import colors_of, draw_curves
+from experiments.training.pictures import colors_of, draw_curves, of_seeds
 from experiments.training.study import grouped
 from tsbn_kernels import plots
 from tsbn_kernels.plots.style import COLORS, INK, OWN, SHARED, plain
@@ -27,8 +27,7 @@ def learning_curves(fits: Sequence[Fit]) -> Figure:
     scores = {name: [[epoch.mean_f1 for epoch in fit.history] for fit in group] for name, group in groups.items()}
     draw_curves(axes, scores, colors_of({name: group[0].settings for name, group in groups.items()}))
     axes.set_ylabel("F1 on validation samples, mean over tasks")
-    seeds = max(len(group) for group in groups.values())
-    axes.set_title(f"{fits[0].settings.source}: mean of {seeds} seeds, and their range")
+    axes.set_title(f"{fits[0].settings.source}: {of_seeds(groups)}")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

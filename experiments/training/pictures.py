@@ -35,6 +35,12 @@ def colors_of(found: Mapping[str, Settings]) -> dict[str, object]:
     return colors
 
 
+def of_seeds(groups: Mapping[str, Sequence[object]]) -> str:
+    """What a title says of the seeds of each method."""
+    seeds = max(len(group) for group in groups.values())
+    return "one seed" if seeds == 1 else f"mean of {seeds} seeds, and their range"
+
+
 def draw_curves(axes: Axes, scores: Mapping[str, Sequence[Sequence[float]]], colors: Mapping[str, object]) -> None:
     """Scores ``[seeds][epochs]`` of each method by epoch: the mean of the seeds, and a band from worst to best.
 
