@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import ranks
+from support.libmtl_stand_in import install
 from support.processes import ROOT
 from torch import Tensor, nn
 
@@ -154,6 +156,20 @@ def test_domains_are_a_loop_over_masks() -> None:
             plain = [one.state_dict() for one in layer]  # each a BatchNorm2d and its ReLU
             expected = {name: torch.stack([state[f"0.{name}"] for state in plain]) for name in ours.state_dict()}
         torch.testing.assert_close(dict(ours.state_dict()), dict(expected), rtol=1e-8, atol=1e-9)
+
+
+def test_architectures_of_libmtl_train_beside_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them where LibMTL is installed, and those that its stand-in has elsewhere."""
+    example = runpy.run_path(str(ROOT / "examples" / "libmtl_rooms3.py"))
+    names = list(example["ARCHITECTURES"]) if importlib.util.find_spec("LibMTL") else ["HPS", "TSSigmaBN"]
+    install(monkeypatch)
+    options = "--rooms", "4", "--width", "1", "--epochs", "1", "--batch", "2", "--architectures", *names
+    example["compare"](example["parse"]([*options]))
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == names
+    assert all(torch.tensor([float(cell) for cell in row.split()[3:]]).isfinite().all() for row in rows)
 
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
