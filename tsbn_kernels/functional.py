@@ -115,6 +115,11 @@ def task_batch_norm(
     settings = num_tasks, training, eps, gate, stacking, activation, negative_slope, fan_out, recover_input
     running = _running(running_mean, running_var, momentum, training)
     if task_of_sample is not None:
+        mixed_checks.check_alone(
+            stacking=(stacking, "task_major"),
+            fan_out=(fan_out, False),
+            recover_input=(recover_input, False),
+        )
         return normalize_mixed(tensors, task_of_sample, settings, running, process_group, evaluate_single)
     y: Tensor
     (y,) = normalize(tensors, settings, running, process_group)
@@ -180,14 +185,7 @@ def normalize(
     check = checks.check_call if compiling else checks.checked
     options, channels, values = check(tensors, settings, process_group is not None, group is None)
     x, weight, bias, running_mean, running_var, residual = tensors
-    if not compiling:
-        for name, vector in (("running_mean", running.mean), ("running_var", running.var)):
-            if vector is not None:
-                checks.check_written(name, vector)
-    if running.momentum is not None or running.batches is None:
-        momentum = checks.momentum_value(running.momentum, x, options.num_tasks, channels)
-        if momentum is not running.momentum:
-            running = running._replace(momentum=momentum)
+    running = checks.running_of_call(running, x, options, channels)
     if residual is None:
         x = layout.supported(x, of_input(options).stacking)
     else:
@@ -219,11 +217,7 @@ def normalize(
         elif tracked:
             reference.track(running, mean, var, values)
     if not compiling and recompute_outputs.wanted() and not recover_input:
-        saved = Saved(x, weight, bias, residual, mean, var)
-        if group is not None:
-            saved, options = coefficients.coefficients(saved, options)
-        compute = partial(_again, options, backend)
-        recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:]))
+        _offer(outputs, Saved(x, weight, bias, residual, mean, var), (), options, group, backend)
     return outputs
 
 
@@ -236,57 +230,52 @@ def normalize_mixed(
     evaluate_single: bool = False,
 ) -> Tensor:
     """Computes :func:`task_batch_norm` of a mixed batch; takes what :func:`normalize` does, and the index."""
-    compiling = torch.compiler.is_compiling()
-    num_tasks, training, eps, gate, stacking, activation, slope, fan_out, recover_input = settings
-    mixed_checks.check_alone(
-        stacking=(stacking, "task_major"),
-        fan_out=(fan_out, False),
-        recover_input=(recover_input, False),
-    )
+    compiling, (num_tasks, training, *arithmetic, _, _) = torch.compiler.is_compiling(), settings
     checks.check_flag("training", training)
     group = autograd_synchronized.group_of(process_group) if training else None
     x, weight, bias, running_mean, running_var, residual = tensors
-    samples = mixed_checks.samples_of(task_of_sample, x, num_tasks)
+    mixed_checks.check_index(task_of_sample, x)
     # Of the shape of one input that all tasks share.
-    of_x = num_tasks, training, eps, gate, stacking, activation, slope, True, False
+    of_x = num_tasks, training, *arithmetic, True, False
     check = checks.check_call if compiling else checks.checked
     options, channels, values = check((*tensors[:5], None), of_x, False, False)
     options = options._replace(fan_out=False)
-    if not compiling:
-        for name, vector in (("running_mean", running.mean), ("running_var", running.var)):
-            if vector is not None:
-                checks.check_written(name, vector)
-    if running.momentum is not None or running.batches is None:
-        running = running._replace(momentum=checks.momentum_value(running.momentum, x, num_tasks, channels))
-    if residual is not None:
+    running = checks.running_of_call(running, x, options, channels)
+    if residual is None:
+        x = layout.supported(x, options.stacking)
+    else:
         checks.check_residual(residual, x, options)
         x, residual = _promoted(x, residual)
-    x, residual = layout.readable(x, options, residual)
-    positions = values // max(1, x.shape[0])
+        x, residual = layout.readable(x, options, residual)
+    positions, alone = values // max(1, x.shape[0]), None
     backend = backends.override(x.device.type) if backends.is_forced() else None
-    if group is not None:
-        inputs = x, task_of_sample, weight, bias, residual, options, group, backend
-        y, mean, var, samples = autograd_synchronized.apply(*inputs)
-        positions = 1  # it counts values of all ranks, whose samples may have other sizes
-    alone = None
-    if training and positions == 1:
-        if not evaluate_single:
-            mixed_checks.check_values(samples, x.shape)
-        elif mixed_checks.may_be_alone(samples):
-            alone = samples == 1
-            samples = samples.masked_fill(alone, 0)
-    if group is None:
-        apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
-        given = (None, None) if training else (running_mean, running_var)
-        y, mean, var = apply(x, task_of_sample, weight, bias, residual, *given, options, backend)
-    if running.mean is not None or running.var is not None or running.batches is not None:
-        mixed_batch_norm.track(running, mean.detach(), var.detach(), samples, positions)
-    if not compiling and recompute_outputs.wanted():
-        saved = Saved(x, weight, bias, residual, mean, var)
+    given = (None, None) if training else (running_mean, running_var)
+    inputs = x, task_of_sample, weight, bias, residual
+    may_be_alone = training and evaluate_single and (positions == 1 or group is not None)
+    if not (compiling or may_be_alone or group is not None or x.numel() == 0) and _by_an_operator(running, x):
+        at_once = running if training else None
+        call = partial(mixed_autograd.apply, *inputs, *given, at_once, options, backend)
+        y, mean, var = mixed_checks.explained(call, task_of_sample, x, num_tasks, training)
+        if at_once is not None:
+            torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
+    else:
+        samples = mixed_checks.samples_of(task_of_sample, x, num_tasks)
         if group is not None:
-            saved, options = coefficients.coefficients(saved, options)
-        again = partial(_mixed_again, options, backend)
-        recompute_outputs.offer([y], again, saved[1:3], (saved.x, *saved[3:], task_of_sample))
+            y, mean, var, samples = autograd_synchronized.apply(*inputs, options, group, backend)
+            positions = 1  # it counts values of all ranks, whose samples may have other sizes
+        if training and positions == 1:
+            if not evaluate_single:
+                mixed_checks.check_values(samples, x.shape)
+            elif mixed_checks.may_be_alone(samples):
+                alone = samples == 1
+                samples = samples.masked_fill(alone, 0)
+        if group is None:
+            apply = mixed_autograd.apply_in_graph if compiling else mixed_autograd.apply
+            y, mean, var = apply(*inputs, *given, None, options, backend)
+        if running.mean is not None or running.var is not None or running.batches is not None:
+            mixed_batch_norm.track(running, mean.detach(), var.detach(), samples, positions)
+    if not compiling and recompute_outputs.wanted():
+        _offer([y], Saved(x, weight, bias, residual, mean, var), (task_of_sample,), options, group, backend)
     if alone is None:
         return y
     if running_mean is None or running_var is None:
@@ -298,11 +287,27 @@ def normalize_mixed(
     return torch.where(alone.index_select(0, task_of_sample).view(-1, *(1,) * (y.dim() - 1)), evaluated, y)
 
 
-def _mixed_again(
-    options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any
-) -> Tensor:
-    *others, task_of_sample = more
-    return mixed_ops.operators(backend).mixed_forward_eval(Saved(x, weight, bias, *others), task_of_sample, options)
+def _offer(
+    outputs: Sequence[Tensor],
+    saved: Saved,
+    task_of_sample: tuple[Tensor, ...],
+    options: Options,
+    group: Any,
+    backend: str | None,
+) -> None:
+    """Offers to compute the outputs again; ``task_of_sample`` is that of a mixed batch, or empty."""
+    if group is not None:
+        saved, options = coefficients.coefficients(saved, options)
+    compute = partial(_again, options, backend)
+    recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:], *task_of_sample))
+
+
+def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
+    residual, mean, var, *task_of_sample = more
+    saved = Saved(x, weight, bias, residual, mean, var)
+    if task_of_sample:
+        return mixed_ops.operators(backend).mixed_forward_eval(saved, *task_of_sample, options)
+    return operators(backend).forward_eval(saved, options)
 
 
 def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,10 +316,6 @@ def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return x, residual
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.to(dtype), residual.to(dtype)
-
-
-def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
-    return operators(backend).forward_eval(Saved(x, weight, bias, *more), options)
 
 
 def _by_an_operator(running: Running, x: Tensor) -> bool:

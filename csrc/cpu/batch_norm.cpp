@@ -126,11 +126,18 @@ void store_moments(const Work& w, int64_t group, const double* total) {
   }
 }
 
+std::vector<double> values_of_tasks(const Work& w) {
+  std::vector<double> values(w.T);
+  for (int64_t task = 0; task < w.T; ++task) values[task] = w.positions_of(task * w.slabs());
+  return values;
+}
+
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// `running` statistics are updated, where there are some.
 Three train(Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, std::optional<Tensor>& residual,
-            const How& how, const MixedTasks* tasks) {
+            const How& how, const MixedTasks* tasks, const Running* running = nullptr) {
   Work w = work_of(x, how.stacking, how.eps, how.activation, how.slope);
   Tensor y = prepare_forward(w, x, residual, how.stacking);
   const int64_t T = tasks == nullptr ? w.T : tasks->count;
@@ -156,6 +163,7 @@ Three train(Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, 
                             2 * w.channels(), scratch_bytes(w)};
     reduce_then_apply(w, moments, true, [&](int64_t group, int64_t chunk) { apply(w, group, chunk); });
   });
+  if (running != nullptr) track(*running, mean, var, values_of_tasks(w));
   return {y, mean, var};
 }
 
@@ -250,10 +258,9 @@ Three forward_tracked(Tensor x, Tensor weight, std::optional<Tensor> bias, std::
                       std::optional<Tensor> rows, int64_t num_tasks, double eps, std::string gate,
                       std::string stacking, std::optional<Tensor> residual, std::string activation, double slope,
                       bool shared) {
-  auto result = train(x, weight, bias, residual, {{num_tasks, stacking, shared}, eps, gate, activation, slope}, nullptr);
-  const auto& [y, mean, var] = result;
-  track({running_mean, running_var, batches, momentum, rows}, mean, var, double(y.numel()) / double(mean.numel()));
-  return result;
+  const How how{{num_tasks, stacking, shared}, eps, gate, activation, slope};
+  const Running running{running_mean, running_var, batches, momentum, rows};
+  return train(x, weight, bias, residual, how, nullptr, &running);
 }
 
 Tensor forward_eval(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor mean, Tensor var, int64_t num_tasks,
@@ -278,6 +285,18 @@ Three mixed_forward_training(Tensor x, Tensor task_of_sample, Tensor weight, std
                              double slope) {
   const MixedTasks tasks{task_of_sample, weight.size(0)};
   return train(x, weight, bias, residual, {{1, one_task, false}, eps, gate, activation, slope}, &tasks);
+}
+
+// mixed_forward_training that updates the rows of tasks that have a sample in place.
+Three mixed_forward_tracked(Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
+                            std::optional<Tensor> residual, std::optional<Tensor> running_mean,
+                            std::optional<Tensor> running_var, std::optional<Tensor> batches,
+                            std::optional<double> momentum, double eps, std::string gate, std::string activation,
+                            double slope) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  const How how{{1, one_task, false}, eps, gate, activation, slope};
+  const Running running{running_mean, running_var, batches, momentum, std::nullopt};
+  return train(x, weight, bias, residual, how, &tasks, &running);
 }
 
 Tensor mixed_forward_eval(Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
@@ -358,6 +377,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("forward_eval", TORCH_BOX(&forward_eval));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("mixed_forward_training", TORCH_BOX(&mixed_forward_training));
+  m.impl("mixed_forward_tracked", TORCH_BOX(&mixed_forward_tracked));
   m.impl("mixed_forward_eval", TORCH_BOX(&mixed_forward_eval));
   m.impl("mixed_backward", TORCH_BOX(&mixed_backward));
   m.impl("moments", TORCH_BOX(&moments));

@@ -1,7 +1,5 @@
 #include "running.h"
 
-#include <algorithm>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -16,23 +14,32 @@ int64_t* numbers(Tensor& tensor, const char* name) {
   return static_cast<int64_t*>(tensor.mutable_data_ptr());
 }
 
-// The row of each of T tasks.
-std::vector<int64_t> rows_of(std::optional<Tensor>& rows, int64_t tasks) {
-  std::vector<int64_t> result(tasks);
-  if (rows) {
-    const int64_t* given = numbers(*rows, "rows");
-    STD_TORCH_CHECK(rows->size(0) == tasks, "tsbn: there are ", tasks, " tasks and ", rows->size(0), " rows");
-    std::copy_n(given, tasks, result.begin());
-  } else {
-    std::iota(result.begin(), result.end(), 0);
+// How a task moves its row.
+struct Step {
+  int64_t task, row;
+  double share, unbiased;  // of the batch; what makes the variance unbiased
+};
+
+// Those of the tasks that have values.
+std::vector<Step> steps_of(std::optional<Tensor>& rows, const std::vector<double>& values, double share) {
+  const int64_t tasks = int64_t(values.size());
+  const int64_t* given = rows ? numbers(*rows, "rows") : nullptr;
+  STD_TORCH_CHECK(!rows || rows->size(0) == tasks, "tsbn: there are ", tasks, " tasks and ", rows->size(0), " rows");
+  std::vector<Step> steps;
+  steps.reserve(values.size());
+  for (int64_t task = 0; task < tasks; ++task) {
+    const double count = values[task];
+    STD_TORCH_CHECK(count != 1, "tsbn: task ", task, " has one value per channel");
+    if (count > 0) steps.push_back({task, given == nullptr ? task : given[task], share, count / (count - 1)});
   }
-  return result;
+  return steps;
 }
 
-void check_rows(const Tensor& tensor, const std::vector<int64_t>& rows) {
+void check_rows(const Tensor& tensor, const std::vector<Step>& steps) {
   const int64_t size = tensor.size(0);
-  for (int64_t row : rows) {
-    STD_TORCH_CHECK(row >= 0 && row < size, "tsbn: running statistics have ", size, " rows, and none is ", row);
+  for (const Step& step : steps) {
+    STD_TORCH_CHECK(step.row >= 0 && step.row < size, "tsbn: running statistics have ", size, " rows, and none is ",
+                    step.row);
   }
 }
 
@@ -48,18 +55,18 @@ void move(R* running, const A* batch, int64_t channels, double factor, double sh
 }
 
 // The same for all tasks.
-void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::vector<int64_t>& rows, double factor,
-              const std::vector<double>& shares) {
+void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::vector<Step>& steps, bool unbiased) {
   if (!running) return;
   const int64_t channels = batch.size(1);
   STD_TORCH_CHECK(running->dim() == 2 && running->size(1) == channels && running->is_contiguous(),
                   "tsbn: running statistics must be contiguous [R, ", channels, "]");
-  check_rows(*running, rows);
+  check_rows(*running, steps);
   const auto move_from = [&](const auto* from) {
     with_element_type(*running, [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(running->mutable_data_ptr());
-      for (size_t task = 0; task < rows.size(); ++task) {
-        move(to + rows[task] * channels, from + int64_t(task) * channels, channels, factor, shares[task]);
+      for (const Step& step : steps) {
+        const double factor = unbiased ? step.unbiased : 1;
+        move(to + step.row * channels, from + step.task * channels, channels, factor, step.share);
       }
     });
   };
@@ -70,20 +77,19 @@ void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::ve
 
 }  // namespace
 
-void track(Running running, const Tensor& mean, const Tensor& var, double values) {
-  const std::vector<int64_t> rows = rows_of(running.rows, mean.size(0));
-  std::vector<double> shares(rows.size(), running.momentum.value_or(0));
+void track(Running running, const Tensor& mean, const Tensor& var, const std::vector<double>& values) {
   STD_TORCH_CHECK(running.momentum || running.batches, "tsbn: the cumulative average needs the number of batches");
+  std::vector<Step> steps = steps_of(running.rows, values, running.momentum.value_or(0));
   if (running.batches) {
     int64_t* batches = numbers(*running.batches, "batches");
-    check_rows(*running.batches, rows);
-    for (size_t task = 0; task < rows.size(); ++task) {
-      const int64_t seen = ++batches[rows[task]];
-      if (!running.momentum) shares[task] = 1 / double(seen);
+    check_rows(*running.batches, steps);
+    for (Step& step : steps) {
+      const int64_t seen = ++batches[step.row];
+      if (!running.momentum) step.share = 1 / double(seen);
     }
   }
-  move_all(running.mean, mean, rows, 1, shares);
-  move_all(running.var, var, rows, values / (values - 1), shares);
+  move_all(running.mean, mean, steps, false);
+  move_all(running.var, var, steps, true);
 }
 
 }  // namespace tsbn::cpu

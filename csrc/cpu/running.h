@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace tsbn::cpu {
 
@@ -16,7 +17,8 @@ struct Running {
   std::optional<Tensor> rows;       // int64 [T]: the row of each task; else there are T, in the order of the tasks
 };
 
-// `mean` and `var`, [T, C], are those of a batch with `values` values of each task and channel.
-void track(Running running, const Tensor& mean, const Tensor& var, double values);
+// `mean` and `var`, [T, C], are those of a batch with so many `values` of a channel of each task. One is an error, and a task
+// without values is left alone.
+void track(Running running, const Tensor& mean, const Tensor& var, const std::vector<double>& values);
 
 }  // namespace tsbn::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,10 +13,10 @@ from support.problems import DTYPES, FORMATS, in_memory_format
 from support.tolerances import BACKWARD, FORWARD, STATISTICS, Tolerance, assert_same_bits, assert_within
 from torch import Tensor
 
-from tsbn_kernels import use_backend
+from tsbn_kernels import FusedTSigmaBN1d, use_backend
 from tsbn_kernels.backends import backends
 from tsbn_kernels.definition import mixed_batch_norm as reference
-from tsbn_kernels.definition.options import MixedBackend, Moments, Needs, Options, Saved
+from tsbn_kernels.definition.options import MixedBackend, Moments, Needs, Options, Running, Saved
 from tsbn_kernels.functional import task_batch_norm
 from tsbn_kernels.operator.mixed_ops import eager_operators
 from tsbn_kernels.operator.mixed_parts import Parts, exact_task_sums, joined
@@ -104,6 +105,39 @@ def test_far_means() -> None:
     y = task_batch_norm(x, torch.zeros(T, C), num_tasks=T, task_of_sample=index)
     expected = masked_loop(x.double(), index, torch.full((T, C), 0.5, dtype=torch.float64), None)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_what_the_operator_updates(momentum: float | None, compute: MixedBackend) -> None:
+    """As the definition does beside the forward pass, in every dtype; what is missing is left out."""
+    index, options = torch.tensor([2, 0, 2, 3, 0, 2]), Options(T, 1e-5, "sigmoid", "task_major", "silu")
+    for dtype, kept in zip(DTYPES, (torch.float32, torch.float64, torch.bfloat16, torch.float32), strict=True):
+        x, weight, bias, residual, _ = operands(index, (3,), dtype)
+        plain = compute.mixed_forward_training(x, index, weight, bias, residual, options)
+        mean, var, batches = torch.randn(T, C).to(kept), torch.rand(T, C).to(kept), torch.arange(T)
+        for running in (Running(mean, var, batches, momentum), Running(None, var, batches, momentum), Running()):
+            own = Running(*(v.clone() if isinstance(v, Tensor) else v for v in running))
+            found = compute.mixed_forward_tracked(x, index, weight, bias, residual, own, options)
+            for one, other in zip(found, plain, strict=True):
+                assert_same_bits(one, other)
+            reference.track(running, found.mean, found.var, torch.bincount(index, minlength=T), 3)
+            rtol = max(torch.finfo(kept).eps, 1e-12 if dtype == kept == torch.float64 else 1e-6)
+            torch.testing.assert_close(own, running, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_leaves_the_running_statistics_alone(backend: str) -> None:
+    layer = FusedTSigmaBN1d(T, C)
+    layer(torch.randn(2 * T, C), task_of_sample=torch.arange(T).repeat(2))
+    before = copy.deepcopy(layer.state_dict())
+    bad = {"got 4 for sample 1": [0, 4, 0], "got -1 for sample 2": [0, 0, -1], "one sample of task 2": [1, 2, 1]}
+    for message, index in bad.items():
+        with use_backend(backend), pytest.raises(ValueError, match=message):
+            layer(torch.randn(3, C), task_of_sample=torch.tensor(index))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    with use_backend(backend), pytest.raises(ValueError, match="got 4 for sample 0"):
+        layer.eval()(torch.randn(1, C), task_of_sample=torch.tensor([4]))
 
 
 def test_running_statistics_of_the_tasks_that_take_part() -> None:

@@ -68,16 +68,22 @@ def test_the_native_operator_is_there() -> None:
 
 
 def test_a_forward_pass_of_a_layer_is_one_operator() -> None:
-    """No statistic has an operator of its own, with all tasks and with some, whatever the momentum."""
-    for momentum, tasks in product((0.1, None), (None, torch.tensor([2, 0]))):
+    """Nothing else has an operator, whatever the momentum; but for the rows of some tasks, which are selected."""
+    index = torch.tensor([1, 0, 2, 1, 2, 0, 2])
+    calls: list[tuple[dict[str, Any], int, set[str]]] = [
+        ({}, T * N, {"tsbn::forward_tracked"}),
+        ({"tasks": torch.tensor([2, 0])}, 2 * N, {"tsbn::forward_tracked", "aten::index_select"}),
+        ({"task_of_sample": index}, len(index), {"tsbn::mixed_forward_tracked"}),
+    ]
+    for momentum, (how, rows, expected) in product((0.1, None), calls):
         layer = FusedTSigmaBN1d(T, C, momentum=momentum)
-        x = torch.randn((T if tasks is None else 2) * N, C, requires_grad=True)
+        x = torch.randn(rows, C, requires_grad=True)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            layer(x, tasks=tasks)
+            layer(x, **how)
         names = {event.key for event in profile.key_averages() if event.key.startswith(("tsbn::", "aten::"))}
-        rows = {"aten::index_select"} if tasks is not None else set()
         assert not names & {"aten::lerp_", "aten::add_", "aten::mul", "aten::index_copy_", "aten::reciprocal"}
-        assert {"tsbn::forward_tracked", *rows} <= names
+        assert expected <= names
+        assert "tasks" in how or names == expected
 
 
 @pytest.fixture(params=[0.1, None])

@@ -13,6 +13,8 @@ Each sample is a task of its own here, with one sample and the vectors of its ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,34 @@ def mixed_forward_training(
     return Normalized(
         mixed_forward_eval(Saved(x, weight, bias, residual, mean, var), task_of_sample, options), mean, var
     )
+
+
+def mixed_forward_tracked(
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running,
+    options: Options,
+    train: Callable[..., Normalized] = mixed_forward_training,
+) -> Normalized:
+    """Computes :func:`mixed_forward_training`, by ``train``, and updates the running statistics by those found.
+
+    Raises:
+        RuntimeError: a task has one value per channel; other devices than the CPU raise it later.
+    """
+    samples, positions = samples_of(task_of_sample, options.num_tasks), x.numel() // (x.shape[0] * x.shape[1])
+    if positions == 1:
+        check_values(samples)
+    found = train(x, task_of_sample, weight, bias, residual, options)
+    track(running, found.mean.detach(), found.var.detach(), samples, positions)
+    return found
+
+
+def check_values(values: Tensor) -> None:
+    """Lets the device raise an error where a task has one value per channel; ``values`` are ``[T]``."""
+    torch._assert_async((values != 1).all(), "Expected more than 1 value per task and channel when training")
 
 
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:

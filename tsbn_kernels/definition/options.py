@@ -162,6 +162,22 @@ class MixedBackend(Protocol):
     ) -> Normalized:
         """Normalises each task by the statistics of its own samples."""
 
+    def mixed_forward_tracked(
+        self,
+        x: Tensor,
+        task_of_sample: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        options: Options,
+    ) -> Normalized:
+        """Normalises each task by its own samples, and updates the running statistics of tasks that have some.
+
+        The batch is not empty, the running statistics are contiguous, and their momentum is no tensor. A task with one
+        value per channel is an error.
+        """
+
     def mixed_forward_eval(self, saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
         """Normalises by given statistics."""
 

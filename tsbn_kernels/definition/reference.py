@@ -10,7 +10,12 @@ from tsbn_kernels.definition.batch_norm import (
 )
 from tsbn_kernels.definition.double_backward import double_backward, double_backward_sums
 from tsbn_kernels.definition.layer_norm import layer_norm, layer_norm_backward
-from tsbn_kernels.definition.mixed_batch_norm import mixed_backward, mixed_forward_eval, mixed_forward_training
+from tsbn_kernels.definition.mixed_batch_norm import (
+    mixed_backward,
+    mixed_forward_eval,
+    mixed_forward_tracked,
+    mixed_forward_training,
+)
 
 __all__ = [
     "backward",
@@ -24,6 +29,7 @@ __all__ = [
     "layer_norm_backward",
     "mixed_backward",
     "mixed_forward_eval",
+    "mixed_forward_tracked",
     "mixed_forward_training",
     "moments",
 ]

@@ -316,7 +316,9 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         mixed_checks.check_alone(tasks=(tasks, None), fan_out=(self.fan_out if fan_out is None else fan_out, False))
         if self._stacking_of(x, False) == "task_axis":
             raise ValueError(f"a mixed batch has no task axis; got input of shape {list(x.shape)} and task_of_sample")
-        vectors, _ = self._own_rows(self._vectors(), None)
+        vectors = self._vectors()
+        if self._tasks is not None:
+            vectors, _ = self._own_rows(vectors, None)
         weight, bias, running_mean, running_var, num_batches_tracked = vectors
         training = self.training
         running = _UNTRACKED

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import ACTIVATIONS, EPILOGUES, NONE, TABLE
-from tsbn_kernels.definition.options import Options, of_input
+from tsbn_kernels.definition.options import Options, Running, of_input
 from tsbn_kernels.operator import recover_input as recovery
 
 GATES = ("sigmoid", "identity")
@@ -290,6 +290,20 @@ def check_vector(name: str, vector: Any, x: Tensor, num_tasks: int, channels: in
             f"got {list(vector.shape)}"
         )
     check_device(name, vector, x)
+
+
+def running_of_call(running: Running, x: Tensor, options: Options, channels: int) -> Running:
+    """What a call updates, with a momentum of its kind; raises ValueError, TypeError or RuntimeError."""
+    mean, var, batches, momentum, _ = running
+    if not torch.compiler.is_compiling():
+        if mean is not None:
+            check_written("running_mean", mean)
+        if var is not None:
+            check_written("running_var", var)
+    if momentum is None and batches is not None:
+        return running
+    value = momentum_value(momentum, x, options.num_tasks, channels)
+    return running if value is momentum else running._replace(momentum=value)
 
 
 def check_written(name: str, running: Tensor) -> None:

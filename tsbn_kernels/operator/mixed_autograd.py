@@ -27,8 +27,13 @@ from tsbn_kernels.operator.registry import library
 
 
 def _normalize(compute: MixedBackend, *inputs: Any) -> Normalized:
-    """Returns y and the statistics it was normalised by: those of the batch where none are given."""
-    x, task_of_sample, weight, bias, residual, mean, var, options = inputs
+    """Returns y and the statistics it was normalised by: those of the batch where none are given.
+
+    Those of the batch update the ``running`` ones, where these are not None.
+    """
+    x, task_of_sample, weight, bias, residual, mean, var, running, options = inputs
+    if running is not None:
+        return compute.mixed_forward_tracked(x, task_of_sample, weight, bias, residual, running, options)
     if mean is None:
         return compute.mixed_forward_training(x, task_of_sample, weight, bias, residual, options)
     y = compute.mixed_forward_eval(Saved(x, weight, bias, residual, mean, var), task_of_sample, options)
@@ -36,7 +41,7 @@ def _normalize(compute: MixedBackend, *inputs: Any) -> Normalized:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, var: Tensor, backend: str | None) -> None:
-    x, task_of_sample, weight, bias, residual, given_mean, _, options = inputs
+    x, task_of_sample, weight, bias, residual, given_mean, _, _, options = inputs
     ctx.options, ctx.backend, ctx.training = options, backend, given_mean is None
     ctx.set_materialize_grads(False)
     if options.activation == NONE:  # its derivative does not depend on them
@@ -146,7 +151,11 @@ def _register(name: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         given, options = signature.read(inputs)
         given = {"mean": None, "var": None, **given}
-        operands = (*(given[n] for n in ("x", "task_of_sample", "weight", "bias", "residual", "mean", "var")), options)
+        operands = (
+            *(given[n] for n in ("x", "task_of_sample", "weight", "bias", "residual", "mean", "var")),
+            None,
+            options,
+        )
         mean, var = output[1:] if given["mean"] is None else (given["mean"], given["var"])
         _keep(ctx, operands, mean, var, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,18 +21,10 @@ def check_alone(**options: Any) -> None:
             )
 
 
-def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
-    """How many samples each task has, int64 ``[T]``.
-
-    Which tasks the index names is looked at on the CPU alone: on other devices it would wait for them, and their
-    indexing checks it without.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: the index is no int64 ``[N]`` on the device of x, or names no task.
-    """
+def check_index(task_of_sample: Any, x: Any) -> None:
+    """Raises TypeError, ValueError or RuntimeError where an index is no int64 ``[N]`` on the device of x."""
     checks.check_tensor("x", x)
     checks.check_tensor("task_of_sample", task_of_sample)
-    num_tasks = checks.count("num_tasks", num_tasks)
     if task_of_sample.dtype != torch.int64:
         raise TypeError(f"task_of_sample must be int64, got {task_of_sample.dtype}; convert it with .long()")
     if task_of_sample.dim() != 1 or x.dim() == 0 or task_of_sample.shape[0] != x.shape[0]:
@@ -40,6 +33,19 @@ def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
             f"{list(task_of_sample.shape)}"
         )
     checks.check_device("task_of_sample", task_of_sample, x)
+
+
+def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
+    """How many samples each task has, int64 ``[T]``.
+
+    Which tasks the index names is looked at on the CPU alone: on other devices it would wait for them, and their
+    indexing checks it without.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`check_index` does, or the index names no task.
+    """
+    check_index(task_of_sample, x)
+    num_tasks = checks.count("num_tasks", num_tasks)
     if not _readable(task_of_sample):
         return reference.samples_of(task_of_sample, num_tasks)
     if len(task_of_sample) and not (int(task_of_sample.min()) >= 0 and int(task_of_sample.max()) < num_tasks):
@@ -57,12 +63,24 @@ def check_values(values: Tensor, shape: Any) -> None:
     ``values`` are those of a channel of each task, ``[T]``.
     """
     if not _readable(values):
-        torch._assert_async((values != 1).all(), "Expected more than 1 value per task and channel when training")
+        reference.check_values(values)
     elif alone := (values == 1).nonzero().flatten().tolist():
         raise ValueError(
             f"Expected more than 1 value per task and channel when training, got input size {list(shape)} with one "
             f"sample of task {checks.some(map(str, alone))}; use more samples of it, evaluate_single=True or eval()"
         )
+
+
+def explained(call: Callable[[], Any], task_of_sample: Tensor, x: Tensor, num_tasks: int, training: bool) -> Any:
+    """Returns what a call of operators does, which check the index as they read it; says more of what they raise."""
+    try:
+        return call()
+    except (IndexError, RuntimeError) as error:
+        failure = error
+    samples = samples_of(task_of_sample, x, num_tasks)
+    if training:
+        check_values(samples * (x.numel() // (x.shape[0] * x.shape[1])), x.shape)
+    raise failure
 
 
 def may_be_alone(values: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 ``x``, ``residual`` and ``dy`` are ``[N, C, *]`` with any strides, ``task_of_sample`` is int64 ``[N]``. Parameters and
 statistics are ``[T, C]``, and tell T; statistics are float64 for float64 input, else float32. A gradient that is not
-needed is an empty tensor. The CPU has kernels of its own, and so has Triton for short samples; elsewhere those of equal
-tasks serve (:mod:`tsbn_kernels.operator.mixed_parts`).
+needed is an empty tensor. ``mixed_forward_tracked`` alone changes what it is given, the running statistics: it is for
+eager code, and called below autograd. The CPU has kernels of its own, and so has Triton for short samples; elsewhere
+those of equal tasks serve (:mod:`tsbn_kernels.operator.mixed_parts`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tsbn_kernels.backends import triton
 from tsbn_kernels.backends.plan.mixed import walks
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.operator import ops
 from tsbn_kernels.operator.mixed_parts import Parts
 from tsbn_kernels.operator.registry import Normalization, Operator, chained, library, or_empty
@@ -33,12 +34,15 @@ class MixedOperators(NamedTuple):
     """The functions of a backend, by the names of the operators."""
 
     mixed_forward_training: Callable[..., Any]
+    mixed_forward_tracked: Callable[..., Any]
     mixed_forward_eval: Callable[..., Any]
     mixed_backward: Callable[..., Any]
 
 
 _TENSORS = "Tensor x, Tensor task_of_sample, Tensor weight, Tensor? bias, Tensor? residual"
 _HOW = 'float eps, str gate, str activation="none", float slope=0.0'
+_NO_EPILOGUE = ("none", 0.0)
+_RUNNING = ("running_mean", "running_var", "batches", "momentum")
 _NEEDS = ", ".join(f"bool need_{gradient}=True" for gradient in Needs._fields)
 
 
@@ -49,6 +53,27 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _flat(options: Options) -> tuple[Any, ...]:
     return options.eps, options.gate, options.activation, options.slope
+
+
+def _last(options: Options) -> tuple[Any, ...]:
+    """The options at the end of the arguments, without an epilogue that does nothing: see ``ops.Dispatched``."""
+    flat = _flat(options)
+    return flat[:2] if flat[2:] == _NO_EPILOGUE else flat
+
+
+def _tracked(
+    run: Callable[..., Normalized],
+    options: Options,
+    *,
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    **running: Any,
+) -> Normalized:
+    statistics = Running(*(running[name] for name in _RUNNING))
+    return run(x, task_of_sample, weight, bias, residual, statistics, options)
 
 
 def _eval(run: Callable[..., Tensor], options: Options, *, task_of_sample: Tensor, **saved: Any) -> Tensor:
@@ -89,12 +114,25 @@ class Dispatched:
         residual: Tensor | None,
         options: Options,
     ) -> Normalized:
-        found = self.flat.mixed_forward_training(x, task_of_sample, weight, bias, residual, *_flat(options))
+        found = self.flat.mixed_forward_training(x, task_of_sample, weight, bias, residual, *_last(options))
         return Normalized._make(found)
+
+    def mixed_forward_tracked(
+        self,
+        x: Tensor,
+        task_of_sample: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running,
+        options: Options,
+    ) -> Normalized:
+        flat = *running[:4], *_last(options)
+        return Normalized._make(self.flat.mixed_forward_tracked(x, task_of_sample, weight, bias, residual, *flat))
 
     def mixed_forward_eval(self, saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
         x, *vectors = saved
-        y: Tensor = self.flat.mixed_forward_eval(x, task_of_sample, *vectors, *_flat(options))
+        y: Tensor = self.flat.mixed_forward_eval(x, task_of_sample, *vectors, *_last(options))
         return y
 
     def mixed_backward(
@@ -119,6 +157,11 @@ class _Fake:
     ) -> Normalized:
         mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
         return Normalized(layout.empty_output(x, options), mean, torch.empty_like(mean))
+
+    @staticmethod
+    def mixed_forward_tracked(*operands: Any) -> Normalized:
+        *tensors, _, options = operands
+        return _Fake.mixed_forward_training(*tensors, options)
 
     @staticmethod
     def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
@@ -168,6 +211,11 @@ mixed = _Mixed(
         "mixed_forward_training": Operator(
             f"({_TENSORS}, {_HOW}) -> (Tensor y, Tensor mean, Tensor var)",
             lambda run, options, **tensors: run(**tensors, options=options),
+        ),
+        "mixed_forward_tracked": Operator(
+            f"({_TENSORS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float? momentum,"
+            f" {_HOW}) -> (Tensor y, Tensor mean, Tensor var)",
+            _tracked,
         ),
         "mixed_forward_eval": Operator(f"({_TENSORS}, Tensor mean, Tensor var, {_HOW}) -> Tensor", _eval),
         "mixed_backward": Operator(

@@ -8,6 +8,8 @@ on the order of the samples nor on that of the threads, so the bits of y are tho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -103,6 +105,9 @@ class Parts:
         read = found if options.activation == NONE else Moments(mean.double(), var.double())
         saved = Saved(x, weight, bias, residual, *read)
         return Normalized(self.mixed_forward_eval(saved, task_of_sample, options), mean, var)
+
+    def mixed_forward_tracked(self, *operands: Any) -> Normalized:
+        return definition.mixed_forward_tracked(*operands, train=self.mixed_forward_training)
 
     def mixed_forward_eval(self, saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
         if saved.x.numel() == 0:

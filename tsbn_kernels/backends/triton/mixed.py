@@ -14,6 +14,7 @@ from tsbn_kernels.backends.plan.mixed import plan, work_of
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.backends.triton.passes_mixed import MixedBackward, MixedForward
 from tsbn_kernels.definition import layout
+from tsbn_kernels.definition import mixed_batch_norm as definition
 from tsbn_kernels.definition.activations import NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Options, Saved
@@ -50,6 +51,10 @@ def mixed_forward_training(
     var = torch.empty_like(mean)
     y = _normalize(Saved(x, weight, bias, residual, mean, var), task_of_sample, True, options)
     return Normalized(y, mean, var)
+
+
+def mixed_forward_tracked(*operands: Any) -> Normalized:
+    return definition.mixed_forward_tracked(*operands, train=mixed_forward_training)
 
 
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
