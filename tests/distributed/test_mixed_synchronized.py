@@ -10,10 +10,21 @@ import torch
 from support import ranks
 from support.tolerances import assert_same_bits
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, hold_absent_tasks, recompute_outputs, task_index, use_backend
+from tsbn_kernels import (
+    FusedTSigmaBN1d,
+    FusedTSigmaBN2d,
+    FusedTSigmaLN,
+    hold_absent_tasks,
+    recompute_outputs,
+    shard_tasks,
+    task_index,
+    use_backend,
+)
 
 T, C = 4, 5
 # The tasks of each rank's samples. Task 1 is on one rank alone, task 3 on none until the end; a rank may have nothing.
@@ -164,3 +175,42 @@ def case_training() -> tuple[list[Tensor], list[Tensor]]:
 def test_training_equals_one_process() -> None:
     for got, expected in ranks.run(case_training, 2):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+class Rows(nn.Module):
+    """A layer of samples, and one of several rows of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_samples, self.of_rows = FusedTSigmaBN2d(T, C, bias=True), FusedTSigmaLN(T, 3, bias=True)
+        self.shared = nn.Conv2d(C, C, 1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_rows(self.of_samples(self.shared(x)).flatten(0, 2))  # type: ignore[no-any-return]
+
+
+def case_sharded_and_repeated(reentrant: bool) -> None:
+    """A rank has samples of its own tasks; what a checkpoint repeats gets the index of all tasks, which they shift."""
+    model, whole = (Rows().double() for _ in range(2))
+    whole.load_state_dict(model.state_dict())
+    shard_tasks(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tasks",)))
+    index = torch.tensor([2, 0, 3, 1, 1, 2, 0, 3])
+    mine = (index // 2 == distributed.get_rank()).nonzero().flatten()
+    x, dy = torch.randn(8, C, 2, 3).double(), torch.randn(8 * C * 2, 3).double()
+    found = []
+    for module, rows in ((model, mine), (whole, torch.arange(8))):
+        own = x[rows].requires_grad_()
+        with task_index(index[rows]):
+            y = checkpoint(module, own, use_reentrant=reentrant) if module is model else module(own)
+        y.backward(dy.unflatten(0, (8, -1))[rows].flatten(0, 1))  # the context has ended
+        gradients = [parameter.grad for parameter in module.parameters()]
+        dx = own.grad if module is model else own.grad[mine]  # type: ignore[index]
+        found.append([dx, *(getattr(one, "full_tensor", lambda one=one: one)() for one in gradients)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_sharded_layers_of_samples_and_rows(reentrant: bool) -> None:
+    ranks.run(case_sharded_and_repeated, 2, reentrant)
