@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import instruction_sets, threads
-from support.problems import DTYPES, FORMATS, STACKINGS, Problem, defined, fill_cache_with_nan, problem, stack
-from support.tolerances import BACKWARD, STATISTICS, Tolerance, assert_same_bits, assert_within
+from support.backends import BACKENDS, instruction_sets, on_backend, threads
+from support.problems import DTYPES, FORMATS, STACKINGS, fill_cache_with_nan, problem, stack
+from support.tolerances import assert_same_bits
+from support.twice import assert_equals_definition, call_of, cut_out, make_call
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,13 +48,19 @@ CASES: list[dict[str, Any]] = [
     {"mixed": True},
     {"mixed": True, "activation": "silu", "training": False},
     {"mixed": True, "activation": "relu", "memory_format": "channels_last"},
+    *({"backend": "triton", "memory_format": f, "activation": "silu"} for f in FORMATS),
+    {"backend": "triton", "training": False, "gate": "identity"},
+    {"backend": "triton", "fan_out": True, "activation": "relu"},
+    {"backend": "triton", "mixed": True, "activation": "relu"},
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_that_of_the_definition_through_autograd(case: dict[str, Any]) -> None:
     """In float64 to 1e-10, with a learned bias, and with a residual where an activation follows."""
-    case = {"training": True, "activation": None, "fan_out": False, "mixed": False} | case
+    case = {"training": True, "activation": None, "fan_out": False, "mixed": False, "backend": "native"} | case
+    if case["backend"] not in BACKENDS:
+        pytest.skip("Triton is not installed")
     named = {name: case[name] for name in ("stacking", "memory_format", "gate") if name in case}
     p = problem(T, N, C, SPATIAL, dtype=torch.float64, **named)
     assert p.bias is not None
@@ -82,8 +89,9 @@ def test_is_that_of_the_definition_through_autograd(case: dict[str, Any]) -> Non
         return reference.forward_eval(reference.Saved(x, weight, bias, residual, *found), options)
 
     operands = x, p.weight, p.bias, torch.randn_like(p.dy)
-    found, expected = (by_autograd(call, operands, p.dy) for call in (ours, definition))
-    for got, wanted in zip(found, expected, strict=True):
+    with on_backend(case["backend"]):
+        found = by_autograd(ours, operands, p.dy)
+    for got, wanted in zip(found, by_autograd(definition, operands, p.dy), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -122,16 +130,6 @@ def test_third_derivative(activation: str | None) -> None:
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 
-def operands_of(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ddx = torch.randn(p.x.shape, generator=generator).to(p.dy)
-    if p.x.stride() != p.x.contiguous().stride():
-        ddx = torch.empty_like(p.x).copy_(ddx)
-    mean = reference.statistics(p.x, Options(p.num_tasks, p.eps, p.gate, p.stacking)).mean
-    factors = torch.randn(7, *p.weight.shape, generator=generator).to(mean.dtype)
-    return ddx, p.dy, mean, factors
-
-
 # T, N, C, spatial: tails of every vector width, several blocks and chunks, and many groups.
 SIZES = [(1, 1, 1, (2,)), (3, 7, 13, ()), (2, 3, 65, (7,)), (3, 2, 5, (31, 33)), (1, 2, 2, (4099,)), (1, 130, 17, (9,))]
 
@@ -142,38 +140,33 @@ SIZES = [(1, 1, 1, (2,)), (3, 7, 13, ()), (2, 3, 65, (7,)), (3, 2, 5, (31, 33)),
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernels(size: tuple[int, int, int, tuple[int, ...]], memory_format: str, dtype: torch.dtype) -> None:
     """Every instruction set, within the tolerances of the layer; no value is left out or written twice."""
-    p = problem(*size, dtype=dtype, memory_format=memory_format, stacking="sample_major")
-    ddx, dy, mean, factors = operands_of(p)
-    how = p.num_tasks, p.stacking
-    wide = (ddx.double(), dy.double(), p.x.double(), mean.double())
-    sums, results = defined.double_backward_sums(*wide, *how), defined.double_backward(*wide, factors.double(), *how)
-    values = p.x.numel() // p.weight.numel()
-    fill_cache_with_nan(p.x)
+    call = make_call(*size, dtype=dtype, memory_format=memory_format, stacking="sample_major")
+    fill_cache_with_nan(call.x)
     for name in instruction_sets():
         cpu.set_instruction_set(name)
         try:
-            found = torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean, *how)
-            outputs = torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors, *how)
+            assert_equals_definition(call, torch.ops.tsbn)
+            assert [gradient.stride() for gradient in call.gradients(torch.ops.tsbn)] == [call.x.stride()] * 2
         finally:
             cpu.set_instruction_set("")
-        assert_within(found, sums, Tolerance(STATISTICS[dtype], 1), scale=max(1.0, values**0.5) * 8)
-        for got, wanted in zip(outputs, results, strict=True):
-            assert got.dtype == dtype
-            assert got.stride() == p.x.stride()
-            assert_within(got, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_operands_that_lie_apart(memory_format: str) -> None:
+    for stacking in STACKINGS:
+        call = make_call(3, 4, 5, (3, 3), memory_format=memory_format, stacking=stacking)
+        assert_equals_definition(cut_out(call), torch.ops.tsbn)
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_same_bits_for_every_number_of_threads(memory_format: str) -> None:
-    p = problem(2, 16, 4, (60, 60), dtype=torch.bfloat16, memory_format=memory_format)
-    ddx, dy, mean, factors = operands_of(p)
+    call = make_call(2, 16, 4, (60, 60), dtype=torch.bfloat16, memory_format=memory_format)
     results = []
     for count in (1, 2, 3):
         with threads(count):
-            sums = torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean, p.num_tasks, p.stacking)
-            outputs = torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors, p.num_tasks, p.stacking)
-            results.append((sums, *outputs))
+            results.append((call.sums(torch.ops.tsbn), *call.gradients(torch.ops.tsbn)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)
@@ -182,22 +175,21 @@ def test_same_bits_for_every_number_of_threads(memory_format: str) -> None:
 @pytest.mark.parametrize("stacking", STACKINGS)
 def test_opcheck(stacking: str) -> None:
     for memory_format in FORMATS:
-        p = problem(2, 2, 3, (2, 2), stacking=stacking, memory_format=memory_format)
-        ddx, dy, mean, factors = operands_of(p)
-        torch.library.opcheck(torch.ops.tsbn.double_backward_sums.default, (ddx, dy, p.x, mean, 2, stacking))
-        torch.library.opcheck(torch.ops.tsbn.double_backward.default, (ddx, dy, p.x, mean, factors, 2, stacking))
+        *read, factors, num_tasks, stacking = make_call(2, 2, 3, (2, 2), stacking=stacking, memory_format=memory_format)
+        torch.library.opcheck(torch.ops.tsbn.double_backward_sums.default, (*read, num_tasks, stacking))
+        torch.library.opcheck(torch.ops.tsbn.double_backward.default, (*read, factors, num_tasks, stacking))
 
 
 @pytest.mark.usefixtures("native")
 def test_errors_say_what_was_expected() -> None:
-    p = problem()
-    ddx, dy, mean, factors = operands_of(p)
-    with pytest.raises(RuntimeError, match=r"factors must be contiguous.* of shape \[7, 3, 5\]"):
-        torch.ops.tsbn.double_backward(ddx, dy, p.x, mean, factors[:6], 3, p.stacking)
+    call = call_of(problem())
+    for factors in (call.factors[:6], call.factors.double(), call.factors.mT.contiguous().mT, call.factors[:, 1:]):
+        with pytest.raises(RuntimeError, match=r"factors must be contiguous.* of shape \[7, 3, 5\]"):
+            call._replace(factors=factors).gradients(torch.ops.tsbn)
     with pytest.raises(RuntimeError, match="ddx must have the shape of y"):
-        torch.ops.tsbn.double_backward_sums(ddx[1:], dy, p.x, mean, 3, p.stacking)
+        call._replace(ddx=call.ddx[1:]).sums(torch.ops.tsbn)
     with pytest.raises(RuntimeError, match=r"mean must have shape \[3, 5\]"):
-        torch.ops.tsbn.double_backward_sums(ddx, dy, p.x, mean[1:], 3, p.stacking)
+        call._replace(mean=call.mean[1:]).sums(torch.ops.tsbn)
 
 
 # ---- parts and memory ------------------------------------------------------------------------------------------------

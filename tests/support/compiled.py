@@ -31,6 +31,8 @@ OUTPUTS = {
     "backward_slab": ("dx", "dresidual", "dweight", "dbias"),
     "backward_partial": ("partials", "dx", "dresidual"),
     "backward_apply": ("dx", "dresidual", "dweight", "dbias"),
+    "double_backward_partial": ("partials",),
+    "double_backward_apply": ("ddy", "dx"),
     "fan_out_slab": ("y", "mean", "var"),
     "fan_out_apply": ("y", "mean", "var"),
     "fan_out_gather": ("dx", "dresidual", "dweight", "dbias", "partials"),
@@ -66,7 +68,7 @@ def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report
     compiled, values = compile_call(call, target)
     made, kernel = compiled.metadata, call.launch.kernel
     named = dict(zip(call.launch.function.arg_names, call.arguments, strict=False))
-    given = kernel.endswith("_apply") and named["partials"] is None  # statistics that are read, not written
+    given = kernel.endswith("_apply") and named.get("partials") is None  # statistics that are read, not written
     written = [named[name] for name in OUTPUTS[kernel] if not (given and name in ("mean", "var"))]
     outputs = {id(value.data if isinstance(value, tuple) else value) for value in written}
     if "gathered" in named:
@@ -140,7 +142,7 @@ def break_kernel(module: str, text: str, broken: str, folder: Path, monkeypatch:
             code = code.replace(text, broken)
         (folder / package / source.name).write_text(code)
     monkeypatch.syspath_prepend(folder)
-    for part in ("forward", "backward", "fan_out", "layer_norm", "mixed"):
+    for part in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed"):
         monkeypatch.setattr(launches, part, importlib.import_module(f"{package}.{part}"))
 
 

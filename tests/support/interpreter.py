@@ -37,7 +37,7 @@ from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.triton import launch, ops
 from tsbn_kernels.backends.triton import passes as backend_passes
 from tsbn_kernels.backends.triton.passes import Pass
-from tsbn_kernels.operator.ops import flat
+from tsbn_kernels.operator.ops import flat, operators
 
 PACKAGE = "tsbn_kernels.backends.triton.kernels"
 
@@ -198,6 +198,7 @@ class Kernels(NamedTuple):
     running: Any
     forward: Any
     backward: Any
+    double_backward: Any
     fan_out: Any
     layer_norm: Any
     mixed: Any
@@ -228,7 +229,7 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
     loaded = kernels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Builder, "overflow", overflow)
-        for name in ("forward", "backward", "fan_out", "layer_norm", "mixed"):
+        for name in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed"):
             patch.setattr(launch, name, getattr(loaded, name))
         patch.setattr(backend_passes, "activations", loaded.activations)
         patch.setattr(ops, "forwards", {})
@@ -243,7 +244,7 @@ def dispatched(device: Device, overflow: bool = False) -> Iterator[None]:
     library = torch.library.Library("tsbn", "IMPL")
     with interpreted(device, overflow):
         try:
-            for name, operator in flat(ops)._asdict().items():
+            for name, operator in flat(operators("triton"))._asdict().items():
                 library.impl(name, operator, "CPU", allow_override=True)
             yield
         finally:

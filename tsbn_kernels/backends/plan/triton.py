@@ -260,10 +260,17 @@ def _resident_tile(work: Work, device: Device) -> Tile | None:
 def _tile(work: Work, device: Device) -> Tile:
     """The tile of at most a quarter of a block's threads that covers a slab with the least waste."""
     most = device.block_threads // 4 * _values_per_thread(work, "streaming")
+    if work.family == "columns" and work.gathers:  # long tiles: each leaves two sums a channel and a task
+        widest, narrowest = _channel_blocks(work)
+        b = max(narrowest, widest // 2)
+        return min(2 * most // b, power(work.values)), b
+    return covering_tile(work, most)
+
+
+def covering_tile(work: Work, most: int) -> Tile:
+    """The tile of at most so many values that covers a slab with the least waste."""
     if work.family == "columns":
-        b, narrowest = _channel_blocks(work)
-        if work.gathers:  # long tiles: each leaves two sums a channel and a task
-            most, b = 2 * most, max(narrowest, b // 2)
+        b, _ = _channel_blocks(work)
         return min(most // b, power(work.values)), b
 
     def cost(tile: Tile) -> tuple[int, int]:
@@ -288,10 +295,7 @@ def _channel_blocks(work: Work) -> tuple[int, int]:
 
 def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int = 0) -> Plan:
     a, b = tile
-    if work.family == "columns":
-        slabs, tiles = work.streams * ceil(work.channels, b), ceil(work.values, a)
-    else:
-        slabs, tiles = work.streams * work.channels, ceil(work.samples, a) * ceil(work.positions, b)
+    slabs, tiles = slabs_and_tiles(work, tile)
     # A thread of a full block has 64 registers: enough for rows, too few for columns.
     most = device.block_threads // 2 if work.family == "columns" else _most_threads(work, device)
     threads = warps * device.warp if warps else max(device.warp, min(a * b // _values_per_thread(work, variant), most))
@@ -302,6 +306,14 @@ def _plan(work: Work, device: Device, variant: Variant, tile: Tile, warps: int =
         32 * threads * work.gathers,  # where half precision and the sum in float32 change places between threads
     )
     return TritonPlan(work, device, variant, slabs, tile, tiles, warps, registers, shared_bytes)
+
+
+def slabs_and_tiles(work: Work, tile: Tile) -> tuple[int, int]:
+    """The number of slabs, and of the tiles of each."""
+    a, b = tile
+    if work.family == "columns":
+        return work.streams * ceil(work.channels, b), ceil(work.values, a)
+    return work.streams * work.channels, ceil(work.samples, a) * ceil(work.positions, b)
 
 
 def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
