@@ -39,7 +39,7 @@ def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
     told = json.loads(
         program("import json\nfrom support import launches\nprint(json.dumps(launches.main(driver)))")[-1]
     )
-    assert len(told["kernels"]) == 14
+    assert len(told["kernels"]) == 16
     variants = {"resident", "split", "elementwise"}
     kinds = {
         f"{family} {direction} {variant}{how}"

@@ -16,6 +16,7 @@ from benchmarks.hot_paths.fake_driver import STREAM, Driver
 from support.epilogues import Call, backward, forward, make_call
 from support.layer_problems import layer_problem
 from support.layer_problems import run as layer_pass
+from support.twice import make_call as make_second_call
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.backends.triton.launch import Launch
@@ -175,6 +176,10 @@ def of_rows() -> None:
             twice(lambda: layer_problem(2, samples, (9,), (100,), **form), lambda p: layer_pass(p, TRITON_ROWS))  # noqa: B023
 
 
+def second_derivatives() -> None:
+    twice(lambda: make_second_call(2, 6, 4, (4, 4)), lambda call: (call.sums(TRITON), call.gradients(TRITON)))
+
+
 def far_apart() -> None:
     """Strides of more than 32 bits, which no tensor of this machine has."""
     for stride in (1 << 33, (1 << 33) + 1):
@@ -195,6 +200,7 @@ def main(driver: Driver) -> dict[str, Any]:
     joined()
     tracked()
     of_rows()
+    second_derivatives()
     far_apart()
     assert judge.first == judge.again, f"launched but once: {judge.first - judge.again}"
     return {"kernels": sorted(judge.first), "kinds": names, "launches": driver.launches}

@@ -57,10 +57,15 @@ def call_of(p: Problem) -> Call:
 
 def cut_out(call: Call) -> Call:
     """The call with operands that lie in three ways among NaN: their first dimensions have strides of their own."""
-    ddx, dy, x = (
-        torch.cat([t.unsqueeze(1), torch.full_like(t, torch.nan).unsqueeze(1).expand(-1, k, *t.shape[1:])], 1)[:, 0]
-        for k, t in enumerate((call.ddx, call.dy, call.x), 1)
-    )
+
+    def among_nan(tensor: Tensor, others: int) -> Tensor:
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # the first dimension is outermost
+        dense = tensor.permute(order).unsqueeze(1)
+        nothing = torch.full_like(dense, torch.nan).expand(-1, others, *dense.shape[2:])
+        return torch.cat([dense, nothing], 1)[:, 0].permute([order.index(axis) for axis in range(tensor.dim())])
+
+    ddx, dy, x = (among_nan(tensor, k) for k, tensor in enumerate((call.ddx, call.dy, call.x), 1))
+    assert ddx.stride()[1:] == call.ddx.stride()[1:]
     return call._replace(ddx=ddx, dy=dy, x=x)
 
 

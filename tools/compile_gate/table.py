@@ -31,7 +31,8 @@ from benchmarks.profile.compile_offline import (
     specialize,
 )
 from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
-from tools.compile_gate import layer_norm, mixed
+from tools.compile_gate import double_backward, layer_norm, mixed
+from tools.compile_gate.double_backward import LaidOutTwice
 from tools.compile_gate.layer_norm import LaidOutRows
 from tools.compile_gate.mixed import LaidOutMix
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
@@ -169,7 +170,7 @@ class LaidOut:
 class Asked:
     """A kernel that a layer asks for, and the plan that asks."""
 
-    layer: LaidOut | LaidOutRows | LaidOutMix
+    layer: LaidOut | LaidOutTwice | LaidOutRows | LaidOutMix
     pass_: str
     plan: Plan
     call: Call
@@ -202,6 +203,10 @@ def asked(target: str) -> list[Asked]:
         whole = batch.plan(pass_, DEVICES[TARGETS[target]])
         for call in batch.calls(whole):
             found.setdefault(specialize(call, target).key, Asked(batch, pass_, whole, call))
+    for twice in double_backward.LAYERS:
+        both = twice.plan(DEVICES[TARGETS[target]])
+        for call in twice.calls(both):
+            found.setdefault(specialize(call, target).key, Asked(twice, "double backward", both, call))
     return list(found.values())
 
 

@@ -19,7 +19,8 @@ def double_backward_sums(ddx: Tensor, dy: Tensor, x: Tensor, mean: Tensor, optio
         return reference.double_backward_sums(ddx, dy, x, mean, options)
     run, read = _prepare(ddx, dy, x, options)
     with ops.on_device(x.device):
-        return run.sums(*read, mean.contiguous())
+        sums: Tensor = run.sums(*read, mean.contiguous())
+    return sums
 
 
 def double_backward(
@@ -29,7 +30,8 @@ def double_backward(
         return reference.double_backward(ddx, dy, x, mean, factors, options)
     run, read = _prepare(ddx, dy, x, options)
     with ops.on_device(x.device):
-        return run.gradients(*read, mean.contiguous(), factors.contiguous())
+        gradients: tuple[Tensor, Tensor] = run.gradients(*read, mean.contiguous(), factors.contiguous())
+    return gradients
 
 
 def _prepare(ddx: Tensor, dy: Tensor, x: Tensor, options: Options) -> tuple[DoubleBackward, Read]:
