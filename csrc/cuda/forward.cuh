@@ -9,13 +9,20 @@ template <class A> struct ForwardFactors {
   A center, scale, offset;
 };
 
+template <class A> struct Parameters {
+  A gate = 0, bias = 0;
+
+  __device__ Parameters() {}
+  __device__ Parameters(const Params& p, int64_t t, int64_t c)
+      : gate(Gate<A>(load_parameter<A>(p.weight_data, p.n.weight, t, c), p.n.sigmoid).value),
+        bias(load_bias<A>(p, t, c)) {}
+};
+
 // From the statistics of a channel to its factors; the mean is center + `lost`.
 template <class A>
-__device__ ForwardFactors<A> forward_factors(const Params& p, int64_t t, int64_t c, A center, A lost, A var) {
-  const Gate<A> gate(load_parameter<A>(p.weight_data, p.n.weight, t, c), p.n.sigmoid);
-  const A bias = load_bias<A>(p, t, c);
-  const A scale = gate.value * (A(1) / sqrt(var + A(p.eps)));
-  return {center, scale, bias - lost * scale};
+__device__ ForwardFactors<A> forward_factors(const Params& p, const Parameters<A>& own, A center, A lost, A var) {
+  const A scale = own.gate * (A(1) / sqrt(var + A(p.eps)));
+  return {center, scale, own.bias - lost * scale};
 }
 
 // The second pass with an epilogue: a piece of x is read once for the outputs of all its tasks.
@@ -70,7 +77,14 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const 
   const uint32_t tasks = kEpilogue ? uint32_t(p.n.tasks) : 1;
   Slot<T, V>* kept = walk.kept(tasks);
   const uint32_t resident = uint32_t(p.n.resident);
+  const uint32_t width = walk.width();
   Moments<A> total;
+  Parameters<A> own_parameters;  // loaded here, so that nobody waits for them behind the last barrier
+  if constexpr (!kEpilogue) {
+    const int64_t channel = walk.first_channel() + threadIdx.x;
+    const bool owns = threadIdx.x < width && channel < p.n.channels && !(p.n.phases & kSpill);
+    if (owns) own_parameters = Parameters<A>(p, walk.task, channel);
+  }
 
   if (p.n.phases & kReduce) {
     Running<A, V, CH> running;
@@ -110,10 +124,10 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const 
   if (p.n.phases & kCombine) total = walk.template combine<Moments<A>>();
 
   ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>();
-  const auto find_factors = [&](uint32_t i, int64_t task, int64_t channel) {
+  const auto find_factors = [&](uint32_t i, int64_t task, int64_t channel, const Parameters<A>& own) {
     if (p.n.training) {
       const A mean = total.shift + total.rest, var = total.squares / A(p.n.positions);
-      factors[i] = forward_factors(p, task, channel, mean, (total.shift - mean) + total.rest, var);
+      factors[i] = forward_factors(p, own, mean, (total.shift - mean) + total.rest, var);
       if (walk.part == 0) {
         static_cast<A*>(p.first)[task * p.n.channels + channel] = mean;
         static_cast<A*>(p.second)[task * p.n.channels + channel] = var;
@@ -121,10 +135,9 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const 
     } else {
       const A mean = load_parameter<A>(p.mean_data, p.n.mean, task, channel);
       const A var = load_parameter<A>(p.var_data, p.n.var, task, channel);
-      factors[i] = forward_factors(p, task, channel, mean, A(0), var);
+      factors[i] = forward_factors(p, own, mean, A(0), var);
     }
   };
-  const uint32_t width = walk.width();
   if constexpr (kEpilogue) {
     Moments<A>* shared = walk.template states<Moments<A>>();  // so that all threads work on the tasks' factors
     if (threadIdx.x < width) shared[threadIdx.x] = total;
@@ -132,11 +145,12 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const 
     for (uint32_t i = threadIdx.x; i < tasks * width; i += blockDim.x) {
       const int64_t channel = walk.first_channel() + i % width;
       total = shared[i % width];
-      if (channel < p.n.channels) find_factors(i, walk.task + i / width, channel);
+      const int64_t task = walk.task + i / width;
+      if (channel < p.n.channels) find_factors(i, task, channel, Parameters<A>(p, task, channel));
     }
   } else {
     const int64_t channel = walk.first_channel() + threadIdx.x;
-    if (threadIdx.x < width && channel < p.n.channels) find_factors(threadIdx.x, walk.task, channel);
+    if (threadIdx.x < width && channel < p.n.channels) find_factors(threadIdx.x, walk.task, channel, own_parameters);
   }
   __syncthreads();
 

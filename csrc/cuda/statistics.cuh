@@ -143,21 +143,39 @@ __device__ inline void cluster_wait() {}
 template <class S> __device__ S from_rank(const S* mine, unsigned) { return *mine; }
 #endif
 
-// Merges `count` states of each of `width` channels, in order, into the threads below `width`. All threads fetch, a batch
-// at a time, so that the latency of far memory is paid once. `area` has room for one state for each warp and channel.
+// Merges `count` states of each of `width` channels into the threads below `width`. Each thread fetches its share, a few
+// at a time, so that the latency of far memory is paid once; lanes merge by halves, at last the warps that have something
+// do. `area` has room for one state for each warp and channel; `fetch` may read it.
 template <class State, class Fetch>
-__device__ State merge_in_order(State* area, uint32_t width, uint32_t count, Fetch fetch) {
-  const uint32_t batch = blockDim.x / 32;
+__device__ State merge_states(State* area, uint32_t width, uint32_t count, Fetch fetch) {
+  constexpr uint32_t U = 4;
+  const uint32_t groups = blockDim.x / width, group = threadIdx.x / width, channel = threadIdx.x % width;
   State total;
-  for (uint32_t first = 0; first < count; first += batch) {
-    const uint32_t n = count - first < batch ? count - first : batch;
-    for (uint32_t i = threadIdx.x; i < n * width; i += blockDim.x) area[i] = fetch(first + i / width, i % width);
-    __syncthreads();
-    if (threadIdx.x < width) {
 #pragma unroll 1
-      for (uint32_t k = 0; k < n; ++k) total = merge(total, area[k * width + threadIdx.x]);
+  for (uint32_t first = group; first < count; first += U * groups) {
+    State some[U];
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      if (first + u * groups < count) some[u] = fetch(first + u * groups, channel);
     }
-    __syncthreads();
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) total = merge(total, some[u]);
+  }
+  const uint32_t held = (count < groups ? count : groups) * width;  // threads that have merged something
+  const uint32_t lanes = held > threadIdx.x / 32 * 32 ? held - threadIdx.x / 32 * 32 : 0;
+#pragma unroll 1
+  for (uint32_t by = 16; by >= width; by /= 2) {
+    if (by < lanes) total = merge(total, shuffle_down(total, by));
+  }
+  const uint32_t span = width < 32 ? 32 : width, piece = threadIdx.x / span, place = threadIdx.x % span;
+  const uint32_t pieces = (held + span - 1) / span;
+  if (pieces == 1) return total;
+  __syncthreads();  // of `area` all has been fetched
+  if (piece < pieces && place < width) area[piece * width + place] = total;
+  __syncthreads();
+  if (threadIdx.x < width) {
+#pragma unroll 1
+    for (uint32_t k = 1; k < pieces; ++k) total = merge(total, area[k * width + threadIdx.x]);
   }
   return total;
 }
@@ -175,17 +193,13 @@ __device__ State reduce(const R& running, State* area, int log_lanes, uint32_t c
     if (lane < 1u << log_lanes) area[warp * width + lane * CH + c] = s;
   }
   __syncthreads();
-  State total;
-  if (threadIdx.x < width) {
-#pragma unroll 1
-    for (uint32_t w = 0; w < warps; ++w) total = merge(total, area[w * width + threadIdx.x]);
-  }
+  State total = merge_states(area, width, warps, [&](uint32_t w, uint32_t c) { return area[w * width + c]; });
   if (cluster > 1) {
     State* mine = area + warps * width;
     if (threadIdx.x < width) mine[threadIdx.x] = total;
     cluster_arrive();
     cluster_wait();
-    total = merge_in_order(area, width, cluster, [&](uint32_t rank, uint32_t c) { return from_rank(mine + c, rank); });
+    total = merge_states(area, width, cluster, [&](uint32_t rank, uint32_t c) { return from_rank(mine + c, rank); });
     cluster_arrive();  // others may still read `mine`: kernels wait before they end
   }
   return total;

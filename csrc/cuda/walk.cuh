@@ -122,8 +122,8 @@ template <class T, int V, int CH> struct Walk {
   }
   template <class State> __device__ State combine() const {
     const State* from = static_cast<const State*>(p.partial) + slab * p.n.parts * width();
-    return merge_in_order(states<State>(), width(), uint32_t(p.n.parts),
-                          [&](uint32_t k, uint32_t c) { return from[k * width() + c]; });
+    return merge_states(states<State>(), width(), uint32_t(p.n.parts),
+                        [&](uint32_t k, uint32_t c) { return from[k * width() + c]; });
   }
   // Blocks that share a slab exchange their states through a cluster, or else through two launches.
   __device__ uint32_t cluster() const {

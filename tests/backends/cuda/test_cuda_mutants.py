@@ -57,8 +57,8 @@ VIOLATIONS = {
         "streaming", 1, EVEN, ("unwritten read", "race"),
     ),
     "no barrier between the factors and their use": (
-        "walk.task, channel);\n  }\n  __syncthreads();",
-        "walk.task, channel);\n  }\n",
+        "own_parameters);\n  }\n  __syncthreads();",
+        "own_parameters);\n  }\n",
         "streaming", 1, EVEN, ("unwritten read", "race"),
     ),
     "no barrier of the cluster before its states are read": (
@@ -94,6 +94,11 @@ VIOLATIONS = {
         "p.partial) + int64_t(blockIdx.x) * width();", "p.partial) + int64_t(blockIdx.x + 1) * width();",
         "split", 3, EVEN, ("bounds", "race"),
     ),
+    "no barrier between what two warps have merged and its merge": (
+        "= total;\n  __syncthreads();\n  if (threadIdx.x < width) {\n#pragma unroll 1\n    for (uint32_t k = 1;",
+        "= total;\n  if (threadIdx.x < width) {\n#pragma unroll 1\n    for (uint32_t k = 1;",
+        "split", 40, EVEN, ("unwritten read", "race"),
+    ),
 }  # fmt: skip
 
 
@@ -114,6 +119,7 @@ def test_violation(name: str) -> None:
 WRONG = {
     "a shuffle over the wrong distance": ("for (int by = 16; by >=", "for (int by = 8; by >="),
     "a share of the wrong side": ("share = quotient(b.count, count);", "share = quotient(a.count + 1, count);"),
+    "half of the lanes that have merged": ("if (by < lanes)", "if (by < lanes / 2)"),
     "the last part is not merged": ("area, width, cluster, [&]", "area, width, cluster - 1, [&]"),
     "a remainder with the wrong sign": ("(total.shift - mean) + total.rest", "(mean - total.shift) - total.rest"),
 }
