@@ -30,7 +30,7 @@ template <class T, int V, int CH> struct Staged {
     const Params& p = walk.p;
     dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
     const int64_t steps = (p.n.part_slots + blockDim.x - 1) / blockDim.x;
-    mine = static_cast<A*>(p.staged) + blockIdx.x * steps * blockDim.x * V + threadIdx.x * kPiece;
+    mine = static_cast<A*>(p.staged) + walk.block * steps * blockDim.x * V + threadIdx.x * kPiece;
   }
   template <class At> __device__ void put(uint32_t k, const At& at, const A (&h)[V]) const {
     if constexpr (kInPlace) {
@@ -195,7 +195,7 @@ template <class T, int V, int CH> __device__ void backward_fan_out(const Params&
     if (p.n.phases & kReduce) {
       for (uint32_t w = 0; w < warps; ++w) total = merge(total, sums[w * all + i]);
     }
-    if (p.n.phases & kSpill) partial[int64_t(blockIdx.x) * all + i] = total;
+    if (p.n.phases & kSpill) partial[int64_t(walk.block) * all + i] = total;
     if (p.n.phases & kCombine) {
       for (uint32_t k = 0; k < uint32_t(p.n.parts); ++k) total = merge(total, partial[(walk.slab * p.n.parts + k) * all + i]);
     }

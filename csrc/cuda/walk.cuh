@@ -22,6 +22,7 @@ template <class T, int V, int CH> struct Walk {
   static constexpr bool kMasks = V > 1 && CH == 1;
 
   const Params& p;
+  uint32_t block;               // the second launch of a split begins with the slabs that L2 still holds: the last ones
   int64_t slab, task, channel;  // channel: this thread's first
   uint32_t part, mine;          // mine: slots of this thread
   int64_t outer;                // of the block's first slot
@@ -29,8 +30,9 @@ template <class T, int V, int CH> struct Walk {
 
   __device__ explicit Walk(const Params& p) : p(p) {
     const Numbers& n = p.n;
-    slab = blockIdx.x / uint32_t(n.parts);
-    part = blockIdx.x % uint32_t(n.parts);
+    block = n.phases & kCombine ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    slab = block / uint32_t(n.parts);
+    part = block % uint32_t(n.parts);
     task = slab / n.tiles;
     channel = (slab % n.tiles) * (CH << n.log_lanes) + (threadIdx.x & ((1u << n.log_lanes) - 1)) * CH;
 
@@ -117,7 +119,7 @@ template <class T, int V, int CH> struct Walk {
 
   // The parts' states between the two launches of a split: [slab][part][channel].
   template <class State> __device__ void spill(const State& total) const {
-    State* to = static_cast<State*>(p.partial) + int64_t(blockIdx.x) * width();
+    State* to = static_cast<State*>(p.partial) + int64_t(block) * width();
     if (threadIdx.x < width()) to[threadIdx.x] = total;
   }
   template <class State> __device__ State combine() const {

@@ -91,7 +91,7 @@ VIOLATIONS = {
         "resident", 1, EVEN, ("bounds", "race", "unwritten read"),
     ),
     "a part left out of the partial buffer": (
-        "p.partial) + int64_t(blockIdx.x) * width();", "p.partial) + int64_t(blockIdx.x + 1) * width();",
+        "p.partial) + int64_t(block) * width();", "p.partial) + int64_t(block + 1) * width();",
         "split", 3, EVEN, ("bounds", "race"),
     ),
     "no barrier between what two warps have merged and its merge": (
