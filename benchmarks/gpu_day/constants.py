@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from unittest import mock
 
-from tsbn_kernels.backends.plan import cuda, triton
+from tsbn_kernels.backends.plan import cuda, expect, triton
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ CONSTANTS = {
         Constant(triton, "TILES_PER_PROGRAM", (1, 2, 4, 8)),
         Constant(triton, "TILE_OVERHEAD", (0, 256, 512, 1024, 2048)),
     ),
-    "cuda": tuple(_times(cuda, name) for name in ("LAUNCH_SECONDS", "BUBBLE_SECONDS", "LATENCY_SECONDS")),
+    "cuda": tuple(_times(expect, name) for name in ("LAUNCH_SECONDS", "EXCHANGE_SECONDS", "LATENCY_SECONDS")),
 }
 
 

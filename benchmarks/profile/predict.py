@@ -11,6 +11,7 @@ from rich.table import Table
 from benchmarks.records.workloads import ITEM_BYTES, NO_ACTIVATION, NO_FORMAT, Layer
 from tsbn_kernels.backends.plan import Device, Plan, Work, choice
 from tsbn_kernels.backends.plan import cuda as rules
+from tsbn_kernels.backends.plan.expect import expected, reasons
 from tsbn_kernels.backends.plan.work import Direction
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -64,12 +65,16 @@ def table(rows: Sequence[tuple[str, str, str, Plan, Plan]], device: Device) -> T
     for kind in ("streaming", "chosen"):
         for unit in ("GiB", "x useful", "predicted ms"):
             result.add_column(f"{kind}\n{unit}", justify="right")
+    result.add_column("expected\nms", justify="right")
+    result.add_column("of the\nbandwidth", justify="right")
+    result.add_column("factors, with waves, exchanges and launches")
     for layer, dtype, memory_format, streaming, chosen in rows:
         cells = [layer, dtype, memory_format, chosen.work.direction, chosen.backend, describe(chosen)]
         for plan in (streaming, chosen):
             moved = plan.bytes_read + plan.bytes_written
             cells += [f"{moved / 2**30:.3g}", f"{moved / plan.work.useful_bytes:.2f}", f"{plan.seconds() * 1e3:.3g}"]
-        result.add_row(*cells)
+        found = expected(chosen)
+        result.add_row(*cells, f"{found.seconds * 1e3:.3g}", f"{found.fraction:.0%}", reasons(chosen, found))
     return result
 
 

@@ -15,6 +15,7 @@ from support.processes import python
 
 from tsbn_kernels import __main__ as command
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work, cuda, devices, triton
+from tsbn_kernels.backends.plan.expect import expected, reasons
 from tsbn_kernels.backends.plan.triton import alternatives, is_even, plan
 from tsbn_kernels.definition.activations import ACTIVATIONS, INVERSE
 
@@ -178,6 +179,24 @@ def test_predicted_time() -> None:
     assert p.seconds() == pytest.approx(16.1e9 / 3.35e12, rel=0.01)
 
 
+@given(WORKS, st.sampled_from(list(DEVICES.values())))
+def test_what_is_expected_of_a_plan(work: Work, device: Device) -> None:
+    """Useful bytes in the expected time are the expected part of the bandwidth, of which every factor takes some."""
+    p = plan(work, device)
+    found = expected(p)
+    assert found.fraction == pytest.approx(work.useful_bytes / found.seconds / device.bandwidth)
+    assert all(0 < factor <= 1 for name, factor in vars(found).items() if name != "seconds")
+    assert expected(p, bandwidth=device.bandwidth / 2).seconds >= found.seconds * (1 - 1e-9)
+    assert expected(p, room=0).fraction == 0
+
+
+def test_reasons_name_what_takes_most_first() -> None:
+    streaming = dataclasses.replace(plan(Work(40, 256, 256, 256, 4, "columns"), H100), variant="streaming", splits=1)
+    text = reasons(streaming, expected(streaming))
+    assert text.startswith("waves 0.61 (1.21), bytes 0.67, copy 0.90")
+    assert "launches" not in text
+
+
 def test_devices_by_name() -> None:
     assert devices.named("rtx 4090") is DEVICES["RTX4090"]
     assert devices.named("h100").clusters
@@ -336,6 +355,7 @@ def test_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
     assert rows["variant"] == ["cluster", "cluster", "elementwise"]
     assert rows["bytes written"][:2] == ["5", "GiB"]
+    assert rows["of the bandwidth"][0] == "84%" and rows["exchanges"][0] == "2"
 
 
 def test_the_backend_of_each_pass_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,19 @@ class Plan:
         by_shared = device.shared_memory // (self.shared_bytes + 1024) if self.shared_bytes else 32
         return max(1, min(device.registers // (granules * threads), device.threads // threads, by_shared, 32))
 
+    @property
+    def exchanges(self) -> int:
+        """How often a program waits for sums of all its threads, one after the other, before it has its result."""
+        work = self.work
+        if not work.reduces or work.backward:
+            return int(work.reduces)
+        return 3 if self.variant == "resident" else 4  # mean, what it lacks, variance; by tiles around the first's mean
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of loads that a program has under way at a time: a tile of what it sums."""
+        return self.tile[0] * self.tile[1] * self.work.item_size * (2 if self.work.backward else 1)
+
     # ---- what is moved: what the work must move, as often as the kernels of this plan move it ------------------------
 
     @property

@@ -5,13 +5,13 @@ The numbers of a launch are all computed here; csrc/cuda only fills in the point
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tsbn_kernels.backends.plan.core import LAUNCH_SECONDS, Plan, Variant
+from tsbn_kernels.backends.plan.core import Plan, Variant
 from tsbn_kernels.backends.plan.devices import Device
+from tsbn_kernels.backends.plan.expect import expected
 from tsbn_kernels.backends.plan.slots import MOST_SCRATCH, MOST_SLOTS, THREADS, Cut, cut, pass_of, scratch_bytes
 from tsbn_kernels.backends.plan.work import Strides, Work
 from tsbn_kernels.definition.activations import EPILOGUES
@@ -22,8 +22,8 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(EPILOGUES)}  # by the
 REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
 CLUSTERS = (2, 4, 8, 16)
 SPLITS = (2, 4, 8, 16, 32, 64)
-BUBBLE_SECONDS = 1.5e-6  # of a block, from its last load to its first store: assumed, nobody measured it
-LATENCY_SECONDS = 0.8e-6  # of a load under load: assumed
+LEAST_BLOCK = 8 << 10  # bytes of a slab that a block of a cluster has at least: with fewer it waits more than it loads
+LEAST_KEPT = 0.25  # of a slab: clusters that keep less do not make up for what they wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,16 @@ class CudaPlan(Plan):
     def on_chip(self) -> float:
         """The part of a block's slots that stays on chip."""
         return self.resident / self.part_slots
+
+    @property
+    def exchanges(self) -> int:
+        """How often a block waits for the sums of all its threads, and for those of its cluster."""
+        return self.work.reduces * (1 + (self.cluster > 1))
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of loads that a block has under way at a time: four slots of a thread."""
+        return self.threads * 4 * self.cut.vector * self.work.item_size
 
     @property
     def bytes_read_again(self) -> int:
@@ -176,19 +186,7 @@ Clusters = Callable[[CudaPlan], int]
 
 def seconds(plan: CudaPlan, clusters: Clusters = clusters_on_paper) -> float:
     """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it."""
-    device, blocks = plan.device, plan.programs
-    room = clusters(plan) * plan.cluster
-    if room == 0:
-        return math.inf
-    waves = blocks / room
-    filled = waves / math.ceil(waves) if waves > 1 else 1.0
-    total = plan.bytes_read + plan.bytes_written
-    in_flight = min(room, blocks) * plan.threads * 64  # four slots of a thread
-    flowing = min(1.0, in_flight / (device.bandwidth * LATENCY_SECONDS))
-    # While one block of a multiprocessor merges its sums, others load and store.
-    own = total / blocks * device.multiprocessors / device.bandwidth
-    busy = min(1.0, plan.resident_programs * own / (own + BUBBLE_SECONDS)) if plan.work.reduces else 1.0
-    return total / (device.bandwidth * filled * flowing * busy) + plan.launches * LAUNCH_SECONDS
+    return expected(plan, room=clusters(plan) * plan.cluster).seconds
 
 
 def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
@@ -203,6 +201,7 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
     if slots <= MOST_SLOTS:
         yield lay_out(work, device, "streaming" if work.training else "evaluation")
     keeps = work.two_passes and not work.gathers
+    slab_bytes = work.values * cut(work).width * work.item_size
     limits = {min(device.block_shared_memory, device.shared_memory // blocks - 1024) for blocks in (1, 2, 3)}
     for limit in sorted(limits) if keeps else (0,):
         if keeps and slots <= MOST_SLOTS:
@@ -210,8 +209,10 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
             if resident.resident > 0:
                 yield resident
         for size in CLUSTERS if device.clusters and not work.gathers else ():
-            if size <= most and slots >= size * 32 and slots // size < MOST_SLOTS:
-                yield lay_out(work, device, "cluster", size, most_shared_bytes=limit)
+            if size <= most and slab_bytes >= size * LEAST_BLOCK and slots // size < MOST_SLOTS:
+                cluster = lay_out(work, device, "cluster", size, most_shared_bytes=limit)
+                if cluster.on_chip >= LEAST_KEPT or not keeps:
+                    yield cluster
     for parts in SPLITS:
         if slots >= parts * 4 * THREADS and slots // parts < MOST_SLOTS:
             yield lay_out(work, device, "split", parts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tsbn_kernels.backends.plan.core import Plan
+from tsbn_kernels.backends.plan.expect import COPY, expected
 from tsbn_kernels.backends.plan.work import Work
 
 
@@ -41,12 +42,15 @@ def _heading(plan: Plan, rate: float) -> str:
         f"{work.layout}, {work.item_size} bytes a value, {work.form}, {_bytes(work.activation_bytes)}"
         f"{more}\n"
         f"{device.name} ({device.target}, {device.multiprocessors} multiprocessors) at {rate / 1e12:.2f} TB/s; "
-        f"times are predicted from the bytes, nothing was measured"
+        f"times are predicted from the bytes, nothing was measured;\n"
+        f"what is expected counts a copy's {COPY:.0%}, waves, loads in flight, waits for sums, and launches too"
     )
 
 
 def _facts(plan: Plan, rate: float) -> dict[str, str]:
     moved = plan.bytes_read + plan.bytes_written
+    found = expected(plan, rate)
+    waves = plan.programs / (plan.device.multiprocessors * plan.resident_programs)
     return {
         "backend": plan.backend,
         "variant": plan.variant,
@@ -63,6 +67,11 @@ def _facts(plan: Plan, rate: float) -> dict[str, str]:
         "bytes written": _bytes(plan.bytes_written),
         "useful bytes": f"{_bytes(plan.work.useful_bytes)} ({plan.work.useful_bytes / moved:.0%})",
         "predicted time": f"{plan.seconds(rate) * 1e3:.3g} ms",
+        "waves": f"{waves:.3g} ({found.filled:.0%} filled)",
+        "loads in flight": f"{found.flowing:.0%} of what memory takes",
+        "exchanges": f"{plan.exchanges} ({found.busy:.0%} busy)",
+        "expected time": f"{found.seconds * 1e3:.3g} ms",
+        "of the bandwidth": f"{found.fraction:.0%} is used",
     }
 
 

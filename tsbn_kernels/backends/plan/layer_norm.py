@@ -144,6 +144,11 @@ class LayerPlan(Plan):
         return 1 + self.merges
 
     @property
+    def exchanges(self) -> int:
+        """None that is counted: of the rows of all programs some are always on their way."""
+        return 0
+
+    @property
     def partial_bytes(self) -> int:
         """Bytes of the sums that programs leave: one row of each task for each parameter and split."""
         work = self.work
