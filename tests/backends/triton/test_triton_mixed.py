@@ -11,97 +11,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.mixed import T
-from support.problems import in_memory_format
-from support.tolerances import BACKWARD, FORWARD, STATISTICS, Tolerance, assert_same_bits, assert_within
-from torch import Tensor
+from support.mixed_calls import ALL_OF_ONE, MANY, SOME, Call
+from support.tolerances import FORWARD, assert_same_bits, assert_within
 
 pytest.importorskip("triton")
 from support import compiled
 from support.interpreter import device, interpreted, passes
 
 from tools.ptxvm.launch import Violation
+from tsbn_kernels.backends.order import order_of, words_of
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan.mixed import MixedPlan, MixedWork, plan, walks
-from tsbn_kernels.backends.triton import mixed, passes_mixed
+from tsbn_kernels.backends.triton import mixed
 from tsbn_kernels.backends.triton import operator as find
-from tsbn_kernels.backends.triton.passes_mixed import words_of
 from tsbn_kernels.definition import mixed_batch_norm as reference
-from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import Needs
 from tsbn_kernels.operator.mixed_ops import eager_operators
 
 TOY = device(threads=64, multiprocessors=2)
-SOME, MANY, ALL_OF_ONE = (3, 0, 5, 1), (6, 5, 24, 0), (0, 0, 9, 0)
-EVERY = Needs(True, True, True, True)
-
-
-def index_of(counts: tuple[int, ...]) -> Tensor:
-    """The tasks of samples in a random order."""
-    index = torch.repeat_interleave(torch.arange(T), torch.tensor(counts))
-    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
-
-
-class Call:
-    """A call of the operators, and what the definition gives.
-
-    Args:
-        counts: the samples of each task.
-        shape: of a sample.
-    """
-
-    def __init__(
-        self,
-        counts: tuple[int, ...],
-        shape: tuple[int, ...],
-        dtype: torch.dtype = torch.float32,
-        activation: str = "none",
-        memory_format: str = "contiguous",
-        mean: float = 0.0,
-    ) -> None:
-        torch.manual_seed(1)
-        self.index = index_of(counts)
-        stacked = (torch.randn(len(self.index), *shape) for _ in range(3))
-        x, self.residual, self.dy = (in_memory_format(t.to(dtype), "task_major", memory_format) for t in stacked)
-        self.x = x + mean
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weight, self.bias = (torch.randn(T, shape[0], dtype=wide) for _ in range(2))
-        self.options = Options(T, 1e-5, "sigmoid", "task_major", activation)
-        self.needs = EVERY._replace(dresidual=activation != "none")
-
-    def permuted(self, order: Tensor) -> Call:
-        """The same with its samples in another order."""
-        other = Call.__new__(Call)
-        rows = {name: getattr(self, name)[order] for name in ("index", "x", "residual", "dy")}
-        vars(other).update(vars(self) | rows)
-        return other
-
-    def run(self, compute: Any = mixed, training: bool = True) -> tuple[Normalized, Gradients]:
-        """A forward and a backward pass; in evaluation by the statistics of the batch too."""
-        tensors = self.x, self.weight, self.bias, self.residual, self.dy
-        x, weight, bias, residual, dy = (t.double() if compute is reference else t for t in tensors)
-        found = compute.mixed_forward_training(x, self.index, weight, bias, residual, self.options)
-        saved = Saved(x, weight, bias, residual, found.mean, found.var)
-        if not training:
-            found = found._replace(y=compute.mixed_forward_eval(saved, self.index, self.options))
-        return found, compute.mixed_backward(dy, saved, self.index, training, self.needs, self.options)
-
-    def check(self, training: bool = True) -> None:
-        """Compares all results with those of the definition."""
-        (y, mean, var), gradients = self.run(training=training)
-        (exact, *statistics), expected = self.run(reference, training)
-        dtype = self.x.dtype
-        assert y.stride() == self.x.stride()
-        assert_within(y, exact, FORWARD[dtype], scale=max(1.0, float(exact.abs().max()) / 4))
-        for got, sought in zip((mean, var), statistics, strict=True):
-            assert_within(got, sought, Tolerance(STATISTICS[dtype], 1), scale=1.0)
-        for name, computed, wanted in zip(Needs._fields, gradients, expected, strict=True):
-            assert (computed is None) == (wanted is None)
-            if computed is None or wanted is None:
-                continue
-            if name in ("dweight", "dbias"):
-                assert_within(computed, wanted, Tolerance(STATISTICS[dtype], 1), scale=4 * (y.numel() / 5) ** 0.5)
-            else:
-                assert_within(computed, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max()) / 4))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -120,8 +47,8 @@ class Call:
 def test_equals_the_definition(counts: tuple[int, ...], shape: tuple[int, ...], options: dict[str, Any]) -> None:
     with interpreted(TOY, overflow=True):
         call = Call(counts, shape, **options)
-        call.check()
-        call.check(training=False)
+        call.check(mixed)
+        call.check(mixed, training=False)
         assert len(passes()) == 4
 
 
@@ -131,7 +58,7 @@ def test_no_order_of_the_samples_changes_a_bit() -> None:
         call.x[::2] = call.x[0]
         order = torch.randperm(len(call.index))
         with interpreted(TOY):
-            here, there = call.run(), call.permuted(order).run()
+            here, there = call.run(mixed), call.permuted(order).run(mixed)
         for one, other in zip((*here[0], *here[1]), (*there[0], *there[1]), strict=True):
             if one is not None and other is not None:
                 assert_same_bits(one[order] if one.shape == call.x.shape else one, other)
@@ -142,7 +69,7 @@ def test_gradients_that_are_not_needed() -> None:
     for training, needs in ((True, (False, False, True, False)), (False, (True, False, False, True))):
         call.needs = Needs(*needs)
         with interpreted(TOY):
-            call.check(training)
+            call.check(mixed, training)
 
 
 def test_what_is_not_dense_is_read_where_it_lies() -> None:
@@ -154,7 +81,7 @@ def test_what_is_not_dense_is_read_where_it_lies() -> None:
     words = words_of(call.x, columns=True)
     assert (words.shape, words.data_ptr()) == ((9, 3, 5), call.x.data_ptr())
     with interpreted(TOY):
-        found, _ = call.run()
+        found, _ = call.run(mixed)
     exact, _ = call.run(reference)
     assert_within(found.y, exact.y, FORWARD[torch.float32])
 
@@ -185,7 +112,7 @@ def test_there_are_programs_for_every_mix(
     assert made.blocks >= sum(-(-samples // made.block) for samples in counts)
     index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     keys = torch.randint(-9, 9, (len(index),))
-    mix = passes_mixed.mix_of(index.flip(0), len(counts), keys, made)
+    mix = order_of(index.flip(0), len(counts), keys, made.block, made.blocks)
     assert mix.task.shape == (made.blocks,)
     assert mix.order.sort().values.tolist() == list(range(len(index)))
     assert torch.equal(index.flip(0)[mix.order], index)
@@ -224,7 +151,7 @@ def run_compiled(call: Call, gpu: str, schedule: str | int) -> None:
     Activations move as planned; vectors, keys and sums at most so much, whatever the mix.
     """
     with compiled.machine(replace(DEVICES[gpu], multiprocessors=2, block_threads=256), schedule) as done:
-        call.check()
+        call.check(mixed)
     reports = iter(done.reports)
     for one in done.plans:
         assert isinstance(one, MixedPlan)
@@ -254,7 +181,7 @@ def test_the_same_bits_whatever_runs_first() -> None:
     results = []
     for schedule in ("forward", "reversed", 5):
         with compiled.machine(replace(DEVICES["H100"], multiprocessors=2, block_threads=256), schedule):
-            found, gradients = call.run()
+            found, gradients = call.run(mixed)
         results.append((*found, *gradients))
     for one, *others in zip(*results, strict=True):
         for other in others:

@@ -1,8 +1,4 @@
-"""The launches of the passes over a mixed batch, and the order in which they walk its samples.
-
-The order comes of sorts and sums on the device, without a look at them, so a CUDA graph may hold it all. Samples of a
-task are ordered by keys that their bits give: so no sum depends on where a sample lies in the batch.
-"""
+"""The launches of the passes over a mixed batch."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
+from tsbn_kernels.backends.order import order_of, words_of
 from tsbn_kernels.backends.plan.mixed import KEYED, MERGED, MixedPlan
 from tsbn_kernels.backends.plan.triton import ceil
 from tsbn_kernels.backends.triton.kernels.mixed import Mix
@@ -21,37 +17,7 @@ from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.backends.triton.passes import tile_of, view_strides
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.mixed_batch_norm import samples_of
 from tsbn_kernels.definition.options import Gradients, Options, Saved
-
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
-
-def words_of(activation: Tensor, columns: bool) -> Tensor:
-    """The bits of an activation, as integers ``[N, outer, inner]``, as wide as they lie in memory; a view."""
-    view = layout.task_view(activation, 1, "task_major")[0]
-    view = view.transpose(1, 2) if columns else view
-    if view[0].is_contiguous():
-        view = view.flatten(1).unsqueeze(1)
-    size = activation.element_size()
-    steps = view.shape[2], view.stride(0), view.stride(1), view.data_ptr() // size
-    wide = next(w for w in _WORDS if w == size or (w > size and not any(step * size % w for step in steps)))
-    return view.view(_WORDS[wide])
-
-
-def mix_of(task_of_sample: Tensor, num_tasks: int, keys: Tensor | None, plan: MixedPlan) -> Mix:
-    """Which samples and blocks each task has; its samples in the order of their keys, if there are any."""
-    if keys is None:
-        order = task_of_sample.argsort(stable=True)
-    else:
-        by_key = keys.argsort(stable=True)
-        order = by_key[task_of_sample[by_key].argsort(stable=True)]
-    samples = functional.pad(samples_of(task_of_sample, num_tasks), (0, 1))
-    blocks = (samples + (plan.block - 1)) // plan.block
-    sample, block = samples.cumsum(0) - samples, blocks.cumsum(0)
-    programs = torch.arange(plan.blocks, device=order.device)
-    task = torch.searchsorted(block[:-1], programs, right=True)
-    return Mix(order, task, samples, sample, blocks, block - blocks)
 
 
 class MixedPass:
@@ -108,7 +74,7 @@ class MixedPass:
                 words, before = words_of(tensor, self.columns), keys
                 keys = torch.empty(len(words), dtype=torch.int64, device=words.device)
                 launch(View(words, 0, words.stride(0), words.stride(1), 1), before, keys, *words.shape)
-        return mix_of(task_of_sample, self.options.num_tasks, keys, self.plan)
+        return Mix(*order_of(task_of_sample, self.options.num_tasks, keys, self.plan.block, self.plan.blocks))
 
     def parts(self, sums: int, like: Tensor) -> Tensor:
         """What blocks leave for the launch that adds it."""
