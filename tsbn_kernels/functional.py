@@ -231,15 +231,14 @@ def normalize_mixed(
 ) -> Tensor:
     """Computes :func:`task_batch_norm` of a mixed batch; takes what :func:`normalize` does, and the index."""
     compiling, (num_tasks, training, *arithmetic, _, _) = torch.compiler.is_compiling(), settings
-    checks.check_flag("training", training)
-    group = autograd_synchronized.group_of(process_group) if training else None
     x, weight, bias, running_mean, running_var, residual = tensors
-    mixed_checks.check_index(task_of_sample, x)
     # Of the shape of one input that all tasks share.
     of_x = num_tasks, training, *arithmetic, True, False
     check = checks.check_call if compiling else checks.checked
     options, channels, values = check((*tensors[:5], None), of_x, False, False)
-    options = options._replace(fan_out=False)
+    options = Options(*options[:-1])  # without fan-out
+    mixed_checks.check_index(task_of_sample, x)
+    group = autograd_synchronized.group_of(process_group) if training and process_group is not None else None
     running = checks.running_of_call(running, x, options, channels)
     if residual is None:
         x = layout.supported(x, options.stacking)
@@ -251,13 +250,15 @@ def normalize_mixed(
     backend = backends.override(x.device.type) if backends.is_forced() else None
     given = (None, None) if training else (running_mean, running_var)
     inputs = x, task_of_sample, weight, bias, residual
-    may_be_alone = training and evaluate_single and (positions == 1 or group is not None)
-    if not (compiling or may_be_alone or group is not None or x.numel() == 0) and _by_an_operator(running, x):
+    beside = compiling or group is not None or x.numel() == 0 or (evaluate_single and positions == 1)
+    if not beside and _by_an_operator(running, x):
         at_once = running if training else None
-        call = partial(mixed_autograd.apply, *inputs, *given, at_once, options, backend)
-        y, mean, var = mixed_checks.explained(call, task_of_sample, x, num_tasks, training)
-        if at_once is not None:
-            torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
+        try:
+            y, mean, var = mixed_autograd.apply(*inputs, *given, at_once, options, backend)
+        except (IndexError, RuntimeError):  # of an operator, which knows neither arguments nor remedies
+            mixed_checks.check_samples(task_of_sample, x, options, training)
+            raise
+        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
     else:
         samples = mixed_checks.samples_of(task_of_sample, x, num_tasks)
         if group is not None:

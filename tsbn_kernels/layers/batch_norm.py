@@ -313,7 +313,9 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
         if not isinstance(x, Tensor):
             return leaf_call(self, x, residual=residual, fan_out=fan_out, task_of_sample=index)
         task_of_sample, routed = self._task_of_sample(x, index)
-        mixed_checks.check_alone(tasks=(tasks, None), fan_out=(self.fan_out if fan_out is None else fan_out, False))
+        fan_out = self.fan_out if fan_out is None else fan_out
+        if fan_out or tasks is not None:
+            mixed_checks.check_alone(tasks=(tasks, None), fan_out=(fan_out, False))
         if self._stacking_of(x, False) == "task_axis":
             raise ValueError(f"a mixed batch has no task axis; got input of shape {list(x.shape)} and task_of_sample")
         vectors = self._vectors()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels.definition import mixed_batch_norm as reference
+from tsbn_kernels.definition.options import Options
 from tsbn_kernels.operator import checks
 
 
@@ -21,9 +21,8 @@ def check_alone(**options: Any) -> None:
             )
 
 
-def check_index(task_of_sample: Any, x: Any) -> None:
-    """Raises TypeError, ValueError or RuntimeError where an index is no int64 ``[N]`` on the device of x."""
-    checks.check_tensor("x", x)
+def check_index(task_of_sample: Any, x: Tensor) -> None:
+    """Raises TypeError, ValueError or RuntimeError where an index is no int64 ``[N]`` on the device of x, a tensor."""
     checks.check_tensor("task_of_sample", task_of_sample)
     if task_of_sample.dtype != torch.int64:
         raise TypeError(f"task_of_sample must be int64, got {task_of_sample.dtype}; convert it with .long()")
@@ -44,6 +43,7 @@ def samples_of(task_of_sample: Any, x: Any, num_tasks: int) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`check_index` does, or the index names no task.
     """
+    checks.check_tensor("x", x)
     check_index(task_of_sample, x)
     num_tasks = checks.count("num_tasks", num_tasks)
     if not _readable(task_of_sample):
@@ -71,16 +71,11 @@ def check_values(values: Tensor, shape: Any) -> None:
         )
 
 
-def explained(call: Callable[[], Any], task_of_sample: Tensor, x: Tensor, num_tasks: int, training: bool) -> Any:
-    """Returns what a call of operators does, which check the index as they read it; says more of what they raise."""
-    try:
-        return call()
-    except (IndexError, RuntimeError) as error:
-        failure = error
-    samples = samples_of(task_of_sample, x, num_tasks)
+def check_samples(task_of_sample: Tensor, x: Tensor, options: Options, training: bool) -> None:
+    """Raises ValueError where the index names no task, or one with one value per channel in training."""
+    samples = samples_of(task_of_sample, x, options.num_tasks)
     if training:
         check_values(samples * (x.numel() // (x.shape[0] * x.shape[1])), x.shape)
-    raise failure
 
 
 def may_be_alone(values: Tensor) -> bool:

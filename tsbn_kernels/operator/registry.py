@@ -1,6 +1,6 @@
 """How a normalisation's operators become ``torch.ops.tsbn.*``, and which backend computes a call of them.
 
-All but ``forward_tracked`` are functional, and the forward ones differentiable. Their arguments are flat; a backend
+All but the ``tracked`` ones are functional, and the forward ones differentiable. Their arguments are flat; a backend
 takes some of them as one (options, what is saved, which gradients are needed). Each normalisation has an adapter for
 each of its operators, which makes the one of the other, and a class that knows the way back.
 """
