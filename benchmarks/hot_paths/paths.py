@@ -157,20 +157,14 @@ def _layer_norm(kind: type[TaskRowNorm] = FusedTSigmaLN) -> TaskRowNorm:
     return kind(TASKS, TINY_TOKENS[-1])
 
 
-def _module(make: Callable[[], nn.Module], sizes: tuple[int, ...] = TINY) -> Callable[[], object]:
+def _module(make: Callable[[], nn.Module], sizes: tuple[int, ...] = TINY, **how: Any) -> Callable[[], object]:
     x, layer = _input(sizes), make()
-    return lambda: layer(x)
+    return lambda: layer(x, **how)
 
 
 def _added() -> Callable[[], object]:
     x, layer = _input(TINY_TOKENS), _layer_norm()
     return lambda: layer.add(x, x)
-
-
-def _mixed() -> Callable[[], object]:
-    x, layer = _input(), _batch_norm()
-    index = torch.arange(TASKS).repeat_interleave(TINY[0])
-    return lambda: layer(x, task_of_sample=index)
 
 
 def _functional() -> Callable[[], object]:
@@ -180,9 +174,11 @@ def _functional() -> Callable[[], object]:
     )
 
 
-def _backward(make: Callable[[], nn.Module] = _batch_norm, sizes: tuple[int, ...] = TINY) -> Callable[[], object]:
+def _backward(
+    make: Callable[[], nn.Module] = _batch_norm, sizes: tuple[int, ...] = TINY, **how: Any
+) -> Callable[[], object]:
     x, layer = _input(sizes), make()
-    y, leaves = layer(x), [x, *layer.parameters()]
+    y, leaves = layer(x, **how), [x, *layer.parameters()]
     dy = torch.randn_like(y)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
@@ -201,7 +197,9 @@ def _model() -> Callable[[], object]:
 def _host() -> Iterator[HotPath]:
     yield HotPath("host: module, training", partial(_module, _batch_norm))
     yield HotPath("host: module, evaluation", partial(_module, partial(_batch_norm, False)))
-    yield HotPath("host: mixed batch, training", _mixed)
+    index = torch.arange(TASKS).repeat_interleave(TINY[0])
+    yield HotPath("host: mixed batch, training", partial(_module, _batch_norm, task_of_sample=index))
+    yield HotPath("host: mixed batch, backward", partial(_backward, task_of_sample=index))
     yield HotPath("host: functional", _functional)
     yield HotPath("host: operator", partial(_kernel, "forward", TINY))
     yield HotPath("host: backward", _backward)

@@ -25,7 +25,7 @@ from tsbn_kernels.backends.plan.mixed import MixedPlan, MixedWork, plan, walks
 from tsbn_kernels.backends.triton import mixed
 from tsbn_kernels.backends.triton import operator as find
 from tsbn_kernels.definition import mixed_batch_norm as reference
-from tsbn_kernels.definition.options import Needs
+from tsbn_kernels.definition.options import Needs, Running
 from tsbn_kernels.operator.mixed_ops import eager_operators
 
 TOY = device(threads=64, multiprocessors=2)
@@ -137,6 +137,10 @@ def test_short_samples_have_kernels_of_their_own() -> None:
         call = Call(SOME, (5,))
         with pytest.raises(AssertionError, match="walked"):
             call.run(chosen)
+        call = Call(MANY, (5,))
+        operands = call.x, call.index, call.weight, call.bias, call.residual
+        with pytest.raises(AssertionError, match="walked"):
+            chosen.mixed_forward_tracked(*operands, Running(), call.options)
         call = Call(SOME, (2, 6, 6))
         y = call.run(chosen)[0].y
         assert_within(y, call.run(reference)[0].y, FORWARD[torch.float32])
