@@ -26,6 +26,8 @@ from tsbn_kernels.operator import (
     layer_streams,
     mixed_autograd,
     mixed_checks,
+    mixed_layer_autograd,
+    mixed_layer_ops,
     mixed_ops,
     recompute_outputs,
     runs,
@@ -375,7 +377,9 @@ def task_layer_norm(
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices.
     """
-    return _rows((x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)[0]
+    return normalize_any_rows(
+        (x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample
+    )[0]
 
 
 def add_task_layer_norm(
@@ -401,7 +405,9 @@ def add_task_layer_norm(
         y, and s in the shape and dtype of ``x + residual``. Raises as :func:`task_layer_norm` does.
     """
     checks.check_tensor("residual", residual)
-    y, s = _rows((x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)
+    y, s = normalize_any_rows(
+        (x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample
+    )
     return y, s
 
 
@@ -421,7 +427,9 @@ def task_rms_norm(
     Arguments are those of :func:`task_layer_norm`; without ``eps`` it is that of the dtype that is computed in, as in
     ``nn.RMSNorm``.
     """
-    return _rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)[0]
+    return normalize_any_rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)[
+        0
+    ]
 
 
 def add_task_rms_norm(
@@ -438,7 +446,9 @@ def add_task_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Computes ``s = x + residual`` and :func:`task_rms_norm` of it; see :func:`add_task_layer_norm`."""
     checks.check_tensor("residual", residual)
-    y, s = _rows((x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)
+    y, s = normalize_any_rows(
+        (x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample
+    )
     return y, s
 
 
@@ -471,27 +481,28 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     return outputs
 
 
-def _rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample: Tensor | None) -> tuple[Tensor, ...]:
+def normalize_any_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample: Any) -> tuple[Tensor, ...]:
+    """Computes :func:`normalize_rows`, where there is an index of a mixed batch: each sample has its task's vectors."""
     if task_of_sample is None:
         return normalize_rows(tensors, options)
-    return normalize_mixed_rows(tensors, task_of_sample, options)
-
-
-def normalize_mixed_rows(
-    tensors: tuple[Any, ...], task_of_sample: Tensor, options: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
-    """Computes :func:`normalize_rows` of a mixed batch: each sample is a task of its own, with its task's vectors."""
+    compiling = torch.compiler.is_compiling()
     x, weight, bias, residual = tensors
     num_tasks, eps, gate, stacking, rms, fan_out = options
     mixed_checks.check_alone(stacking=(stacking, "task_major"), fan_out=(fan_out, False))
     mixed_checks.samples_of(task_of_sample, x, num_tasks)
-    call = layer_checks.check_call if torch.compiler.is_compiling() else layer_checks.checked
-    call(tensors, (num_tasks, eps, gate, stacking, rms, True))  # of the shape of one input that all tasks share
-    if x.shape[0] == 0:
-        return normalize_rows(tensors, options)
-    wide = reference.accumulate_dtype(x.dtype)  # gradients of samples are summed in it
-    weight, bias = (None if vector is None else vector.to(wide)[task_of_sample] for vector in (weight, bias))
-    return normalize_rows((x, weight, bias, residual), (x.shape[0], eps, gate, stacking, rms, False))
+    of_x = num_tasks, eps, gate, stacking, rms, True  # of the shape of one input that all tasks share
+    call = (layer_checks.check_call if compiling else layer_checks.checked)(tensors, of_x)._replace(fan_out=False)
+    if residual is not None:
+        x, residual = _promoted(x, residual)
+        residual = residual.contiguous()
+    backend = backends.override(x.device.type) if backends.is_forced() else None
+    apply = mixed_layer_autograd.apply_in_graph if compiling else mixed_layer_autograd.apply
+    x = x.contiguous()
+    outputs = tuple(apply(x, task_of_sample, weight, bias, residual, call, backend)[: 1 if residual is None else 2])
+    if not compiling and recompute_outputs.wanted():
+        again = partial(mixed_layer_ops.again, call, backend)
+        recompute_outputs.offer(outputs, again, (weight, bias), (x if residual is None else outputs[1], task_of_sample))
+    return outputs
 
 
 def _rows_again(options: LayerOptions, backend: str | None, weight: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:

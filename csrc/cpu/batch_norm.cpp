@@ -37,17 +37,11 @@ struct Needs {
   bool dx, dweight, dbias, dresidual;
 };
 
-// Of a mixed batch.
-struct MixedTasks {
-  const Tensor& of_sample;
-  int64_t count;
-};
-
 void prepare_all(const Work& w) { kernels(w.family, w.dtype).vectors.prepare(w, 0, w.T * w.C); }
 
 // Cuts the slabs, of equal tasks or of a mixed batch with T tasks; `contents` are summed.
 std::optional<Mix> cut(Work& w, const MixedTasks* tasks, std::initializer_list<const Operand*> contents) {
-  if (tasks != nullptr) return std::optional<Mix>(std::in_place, w, tasks->of_sample, tasks->count, contents);
+  if (tasks != nullptr) return std::optional<Mix>(std::in_place, w, *tasks, partition_of, contents);
   cut(w);
   return std::nullopt;
 }

@@ -1,5 +1,5 @@
 // The operators of layer normalisation for CPU tensors. Shapes, formulas and errors are those of
-// tsbn_kernels/operator/layer_ops.py.
+// tsbn_kernels/operator/layer_ops.py and, of mixed batches, mixed_layer_ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +9,7 @@
 #include "allocate.h"
 #include "dispatch.h"
 #include "layout.h"
+#include "mix.h"
 #include "parameter.h"
 #include "plan.h"
 #include "schedule.h"
@@ -44,7 +45,7 @@ Operand operand(const Operand& places, const Tensor& tensor, int64_t width) {
   return {const_cast<void*>(tensor.const_data_ptr()), places.t * width, places.n * width, 1, places.s * width};
 }
 
-Call call_of(const Tensor& x, const Tensor& weight, const Stacking& stacking, double eps, bool rms) {
+Call call_of(const Tensor& x, const Tensor& weight, const Stacking& stacking, double eps, bool rms, bool mixed) {
   const auto sizes = sizes_of(x), shape = sizes_of(weight);
   const bool sample_major = stacking.name == "sample_major", task_axis = stacking.name == "task_axis";
   STD_TORCH_CHECK(sample_major || task_axis || stacking.name == "task_major", "tsbn: unknown stacking '",
@@ -68,13 +69,11 @@ Call call_of(const Tensor& x, const Tensor& weight, const Stacking& stacking, do
   w.shared = stacking.shared;
   call.rows = tasks * w.N * w.S;
 
-  call.stream = {nullptr, sample_major ? w.S : w.N * w.S, sample_major ? w.T * w.S : w.S, 1, 1};
+  call.stream = {nullptr, mixed ? 0 : sample_major ? w.S : w.N * w.S, sample_major ? w.T * w.S : w.S, 1, 1};
   call.input = w.shared ? Operand{nullptr, 0, w.S, 1, 1} : call.stream;
-  if (w.S == 1) {
-    call.stream.s = call.stream.n, call.input.s = call.input.n;
-  } else if (call.stream.n != w.S) {
-    return call;
-  }
+  const bool adjacent = w.S == 1 || call.stream.n == w.S;
+  if (w.S == 1) call.stream.s = call.stream.n, call.input.s = call.input.n;
+  if (mixed || !adjacent) return call;
   w.S *= w.N;  // samples that follow one another are one
   w.N = 1;
   return call;
@@ -88,9 +87,15 @@ Operand checked(const Operand& places, Tensor& tensor, ScalarType dtype, int64_t
   return operand(places, tensor, width);
 }
 
-void cut_rows(Work& w) {
-  w.partition = {w.N, w.S, std::clamp<int64_t>(kBlockElements / w.C, 16, 512),
-                 std::max<int64_t>(16, kChunkElements / w.C)};
+Partition partition_of_rows(const Work& w, int64_t samples) {
+  return {samples, w.S, std::clamp<int64_t>(kBlockElements / w.C, 16, 512), std::max<int64_t>(16, kChunkElements / w.C)};
+}
+
+// Cuts the rows, of equal tasks or of a mixed batch; over the rows of a task `contents` are summed.
+std::optional<Mix> cut_rows(Work& w, const MixedTasks* tasks, std::initializer_list<const Operand*> contents) {
+  if (tasks != nullptr) return std::optional<Mix>(std::in_place, w, *tasks, partition_of_rows, contents);
+  w.partition = partition_of_rows(w, w.N);
+  return std::nullopt;
 }
 
 bool is_aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) % 64 == 0; }
@@ -98,19 +103,20 @@ bool is_aligned(const Operand& o) { return reinterpret_cast<uintptr_t>(o.data) %
 // Calls body(group, chunk, scratch) for every chunk, with `scratch` bytes for each thread.
 template <class Body>
 void run_chunks(const Work& w, size_t scratch, Body body) {
-  const int64_t chunks = w.partition.chunks;
-  parallel_each(w.groups() * chunks, threads_for(w), [&] {
+  const Chunks chunks(w);
+  parallel_each(chunks.count(), threads_for(w), [&] {
     return [&, memory = std::vector<double>(scratch / sizeof(double) + 1)](int64_t i) mutable {
-      body(i / chunks, i % chunks, memory.data());
+      chunks.at(i, [&](int64_t group, int64_t chunk) { body(group, chunk, memory.data()); });
     };
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                                      std::optional<Tensor> residual, double eps, std::string gate,
-                                                      std::string stacking, bool rms, bool shared) {
-  const Stacking stacked{weight.size(0), stacking, shared};
-  Call call = call_of(x, weight, stacked, eps, rms);
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Four normalize(Tensor& x, Tensor& weight, std::optional<Tensor>& bias, std::optional<Tensor>& residual, double eps,
+               const std::string& gate, const Stacking& stacked, bool rms, const MixedTasks* tasks) {
+  Call call = call_of(x, weight, stacked, eps, rms, tasks != nullptr);
   Work& w = call.work;
   const ScalarType dtype = x.scalar_type(), accumulate = accumulate_type(x);
   Tensor y = empty(stacked_sizes(x, stacked), dtype);
@@ -127,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, s
     w.sum = operand(call.input, s, w.C);
   }
   w.mean = operand(call.input, mean, 1), w.rstd = operand(call.input, rstd, 1);
-  cut_rows(w);
-  w.stream = is_aligned(w.sum) && should_stream(w, w.out, w.T);
+  const auto mix = cut_rows(w, tasks, {});
+  w.stream = is_aligned(w.sum) && should_stream(w, w.out, w.streams());
   const Kernels& kernel = kernels(w.family, w.dtype);
 
   with_accumulate_type(w, [&](auto zero) {
@@ -145,19 +151,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, s
   return {y, s, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<Tensor> ds, Tensor s, Tensor weight,
-                                                       Tensor mean, Tensor rstd, std::string gate, std::string stacking,
-                                                       bool rms, bool shared, bool need_dx, bool need_dweight,
-                                                       bool need_dbias) {
-  const Stacking stacked{weight.size(0), stacking, shared};
-  Call call = call_of(s, weight, stacked, 0, rms);
+struct Needs {
+  bool dx, dweight, dbias;
+};
+
+Three differentiate(Tensor& dy, std::optional<Tensor>& ds, Tensor& s, Tensor& weight, Tensor& mean, Tensor& rstd,
+                    const std::string& gate, const Stacking& stacked, bool rms, const Needs& needs,
+                    const MixedTasks* tasks) {
+  const bool shared = stacked.shared;
+  Call call = call_of(s, weight, stacked, 0, rms, tasks != nullptr);
   Work& w = call.work;
   const ScalarType dtype = s.scalar_type(), accumulate = accumulate_type(s);
-  Tensor dx = empty(need_dx ? sizes_of(s) : std::vector<int64_t>{0}, dtype);
+  Tensor dx = empty(needs.dx ? sizes_of(s) : std::vector<int64_t>{0}, dtype);
   const auto vector_if = [&](bool needed) {
     return empty(needed ? sizes_of(weight) : std::vector<int64_t>{0}, weight.scalar_type());
   };
-  Tensor dweight = vector_if(need_dweight), dbias = vector_if(need_dbias);
+  Tensor dweight = vector_if(needs.dweight), dbias = vector_if(needs.dbias);
   if (s.numel() == 0) {
     fill_zero(dweight), fill_zero(dbias);
     return {dx, dweight, dbias};
@@ -165,11 +174,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
   w.x = checked(call.input, s, dtype, call.rows, w.C, "s");
   w.dy = checked(call.stream, dy, dtype, shared ? call.rows * w.T : call.rows, w.C, "dy");
   if (ds) w.residual = checked(call.input, *ds, dtype, call.rows, w.C, "ds");
-  if (need_dx) w.out = operand(call.input, dx, w.C);
+  if (needs.dx) w.out = operand(call.input, dx, w.C);
   if (!rms) w.mean = checked(call.input, mean, accumulate, call.rows, 1, "mean");
   w.rstd = checked(call.input, rstd, accumulate, call.rows, 1, "rstd");
-  cut_rows(w);
-  w.stream = should_stream(w, w.out, shared ? 1 : w.T);
+  const auto mix = cut_rows(w, tasks, {&w.x, &w.dy});
+  w.stream = should_stream(w, w.out, shared ? 1 : w.streams());
   const Kernels& kernel = kernels(w.family, w.dtype);
   const Reduce backward = shared ? kernel.layer(w).shared_backward : kernel.layer(w).backward;
 
@@ -180,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
     weight = matrix(weight);
     set_gates(w, space, weight, gate);
     const size_t scratch = sizeof(A) * size_t((kRowsTogether + 2 * w.fan()) * w.layer_piece());
-    if (!need_dweight && !need_dbias) {
+    if (!needs.dweight && !needs.dbias) {
       kernel.vectors.prepare(w, 0, w.T * w.C);
       run_chunks(w, scratch, [&](int64_t group, int64_t chunk, void* memory) {
         backward(w, group, chunk, nullptr, memory);
@@ -192,15 +201,47 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
     const Reduction sums{kernel.vectors.prepare, backward, merge_sums, kernel.vectors.layer_gradients,
                          2 * w.C * w.fan(), scratch};
     reduce_then_apply(w, sums, false, [](int64_t, int64_t) {});
-    if (need_dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
-    if (need_dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
+    if (needs.dweight) space.write(dweight, static_cast<const A*>(w.vectors.dweight));
+    if (needs.dbias) space.write(dbias, static_cast<const A*>(w.vectors.dbias));
   });
+  if (mix) mix->clear_absent(dweight);
   return {dx, dweight, dbias};
+}
+
+Four layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual, double eps,
+                std::string gate, std::string stacking, bool rms, bool shared) {
+  return normalize(x, weight, bias, residual, eps, gate, {weight.size(0), stacking, shared}, rms, nullptr);
+}
+
+Three layer_norm_backward(Tensor dy, std::optional<Tensor> ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd,
+                          std::string gate, std::string stacking, bool rms, bool shared, bool need_dx,
+                          bool need_dweight, bool need_dbias) {
+  const Needs needs{need_dx, need_dweight, need_dbias};
+  return differentiate(dy, ds, s, weight, mean, rstd, gate, {weight.size(0), stacking, shared}, rms, needs, nullptr);
+}
+
+// Mixed batches: task_of_sample tells the task of each sample of x, [N, *, *normalized_shape].
+const std::string one_task = "task_major";
+
+Four mixed_layer_norm(Tensor x, Tensor task_of_sample, Tensor weight, std::optional<Tensor> bias,
+                      std::optional<Tensor> residual, double eps, std::string gate, bool rms) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  return normalize(x, weight, bias, residual, eps, gate, {1, one_task, false}, rms, &tasks);
+}
+
+Three mixed_layer_norm_backward(Tensor dy, std::optional<Tensor> ds, Tensor s, Tensor task_of_sample, Tensor weight,
+                                Tensor mean, Tensor rstd, std::string gate, bool rms, bool need_dx, bool need_dweight,
+                                bool need_dbias) {
+  const MixedTasks tasks{task_of_sample, weight.size(0)};
+  const Needs needs{need_dx, need_dweight, need_dbias};
+  return differentiate(dy, ds, s, weight, mean, rstd, gate, {1, one_task, false}, rms, needs, &tasks);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+  m.impl("mixed_layer_norm", TORCH_BOX(&mixed_layer_norm));
+  m.impl("mixed_layer_norm_backward", TORCH_BOX(&mixed_layer_norm_backward));
 }
 
 }  // namespace

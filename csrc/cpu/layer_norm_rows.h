@@ -51,11 +51,11 @@ struct LayerRows {
     });
   }
 
-  // `count` adjacent rows: x is read once, into `rows` in the accumulate type, and summed around the mean of its first few
+  // `count` rows, `step` rows apart: x is read once, into `rows` in the accumulate type, and summed around the mean of its first few
   // values; again around its own mean where that was too far off. So |mean| >> std cancels nothing.
   template <int count>
-  static TSBN_INLINE void forward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows) {
-    const int64_t D = w.C, width = padded(D), x_stride = w.x.s, y_stride = w.out.s;
+  static TSBN_INLINE void forward_rows(const Work& w, int64_t group, int64_t n, int64_t s, int64_t step, A* rows) {
+    const int64_t D = w.C, width = padded(D), x_stride = w.x.s * step, y_stride = w.out.s * step;
     const bool streams = w.stream;
     const T *x = at(w.x, group, n, s), *residual = at(w.residual, group, n, s);
     T* sum = at(w.sum, group, n, s);
@@ -93,8 +93,8 @@ struct LayerRows {
         var = moments[1] / double(D) - offset * offset;
       }
       const A rstd = A(1 / __builtin_sqrt(var + w.eps));
-      if (!w.rms) *at<A>(w.mean, group, n, s + j) = A(double(origin[j][0]) + offset);
-      *at<A>(w.rstd, group, n, s + j) = rstd;
+      if (!w.rms) *at<A>(w.mean, group, n, s + j * step) = A(double(origin[j][0]) + offset);
+      *at<A>(w.rstd, group, n, s + j * step) = rstd;
       scale[j] = V{} + rstd;
       shift[j] = V{} - A(offset * rstd);
     }
@@ -121,20 +121,21 @@ struct LayerRows {
     TSBN_INLINE A* dweight(int64_t k) const { return values + (2 * k + 1) * width; }
   };
 
-  // `count` adjacent rows of dx, which share the loads and stores of `sums` (whose values may be nullptr). Where x is
+  // `count` rows of dx, `step` rows apart, which share the loads and stores of `sums` (whose values may be nullptr). Where x is
   // shared, `rows` hold dz, the sum over the tasks; else it is made again, as x is, of what the cache holds.
   template <int count, bool kShared>
-  static TSBN_INLINE void backward_rows(const Work& w, int64_t group, int64_t n, int64_t s, A* rows, const Sums& sums) {
+  static TSBN_INLINE void backward_rows(const Work& w, int64_t group, int64_t n, int64_t s, int64_t step, A* rows,
+                                        const Sums& sums) {
     const int64_t D = w.C, width = padded(D), fan = kShared ? w.T : 1;
-    const int64_t x_stride = w.x.s, dy_stride = w.dy.s, dy_task = w.dy.t;
+    const int64_t x_stride = w.x.s * step, dy_stride = w.dy.s * step, dy_task = w.dy.t;
     const bool streams = w.stream;
     const T *x = at(w.x, group, n, s), *dy = at(w.dy, group, n, s), *ds = at(w.residual, group, n, s);
     T* dx = at(w.out, group, n, s);
     const A* gates = static_cast<const A*>(w.vectors.gate) + group * D;
     V mean[count] = {}, rstd[count];
     TSBN_EACH_ROW(j) {
-      if (!w.rms) mean[j] += *at<A>(w.mean, group, n, s + j);
-      rstd[j] = V{} + *at<A>(w.rstd, group, n, s + j);
+      if (!w.rms) mean[j] += *at<A>(w.mean, group, n, s + j * step);
+      rstd[j] = V{} + *at<A>(w.rstd, group, n, s + j * step);
     }
     const auto deviation = [&](int j, int64_t i, int lanes) TSBN_LAMBDA {
       return load_up_to(x + j * x_stride + i, lanes, mean[j]) - mean[j];
@@ -188,21 +189,28 @@ struct LayerRows {
 
   template <int k> struct Count { static constexpr int value = k; };
 
-  // Calls f(n, s, Count<k>) for k adjacent rows at once: they share the loads of the task's vectors.
+  // Calls f(n, s, step, Count<k>) for k rows at once: they share the loads of the task's vectors. Adjacent rows of a sample,
+  // or two samples of a row: the second is as many steps behind the first as they are apart.
   template <class Function>
-  static TSBN_INLINE void each_rows(const Block& b, Function f) {
-    for (int64_t n = b.n0; n < b.n1; ++n) {
+  static TSBN_INLINE void each_rows(const Work& w, const Block& b, Function f) {
+    const Samples samples = w.samples();
+    int64_t n = b.n0;
+    if (w.mixed() && w.S == 1) {
+      for (; n + 2 <= b.n1; n += 2) f(samples[n], 0, samples[n + 1] - samples[n], Count<2>{});
+    }
+    for (; n < b.n1; ++n) {
       int64_t s = b.s0;
-      for (; s + kTogether <= b.s1; s += kTogether) f(n, s, Count<kTogether>{});
-      for (; s < b.s1; ++s) f(n, s, Count<1>{});
+      for (; s + kTogether <= b.s1; s += kTogether) f(samples[n], s, 1, Count<kTogether>{});
+      for (; s < b.s1; ++s) f(samples[n], s, 1, Count<1>{});
     }
   }
 
   static void forward(const Work& w, int64_t group, int64_t chunk, void* scratch) {
     A* rows = static_cast<A*>(scratch);
-    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
-      each_rows(w.partition.block(index), [&](int64_t n, int64_t s, auto count) TSBN_LAMBDA {
-        forward_rows<count.value>(w, group, n, s, rows);
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
+      each_rows(w, cut.block(index), [&](int64_t n, int64_t s, int64_t step, auto count) TSBN_LAMBDA {
+        forward_rows<count.value>(w, group, n, s, step, rows);
       });
     }
   }
@@ -215,12 +223,13 @@ struct LayerRows {
     if (partial != nullptr) {
       for (int64_t i = 0; i < 2 * D * fan; ++i) partial[i] = 0;
     }
-    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+    const Partition& cut = w.cut_of(group);
+    for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
       if (partial != nullptr) {
         for (int64_t i = 0; i < 2 * width * fan; ++i) sums.values[i] = 0;
       }
-      each_rows(w.partition.block(index), [&](int64_t n, int64_t s, auto count) TSBN_LAMBDA {
-        backward_rows<count.value, kShared>(w, group, n, s, rows, sums);
+      each_rows(w, cut.block(index), [&](int64_t n, int64_t s, int64_t step, auto count) TSBN_LAMBDA {
+        backward_rows<count.value, kShared>(w, group, n, s, step, rows, sums);
       });
       if (partial == nullptr) continue;
       for (int64_t k = 0; k < fan; ++k) {

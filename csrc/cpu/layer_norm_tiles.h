@@ -50,13 +50,15 @@ struct LayerTiles {
   };
   static TSBN_INLINE V load_lanes(const A* lanes) { return load_bits<V>(lanes); }
 
-  // Calls f(n, s, row_count) for the tiles of a chunk's blocks, and done() after each block.
+  // Calls f(n, s, row_count) for the tiles of the blocks of a group's chunk, and done() after each block.
   template <class Function, class Done>
-  static TSBN_INLINE void each_tile(const Work& w, int64_t chunk, Function f, Done done) {
-    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
-      const Block b = w.partition.block(index);
+  static TSBN_INLINE void each_tile(const Work& w, int64_t group, int64_t chunk, Function f, Done done) {
+    const Partition& cut = w.cut_of(group);
+    const Samples samples = w.samples();
+    for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
+      const Block b = cut.block(index);
       for (int64_t n = b.n0; n < b.n1; ++n) {
-        for (int64_t s = b.s0; s < b.s1; s += L) f(n, s, b.s1 - s < L ? int(b.s1 - s) : L);
+        for (int64_t s = b.s0; s < b.s1; s += L) f(samples[n], s, b.s1 - s < L ? int(b.s1 - s) : L);
       }
       done();
     }
@@ -79,7 +81,7 @@ struct LayerTiles {
     const int64_t D = w.C;
     const A inverse = A(1) / A(D), eps = A(w.eps);
     const A *gates = static_cast<const A*>(w.vectors.gate), *biases = static_cast<const A*>(w.vectors.bias);
-    each_tile(w, chunk, [&](int64_t n, int64_t s, int count) TSBN_LAMBDA {
+    each_tile(w, group, chunk, [&](int64_t n, int64_t s, int count) TSBN_LAMBDA {
       Tile x, y;
       x.load(rows_of<const T>(w, w.x, group, n, s, count));
       if (w.residual.data != nullptr) {
@@ -120,7 +122,7 @@ struct LayerTiles {
     A* lanes = static_cast<A*>(scratch);
     for (int64_t i = 0; i < sums; ++i) partial[i] = 0;
     for (int64_t i = 0; i < sums * L; ++i) lanes[i] = 0;
-    each_tile(w, chunk, [&](int64_t n, int64_t s, int count) TSBN_LAMBDA {
+    each_tile(w, group, chunk, [&](int64_t n, int64_t s, int count) TSBN_LAMBDA {
       Tile x, dy, dz;
       x.load(rows_of<const T>(w, w.x, group, n, s, count));
       const V mean = w.rms ? V{} : statistic(w.mean, group, n, s, count), rstd = statistic(w.rstd, group, n, s, count);

@@ -72,8 +72,9 @@ void order_by(const std::vector<Contents>& contents, std::vector<int64_t>& order
 
 }  // namespace
 
-Mix::Mix(Work& w, const Tensor& task_of_sample, int64_t T, std::initializer_list<const Operand*> contents)
-    : order_(w.N), cuts_(T) {
+Mix::Mix(Work& w, const MixedTasks& tasks, Cut cut, std::initializer_list<const Operand*> contents)
+    : order_(w.N), cuts_(tasks.count) {
+  const auto& [task_of_sample, T] = tasks;
   STD_TORCH_CHECK(task_of_sample.scalar_type() == ScalarType::Long && task_of_sample.dim() == 1 &&
                       task_of_sample.size(0) == w.N,
                   "tsbn: task_of_sample must be int64 with a task for each sample");
@@ -86,7 +87,7 @@ Mix::Mix(Work& w, const Tensor& task_of_sample, int64_t T, std::initializer_list
     ++next[task + 1];
   }
   for (int64_t task = 0; task < T; ++task) {
-    cuts_[task] = partition_of(w, next[task + 1]);
+    cuts_[task] = cut(w, next[task + 1]);
     cuts_[task].first = next[task];
     next[task + 1] += next[task];
   }
@@ -99,8 +100,8 @@ Mix::Mix(Work& w, const Tensor& task_of_sample, int64_t T, std::initializer_list
     for (int64_t n = 0; n < w.N; ++n) order_[next[index[n * stride]]++] = n;
   } else {
     order_by(operands, order_, [&](int64_t n, uint64_t hash) {
-      const Partition& cut = cuts_[index[n * stride]];
-      return cut.first + int64_t(hash * uint64_t(cut.N) >> 32);
+      const Partition& own = cuts_[index[n * stride]];
+      return own.first + int64_t(hash * uint64_t(own.N) >> 32);
     });
   }
   w.T = T;
@@ -111,7 +112,7 @@ Mix::Mix(Work& w, const Tensor& task_of_sample, int64_t T, std::initializer_list
 
 void Mix::clear_absent(Tensor& vectors) const {
   if (vectors.numel() == 0) return;
-  const int64_t channels = vectors.size(1);
+  const int64_t channels = vectors.numel() / vectors.size(0);
   with_element_type(vectors, [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(vectors.mutable_data_ptr());
     for (size_t task = 0; task < cuts_.size(); ++task) {

@@ -163,9 +163,11 @@ inline constexpr int64_t kRowsTogether = 4;
 struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
-  LayerKernels rows, tiles;  // of rows longer than a vector or 8 values, and of others
+  LayerKernels rows, tiles;  // of rows longer than a vector or 8 values, or of samples too short for a tile; and of others
   int64_t lanes;
-  const LayerKernels& layer(const Work& w) const { return w.C > std::min<int64_t>(lanes, 8) ? rows : tiles; }
+  const LayerKernels& layer(const Work& w) const {
+    return w.C > std::min<int64_t>(lanes, 8) || (w.mixed() && w.S < lanes) ? rows : tiles;
+  }
   const EpilogueKernels& epilogue(Activation activation) const { return slabs.epilogues[int(activation)]; }
 };
 

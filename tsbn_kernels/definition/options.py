@@ -258,3 +258,32 @@ class LayerBackend(Protocol):
         self, dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions
     ) -> LayerGradients:
         """Computes the gradients that are needed, from those of y and of ``s = x + residual``."""
+
+
+class MixedLayerBackend(Protocol):
+    """The operators of mixed batches, which :mod:`tsbn_kernels.definition.mixed_layer_norm` defines.
+
+    ``task_of_sample`` is int64 ``[N]``, and tells the task of each sample of x, ``[N, *, *normalized_shape]``.
+    """
+
+    def mixed_layer_norm(
+        self,
+        x: Tensor,
+        task_of_sample: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: LayerOptions,
+    ) -> LayerNormalized:
+        """Normalises each row of ``x + residual``."""
+
+    def mixed_layer_norm_backward(
+        self,
+        dy: Tensor,
+        ds: Tensor | None,
+        saved: LayerSaved,
+        task_of_sample: Tensor,
+        needs: LayerNeeds,
+        options: LayerOptions,
+    ) -> LayerGradients:
+        """Computes the gradients that are needed, from those of y and of ``s = x + residual``."""

@@ -16,6 +16,7 @@ from tsbn_kernels.definition.mixed_batch_norm import (
     mixed_forward_tracked,
     mixed_forward_training,
 )
+from tsbn_kernels.definition.mixed_layer_norm import mixed_layer_norm, mixed_layer_norm_backward
 
 __all__ = [
     "backward",
@@ -31,5 +32,7 @@ __all__ = [
     "mixed_forward_eval",
     "mixed_forward_tracked",
     "mixed_forward_training",
+    "mixed_layer_norm",
+    "mixed_layer_norm_backward",
     "moments",
 ]

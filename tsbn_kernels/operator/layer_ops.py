@@ -43,7 +43,8 @@ def _options(given: dict[str, Any]) -> LayerOptions:
     return LayerOptions(given["weight"].size(0), *own)
 
 
-def _layer_norm(run: Callable[..., LayerNormalized], options: LayerOptions, **tensors: Any) -> tuple[Tensor, ...]:
+def normalized(run: Callable[..., LayerNormalized], options: LayerOptions, **tensors: Any) -> tuple[Tensor, ...]:
+    """Results of a forward pass as tensors."""
     y, s, mean, rstd = run(**tensors, options=options)
     return y, or_empty(s, y), or_empty(mean, rstd), rstd
 
@@ -105,7 +106,7 @@ layer_norm: Normalization[LayerBackend] = Normalization(
         "layer_norm": Operator(
             "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, str gate, str stacking,"
             " bool rms=False, bool shared=False) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
-            _layer_norm,
+            normalized,
         ),
         "layer_norm_backward": Operator(
             "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, str gate, str stacking,"

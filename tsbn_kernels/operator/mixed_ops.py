@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tsbn_kernels.backends import triton
 from tsbn_kernels.backends.plan.mixed import walks
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.operator import ops
 from tsbn_kernels.operator.mixed_parts import Parts
-from tsbn_kernels.operator.registry import Normalization, Operator, chained, library, or_empty
+from tsbn_kernels.operator.registry import MixedNormalization, Operator, or_empty
 
 if TYPE_CHECKING:
     from tsbn_kernels.definition import mixed_batch_norm as reference
@@ -174,38 +173,14 @@ class _Fake:
         return layout.empty_gradients(saved.x, saved.weight, needs, options)
 
 
-def _by_size(small: Callable[..., Any], large: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator ``small`` where samples are too short to be tasks of their own, else ``large``."""
-
-    def call(first: Tensor | Saved, *more: Any) -> Any:
-        x = first.x if isinstance(first, Saved) else first  # or dy, which has its shape
-        return (small if walks(x) else large)(first, *more)
-
-    return call
+def _short(first: Tensor | Saved, *_: Any) -> bool:
+    """Whether samples are too short to be tasks of their own, by x, or by dy, which has its shape."""
+    return walks(first.x if isinstance(first, Saved) else first)
 
 
-class _Mixed(Normalization[MixedBackend]):
-    def _register(self, name: str) -> None:
-        super()._register(name)
-        parts = getattr(self._general, name)
-        for key in triton.DISPATCH_KEYS if triton.available else ():
-            library.impl(name, self._flattened(name, _by_size(chained(name, key, parts), parts)), key)
-
-    def eager(self, backend: str | None) -> MixedBackend:
-        """The operators of a backend outside of graphs; of one for GPUs, by its kernels for equal tasks.
-
-        Triton has kernels of its own for short samples.
-        """
-        if backend not in ("cuda", "triton"):
-            return super().eager(backend)
-        parts = Parts(ops.eager_operators(backend))
-        if backend == "cuda":
-            return parts
-        found: MixedBackend = self._kind(*(_by_size(triton.operator(n), getattr(parts, n)) for n in self._operators))
-        return found
-
-
-mixed = _Mixed(
+mixed: MixedNormalization[MixedBackend] = MixedNormalization(
+    lambda backend: Parts(ops.eager_operators(backend)),
+    _short,
     MixedOperators,
     {
         "mixed_forward_training": Operator(
@@ -228,6 +203,5 @@ mixed = _Mixed(
     {},
     Dispatched,
     _Fake(),
-    Parts(ops.batch_norm.dispatched),
 )
 operators, eager_operators = mixed.operators, mixed.eager

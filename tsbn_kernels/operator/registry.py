@@ -168,6 +168,47 @@ class Normalization(Generic[BackendT]):
         return self.triton() if backend == "triton" else self.dispatched
 
 
+class MixedNormalization(Normalization[BackendT]):
+    """The operators of a normalisation of mixed batches: the kernels of equal tasks serve where there are no others.
+
+    Args:
+        parts: makes the operators of those of equal tasks, by the name of a backend, or None: below autograd.
+        fits: whether Triton's own kernels compute a call, from its arguments.
+        described: what :class:`Normalization` takes before ``general``.
+    """
+
+    def __init__(self, parts: Callable[[str | None], BackendT], fits: Callable[..., bool], *described: Any) -> None:
+        self._parts, self._fits = parts, fits
+        super().__init__(*described, parts(None))
+
+    def _register(self, name: str) -> None:
+        super()._register(name)
+        general = getattr(self._general, name)
+        for key in triton.DISPATCH_KEYS if triton.available else ():
+            library.impl(name, self._flattened(name, self._either(chained(name, key, general), general)), key)
+
+    def _either(self, own: Adapter, general: Adapter) -> Adapter:
+        def call(*arguments: Any) -> Any:
+            return (own if self._fits(*arguments) else general)(*arguments)
+
+        return call
+
+    def eager(self, backend: str | None) -> BackendT:
+        """The operators of a backend outside of graphs; of one for GPUs, by its kernels for equal tasks.
+
+        Triton has kernels of its own for what fits.
+        """
+        if backend not in ("cuda", "triton"):
+            return super().eager(backend)
+        parts = self._parts(backend)
+        if backend == "cuda":
+            return parts
+        found: BackendT = self._kind(
+            *(self._either(triton.operator(name), getattr(parts, name)) for name in self._operators)
+        )
+        return found
+
+
 def chained(name: str, key: str, definition: Adapter) -> Adapter:
     """An operator for the GPUs of a dispatch key: by Triton, by CUDA C++ or by the definition, see fallback.py.
 
