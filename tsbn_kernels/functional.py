@@ -377,9 +377,7 @@ def task_layer_norm(
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices.
     """
-    return normalize_any_rows(
-        (x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample
-    )[0]
+    return any_rows((x, weight, bias, None), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)[0]
 
 
 def add_task_layer_norm(
@@ -405,9 +403,7 @@ def add_task_layer_norm(
         y, and s in the shape and dtype of ``x + residual``. Raises as :func:`task_layer_norm` does.
     """
     checks.check_tensor("residual", residual)
-    y, s = normalize_any_rows(
-        (x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample
-    )
+    y, s = any_rows((x, weight, bias, residual), (num_tasks, eps, gate, stacking, False, fan_out), task_of_sample)
     return y, s
 
 
@@ -427,9 +423,7 @@ def task_rms_norm(
     Arguments are those of :func:`task_layer_norm`; without ``eps`` it is that of the dtype that is computed in, as in
     ``nn.RMSNorm``.
     """
-    return normalize_any_rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)[
-        0
-    ]
+    return any_rows((x, weight, None, None), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)[0]
 
 
 def add_task_rms_norm(
@@ -446,9 +440,7 @@ def add_task_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Computes ``s = x + residual`` and :func:`task_rms_norm` of it; see :func:`add_task_layer_norm`."""
     checks.check_tensor("residual", residual)
-    y, s = normalize_any_rows(
-        (x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample
-    )
+    y, s = any_rows((x, weight, None, residual), (num_tasks, eps, gate, stacking, True, fan_out), task_of_sample)
     return y, s
 
 
@@ -481,7 +473,7 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     return outputs
 
 
-def normalize_any_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample: Any) -> tuple[Tensor, ...]:
+def any_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample: Any) -> tuple[Tensor, ...]:
     """Computes :func:`normalize_rows`, where there is an index of a mixed batch: each sample has its task's vectors."""
     if task_of_sample is None:
         return normalize_rows(tensors, options)

@@ -48,6 +48,9 @@ OUTPUTS = {
     "mixed_backward": ("dx", "dresidual"),
     "mixed_gradient": ("dx", "dresidual"),
     "mixed_sums": ("dweight", "dbias", "slopes", "offsets"),
+    "mixed_layer_norm_forward": ("y", "added", "mean", "rstd"),
+    "mixed_layer_norm_backward": ("dx",),
+    "mixed_layer_norm_parameters": ("dweight", "dbias"),
 }
 
 
@@ -142,7 +145,7 @@ def break_kernel(module: str, text: str, broken: str, folder: Path, monkeypatch:
             code = code.replace(text, broken)
         (folder / package / source.name).write_text(code)
     monkeypatch.syspath_prepend(folder)
-    for part in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed"):
+    for part in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed", "mixed_layer_norm"):
         monkeypatch.setattr(launches, part, importlib.import_module(f"{package}.{part}"))
 
 

@@ -202,6 +202,7 @@ class Kernels(NamedTuple):
     fan_out: Any
     layer_norm: Any
     mixed: Any
+    mixed_layer_norm: Any
 
 
 @cache
@@ -229,7 +230,7 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
     loaded = kernels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Builder, "overflow", overflow)
-        for name in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed"):
+        for name in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed", "mixed_layer_norm"):
             patch.setattr(launch, name, getattr(loaded, name))
         patch.setattr(backend_passes, "activations", loaded.activations)
         patch.setattr(ops, "forwards", {})

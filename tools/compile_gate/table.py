@@ -31,10 +31,11 @@ from benchmarks.profile.compile_offline import (
     specialize,
 )
 from benchmarks.records.workloads import CELEBA, RESNET50, SEGNET, Layer, Workload
-from tools.compile_gate import double_backward, layer_norm, mixed
+from tools.compile_gate import double_backward, layer_norm, mixed, mixed_layer_norm
 from tools.compile_gate.double_backward import LaidOutTwice
 from tools.compile_gate.layer_norm import LaidOutRows
 from tools.compile_gate.mixed import LaidOutMix
+from tools.compile_gate.mixed_layer_norm import LaidOutMixedRows
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
@@ -170,7 +171,7 @@ class LaidOut:
 class Asked:
     """A kernel that a layer asks for, and the plan that asks."""
 
-    layer: LaidOut | LaidOutTwice | LaidOutRows | LaidOutMix
+    layer: LaidOut | LaidOutTwice | LaidOutRows | LaidOutMix | LaidOutMixedRows
     pass_: str
     plan: Plan
     call: Call
@@ -207,6 +208,10 @@ def asked(target: str) -> list[Asked]:
         both = twice.plan(DEVICES[TARGETS[target]])
         for call in twice.calls(both):
             found.setdefault(specialize(call, target).key, Asked(twice, "double backward", both, call))
+    for mixed_rows, pass_ in product(mixed_layer_norm.LAYERS, mixed_layer_norm.PASSES):
+        of_rows = mixed_rows.plan(pass_, DEVICES[TARGETS[target]])
+        for call in mixed_rows.calls(of_rows):
+            found.setdefault(specialize(call, target).key, Asked(mixed_rows, pass_, of_rows, call))
     return list(found.values())
 
 

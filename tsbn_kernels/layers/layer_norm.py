@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsbn_kernels.definition.layout import Stacking
 from tsbn_kernels.definition.plain import leaf_call
-from tsbn_kernels.functional import normalize_any_rows, normalize_rows
+from tsbn_kernels.functional import any_rows, normalize_rows
 from tsbn_kernels.layers import mixing
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import checks, layer_checks, mixed_checks
@@ -161,7 +161,7 @@ class TaskRowNorm(TaskSpecific):
         if self._participation is not None and torch.is_grad_enabled():
             weight = self._participation.take_part_of(weight, task_of_sample, x)
         options = len(weight), self.eps, self.gate, "task_major", self._rms, False
-        result = normalize_any_rows((x, weight, bias, residual), options, task_of_sample)
+        result = any_rows((x, weight, bias, residual), options, task_of_sample)
         if routed:
             mixing.remember(result[0])
         return result

@@ -1,8 +1,8 @@
 """The operators of layer normalisation of mixed batches: schemas, adapters and fake kernels.
 
 ``x``, ``residual`` and ``dy`` are ``[N, *, *normalized_shape]``, ``task_of_sample`` is int64 ``[N]``. All else is as in
-:mod:`tsbn_kernels.operator.layer_ops`. The CPU has kernels that look up the vectors of a sample's task; elsewhere
-they are gathered for the kernels of equal tasks.
+:mod:`tsbn_kernels.operator.layer_ops`. The CPU and Triton have kernels that look up the vectors of a sample's task;
+elsewhere, and where a row is too long for Triton's, the vectors are gathered for the kernels of equal tasks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from tsbn_kernels.backends.plan.mixed_layer_norm import fits
 from tsbn_kernels.definition.layer_norm import empty_gradients, empty_outputs
 from tsbn_kernels.definition.mixed_layer_norm import Gathered
 from tsbn_kernels.definition.options import (
@@ -129,9 +130,14 @@ def _sums(values: Tensor, task_of_sample: Tensor, num_tasks: int) -> Tensor:
     return exact_task_sums(values.double(), task_of_sample, num_tasks)
 
 
+def _held(x: Tensor, _: Tensor, third: Tensor | LayerSaved, *__: Any) -> bool:
+    """Whether a program holds a row, by x, or by dy, which has its shape; and by the weight, or what is saved."""
+    return fits(x, third.weight if isinstance(third, LayerSaved) else third)
+
+
 mixed_layer_norm: MixedNormalization[MixedLayerBackend] = MixedNormalization(
     lambda backend: Gathered(layer_ops.eager_operators(backend), _sums),
-    lambda *_: False,
+    _held,
     MixedLayerOperators,
     {
         "mixed_layer_norm": Operator(

@@ -23,7 +23,7 @@ DISPATCH_KEYS = ("CUDA", "XPU")  # ROCm devices are CUDA devices to PyTorch
 available = importlib.util.find_spec("triton") is not None
 interpreted = available and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 device_types = ("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu")
-_MODULES = "ops", "double_backward", "layer_norm", "mixed"  # which have the operators
+_MODULES = "ops", "double_backward", "layer_norm", "mixed", "mixed_layer_norm"  # which have the operators
 
 health = Health("Triton")
 

@@ -9,7 +9,15 @@ from triton.errors import TritonError
 
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
-from tsbn_kernels.backends.triton.kernels import backward, double_backward, fan_out, forward, layer_norm, mixed
+from tsbn_kernels.backends.triton.kernels import (
+    backward,
+    double_backward,
+    fan_out,
+    forward,
+    layer_norm,
+    mixed,
+    mixed_layer_norm,
+)
 
 
 class Launch:
@@ -31,7 +39,7 @@ class Launch:
         """The ``triton.jit`` function."""
         return next(
             getattr(module, self.kernel)
-            for module in (forward, backward, double_backward, fan_out, layer_norm, mixed)
+            for module in (forward, backward, double_backward, fan_out, layer_norm, mixed, mixed_layer_norm)
             if hasattr(module, self.kernel)
         )
 
