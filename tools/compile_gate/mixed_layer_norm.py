@@ -49,7 +49,7 @@ class LaidOutMixedRows:
         return plan(work, device)
 
     def calls(self, made: MixedLayerPlan) -> list[Call]:
-        """The launches of such a plan."""
+        """The launches of such a plan, but those that make keys: the gate has them of other mixed batches."""
         x, vector = self.activation(), self.parameter()
         index = torch.empty(self.shape[1], dtype=torch.int64, device="meta")
         statistic = torch.empty(x.numel() // self.shape[-1], device="meta")
@@ -62,7 +62,7 @@ class LaidOutMixedRows:
             else:
                 run = MixedLayerForward(made, self.options)
                 run(x, index, vector, vector, x, LayerNormalized(x, x, statistic, statistic))
-        return calls
+        return [call for call in calls if call.launch.kernel != "mixed_keys"]
 
 
 LAYERS = (
