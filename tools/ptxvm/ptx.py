@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import PurePath
 
 _SPACE = re.compile(r"\s*")
@@ -94,17 +95,17 @@ class Kernel:
 @dataclass
 class Module:
     target: str = ""
-    kernels: dict[str, Kernel] = field(default_factory=dict)
+    kernels: dict[str, Callable[[], Kernel]] = field(default_factory=dict)  # each reads its part of the text
     variables: list[Variable] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
+        """Reads the kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
         found = [k for k in self.kernels if k == name] or [k for k in self.kernels if f"{len(name)}{name}" in k]
         if len(found) != 1:
             there = ", ".join(self.kernels) or "none"
             raise KeyError(f"{len(found) or 'no'} kernels match {name!r}; the text has {there}")
-        return self.kernels[found[0]]
+        return self.kernels[found[0]]()
 
     def describe(self, location: Location | None) -> str:
         """`file:line` of a location, with the place that it was inlined into."""
@@ -138,49 +139,67 @@ def size_of(kind: str) -> int:
 
 @lru_cache(maxsize=64)
 def parse(text: str) -> Module:
-    """Reads a PTX text."""
-    return _Parser(text).module
+    """Reads a PTX text but for what its kernels do: of hundreds, few are asked for."""
+    clean = _STRING_OR_COMMENT.sub(lambda m: m[1] or "\n" * m.group().count("\n"), text)
+    module = Module()
+    _Parser(module, clean).read(0, len(clean), 1)
+    return module
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
-        clean = _STRING_OR_COMMENT.sub(lambda m: m[1] or "\n" * m.group().count("\n"), text)
-        self.module = Module()
-        self.kernel: Kernel | None = None
+    """Reads what stands outside of kernels, or within one."""
+
+    def __init__(self, module: Module, text: str, kernel: Kernel | None = None) -> None:
+        self.module, self.text, self.kernel = module, text, kernel
         self.location: Location | None = None
         # The registers of the blocks that are open, by name or by prefix and count for `%r<9>`, and a suffix that
         # makes names unique.
-        self.scopes: list[tuple[dict[str, int | None], str]] = []
-        at, line, blocks = 0, 1, 0
-        while found := _STATEMENT.match(clean, _SPACE.match(clean, at).end()):  # type: ignore[union-attr]
-            line += clean.count("\n", at, found.start())
+        self.scopes: list[tuple[dict[str, int | None], str]] = [({}, "")]
+
+    def read(self, at: int, end: int, line: int) -> None:
+        """Reads from one place to another; the first is in this line."""
+        blocks, text = 0, self.text
+        while found := _STATEMENT.match(text, _SPACE.match(text, at, end).end(), end):  # type: ignore[union-attr]
+            line += text.count("\n", at, found.start())
             try:
                 blocks += found["brace"] == "{"
                 self.statement(line, found, f"#{blocks}")
             except ValueError as error:
                 raise PTXError(line, str(error)) from None
-            at, line = found.end(), line + found.group().count("\n")
-        if self.kernel:
-            raise PTXError(line + clean.count("\n", at), "the text ends too early")
+            at = self.closing(found.end()) + 1 if found["entry"] else found.end()
+            line += text.count("\n", found.start(), at)
+
+    def closing(self, at: int) -> int:
+        """Finds the brace that closes the one before this place."""
+        depth = 1
+        for brace in re.compile("[{}]").finditer(self.text, at):
+            depth += 1 if brace.group() == "{" else -1
+            if not depth:
+                return brace.start()
+        raise PTXError(self.text.count("\n") + 1, "the text ends too early")
+
+    def body(self, kernel: Kernel, at: int, line: int) -> Kernel:
+        _Parser(self.module, self.text, kernel).read(at, self.closing(at), line)
+        return kernel
 
     def statement(self, line: int, found: re.Match[str], suffix: str) -> None:
         variables = self.kernel.variables if self.kernel else self.module.variables
         if found["directive"]:
             self.directive(found["directive"], found["rest"])
         elif found["entry"]:
-            self.kernel = self.module.kernels[found["entry"]] = Kernel(found["entry"], line)
+            kernel = Kernel(found["entry"], line)
             params = [p.replace(".param", "", 1) for p in (found["params"] or "").split(",") if p.strip()]
-            self.kernel.params = [variable("param", p) for p in params]
+            kernel.params = [variable("param", p) for p in params]
             for name, numbers in re.findall(r"\.(\w+)([\s\d,]*)", found["attributes"]):
                 if not _ATTRIBUTES.fullmatch(name):
                     raise ValueError(f"unknown directive '.{name}' of a kernel")
-                self.kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
-            self.scopes = [({}, "")]
+                kernel.attributes[name] = tuple(int(n) for n in re.findall(r"\d+", numbers))
+            within = line + found.group().count("\n")
+            self.module.kernels[kernel.name] = cache(partial(self.body, kernel, found.end(), within))
         elif found["brace"] == "{":
             self.scopes.append(({}, suffix))
         elif found["brace"] == "}":
             self.scopes.pop()
-            self.kernel = self.kernel if self.scopes else None
         elif found["label"] and self.kernel:
             self.kernel.labels[found["label"]] = len(self.kernel.instructions)
         elif found["space"] == "reg":

@@ -66,6 +66,16 @@ def test_errors_name_the_line(body: str, line: int, message: str) -> None:
     assert caught.value.line == line
 
 
+def test_a_kernel_is_read_where_it_is_asked_for() -> None:
+    """Lines count from the start of the text, and one kernel's mistake is no other's."""
+    module = parse(HEADER + ".entry f() {\n{ ret; }\n}\n.entry g() {\n .bogus 1;\n}\n.entry h()\n{\n\nret;\n}")
+    for _ in range(2):
+        with pytest.raises(PTXError, match=r"PTX line 8: unknown directive '\.bogus'"):
+            module.kernel("g")
+    assert [(k.line, *(i.line for i in k.instructions)) for k in map(module.kernel, "fh")] == [(4, 5), (10, 13)]
+    assert module.kernel("h") is module.kernel("h")
+
+
 def test_text_that_ends_too_early() -> None:
     with pytest.raises(PTXError, match="PTX line 7: the text ends too early"):
         parse(kernel("").rsplit("ret", 1)[0])
