@@ -104,8 +104,6 @@ class FolderSamples(Dataset[Sample]):
     def _truth(self, name: str, index: int) -> Tensor:
         path = self.parts[name] / f"{index}.npy"
         array, (height, width) = _array(path), self.size
-        if not np.isfinite(array).all():
-            raise DataError(f"{path} should have finite values; missing are labels of -1, and zeros elsewhere")
         if name == SEGMENTATION:
             _check_shape(path, array, [height, width])
             labels = torch.from_numpy(array.astype(np.int64))
@@ -126,6 +124,8 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(f"{path} cannot be read as an array: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise DataError(f"{path} should have numbers, got {getattr(array, 'dtype', type(array).__name__)}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path} should have finite values; missing are labels of -1, and zeros elsewhere")
     return array
 
 

@@ -78,6 +78,7 @@ FAULTS = {
         (truncated, "cannot be read as an array"),
         (lambda path: path.write_bytes(b""), "cannot be read as an array"),
         (save(np.array(["a"])), "should have numbers, got <U1"),
+        (save(np.full((HEIGHT, WIDTH, 3), np.nan)), "should have finite values"),
     ],
     "train/label/1.npy": [
         (save(np.zeros((HEIGHT, WIDTH, 1))), r"should be of shape \[24, 32\], as its image, got \[24, 32, 1\]"),
@@ -101,6 +102,14 @@ def test_a_bad_file_is_named(folder, name, spoil, message):
     with pytest.raises(DataError, match=message) as caught:
         found.train[1]
     assert str(path / name) in str(caught.value)
+
+
+def test_bad_normals_are_named(tmp_path):
+    found = nyuv2(write(tmp_path, normals=True))
+    path = tmp_path / "val/normal/0.npy"
+    np.save(path, np.zeros((HEIGHT, WIDTH, 1)))
+    with pytest.raises(DataError, match=rf"{path} should be of shape \[24, 32, 3\], as its image, got \[24, 32, 1\]"):
+        found.validation[0]
 
 
 def test_missing_parts_are_named(folder):
