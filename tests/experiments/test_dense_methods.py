@@ -26,11 +26,15 @@ def test_parameters_and_operations_of_segnet_are_those_of_the_papers():
     # SegNet with the head of 13 classes: what the authors of MTAN count as one.
     heads = [37_773, 36_993, 37_123]  # 64 * 64 * 9 + 64, and 65 times the outputs
     assert single == pytest.approx(24_981_069 - heads[0] + sum(heads) / 3, abs=1)
-    ratios = {name: round(size.parameters / single, 2) for name, size in found.items()}
-    assert ratios["mtan"] == 1.77  # of MTAN's first table
-    assert ratios["cross_stitch"] == 3.0
+    assert {name: size.relative(found["single_task"], 3) for name, size in found.items()} == {
+        "single_task": ("3.00", "3.00"),
+        "hard_sharing": ("1.00", "1.14"),
+        "cross_stitch": ("3.00", "3.00"),  # a network for each task
+        "mtan": ("1.77", "3.58"),  # 1.77 is of MTAN's first table
+        "tsbn": ("1.00", "2.99"),
+        "ts_sigma_bn": ("1.00", "2.99"),
+    }
     assert found["cross_stitch"].parameters == found["single_task"].parameters + 9 * 9
-    assert ratios["hard_sharing"] == ratios["ts_sigma_bn"] == 1.0
     gates = found["ts_sigma_bn"].parameters - found["hard_sharing"].parameters
     norms = make_network("hard_sharing", TASKS, Layout("segnet", 64)).modules()
     channels = sum(norm.num_features for norm in norms if isinstance(norm, nn.BatchNorm2d))
@@ -42,7 +46,6 @@ def test_parameters_and_operations_of_segnet_are_those_of_the_papers():
     assert operations["cross_stitch"] == operations["single_task"] + 2 * 3 * 3 * values  # the units, 3x3
     assert operations["ts_sigma_bn"] == operations["tsbn"]
     assert 0.97 < operations["ts_sigma_bn"] / operations["single_task"] < 1  # the first convolution runs once
-    assert 1 / 3 < operations["hard_sharing"] / operations["single_task"] < 0.4  # and the heads three times
 
 
 @pytest.mark.parametrize("network", NETWORKS)
