@@ -65,7 +65,7 @@ def test_torchvision(name: str, bias: float) -> None:
     x = torch.randn(2, 3, 16 if name == "vgg" else 64, 16 if name == "vgg" else 64)
     model = convert_model(look_trained(TORCHVISION[name](models)), T)
     exported, warning = export(close(model, bias, 4 if name == "densenet" else 12), x)
-    assert not warning
+    assert bias or not warning
     assert_same(exported(x), stream_of(model, x, TASK))
     full = channels(export_task(model, TASK))
     assert sum(channels(exported)) < sum(full)
@@ -114,7 +114,7 @@ def test_a_multi_task_model_gives_the_same_modules_narrower() -> None:
     x = torch.randn(2, 3, 32, 32)
     full = export_task(model, "smile")
     exported, warning = export(model, x, "smile", amount=0.3, min_filters=1)
-    assert not warning
+    assert "closed, they still give something" in warning  # their bias, which the border of the next layer lacks
     assert sum(p.numel() for p in exported.parameters()) < 0.9 * sum(p.numel() for p in full.parameters())
     assert [type(one) for one in exported.modules()] == [type(one) for one in full.modules()]
     expected = exported(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.network.model import Layout, loss_of, task_specific_network
-from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, MultiTaskModel, convert_model, prune
+from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, MultiTaskModel, convert_model, prune
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,18 +192,87 @@ def test_which_filters_go(options: dict[str, Any], first: list[float], second: l
 
 def test_a_constant_that_would_stay_behind_keeps_its_filter() -> None:
     model = close(nn.Sequential(nn.Conv2d(3, 8, 3), FusedTSigmaBN2d(2, 8), nn.Sigmoid(), nn.Conv2d(8, 2, 1)))
-    assert widths(prune(model, torch.randn(2, 3, 8, 8), threshold=1e-6)) == [8]
+    smaller, warning = pruned_with(model, torch.randn(2, 3, 8, 8), threshold=1e-6)
+    assert widths(smaller) == [8] and "'1': closed, they still give something" in warning
 
 
-class Divided(nn.Module):
-    """Has a factor that depends on how many channels there are, which torch-pruning cannot know."""
+class Between(nn.Module):
+    """A block of convolution and normalisation, then what a user has written, then another block and an end."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor], channels: int = 8, **more: Any) -> None:
         super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3), FusedTSigmaBN2d(2, 8), nn.Conv2d(8, 2, 1)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), FusedTSigmaBN2d(2, 8, activation="relu")
+        self.conv2, self.norm2 = nn.Conv2d(channels, 8, 3, padding=1), FusedTSigmaBN2d(2, 8, activation="relu")
+        self.out = nn.Conv2d(8, 2, 1)
+        self.between = between
+        for name, module in more.items():
+            setattr(self, name, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(self.conv(x)) / self.norm.num_features)  # type: ignore[no-any-return]
+        y = self.between(self.norm(self.conv(x)))
+        return self.out(self.norm2(self.conv2(y)))  # type: ignore[no-any-return]
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
+    "divided": (lambda y: y / y.shape[1], 8, "without some of them an output differs by"),
+    "softmax": (lambda y: y.softmax(1), 8, "closed, they still give something to the layers that read them"),
+    "maximum": (lambda y: y.amax(1, keepdim=True), 1, r"'conv2' \(Conv2d\) has fewer channels than torch-pruning"),
+    "halves": (lambda y: nn.functional.glu(y, 1), 4, r"'conv2' \(Conv2d\) has fewer channels than torch-pruning"),
+    "some": (lambda y: y[:, [0, 3, 1]], 3, r"'conv2' \(Conv2d\) has fewer channels than torch-pruning thinks"),
+    "slice": (lambda y: y[:, :5], 5, "without some of them it fails with RuntimeError: Given groups=1"),
+    "shuffled": (nn.ChannelShuffle(8), 8, "fails with RuntimeError: Number of channels must be divisible"),
+    "given shape": (lambda y: y.view(-1, 8, 6, 6), 8, "without some of them it fails with RuntimeError: shape"),
+    "its own": (lambda y: y * torch.ones(8, 1, 1), 8, "fails with RuntimeError: The size of tensor"),
+    "cut off": (lambda y: y.detach(), 8, "no convolution or linear layer before it is called as a module"),
+    "normalised": (nn.GroupNorm(2, 8), 8, r"'between' \(GroupNorm\) computes with all of its channels at once"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_user_has_written_is_refused_by_name_and_the_rest_pruned(name: str) -> None:
+    """As if that one layer had not been asked for: nothing that was tried of it is left."""
+    between, channels, why = FUNCTIONS[name]
+    model = close(Between(between, channels).eval())
+    torch.manual_seed(1)
+    smaller, warning = pruned_with(model, torch.randn(2, 3, 8, 8), threshold=1e-6)
+    assert re.fullmatch(f"some layers keep all of their filters: 'norm': .*{why}.*", warning), warning
+    assert widths(smaller) == [8, 6] and smaller.conv2.in_channels == channels
+    assert_same(model, smaller, torch.randn(2, 3, 8, 8))
+
+
+def test_tied_and_parametrized_weights_stay() -> None:
+    model = close(Between(nn.Identity(), conv3=nn.Conv2d(8, 8, 3, padding=1)).eval())
+    model.conv3.weight = model.conv2.weight
+    with pytest.raises(ValueError, match=r"'norm2': 'conv2' \(Conv2d\) has a parameter that another module has too"):
+        prune(model, torch.randn(2, 3, 8, 8), threshold=1e-6)
+    nn.utils.parametrizations.weight_norm(model.conv2)
+    with pytest.raises(ValueError, match=r"'norm2': 'conv2' \(ParametrizedConv2d\) is parametrized"):
+        prune(model, torch.randn(2, 3, 8, 8), threshold=1e-6)
+
+
+def test_a_map_for_all_channels_hides_no_filters() -> None:
+    class Attention(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            return self.out(self.norm2(self.conv2(y * self.between(y).sigmoid())))  # type: ignore[no-any-return]
+
+    model = close(Attention(nn.Conv2d(8, 1, 7, padding=3)).eval())
+    smaller, warning = pruned_with(model, torch.randn(2, 3, 8, 8), threshold=1e-6)
+    assert "'norm': 'between' (Conv2d) has fewer channels than torch-pruning thinks" in warning
+    assert widths(smaller) == [8, 6]
+
+
+def test_what_hangs_on_parameters_stays_and_so_does_inference_mode() -> None:
+    model: Any = nn.Sequential(nn.Conv3d(3, 8, 3), FusedTSigmaBN3d(2, 8, activation="relu"), nn.Conv3d(8, 2, 3))
+    model = close(model).eval().to(memory_format=torch.channels_last_3d)
+    model[2].weight.requires_grad_(False).group = "slow"
+    x = torch.randn(2, 3, 8, 8, 8)
+    with torch.inference_mode():
+        smaller, _ = pruned_with(model, x, threshold=1e-6)
+    assert widths(smaller) == [6] and not smaller[0].weight.is_inference()
+    assert smaller[2].weight.group == "slow" and not smaller[2].weight.requires_grad
+    assert smaller[2].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert_same(model, smaller, x)
 
 
 def test_what_cannot_be_pruned_is_refused_by_name() -> None:
@@ -218,8 +288,6 @@ def test_what_cannot_be_pruned_is_refused_by_name() -> None:
         prune(nn.Sequential(FusedTSigmaBN2d(2, 3)), x, amount=0.3)
     with pytest.raises(ValueError, match="cannot read the graph of Sequential: RuntimeError: Given groups=1"):
         prune(chain(FIRST), torch.randn(2, 4, 8, 8), amount=0.3)
-    with pytest.raises(RuntimeError, match=r"not the one with closed filters.* its outputs differ by"):
-        prune(close(Divided()), x, threshold=0.1)
     partly = nn.Sequential(*chain(FIRST), nn.Flatten(), nn.Linear(128, 4), FusedTSigmaBN1d(2, 4))
     with pytest.warns(UserWarning, match="some layers keep all of their filters: '5': they are an output"):
         assert widths(prune(partly, torch.randn(2, 3, 8, 8), amount=0.4)) == [4, 4]

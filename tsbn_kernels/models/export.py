@@ -73,6 +73,7 @@ def fold_into_conv(conv: nn.Module, layer: FusedTSigmaBN, task: int) -> nn.Modul
     return folded if isinstance(rest, nn.Identity) else nn.Sequential(folded, rest).eval()
 
 
+@torch.inference_mode(False)  # for it may prune
 def export_task(model: nn.Module, task: int | str, *, prune: Pruning | None = None) -> nn.Module:
     """The plain network of one task, in eval mode, for ``torch.export``, ONNX and everything that takes plain modules.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
@@ -79,6 +82,7 @@ class Filters:
         run: calls the model, and returns the tensors that come out.
 
     Attributes:
+        names: of all modules.
         groups: those whose filters may go.
         kept: why others stay, by the name of a layer with gates.
 
@@ -89,8 +93,10 @@ class Filters:
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> None:
         pruning = _torch_pruning()
         self.graph = pruning.DependencyGraph()
-        names = {module: name for name, module in model.named_modules()}
-        own = {type(module) for module in names if isinstance(module, TaskSpecific)}
+        self.names = {module: name for name, module in model.named_modules()}
+        own = {type(module) for module in self.names if isinstance(module, TaskSpecific)}
+        owners = Counter(parameter for module in self.names for parameter in module.parameters(recurse=False))
+        self._tied = {parameter for parameter, count in owners.items() if count > 1}
         self.groups: list[Group] = []
         self.kept: dict[str, str] = {}
         try:
@@ -103,38 +109,96 @@ class Filters:
                     customized_pruners=dict.fromkeys(own, _pruner(pruning)),
                     verbose=False,
                 )
-            found = set(self._find(pruning, names))
+            found = set(self._find(pruning.ops))
         except Exception as error:  # of the model's own code too, which may raise anything
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"torch-pruning cannot read the graph of {type(model).__name__}: {what}") from error
-        for module, name in names.items():
+        for module, name in self.names.items():
             if isinstance(module, TaskSpecific) and module not in found:
                 self.kept.setdefault(name, "no convolution or linear layer before it is called as a module")
 
-    def _find(self, pruning: Any, names: dict[nn.Module, str]) -> Iterator[nn.Module]:
+    def _find(self, ops: Any) -> Iterator[nn.Module]:
         """Finds the groups, and returns the normalisation that belongs to any convolution or linear layer."""
         seen: set[nn.Module] = set()
         for root in [module for module in self.graph.module2node if isinstance(module, (*_CONVOLUTIONS, nn.Linear))]:
             if root in seen:
                 continue
-            obstacle = None
-            for filters in ([0], range(_outputs(root))):  # of all, where one has no obstacle
-                items = self._group(root, filters)
-                norms = [item for item in items if isinstance(item.dep.target.module, (_BatchNorm, TaskSpecific))]
-                obstacle = next(filter(None, (_obstacle(item, pruning.ops, names) for item in items)), None)
-                if obstacle:
-                    break
+            items: Any = []
+            try:
+                for filters in ([0], range(_outputs(root))):  # of all, where one has no obstacle
+                    items = self._group(root, filters)
+                    found = [self._obstacle(item, ops) for item in items]
+                    obstacle = next(filter(None, chain(found, map(self._misfit, items))), None)
+                    if obstacle:
+                        break
+            except Exception as error:  # whatever an index of its own that is wrong leads to
+                obstacle = f"torch-pruning cannot follow them: {type(error).__name__}: {error}"
+            norms = [item for item in items if isinstance(item.dep.target.module, (_BatchNorm, TaskSpecific))]
             yield from (item.dep.target.module for item in norms)
+            readers = [item for item in items if _reads(item)]
+            group = Group(
+                self.names[root], root, _outputs(root), list(map(_member, norms)), list(map(_member, readers))
+            )
             if obstacle:
-                names_of_norms = [names[item.dep.target.module] for item in norms]
-                self.kept |= dict.fromkeys(names_of_norms, obstacle)
-                continue
-            seen |= {item.dep.target.module for item in items if self.graph.is_out_channel_pruning_fn(item.dep.handler)}
-            if norms:
-                readers = [item for item in items if _reads(item)]
-                self.groups.append(
-                    Group(names[root], root, _outputs(root), list(map(_member, norms)), list(map(_member, readers)))
-                )
+                self.keep(group, obstacle)
+            elif group.size > 1:  # one that is spread over the filters of another layer may not hide these
+                seen |= {item.dep.target.module for item in items if self._gives(item)}
+                self.groups += [group] if norms else []
+
+    def _obstacle(self, item: Any, ops: Any) -> str | None:
+        """Why the filters of a group cannot go, for one of its members."""
+        module = item.dep.target.module
+        if isinstance(module, nn.Parameter):
+            return f"the network uses a parameter of shape {list(module.shape)} by itself with them"
+        if isinstance(module, ops._OutputOp):
+            return "they are an output of the network"
+        if module not in self.names or isinstance(module, nn.PReLU):  # an operator
+            repeated = None in item.root_idxs
+            return "torch-pruning does not tell which is which behind a repetition" if repeated else None
+        why = None
+        if isinstance(module, _CONVOLUTIONS):
+            why = "takes them in groups" if module.groups > 1 and not _depthwise(module) else None
+        elif isinstance(module, _BatchNorm):
+            sharded = isinstance(module, TaskSpecific) and module._tasks is not None
+            why = "is sharded" if sharded else "has no scale" if module.weight is None else None
+        elif not isinstance(module, nn.Linear):
+            why = "computes with all of its channels at once"
+        if is_parametrized(module):
+            why = "is parametrized"
+        elif any(parameter in self._tied for parameter in module.parameters(recurse=False)):
+            why = "has a parameter that another module has too"
+        return why and f"{self.names[module]!r} ({type(module).__name__}) {why}"
+
+    def _misfit(self, item: Any) -> str | None:
+        """Says where a member of a group that is no obstacle lacks channels that torch-pruning takes it to have."""
+        module = item.dep.target.module
+        if module not in self.names:
+            return None
+        pruner = self.graph.get_pruner_of_module(module)
+        if max(item.idxs) < (pruner.get_out_channels if self._gives(item) else pruner.get_in_channels)(module):
+            return None
+        return f"{self.names[module]!r} ({type(module).__name__}) has fewer channels than torch-pruning thinks"
+
+    def _gives(self, item: Any) -> bool:
+        """Whether the filters are the output of a module."""
+        return bool(self.graph.is_out_channel_pruning_fn(item.dep.handler))
+
+    def keep(self, group: Group, why: str) -> None:
+        """Leaves a group alone, and says why."""
+        self.kept |= {self.names[norm.module]: why for norm in group.norms}
+        self.groups = [other for other in self.groups if other is not group]
+
+    def undo(self) -> Callable[[], None]:
+        """Returns a function that puts back what modules hold now, and what torch-pruning knows of them."""
+        modules = [module for module in self.graph.module2node if isinstance(module, nn.Module)]
+        before = [(module, _copied(vars(module))) for module in {*self.names, *modules}]
+
+        def put_back() -> None:
+            for module, state in before:
+                vars(module).clear()
+                vars(module).update(_copied(state))
+
+        return put_back
 
     def _group(self, root: nn.Module, filters: Sequence[int]) -> Any:
         return self.graph.get_pruning_group(
@@ -213,21 +277,6 @@ def _member(item: Any) -> Member:
     return Member(item.dep.target.module, torch.tensor(item.idxs), torch.tensor(item.root_idxs))
 
 
-def _obstacle(item: Any, ops: Any, names: dict[nn.Module, str]) -> str | None:
-    """Why the filters of a group cannot go, for one of its members."""
-    module = item.dep.target.module
-    if isinstance(module, nn.Parameter):
-        return f"the network uses a parameter of shape {list(module.shape)} by itself with them"
-    if isinstance(module, ops._OutputOp):
-        return "they are an output of the network"
-    if module not in names or isinstance(module, nn.PReLU):  # an operator
-        return None if None not in item.root_idxs else "torch-pruning does not tell which is which behind a repetition"
-    why = None
-    if isinstance(module, _CONVOLUTIONS):
-        why = "takes them in groups" if module.groups > 1 and not _depthwise(module) else None
-    elif isinstance(module, _BatchNorm):
-        sharded = isinstance(module, TaskSpecific) and module._tasks is not None
-        why = "is sharded" if sharded else "has no scale" if module.weight is None else None
-    elif not isinstance(module, nn.Linear):
-        why = "computes with all of its channels at once"
-    return why and f"{names[module]!r} ({type(module).__name__}) {why}"
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a module, its parameters and buffers among them; hooks stay in the dictionary of their handles."""
+    return {name: value.copy() if type(value) in (dict, list) else value for name, value in state.items()}
