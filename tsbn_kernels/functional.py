@@ -309,7 +309,7 @@ def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor |
     residual, mean, var, *task_of_sample = more
     saved = Saved(x, weight, bias, residual, mean, var)
     if task_of_sample:
-        return mixed_ops.operators(backend).mixed_forward_eval(saved, *task_of_sample, options)
+        return mixed_ops.operators(backend).mixed_forward_eval(saved, task_of_sample[0], options)
     return operators(backend).forward_eval(saved, options)
 
 

@@ -72,6 +72,7 @@ def mixed_forward_tracked(
     residual: Tensor | None,
     running: Running,
     options: Options,
+    *,
     train: Callable[..., Normalized] = mixed_forward_training,
 ) -> Normalized:
     """Computes :func:`mixed_forward_training`, by ``train``, and updates the running statistics by those found.

@@ -159,8 +159,8 @@ class _Fake:
 
     @staticmethod
     def mixed_forward_tracked(*operands: Any) -> Normalized:
-        *tensors, _, options = operands
-        return _Fake.mixed_forward_training(*tensors, options)
+        x, task_of_sample, weight, bias, residual, _, options = operands
+        return _Fake.mixed_forward_training(x, task_of_sample, weight, bias, residual, options)
 
     @staticmethod
     def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
