@@ -19,7 +19,6 @@ from tsbn_kernels.operator import (
     autograd_streams,
     autograd_synchronized,
     checks,
-    coefficients,
     layer_autograd,
     layer_checks,
     layer_ops,
@@ -28,11 +27,9 @@ from tsbn_kernels.operator import (
     mixed_checks,
     mixed_layer_autograd,
     mixed_layer_ops,
-    mixed_ops,
     recompute_outputs,
     runs,
 )
-from tsbn_kernels.operator.ops import operators
 
 _INT64 = torch.int64
 
@@ -219,7 +216,8 @@ def normalize(
         elif tracked:
             reference.track(running, mean, var, values)
     if not compiling and recompute_outputs.wanted() and not recover_input:
-        _offer(outputs, Saved(x, weight, bias, residual, mean, var), (), options, group, backend)
+        saved = Saved(x, weight, bias, residual, mean, var)
+        recompute_outputs.offer_normalized(outputs, saved, (), options, group, backend)
     return outputs
 
 
@@ -278,7 +276,8 @@ def normalize_mixed(
         if running.mean is not None or running.var is not None or running.batches is not None:
             mixed_batch_norm.track(running, mean.detach(), var.detach(), samples, positions)
     if not compiling and recompute_outputs.wanted():
-        _offer([y], Saved(x, weight, bias, residual, mean, var), (task_of_sample,), options, group, backend)
+        saved = Saved(x, weight, bias, residual, mean, var)
+        recompute_outputs.offer_normalized([y], saved, (task_of_sample,), options, group, backend)
     if alone is None:
         return y
     if running_mean is None or running_var is None:
@@ -288,29 +287,6 @@ def normalize_mixed(
         (tensors[0], *vectors, residual), task_of_sample, (num_tasks, False, *settings[2:]), Running()
     )
     return torch.where(alone.index_select(0, task_of_sample).view(-1, *(1,) * (y.dim() - 1)), evaluated, y)
-
-
-def _offer(
-    outputs: Sequence[Tensor],
-    saved: Saved,
-    task_of_sample: tuple[Tensor, ...],
-    options: Options,
-    group: Any,
-    backend: str | None,
-) -> None:
-    """Offers to compute the outputs again; ``task_of_sample`` is that of a mixed batch, or empty."""
-    if group is not None:
-        saved, options = coefficients.coefficients(saved, options)
-    compute = partial(_again, options, backend)
-    recompute_outputs.offer(outputs, compute, saved[1:3], (saved.x, *saved[3:], *task_of_sample))
-
-
-def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
-    residual, mean, var, *task_of_sample = more
-    saved = Saved(x, weight, bias, residual, mean, var)
-    if task_of_sample:
-        return mixed_ops.operators(backend).mixed_forward_eval(saved, task_of_sample[0], options)
-    return operators(backend).forward_eval(saved, options)
 
 
 def _promoted(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsbn_kernels.definition.options import Options, Saved
+from tsbn_kernels.operator.coefficients import coefficients
+from tsbn_kernels.operator.mixed_ops import operators as mixed_operators
+from tsbn_kernels.operator.ops import operators
+
 
 @dataclass(frozen=True)
 class _Output:
@@ -108,3 +113,26 @@ def offer(
     if y.requires_grad:
         address = y.untyped_storage().data_ptr()
         outputs[address] = _Output(weakref.ref(y, lambda _: outputs.pop(address, None)), y._version, again)
+
+
+def offer_normalized(
+    outputs: Sequence[Tensor],
+    saved: Saved,
+    task_of_sample: tuple[Tensor, ...],
+    options: Options,
+    group: Any,
+    backend: str | None,
+) -> None:
+    """Offers to compute the outputs of batch normalisation; ``task_of_sample`` is that of a mixed batch, or empty."""
+    if group is not None:
+        saved, options = coefficients(saved, options)
+    compute = partial(_again, options, backend)
+    offer(outputs, compute, saved[1:3], (saved.x, *saved[3:], *task_of_sample))
+
+
+def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
+    residual, mean, var, *task_of_sample = more
+    saved = Saved(x, weight, bias, residual, mean, var)
+    if task_of_sample:
+        return mixed_operators(backend).mixed_forward_eval(saved, task_of_sample[0], options)
+    return operators(backend).forward_eval(saved, options)
