@@ -10,9 +10,10 @@ template <class A> struct BackwardFactors {
   A center, dy_scale, x_scale, offset;
 };
 
-template <class T, int V, int CH, bool kEpilogue> __device__ void backward(const Params& p) {
+template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device__ void backward(const Params& p) {
   using A = Acc<T>;
-  const Walk<T, V, CH> walk(p);
+  const Walk<T, V, CH, kMixed> walk(p);
+  if (walk.idle()) return;
   const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
   T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
   const uint32_t resident = uint32_t(p.n.resident);
@@ -51,7 +52,7 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void backward(const
     walk.write(dx, p.n.out, at, value);
   };
 
-  const Upstream<T, V, CH> upstream(p, walk, center, dy_scale, biases, kept);
+  const Upstream<T, V, CH, kMixed> upstream(p, walk, center, dy_scale, biases, kept);
   T* dresidual = walk.start(static_cast<T*>(p.dresidual_data), p.n.dresidual);
   // In the first pass, which may be the only one.
   const auto write_at_once = [&](const auto& at, const A(&g)[V]) {
@@ -102,7 +103,7 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void backward(const
   if (p.n.phases & kCombine) total = walk.template combine<Sums<A>>();
 
   if ((p.n.phases & (kReduce | kCombine)) && threadIdx.x < walk.width() && channel < p.n.channels) {
-    const A scale = gate.value * rstd, dot = total.dot * rstd, inverse = A(1) / A(p.n.positions);
+    const A scale = gate.value * rstd, dot = total.dot * rstd, inverse = A(1) / walk.values();
     factors[threadIdx.x].x_scale = -scale * rstd * (dot * inverse);
     factors[threadIdx.x].offset = -scale * (total.total * inverse);
     if (walk.part == 0) {
@@ -123,8 +124,10 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void backward(const
       }
     }
     if constexpr (kEpilogue) {
+      const bool late = !(p.n.phases & kReduce);  // the one pass that there is: the sums came from elsewhere
       upstream.backwards([&](const auto& at, const A(&v)[1][V], const A(&g)[1][V]) {
         if (!p.n.training) return write_at_once(at, g[0]);
+        if (late && p.dresidual_data != nullptr) walk.write(dresidual, p.n.dresidual, at, slot_of<T>(g[0]));
         A result[V];
 #pragma unroll
         for (int e = 0; e < V; ++e) {

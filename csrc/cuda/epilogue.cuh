@@ -69,11 +69,12 @@ template <class S, int U> __device__ void rotate(S (&slots)[U]) {
 }
 
 // What comes from behind the epilogue: g = dy * act'(z), where z is computed again from x.
-template <class T, int V, int CH> class Upstream {
+template <class T, int V, int CH, bool kMixed> class Upstream {
   using A = Acc<T>;
+  using Walk = tsbn::cuda::Walk<T, V, CH, kMixed>;
   static constexpr int kUnrolled = CH == 1 ? 2 : 1;
   const Params& p;
-  const Walk<T, V, CH>& walk;
+  const Walk& walk;
   const A (&center)[CH], (&scale)[CH];
   const A* bias;
   const T *x, *dy, *residual;
@@ -82,7 +83,7 @@ template <class T, int V, int CH> class Upstream {
   const Epilogue<A> epilogue;
 
  public:
-  __device__ Upstream(const Params& p, const Walk<T, V, CH>& walk, const A (&center)[CH], const A (&scale)[CH],
+  __device__ Upstream(const Params& p, const Walk& walk, const A (&center)[CH], const A (&scale)[CH],
                       const A* biases, Slot<T, V>* kept)
       : p(p), walk(walk), center(center), scale(scale), bias(biases + (walk.channel - walk.first_channel())),
         x(walk.template start<T>(p.x_data, p.n.x)), dy(walk.template start<T>(p.dy_data, p.n.dy)),
@@ -109,7 +110,7 @@ template <class T, int V, int CH> class Upstream {
         slots[u] = kept[slot], gradients[u] = kept_dy[slot];
         if (p.residual_data != nullptr) added[u] = kept_residual[slot];
       } else {
-        const auto at = walk.template place<Walk<T, V, CH>::kMasks>(k + u);
+        const auto at = walk.template place<Walk::kMasks>(k + u);
         slots[u] = walk.read(x, p.n.x, at);
         gradients[u] = walk.read(dy, p.n.dy, at);
         if (p.residual_data != nullptr) added[u] = walk.read(residual, p.n.residual, at);
@@ -126,7 +127,7 @@ template <class T, int V, int CH> class Upstream {
       slots[0].get(v[0]);
       gradients[0].get(g[0]);
       differentiate(v[0], g[0], added[0]);
-      f(walk.template place<Walk<T, V, CH>::kMasks>(k + u), v, g);
+      f(walk.template place<Walk::kMasks>(k + u), v, g);
     }
   }
 

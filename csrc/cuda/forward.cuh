@@ -26,15 +26,15 @@ __device__ ForwardFactors<A> forward_factors(const Params& p, const Parameters<A
 }
 
 // The second pass with an epilogue: a piece of x is read once for the outputs of all its tasks.
-template <class T, int V, int CH>
-__device__ void apply_epilogue(const Params& p, const Walk<T, V, CH>& walk, const T* x, const Slot<T, V>* kept) {
+template <class T, int V, int CH, bool kMixed>
+__device__ void apply_epilogue(const Params& p, const Walk<T, V, CH, kMixed>& walk, const T* x, const Slot<T, V>* kept) {
   using A = Acc<T>;
   const Epilogue<A> epilogue(p);
   const ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>() + (walk.channel - walk.first_channel());
   const T* residual = walk.template start<T>(p.residual_data, p.n.residual);
   T* y = walk.start(static_cast<T*>(p.out_data), p.n.out);
   constexpr uint32_t U = 2;
-  constexpr bool kMasks = Walk<T, V, CH>::kMasks;
+  constexpr bool kMasks = Walk<T, V, CH, kMixed>::kMasks;
   const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width(), resident = uint32_t(p.n.resident);
   walk.template short_backwards<U>([&](uint32_t k, uint32_t count) {
     Slot<T, V> slots[U], added[U];
@@ -70,9 +70,10 @@ __device__ void apply_epilogue(const Params& p, const Walk<T, V, CH>& walk, cons
   });
 }
 
-template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const Params& p) {
+template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device__ void forward(const Params& p) {
   using A = Acc<T>;
-  const Walk<T, V, CH> walk(p);
+  const Walk<T, V, CH, kMixed> walk(p);
+  if (walk.idle()) return;
   const T* x = walk.template start<T>(p.x_data, p.n.x);
   const uint32_t tasks = kEpilogue ? uint32_t(p.n.tasks) : 1;
   Slot<T, V>* kept = walk.kept(tasks);
@@ -126,7 +127,7 @@ template <class T, int V, int CH, bool kEpilogue> __device__ void forward(const 
   ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>();
   const auto find_factors = [&](uint32_t i, int64_t task, int64_t channel, const Parameters<A>& own) {
     if (p.n.training) {
-      const A mean = total.shift + total.rest, var = total.squares / A(p.n.positions);
+      const A mean = total.shift + total.rest, var = total.squares / walk.values();
       factors[i] = forward_factors(p, own, mean, (total.shift - mean) + total.rest, var);
       if (walk.part == 0) {
         static_cast<A*>(p.first)[task * p.n.channels + channel] = mean;

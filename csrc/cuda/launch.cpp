@@ -55,11 +55,11 @@ void* current_stream(int32_t device) {
 void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> numbers, double eps, double slope, Tensor x,
                    MaybeTensor dy, MaybeTensor residual, MaybeTensor out, MaybeTensor dresidual, Tensor weight,
                    MaybeTensor bias, MaybeTensor mean, MaybeTensor var, MaybeTensor first, MaybeTensor second,
-                   MaybeTensor partial, MaybeTensor staged) {
+                   MaybeTensor partial, MaybeTensor staged, MaybeTensor mix) {
   const Pointers pointers{x.const_data_ptr(), address(dy),        address(residual), output(out),
                           output(dresidual),  weight.const_data_ptr(), address(bias), address(mean),
                           address(var),       output(first),      output(second),    output(partial),
-                          output(staged),     eps,                slope};
+                          output(staged),     static_cast<const int64_t*>(address(mix)), eps, slope};
   const int32_t device = x.get_device_index();
   const Guard guard(device);
   const auto kernel = filled<Launch>(launch_numbers);
@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
   m.def(
       "_cuda_launch(int[] launch, int[] numbers, float eps, float slope, Tensor x, Tensor? dy, Tensor? residual,"
       " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var,"
-      " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged) -> ()");
+      " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged, Tensor? mix) -> ()");
   m.def("_cuda_active_clusters(int[] launch, int device) -> int");
   m.def("_cuda_activations() -> str");
 }

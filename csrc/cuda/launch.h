@@ -6,7 +6,8 @@ namespace tsbn::cuda {
 
 // Those of batch normalisation, which take Params, then those of layer normalisation, which take RowParams.
 enum Pass : int64_t {
-  kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut,
+  kForward, kBackward, kForwardEpilogue, kBackwardEpilogue, kBackwardFanOut, kForwardMixed,
+  kBackwardMixed, kMixedKeys,
   kRowForward, kRowBackward, kRowParameters,
   kPasses
 };

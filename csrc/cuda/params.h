@@ -37,6 +37,9 @@ struct Numbers {
   int64_t positions;  // N * S
   Activation activation;
   int64_t tasks;  // that share a slab of x: T in a fan-out, else 1
+  // Of a mixed batch, whose blocks have samples of one task: all samples, those of a block at most, all tasks. `parts` are
+  // its blocks of samples, `positions` those of one sample.
+  int64_t samples, part_samples, all_tasks;
   Operand x, dy, out, residual, dresidual;
   Vector weight, bias, mean, var;
 };
@@ -49,6 +52,7 @@ struct Pointers {
   void *first, *second;  // forward: mean and var, of the accumulate type; backward: dweight and dbias, of weight's type
   void* partial;         // split: [slab][part][channel] states
   void* staged;          // fan-out of half precision: the sum over tasks, of the accumulate type, see fan_out.cuh
+  const int64_t* mix;    // mixed batch: which samples, see Mix in walk.cuh
   double eps, slope;
 };
 

@@ -12,14 +12,27 @@ struct Place {
   uint32_t inner;
 };
 
+// Where the samples of each task of a mixed batch are; a last task, which blocks without work have, has none.
+struct Mix {
+  const int64_t *order, *task;                        // samples, those of a task one after the other; of each block
+  const int64_t *samples, *sample, *blocks, *block;  // of each task: its number of them, and the first one
+
+  __device__ explicit Mix(const Params& p) {
+    const int64_t tasks = p.n.all_tasks + 1;
+    order = p.mix, task = order + p.n.samples, samples = task + p.n.parts;
+    sample = samples + tasks, blocks = sample + tasks, block = blocks + tasks;
+  }
+};
+
 // Of a slot that a run may not fill: what of it is the run's, and how far its run begins behind its first slot.
 struct MaskedPlace : Place {
   int low, high, lead;
 };
 
-template <class T, int V, int CH> struct Walk {
+// kMixed: a block has samples of one task of a mixed batch, which it finds through an order of the batch.
+template <class T, int V, int CH, bool kMixed = false> struct Walk {
   using A = Acc<T>;
-  static constexpr bool kMasks = V > 1 && CH == 1;
+  static constexpr bool kMasks = V > 1 && CH == 1 && !kMixed;
 
   const Params& p;
   uint32_t block;               // the second launch of a split begins with the slabs that L2 still holds: the last ones
@@ -27,17 +40,29 @@ template <class T, int V, int CH> struct Walk {
   uint32_t part, mine;          // mine: slots of this thread
   int64_t outer;                // of the block's first slot
   uint32_t inner, residue;
+  Mix mix;
 
-  __device__ explicit Walk(const Params& p) : p(p) {
+  __device__ explicit Walk(const Params& p) : p(p), mix(p) {
     const Numbers& n = p.n;
     block = n.phases & kCombine ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    slab = block / uint32_t(n.parts);
-    part = block % uint32_t(n.parts);
-    task = slab / n.tiles;
-    channel = (slab % n.tiles) * (CH << n.log_lanes) + (threadIdx.x & ((1u << n.log_lanes) - 1)) * CH;
-
-    const int64_t begin = part * n.part_slots;
-    const int64_t left = n.slots - begin, length = left < n.part_slots ? left : n.part_slots;
+    int64_t begin = 0, length;
+    if constexpr (kMixed) {
+      const uint32_t samples = block / uint32_t(n.tiles);
+      slab = block % uint32_t(n.tiles);
+      task = mix.task[samples];
+      part = samples - uint32_t(mix.block[task]);
+      const int64_t before = part * n.part_samples, left = mix.samples[task] - before;
+      mix.order += mix.sample[task] + before;
+      length = ((left < n.part_samples ? left : n.part_samples) * n.divisor) << n.log_lanes;
+    } else {
+      slab = block / uint32_t(n.parts);
+      part = block % uint32_t(n.parts);
+      task = slab / n.tiles;
+      begin = part * n.part_slots;
+      const int64_t left = n.slots - begin;
+      length = left < n.part_slots ? left : n.part_slots;
+    }
+    channel = first_channel() + (threadIdx.x & ((1u << n.log_lanes) - 1)) * CH;
     mine = channel < n.channels && length > threadIdx.x ? (uint32_t(length) - threadIdx.x + blockDim.x - 1) / blockDim.x
                                                         : 0;
     const int64_t first = begin >> n.log_lanes;
@@ -46,6 +71,11 @@ template <class T, int V, int CH> struct Walk {
     residue = 0;
     if constexpr (kMasks) residue = uint32_t(reinterpret_cast<uintptr_t>(start<T>(p.x_data, n.x)) / sizeof(T));
   }
+
+  // Whether there are more blocks than the mix has work for.
+  __device__ bool idle() const { return kMixed && mix.samples[task] <= part * p.n.part_samples; }
+  // Values of a channel of the task.
+  __device__ A values() const { return kMixed ? A(mix.samples[task] * p.n.positions) : A(p.n.positions); }
 
   template <class E> __device__ E* start(E* data, const Operand& o) const { return data + task * o.t + channel * o.c; }
   template <class E> __device__ const E* start(const void* data, const Operand& o) const {
@@ -67,7 +97,7 @@ template <class T, int V, int CH> struct Walk {
   __device__ void find(uint32_t k, Place& at) const {
     const uint32_t i = inner + (slot(k) >> p.n.log_lanes);
     const uint32_t quotient = (__umulhi(i, uint32_t(p.n.multiplier)) + i) >> p.n.shift;
-    at.outer = outer + quotient;
+    at.outer = kMixed ? mix.order[quotient] : outer + quotient;
     at.inner = i - quotient * uint32_t(p.n.divisor);
   }
   __device__ void find(uint32_t k, MaskedPlace& at) const {
@@ -117,15 +147,18 @@ template <class T, int V, int CH> struct Walk {
     return reinterpret_cast<Slot<T, V>*>(tsbn_memory + rows * width() * 4 * sizeof(A));
   }
 
-  // The parts' states between the two launches of a split: [slab][part][channel].
+  // The parts' states between the two launches of a split: [slab][part][channel]; of a mixed batch [block][slab][channel].
   template <class State> __device__ void spill(const State& total) const {
     State* to = static_cast<State*>(p.partial) + int64_t(block) * width();
     if (threadIdx.x < width()) to[threadIdx.x] = total;
   }
   template <class State> __device__ State combine() const {
-    const State* from = static_cast<const State*>(p.partial) + slab * p.n.parts * width();
-    return merge_states(states<State>(), width(), uint32_t(p.n.parts),
-                        [&](uint32_t k, uint32_t c) { return from[k * width() + c]; });
+    const State* from = static_cast<const State*>(p.partial);
+    const int64_t first = kMixed ? mix.block[task] * p.n.tiles + slab : slab * p.n.parts;
+    const uint32_t parts = uint32_t(kMixed ? mix.blocks[task] : p.n.parts), step = kMixed ? uint32_t(p.n.tiles) : 1;
+    return merge_states(states<State>(), width(), parts, [&](uint32_t k, uint32_t c) {
+      return from[(first + k * step) * width() + c];
+    });
   }
   // Blocks that share a slab exchange their states through a cluster, or else through two launches.
   __device__ uint32_t cluster() const {

@@ -3,8 +3,8 @@
 ``x``, ``residual`` and ``dy`` are ``[N, C, *]`` with any strides, ``task_of_sample`` is int64 ``[N]``. Parameters and
 statistics are ``[T, C]``, and tell T; statistics are float64 for float64 input, else float32. A gradient that is not
 needed is an empty tensor. ``mixed_forward_tracked`` alone changes what it is given, the running statistics: it is for
-eager code, and called below autograd. The CPU has kernels of its own, and so has Triton for short samples; elsewhere
-those of equal tasks serve (:mod:`tsbn_kernels.operator.mixed_parts`).
+eager code, and called below autograd. The CPU has kernels of its own, and so have the GPUs' backends for short samples;
+else those of equal tasks serve (:mod:`tsbn_kernels.operator.mixed_parts`).
 """
 
 from __future__ import annotations

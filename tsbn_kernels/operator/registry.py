@@ -173,7 +173,7 @@ class MixedNormalization(Normalization[BackendT]):
 
     Args:
         parts: makes the operators of those of equal tasks, by the name of a backend, or None: below autograd.
-        fits: whether Triton's own kernels compute a call, from its arguments.
+        fits: whether kernels of their own compute a call on a GPU, from its arguments.
         described: what :class:`Normalization` takes before ``general``.
     """
 
@@ -184,8 +184,10 @@ class MixedNormalization(Normalization[BackendT]):
     def _register(self, name: str) -> None:
         super()._register(name)
         general = getattr(self._general, name)
-        for key in triton.DISPATCH_KEYS if triton.available else ():
-            library.impl(name, self._flattened(name, self._either(chained(name, key, general), general)), key)
+        for key in triton.DISPATCH_KEYS:
+            chain = chained(name, key, general)
+            if chain is not general:
+                library.impl(name, self._flattened(name, self._either(chain, general)), key)
 
     def _either(self, own: Adapter, general: Adapter) -> Adapter:
         def call(*arguments: Any) -> Any:
@@ -196,16 +198,18 @@ class MixedNormalization(Normalization[BackendT]):
     def eager(self, backend: str | None) -> BackendT:
         """The operators of a backend outside of graphs; of one for GPUs, by its kernels for equal tasks.
 
-        Triton has kernels of its own for what fits.
+        For what fits by kernels of its own, where it has some.
         """
         if backend not in ("cuda", "triton"):
             return super().eager(backend)
         parts = self._parts(backend)
-        if backend == "cuda":
-            return parts
-        found: BackendT = self._kind(
-            *(self._either(triton.operator(name), getattr(parts, name)) for name in self._operators)
-        )
+
+        def either(name: str) -> Adapter:
+            general = getattr(parts, name)
+            own = getattr(cuda, name, general) if backend == "cuda" else triton.operator(name)
+            return self._either(own, general)
+
+        found: BackendT = self._kind(*map(either, self._operators))
         return found
 
 

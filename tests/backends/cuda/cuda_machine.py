@@ -24,6 +24,7 @@ H100 = DEVICES["H100"]
 KERNEL_DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 POINTERS = (
     "x", "dy", "residual", "out", "dresidual", "weight", "bias", "mean", "var", "first", "second", "partial", "staged",
+    "mix",
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def run_plan(
         vectors = [vector(arrays.get(name)) for name in ("weight", "bias", "mean", "var")]
         values = rules.numbers(plan, phases, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if a.get(name) is None else a[name] for name in POINTERS]
-        struct = Struct(f"13P2d{len(values)}q", *pointers, p.eps, epilogue.slope, *values)
+        struct = Struct(f"{len(POINTERS)}P2d{len(values)}q", *pointers, p.eps, epilogue.slope, *values)
         grid = {"cluster": plan.cluster, "shared": plan.shared_bytes, "schedule": schedule}
         reports.append(launch(ptx(target, text), kernel, plan.programs, plan.threads, [struct], **grid))
     return reports

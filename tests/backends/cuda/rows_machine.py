@@ -139,7 +139,7 @@ class Machine:
         vectors = [(0, 0, 0) if v is None else (DTYPE_CODES[name_of(v)], channels, 1) for v in (p.weight, p.bias)]
         values = rules.numbers(plan, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if arrays.get(name) is None else arrays[name] for name in POINTERS]
-        struct = Struct(f"13P2d{len(values)}q", *pointers, p.eps, 1 / channels, *values)
+        struct = Struct(f"{len(POINTERS)}P2d{len(values)}q", *pointers, p.eps, 1 / channels, *values)
         text = ptx(self.target, self.text or source("layer_norm.cu"))
         return launch(text, kernel, blocks, threads, [struct], shared=shared, schedule=self.schedule)
 

@@ -16,6 +16,7 @@ from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan import layer_norm_cuda as layer_rules
 from tsbn_kernels.backends.plan.layer_norm import LayerWork
+from tsbn_kernels.backends.plan.mixed import MixedWork
 from tsbn_kernels.backends.plan.slots import PASSES, pass_of
 from tsbn_kernels.backends.plan.work import Direction
 
@@ -23,7 +24,8 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 LIBRARY = ROOT / "tsbn_kernels" / "_cuda.so"
 SOURCES = "kernels.cu", "layer_norm.cu"
 ROW_KERNELS = 2 * len(rules.DTYPE_CODES) * 2 + 2  # two passes, two accesses; and one that adds sums, of two types
-KERNELS = len(PASSES) * len(rules.DTYPE_CODES) * 3 + ROW_KERNELS
+KEY_KERNELS = 3  # one for each width of a word
+KERNELS = (len(PASSES) - 1) * len(rules.DTYPE_CODES) * 3 + KEY_KERNELS + ROW_KERNELS
 
 
 def tool(name: str) -> str:
@@ -74,6 +76,8 @@ def budget(name: str) -> int:
     if "layer_norm" in name:
         rows = LayerWork(1, 2, 16, 2, item_size, direction=direction)
         return layer_rules.register_budget(rows, 1 if name.endswith("scalar") else 16 // item_size)
+    if "mixed" in name:
+        return 128 if "keys" in name else rules.register_budget(MixedWork(1, 2, 1, 2, item_size, direction=direction))
     fused = {"activation": "relu" if "epilogue" in name else "none", "fan_out": "fan_out" in name}
     work = Work(1, 2, 1, 2, item_size, direction=direction, **fused)  # type: ignore[arg-type]
     assert name.startswith(f"tsbn_{pass_of(work)}_")
@@ -92,7 +96,7 @@ def test_resources(architecture: int, cubins: dict[int, list[Path]]) -> None:
     for name, registers, stack, shared, local in kernels:
         assert (stack, local) == ("0", "0"), name
         # What CUDA keeps for itself: ours is dynamic, but for the small kernel that adds sums.
-        assert int(shared) <= 1024 + (4096 if "parameters" in name else 0), name
+        assert int(shared) <= 1024 + (4096 if "parameters" in name or "keys" in name else 0), name
         assert int(registers) <= budget(name), name
 
 
@@ -110,12 +114,13 @@ def test_accesses_are_16_bytes_wide(architecture: int, cubins: dict[int, list[Pa
     assert len(kernels) == KERNELS
     for name, body in kernels.items():
         assert not re.search(r"\b(LDL|STL)\b", body), name  # local memory
-        if name.endswith("scalar") or "parameters" in name:
+        if name.endswith("scalar") or "parameters" in name or "keys" in name:
             continue
-        unrolled = 1 if "epilogue" in name else 2 if "backward" in name else 4
+        unrolled = 1 if "epilogue" in name or "mixed" in name else 2 if "backward" in name else 4
         outside, inside = (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128"), (r"STS\.128", r"LDS\.128")
-        # A fan-out's backward and layer normalisation keep no slots there.
-        for pattern in outside if "fan_out" in name or "layer_norm" in name else outside + inside:
+        # A fan-out's backward, mixed batches and layer normalisation keep no slots there.
+        keeps = not any(kind in name for kind in ("fan_out", "mixed", "layer_norm"))
+        for pattern in outside + inside if keeps else outside:
             assert len(re.findall(pattern, body)) >= unrolled, (name, pattern)
 
 

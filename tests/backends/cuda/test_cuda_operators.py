@@ -17,6 +17,7 @@ from support.processes import ROOT, python, python_output
 from tools.ptxvm import find_nvcc
 from tsbn_kernels import backends
 from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.plan.slots import PASSES
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.options import Needs, Options, Saved
 
@@ -94,8 +95,8 @@ def obey(inputs, outputs):
     while size := notes.take_note(raw):
         words = memoryview(raw)[:size].cast("B").cast("q").tolist()
         dtype, access, direction, blocks, threads, cluster, shared = words[:7]
-        addresses, numbers = words[7:20], words[22:]
-        reals = memoryview(raw)[20 * 8 : 22 * 8].cast("B").cast("d").tolist()  # eps and slope
+        addresses, numbers = words[7:21], words[23:]
+        reals = memoryview(raw)[21 * 8 : 23 * 8].cast("B").cast("d").tolist()  # eps and slope
         phases, training = numbers[:2]
         pointers = []
         for name, address in zip(POINTERS, addresses, strict=True):
@@ -104,14 +105,15 @@ def obey(inputs, outputs):
             if name == "dresidual":
                 written = not phases & 4
             if name == "out" and address and names[1][direction] == "backward_fan_out" and training:
-                value = dx_of_fan_out(value.array, phases, bool(addresses[-1]))
+                value = dx_of_fan_out(value.array, phases, bool(addresses[-2]))
             elif isinstance(value, Out) and not written:
                 value = 0
             pointers.append(value)
         kinds.append((names[0][access], cluster, blocks, phases))
         launch(
             ptx(), f"tsbn_{{names[1][direction]}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
-            [Struct(f"13P2d{{len(numbers)}}q", *pointers, *reals, *numbers)], cluster=cluster, shared=shared,
+            [Struct(f"{{len(POINTERS)}}P2d{{len(numbers)}}q", *pointers, *reals, *numbers)],
+            cluster=cluster, shared=shared,
         )
     return kinds
 
@@ -192,6 +194,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
+from tsbn_kernels.backends.plan.slots import PASSES
 from cuda_machine import POINTERS, ptx, source
 from tools.ptxvm import Out, Struct, launch
 from support.layer_problems import assert_matches_definition, layer_problem, run
@@ -210,18 +213,19 @@ def obey(inputs, outputs):
     while size := notes.take_note(raw):
         words = memoryview(raw)[:size].cast("B").cast("q").tolist()
         dtype, access, which, blocks, threads, cluster, shared = words[:7]
-        reals = memoryview(raw)[20 * 8 : 22 * 8].cast("B").cast("d").tolist()
-        name, merged = names[which - 5], bool(words[7 + POINTERS.index("partial")])
+        reals = memoryview(raw)[21 * 8 : 23 * 8].cast("B").cast("d").tolist()
+        name, merged = names[which - len(PASSES)], bool(words[7 + POINTERS.index("partial")])
         pointers = []
-        for operand, address in zip(POINTERS, words[7:20], strict=True):
+        for operand, address in zip(POINTERS, words[7:21], strict=True):
             value = partial if operand == "partial" and address else known[address] if address else 0
-            if isinstance(value, Out) and (which == 7) != (operand in ("first", "second")) and (merged or which == 7):
+            last = name == names[2]
+            if isinstance(value, Out) and last != (operand in ("first", "second")) and (merged or last):
                 value = 0
             pointers.append(value)
         kind = ("f32", "f64", "f16", "bf16")[dtype]
         seen.append(name)
-        end = f"{{kind}}_{{('rows', 0, 'scalar')[access]}}" if which < 7 else "f64" if kind == "f64" else "f32"
-        struct = Struct(f"13P2d{{len(words) - 22}}q", *pointers, *reals, *words[22:])
+        end = f"{{kind}}_{{('rows', 0, 'scalar')[access]}}" if name != names[2] else "f64" if kind == "f64" else "f32"
+        struct = Struct(f"{{len(POINTERS)}}P2d{{len(words) - 23}}q", *pointers, *reals, *words[23:])
         text = ptx(90, source("layer_norm.cu"))
         launch(text, f"tsbn_{{name}}_{{end}}", blocks, threads, [struct], cluster=cluster, shared=shared)
     return seen
@@ -254,6 +258,47 @@ def test_launches_of_layer_normalisation(package: Path) -> None:
     printed = python_output(ROWS.format(tests=str(Path(__file__).parent)), path=package).splitlines()
     assert len(printed) == 60
     assert set(printed) == {f"{forward} {backward}", f"{forward} {backward} {parameters}"}
+
+
+MIXED = """
+import ctypes, torch
+from tsbn_kernels.backends import cuda
+from tsbn_kernels.backends.plan import DEVICES
+from tsbn_kernels.definition.options import Needs, Options, Saved
+
+cuda.launches.device_of = lambda _: DEVICES["H100"]
+notes, raw = ctypes.CDLL(str(cuda._LIBRARY)), ctypes.create_string_buffer(1 << 12)
+launch, told = cuda.launches.launch, []
+
+def observed(name, kernel, numbers, eps, slope, operands):
+    reals = torch.tensor([eps, slope], dtype=torch.float64).view(torch.int64).tolist()
+    told.append([*kernel, *(0 if t is None else t.data_ptr() for t in operands), *reals, *numbers])
+    launch(name, kernel, numbers, eps, slope, operands)
+
+cuda.launches.launch = observed
+x, weight = torch.randn(9, 24), torch.randn(4, 24)
+options = Options(4, 1e-5, "sigmoid", "task_major", "leaky_relu", 0.25)
+index = torch.tensor([0, 2, 0, 3, 3, 2, 2, 0, 3])
+found = cuda.mixed_forward_training(x, index, weight, weight, x, options)
+saved = Saved(x, weight, weight, x, found.mean, found.var)
+cuda.mixed_forward_eval(saved, index, options)
+cuda.mixed_backward(x, saved, index, True, Needs(True, True, True, True), options)
+cuda.moments(x, options._replace(num_tasks=3))
+heard = []
+while size := notes.take_note(raw):
+    heard.append(memoryview(raw)[:size].cast("B").cast("q").tolist())
+print(len(told), told == heard, *(one[2] for one in told))
+"""
+
+
+@needs_nvcc
+def test_launches_of_mixed_batches(package: Path) -> None:
+    """The driver hears what the plans say: keys, sums and results, beside the addresses of all operands."""
+    count, same, *passes = python_output(MIXED, path=package).split()
+    assert (count, same) == ("10", "True")
+    assert [PASSES[int(number)] for number in passes] == [
+        "mixed_keys", *["forward_mixed"] * 3, *["mixed_keys"] * 3, *["backward_mixed"] * 2, "forward",
+    ]  # fmt: skip
 
 
 @needs_nvcc

@@ -19,12 +19,19 @@ from tsbn_kernels.backends.cuda.batch_norm import (
     moments,
 )
 from tsbn_kernels.backends.cuda.launches import health
+from tsbn_kernels.backends.cuda.mixed import (
+    mixed_backward,
+    mixed_forward_eval,
+    mixed_forward_tracked,
+    mixed_forward_training,
+)
 from tsbn_kernels.backends.cuda.rows import layer_norm, layer_norm_backward
 from tsbn_kernels.backends.plan.cuda import ACTIVATION_CODES
 
 __all__ = [
     "backward", "detail", "forward_eval", "forward_tracked", "forward_training", "health", "input_gradient",
-    "layer_norm", "layer_norm_backward", "load", "moments",
+    "layer_norm", "layer_norm_backward", "load", "mixed_backward", "mixed_forward_eval", "mixed_forward_tracked",
+    "mixed_forward_training", "moments",
 ]  # fmt: skip
 
 DISPATCH_KEY = "CUDA"

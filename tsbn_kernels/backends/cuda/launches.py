@@ -31,6 +31,7 @@ class Operands(NamedTuple):
     second: Tensor | None = None
     partial: Tensor | None = None
     staged: Tensor | None = None
+    mix: Tensor | None = None
 
 
 @lru_cache(maxsize=64)

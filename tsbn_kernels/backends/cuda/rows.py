@@ -12,6 +12,7 @@ from tsbn_kernels.backends.cuda import launches
 from tsbn_kernels.backends.cuda.launches import Operands
 from tsbn_kernels.backends.plan import layer_norm_cuda as rules
 from tsbn_kernels.backends.plan.layer_norm import work_of
+from tsbn_kernels.backends.plan.slots import PASSES
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition.options import (
     LayerGradients,
@@ -22,7 +23,7 @@ from tsbn_kernels.definition.options import (
 )
 
 # Passes of csrc/cuda/launch.h, behind those of batch normalisation.
-FORWARD, BACKWARD, PARAMETERS = 5, 6, 7
+FORWARD, BACKWARD, PARAMETERS = range(len(PASSES), len(PASSES) + 3)
 NAMES = {FORWARD: "layer_norm_forward", BACKWARD: "layer_norm_backward", PARAMETERS: "layer_norm_parameters"}
 
 

@@ -55,6 +55,22 @@ class CudaPlan(Plan):
         return (REDUCE | APPLY if work.two_passes else REDUCE,)
 
     @property
+    def values(self) -> int:
+        """Values of a channel that the kernels divide by."""
+        return self.work.values
+
+    @property
+    def of_samples(self) -> tuple[int, int, int]:
+        """Samples of a mixed batch, those of a block at most, and tasks; else zeros."""
+        return 0, 0, 0
+
+    def phases_of(self, half: str) -> tuple[int, ...]:
+        """What is done for the sums alone, or for the result by given sums, of a plan of two launches."""
+        if half == "sums":
+            return (REDUCE | SPILL,)
+        return (APPLY, COMBINE | APPLY) if self.work.gathers else (COMBINE | APPLY,)
+
+    @property
     def on_chip(self) -> float:
         """The part of a block's slots that stays on chip."""
         return self.resident / self.part_slots
@@ -165,9 +181,9 @@ def lay_out(
 def register_budget(work: Work) -> int:
     """The registers of a thread: kForwardBlocks and kBackwardBlocks of csrc/cuda/params.h."""
     wide = work.item_size == 8
-    if wide and pass_of(work) in ("backward_epilogue", "backward_fan_out"):
+    if wide and pass_of(work) in ("backward_epilogue", "backward_fan_out", "backward_mixed"):
         return 255
-    return 128 if work.backward or wide else 80
+    return 128 if work.backward or wide or work.ragged else 80
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------
@@ -218,6 +234,13 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
             yield lay_out(work, device, "split", parts)
 
 
+def half(work: Work, device: Device) -> CudaPlan:
+    """The best plan of two launches, of which one alone will be made; a slab may be one part."""
+    slots = cut(work).slots
+    parts = [n for n in (1, *SPLITS) if n == 1 or slots >= n * 4 * THREADS]
+    return min((lay_out(work, device, "split", n) for n in parts if slots // n < MOST_SLOTS), key=seconds)
+
+
 @lru_cache(maxsize=4096)
 def plan(
     work: Work, device: Device, clusters: Clusters = clusters_on_paper, variant: Variant | None = None
@@ -250,5 +273,6 @@ def numbers(plan: CudaPlan, phases: int, sigmoid: bool, vectors: tuple[int, ...]
     return (
         phases, int(waits), int(sigmoid), int(pieces.masked), work.channels, pieces.tiles, pieces.log_lanes,
         plan.parts, pieces.slots, plan.part_slots, plan.resident, pieces.divisor, multiplier, shift, pieces.run,
-        work.values, ACTIVATION_CODES[work.activation], work.tasks // work.streams, *strides, *vectors,
+        plan.values, ACTIVATION_CODES[work.activation], work.tasks // work.streams, *plan.of_samples, *strides,
+        *vectors,
     )  # fmt: skip

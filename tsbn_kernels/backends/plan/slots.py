@@ -13,7 +13,10 @@ from tsbn_kernels.backends.plan.work import Operands, Strides, Work
 from tsbn_kernels.definition.activations import NONE
 
 # Passes of csrc/cuda/launch.h.
-PASSES = ("forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out")
+PASSES = (
+    "forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out", "forward_mixed",
+    "backward_mixed", "mixed_keys",
+)  # fmt: skip
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
 MOST_SCRATCH = 1 << 16  # of a fan-out's block, bytes: so much that two are resident on most devices
@@ -41,6 +44,8 @@ class Cut:
 
 def pass_of(work: Work) -> str:
     """The kernels that do it: one of :data:`PASSES`."""
+    if work.ragged:
+        return f"{work.direction}_mixed"
     if not work.backward:
         return "forward_epilogue" if work.fuses else "forward"
     if work.fan_out:
@@ -51,7 +56,7 @@ def pass_of(work: Work) -> str:
 def scratch_bytes(work: Work, width: int, threads: int) -> int:
     """Shared memory before the resident slots: a state for each warp, block and its factors, for each channel."""
     warps, tasks = threads // 32, work.tasks // work.streams
-    states = 4 * (warps + 1 + (2 if work.recomputes else tasks))
+    states = 4 * (warps + 1 + (2 if work.recomputes or work.ragged else tasks))
     gathered = 2 * warps * tasks + 4 * tasks + 4  # two sums for each warp and task, factors of each task and of dx
     return (gathered if work.gathers else states) * width * work.statistics_size
 
@@ -60,20 +65,23 @@ def scratch_bytes(work: Work, width: int, threads: int) -> int:
 def cut(work: Work) -> Cut:
     """Slots of 16 bytes where all operands can be read so, else of one element.
 
+    Samples of a mixed batch follow one another in any order, and none may be cut otherwise than where it lies first:
+    they are not joined, and have no masks.
+
     Raises:
         ValueError: a run of elements is longer than the kernels read.
     """
     N, C, S = work.samples, work.channels, work.positions
     operands = [o for o in work.operands if o is not None]
     wide = 16 // work.item_size
-    joined = N == 1 or S == 1 or all(o.n == S * o.s for o in operands)
+    joined = not work.ragged and (N == 1 or S == 1 or all(o.n == S * o.s for o in operands))
     steps = {o: o.n if S == 1 and N > 1 else o.s for o in operands}  # from a position to the next
     inner, outer = (N * S, 1) if joined else (S, N)
     masked = False
     if work.family == "rows":
         residues = [tuple(s % wide for s in (*_used(work, o, joined)[:3], o.residue)) for o in operands]
         whole = not any(map(any, residues)) and inner % wide == 0
-        masked = not whole and wide > 1 and len(set(residues)) == 1
+        masked = not whole and wide > 1 and len(set(residues)) == 1 and not work.ragged
         access, vector = ("rows", wide) if whole or masked else ("scalar", 1)
         divisor = -(-(inner + wide - 1) // wide) if masked else inner // vector
         log_lanes, tiles, steps = 0, C, dict.fromkeys(operands, vector)
