@@ -357,10 +357,10 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 import torch, tsbn_kernels.backends as b
 from tsbn_kernels.backends import cuda
-names = "tsbn::forward_training", "tsbn::layer_norm", "tsbn::layer_norm_backward"
+names = "tsbn::forward_training", "tsbn::layer_norm", "tsbn::layer_norm_backward", "tsbn::mixed_backward"
 print(b.select("cuda"), *(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names))
 """
-    assert python_output(program, fresh=True).split() == ["cuda", *["True"] * 3]
+    assert python_output(program, fresh=True).split() == ["cuda", *["True"] * 4]
 
 
 CHAIN = """
