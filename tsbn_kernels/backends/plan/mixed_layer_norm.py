@@ -141,7 +141,10 @@ def plan(work: MixedLayerWork, device: Device) -> MixedLayerPlan:
     (whole,) = layer_norm.plans(work, device)
     made = {field.name: getattr(whole, field.name) for field in fields(whole)}
     if not work.backward:
-        return MixedLayerPlan(**made)
+        # Gates of rows take registers that those of a task do not: some kernels for NVIDIA spill with as few as there.
+        most = min(255, device.registers // whole.threads // 8 * 8)
+        more = min(whole.registers * 7 // 5 // 8 * 8, most) if device.target.startswith("sm_") else whole.registers
+        return MixedLayerPlan(**made | {"registers": more})
     rows = max(LEAST, whole.tile[0], ceil(work.values, device.multiprocessors * whole.resident_programs))
     block = min(work.samples, max(1, rows // work.positions))
     tiles = ceil(block * work.positions, whole.tile[0])
