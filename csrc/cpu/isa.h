@@ -37,7 +37,7 @@ constexpr SlabKernels slabs_of{Slabs::moments, Slabs::template forward<Identity>
 
 template <template <class> class Slabs, class T>
 constexpr Kernels kernels_of{slabs_of<Slabs<T>>, Coefficients<T>::kernels, layer_of<LayerRows<T>>, layer_of<LayerTiles<T>>,
-                             kLanes<T>};
+                             LayerRows<T>::double_backward, kLanes<T>};
 }  // namespace
 
 #ifdef TSBN_HAS_BF16  // the other dtypes gain nothing by it

@@ -237,11 +237,56 @@ Three mixed_layer_norm_backward(Tensor dy, std::optional<Tensor> ds, Tensor s, T
   return differentiate(dy, ds, s, weight, mean, rstd, gate, {1, one_task, false}, rms, needs, &tasks);
 }
 
+void store_layer_sums(const Work& w, int64_t task, const double* total) {
+  for (int64_t k = 0; k < kLayerSums; ++k) {
+    std::copy_n(total + k * w.C, w.C, w.vectors.sums + (k * w.T + task) * w.C);
+  }
+}
+
+// ddx is like x, and ddy and the gradient of x like dy.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(Tensor ddx, Tensor dy, Tensor s, Tensor weight, Tensor mean,
+                                                              Tensor rstd, Tensor factors, std::string stacking, bool rms,
+                                                              bool shared) {
+  const Stacking stacked{weight.size(0), stacking, shared};
+  Call call = call_of(s, weight, stacked, 0, rms, false);
+  Work& w = call.work;
+  w.shared = false;  // each task has a gradient of its own
+  const ScalarType dtype = s.scalar_type(), accumulate = accumulate_type(s);
+  STD_TORCH_CHECK(factors.scalar_type() == accumulate && factors.is_contiguous() && factors.dim() == weight.dim() + 1 &&
+                      factors.size(0) == kLayerFactors && factors.numel() == kLayerFactors * weight.numel(),
+                  "tsbn: factors must be contiguous, of the statistics' dtype and of shape [", kLayerFactors,
+                  ", *weight.shape]");
+  Tensor ddy = empty(stacked_sizes(s, stacked), dtype), dx = empty(stacked_sizes(s, stacked), dtype);
+  std::vector<int64_t> sizes = sizes_of(weight);
+  sizes.insert(sizes.begin(), kLayerSums);
+  Tensor sums = empty(sizes, ScalarType::Double);
+  if (s.numel() == 0) {
+    fill_zero(sums);
+    return {ddy, dx, sums};
+  }
+  w.x = checked(call.input, s, dtype, call.rows, w.C, "s");
+  w.residual = checked(call.input, ddx, dtype, call.rows, w.C, "ddx");
+  w.dy = checked(call.stream, dy, dtype, w.T * w.N * w.S, w.C, "dy");
+  w.dresidual = operand(call.stream, ddy, w.C), w.out = operand(call.stream, dx, w.C);
+  if (!rms) w.mean = checked(call.input, mean, accumulate, call.rows, 1, "mean");
+  w.rstd = checked(call.input, rstd, accumulate, call.rows, 1, "rstd");
+  w.vectors.factors = factors.const_data_ptr();
+  w.vectors.sums = static_cast<double*>(sums.mutable_data_ptr());
+  cut_rows(w, nullptr, {});
+  w.stream = should_stream(w, w.out, w.T) && should_stream(w, w.dresidual, w.T);
+  const size_t scratch = sizeof(double) * size_t(kLayerSums * w.layer_piece());
+  const Reduction reduction{nullptr, kernels(w.family, w.dtype).layer_double_backward, merge_sums, store_layer_sums,
+                            kLayerSums * w.C, scratch};
+  reduce_then_apply(w, reduction, false, [](int64_t, int64_t) {});
+  return {ddy, dx, sums};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
   m.impl("mixed_layer_norm", TORCH_BOX(&mixed_layer_norm));
   m.impl("mixed_layer_norm_backward", TORCH_BOX(&mixed_layer_norm_backward));
+  m.impl("layer_norm_double_backward", TORCH_BOX(&layer_norm_double_backward));
 }
 
 }  // namespace

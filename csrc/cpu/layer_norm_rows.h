@@ -119,6 +119,18 @@ struct LayerRows {
     int64_t width;
     TSBN_INLINE A* dbias(int64_t k) const { return values + 2 * k * width; }
     TSBN_INLINE A* dweight(int64_t k) const { return values + (2 * k + 1) * width; }
+    void clear(int64_t fan) const {
+      for (int64_t i = 0; i < 2 * width * fan; ++i) values[i] = 0;
+    }
+    void add_to(double* partial, int64_t D, int64_t fan) const {
+      for (int64_t k = 0; k < fan; ++k) {
+        double* total = partial + 2 * D * k;
+        for (int64_t i = 0; i < D; ++i) {
+          total[i] += dbias(k)[i];
+          total[D + i] += dweight(k)[i];
+        }
+      }
+    }
   };
 
   // `count` rows of dx, `step` rows apart, which share the loads and stores of `sums` (whose values may be nullptr). Where x is
@@ -225,20 +237,68 @@ struct LayerRows {
     }
     const Partition& cut = w.cut_of(group);
     for (int64_t index = cut.first_block(chunk); index < cut.last_block(chunk); ++index) {
-      if (partial != nullptr) {
-        for (int64_t i = 0; i < 2 * width * fan; ++i) sums.values[i] = 0;
-      }
+      if (partial != nullptr) sums.clear(fan);
       each_rows(w, cut.block(index), [&](int64_t n, int64_t s, int64_t step, auto count) TSBN_LAMBDA {
         backward_rows<count.value, kShared>(w, group, n, s, step, rows, sums);
       });
-      if (partial == nullptr) continue;
-      for (int64_t k = 0; k < fan; ++k) {
-        double* total = partial + 2 * D * k;
-        for (int64_t i = 0; i < D; ++i) {
-          total[i] += sums.dbias(k)[i];
-          total[D + i] += sums.dweight(k)[i];
-        }
+      if (partial != nullptr) sums.add_to(partial, D, fan);
+    }
+  }
+
+  // A row of ddy and of the gradient of x. The cache holds what is read twice. With u = ddx, dz = dy * gate and
+  // v = dy * (slope - gate * rstd * mean(u * xhat)), the formulas of tsbn_kernels/definition/layer_norm.py.
+  static TSBN_INLINE void double_backward_row(const Work& w, int64_t task, int64_t n, int64_t s, const Sums& sums) {
+    const int64_t D = w.C;
+    const bool streams = w.stream;
+    const T *x = at(w.x, task, n, s), *dy = at(w.dy, task, n, s), *ddx = at(w.residual, task, n, s);
+    T *dx = at(w.out, task, n, s), *ddy = at(w.dresidual, task, n, s);
+    const A *gates = static_cast<const A*>(w.vectors.factors) + task * D, *slopes = gates + w.T * D,
+            *offsets = slopes + w.T * D;
+    const A rstd = *at<A>(w.rstd, task, n, s);
+    const V mean = w.rms ? V{} : V{} + *at<A>(w.mean, task, n, s);
+    double total[7];  // of u, u * d, dz, dz * d, dy * slope, dy * slope * d and u * dz, with d = x - mean
+    sum_vectors(D, total, [&](int64_t i, int lanes, V* sum) TSBN_LAMBDA {
+      for (const T* read : {x, dy, ddx}) prefetch_ahead<kAhead>(read + i);
+      const V d = load_up_to(x + i, lanes, mean) - mean, g = load_up_to(dy + i, lanes, V{}),
+              u = load_up_to(ddx + i, lanes, V{}), dz = g * load_up_to(gates + i, lanes, V{}),
+              of_slope = g * load_up_to(slopes + i, lanes, V{});
+      sum[0] += u;
+      sum[1] += u * d;
+      sum[2] += dz;
+      sum[3] += dz * d;
+      sum[4] += of_slope;
+      sum[5] += of_slope * d;
+      sum[6] += u * dz;
+    });
+    for (double& t : total) t /= double(D);
+    const double r = double(rstd), u_mean = w.rms ? 0 : total[0], u_xhat = total[1] * r, dz_mean = w.rms ? 0 : total[2],
+                 dz_xhat = total[3] * r, dz_rest = r * (total[6] - u_mean * dz_mean - u_xhat * dz_xhat);
+    const A along = A(r * u_xhat), first = A(u_mean), of_rest = A(r * dz_xhat),
+            v_mean = w.rms ? A(0) : A(total[4] - r * u_xhat * total[2]),
+            of_xhat = A(r * ((total[5] - r * u_xhat * total[3]) * r + dz_rest));
+    each_vector(0, D, [&](int64_t i, int lanes) TSBN_LAMBDA {
+      const V xhat = (load_up_to(x + i, lanes, mean) - mean) * rstd, g = load_up_to(dy + i, lanes, V{}),
+              u = load_up_to(ddx + i, lanes, V{}), gate = load_up_to(gates + i, lanes, V{}),
+              slope = load_up_to(slopes + i, lanes, V{});
+      const V rest = (u - first) * rstd - xhat * along, v = g * (slope - gate * along);
+      write(ddy + i, lanes, rest * gate + xhat * slope + load_up_to(offsets + i, lanes, V{}), streams);
+      write(dx + i, lanes, (v - v_mean) * rstd - xhat * of_xhat - rest * of_rest, streams);
+      store(sums.dbias(0) + i, load(sums.dbias(0) + i) + g * rest);
+      store(sums.dweight(0) + i, load(sums.dweight(0) + i) + g * xhat);
+    });
+  }
+
+  static void double_backward(const Work& w, int64_t task, int64_t chunk, double* partial, void* scratch) {
+    const int64_t D = w.C;
+    const Sums sums{static_cast<A*>(scratch), padded(D)};
+    for (int64_t i = 0; i < kLayerSums * D; ++i) partial[i] = 0;
+    for (int64_t index = w.partition.first_block(chunk); index < w.partition.last_block(chunk); ++index) {
+      const Block b = w.partition.block(index);
+      sums.clear(1);
+      for (int64_t n = b.n0; n < b.n1; ++n) {
+        for (int64_t s = b.s0; s < b.s1; ++s) double_backward_row(w, task, n, s, sums);
       }
+      sums.add_to(partial, D, 1);
     }
   }
 };

@@ -76,12 +76,15 @@ struct Vectors {
   void *dweight = nullptr, *dbias = nullptr;
   const void *dz_mean = nullptr, *dz_xhat_mean = nullptr;  // given: of dz = dy * act'(z), and of dz * xhat
   const void* factors = nullptr;  // of a double backward: kDoubleFactors vectors, one after the other
-  double* sums = nullptr;         // kDoubleSums
+  double* sums = nullptr;         // kDoubleSums; of a layer norm's kLayerFactors, and kLayerSums
 };
 
 // What a double backward sums up over a slab, with d = x - center: ddx, dy, ddx * d, dy * d, ddx * dy. What it writes is
 // ddy = ddx * f0 + d * f1 + f2 and dx = ddx * f3 + dy * f4 + d * f5 + f6.
 inline constexpr int kDoubleSums = 5, kDoubleFactors = 7;
+// That of a layer norm takes the gates, what ddweight makes of xhat in ddy, and ddbias; and sums up dy * rest and
+// dy * xhat over rows, where rest is what the statistics make of ddx.
+inline constexpr int kLayerFactors = 3, kLayerSums = 2;
 
 // A group is what one reduction yields: rows, one (task, channel) slab; columns, one task with all its channels. Where x
 // is shared by all tasks, a group is a slab of x, and has one of each other operand for each of `fan()` tasks.
@@ -164,6 +167,7 @@ struct Kernels {
   SlabKernels slabs;
   VectorKernels vectors;
   LayerKernels rows, tiles;  // of rows longer than a vector or 8 values, or of samples too short for a tile; and of others
+  Reduce layer_double_backward;  // writes out and dresidual; kLayerSums vectors of doubles, by as many pieces of `scratch`
   int64_t lanes;
   const LayerKernels& layer(const Work& w) const {
     return w.C > std::min<int64_t>(lanes, 8) || (w.mixed() && w.S < lanes) ? rows : tiles;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from support.backends import BACKENDS, instruction_sets, on_backend, threads
 from support.problems import DTYPES, FORMATS, STACKINGS, fill_cache_with_nan, problem, stack
-from support.tolerances import assert_same_bits
+from support.tolerances import BACKWARD, STATISTICS, Tolerance, assert_same_bits, assert_within
 from support.twice import assert_equals_definition, call_of, cut_out, make_call
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,8 +20,8 @@ from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, functional
 from tsbn_kernels.backends import cpu
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layer_norm, mixed_batch_norm
-from tsbn_kernels.definition.options import LayerOptions, Options
-from tsbn_kernels.operator import double_backward, layer_double_backward
+from tsbn_kernels.definition.options import LayerOptions, LayerSaved, Options
+from tsbn_kernels.operator import double_backward, layer_ops
 
 T, N, C, SPATIAL = 3, 4, 5, (6, 7)
 Call = Callable[..., Tensor]
@@ -163,6 +164,7 @@ def test_operands_that_lie_apart(memory_format: str) -> None:
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_same_bits_for_every_number_of_threads(memory_format: str) -> None:
     call = make_call(2, 16, 4, (60, 60), dtype=torch.bfloat16, memory_format=memory_format)
+    assert_equals_definition(call, torch.ops.tsbn)  # several blocks in a chunk, several chunks in a group
     results = []
     for count in (1, 2, 3):
         with threads(count):
@@ -203,14 +205,9 @@ def test_curvature_of_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(double_backward.through_curvature(ddz, dy, z.clone(), options), whole)
 
 
-@pytest.mark.parametrize("chunk", [1, 20, 60])
 @pytest.mark.parametrize("fan_out", [False, True])
 @pytest.mark.parametrize("stacking", STACKINGS)
-def test_layer_norm_is_that_of_the_definition(
-    stacking: str, fan_out: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However few rows are computed at once."""
-    monkeypatch.setattr(layer_double_backward, "_CHUNK", chunk)
+def test_layer_norm_is_that_of_the_definition(stacking: str, fan_out: bool) -> None:
     shape = (N, 2, 5) if fan_out else (T, N, 2, 5)
     x = torch.randn(shape, dtype=torch.float64)
     x, dy = x if fan_out else stack(x, stacking), stack(torch.randn(T, N, 2, 5, dtype=torch.float64), stacking)
@@ -228,6 +225,75 @@ def test_layer_norm_is_that_of_the_definition(
         found, expected = (by_autograd(call, operands, dy) for call in (ours, definition))
         for got, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+LAYER_SIZES = [((4,), (1,)), ((3, 5), (5,)), ((2, 3), (16,)), ((3,), (2, 33)), ((1,), (1500,)), ((150,), (500,))]
+
+
+def layer_call(
+    size: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, options: LayerOptions
+) -> tuple[Tensor, Tensor, LayerSaved, Tensor]:
+    """ddx, dy, what is saved, and factors, for some samples of a task and a ``normalized_shape``."""
+    (samples, *more), shape = size
+    one = samples, *more, *shape
+    rows = (T, *one) if options.stacking == "task_axis" else (T * samples, *more, *shape)
+    x, ddx = (torch.randn(2, *(one if options.fan_out else rows)) + 0.5).to(dtype)
+    weight = torch.randn(T, *shape).to(reference.accumulate_dtype(dtype))
+    saved = LayerSaved(x, weight, *layer_norm.statistics(x, weight, options))
+    return ddx, torch.randn(rows).to(dtype), saved, torch.randn(3, *weight.shape).to(weight)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", LAYER_SIZES, ids=str)
+def test_layer_norm_kernels(size: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Every instruction set, stacking and form, and as many threads as there are."""
+    torch.manual_seed(0)
+    for stacking, (rms, fan_out) in product(STACKINGS, ((False, False), (True, False), (False, True))):
+        options = LayerOptions(T, 1e-5, "identity", stacking, rms, fan_out)
+        ddx, dy, saved, factors = layer_call(size, dtype, options)
+        wide = LayerSaved(*(None if tensor is None else tensor.double() for tensor in saved))
+        expected = layer_norm.layer_norm_double_backward(ddx.double(), dy.double(), wide, factors.double(), options)
+        results = []
+        for name in instruction_sets():
+            cpu.set_instruction_set(name)
+            try:
+                results.append(layer_ops.operators(None).layer_norm_double_backward(ddx, dy, saved, factors, options))
+            finally:
+                cpu.set_instruction_set("")
+        with threads(1):
+            serial = layer_ops.operators(None).layer_norm_double_backward(ddx, dy, saved, factors, options)
+        for a, b in zip(serial, results[0], strict=True):
+            assert_same_bits(a, b)
+        for *gradients, sums in results:
+            assert_within(sums, expected[2], Tolerance(STATISTICS[dtype], 1), scale=dy[..., 0].numel() ** 0.5 * 8)
+            for got, wanted in zip(gradients, expected, strict=False):
+                assert_within(got, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max())))
+
+
+def test_layer_norm_opcheck() -> None:
+    for stacking, rms, fan_out in (("task_major", False, False), ("sample_major", True, True)):
+        ddx, dy, (s, weight, mean, rstd), factors = layer_call(
+            ((2, 3), (5,)), torch.float32, LayerOptions(T, 1e-5, "identity", stacking, rms, fan_out)
+        )
+        mean = rstd.new_empty(0) if mean is None else mean
+        call = ddx, dy, s, weight, mean, rstd, factors, stacking, rms, fan_out
+        torch.library.opcheck(torch.ops.tsbn.layer_norm_double_backward.default, call)
+
+
+@pytest.mark.usefixtures("native")
+def test_layer_norm_errors_say_what_was_expected() -> None:
+    options = LayerOptions(T, 1e-5, "identity", "task_major")
+    ddx, dy, saved, factors = layer_call(((2, 3), (5,)), torch.float32, options)
+    run = layer_ops.operators(None).layer_norm_double_backward
+    for wrong in (factors[:2], factors.double(), factors.mT.contiguous().mT, factors.flatten(1)):
+        with pytest.raises(RuntimeError, match=r"factors must be contiguous.* of shape \[3, \*weight.shape\]"):
+            run(ddx, dy, saved, wrong, options)
+    with pytest.raises(RuntimeError, match="ddx has the wrong dtype or number of elements"):
+        run(ddx[1:], dy, saved, factors, options)
+    empty = saved._replace(s=saved.s[:0], mean=None, rstd=saved.rstd[:0])
+    *_, sums = run(ddx[:0], dy[:0], empty, factors, options._replace(rms=True))
+    assert torch.equal(sums, torch.zeros(2, *saved.weight.shape, dtype=torch.float64))
 
 
 class Peak(TorchDispatchMode):

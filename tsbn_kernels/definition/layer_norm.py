@@ -143,54 +143,59 @@ def layer_norm_backward(
 
 
 def layer_norm_double_backward(
-    given: LayerGradients, dy: Tensor, saved: LayerSaved, options: LayerOptions
+    ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor, options: LayerOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of dy, s and weight from those of dx, dweight and dbias.
+    """What the gradients of the backward pass's results make of its operands: those of dy, of s, and two sums.
 
-    With u, p and q the given ones, ``dz = g(w) * dy`` and P of a row as in
-    :mod:`tsbn_kernels.definition.double_backward`, of which the RMS form subtracts no mean::
+    With u = ddx, the ``factors`` g = g(w), a = g'(w) * ddweight and ddbias (``[3, T, *normalized_shape]``, in the dtype
+    of the statistics), ``dz = g * dy``, and P of a row as in :mod:`tsbn_kernels.definition.double_backward`, which in
+    the RMS form subtracts no mean::
 
-        ddy     = g(w) * rstd * P u + g'(w) * p * xhat + q
-        v       = g'(w) * p * dy - dz * rstd * mean(u * xhat)
-        ds      = rstd * P v - rstd * (mean(dz * xhat) * rstd * P u + mean(dz * rstd * P u) * xhat)
-        dweight = sum over the rows of dy * (g'(w) * rstd * P u + g''(w) * p * xhat)
+        rest = rstd * P u
+        ddy  = g * rest + a * xhat + ddbias
+        v    = dy * (a - g * rstd * mean(u * xhat))
+        ds   = rstd * P v - rstd * (mean(dz * xhat) * rest + mean(dz * rest) * xhat)
+        sums = sum over the rows of dy * rest, and of dy * xhat
 
-    They are in the dtype of the statistics.
+    Where all tasks share s, ds is stacked as dy is, and to be added up. The sums are float64
+    ``[2, T, *normalized_shape]``: :func:`double_backward_dweight` makes the gradient of the weight of them.
     """
-    s, raw, mean, rstd = saved
-    dtype, dims = rstd.dtype, _normalized_dims(raw)
-    weight, xhat, dys = raw.to(dtype), normalized(saved), _task_streams(dy.to(dtype), options)
-    scale, over = rstd.reshape(*rows_of(s, raw), *(1,) * (raw.dim() - 1)), tuple(range(1, dys.dim() - raw.dim() + 1))
-    slope, gates = gate_slope(weight, options.gate), _spread(gate_values(weight, options.gate), dys)
-    u = torch.zeros_like(xhat) if given.dx is None else given.dx.to(dtype)
+    s, weight, mean, rstd = saved
+    dtype, dims = rstd.dtype, _normalized_dims(weight)
+    dys = _task_streams(dy.to(dtype), options)
+    gates, slopes, offsets = (_spread(factor, dys) for factor in factors)
+    sizes = (*rows_of(s, weight), *(1,) * (weight.dim() - 1))
+    u, xhat, scale = (_streams(t, options) for t in (ddx.to(dtype), normalized(saved), rstd.reshape(sizes)))
 
-    def of_input(streams: Tensor) -> Tensor:
-        return streams.sum(0) if options.fan_out else layout.stacked(streams, options.stacking)
+    def dot(values: Tensor, others: Tensor) -> Tensor:
+        return (values * others).mean(dims, keepdim=True)
 
-    def row_mean(values: Tensor) -> Tensor:
-        return values.mean(dims, keepdim=True)
+    def through(values: Tensor) -> Tensor:
+        centred = values - xhat * dot(values, xhat)
+        return scale * (centred if mean is None else centred - values.mean(dims, keepdim=True))
 
-    def through(values: Tensor, dot: Tensor) -> Tensor:
-        if mean is not None:
-            values = values - row_mean(values)
-        return torch.addcmul(values, xhat, dot, value=-1) * scale
+    rest, dz = through(u), dys * gates
+    ddy = rest * gates + xhat * slopes + offsets
+    v = dys * (slopes - gates * (scale * dot(u, xhat)))
+    ds = through(v) - scale * (dot(dz, xhat) * rest + dot(dz, rest) * xhat)
+    over = tuple(range(1, dys.dim() - weight.dim() + 1))
+    sums = torch.stack([(dys * values).sum(over) for values in (rest, xhat)]).double()
+    ddy, ds = (layout.stacked(t, options.stacking).to(s.dtype).contiguous() for t in (ddy, ds))
+    return ddy, ds, sums
 
-    u_dot = row_mean(u * xhat)
-    rest = through(u, u_dot)
-    of_u, of_xhat = _streams(rest, options), _streams(xhat, options)
-    dz = of_input(dys * gates)
-    v = dz * (-scale * u_dot)
-    ddy, dweight = of_u * gates, slope * (dys * of_u).sum(over)
-    if given.dweight is not None:
-        p = given.dweight.to(dtype)
-        factor = _spread(slope * p, dys)
-        ddy, v = torch.addcmul(ddy, of_xhat, factor), v + of_input(dys * factor)
-        dweight = dweight + gate_curvature(weight, options.gate) * p * (dys * of_xhat).sum(over)
-    if given.dbias is not None:
-        ddy = ddy + _spread(given.dbias.to(dtype), dys)
-    ds = torch.addcmul(through(v, row_mean(v * xhat)), rest, scale * row_mean(dz * xhat), value=-1)
-    ds = torch.addcmul(ds, xhat, scale * row_mean(dz * rest), value=-1)
-    return layout.stacked(ddy, options.stacking), ds, dweight
+
+def double_backward_factors(weight: Tensor, ddweight: Tensor | None, ddbias: Tensor | None, gate: str) -> Tensor:
+    """What :func:`layer_norm_double_backward` takes, in the dtype of the weight; without a gradient: zero."""
+    nothing = torch.zeros_like(weight)
+    slopes = nothing if ddweight is None else gate_slope(weight, gate) * ddweight
+    return torch.stack((gate_values(weight, gate), slopes, nothing if ddbias is None else ddbias))
+
+
+def double_backward_dweight(weight: Tensor, ddweight: Tensor | None, sums: Tensor, gate: str) -> Tensor:
+    """The gradient of the weight by the sums of :func:`layer_norm_double_backward`."""
+    rest, xhat = sums
+    found: Tensor = gate_slope(weight, gate) * rest
+    return found if ddweight is None else found + gate_curvature(weight, gate) * ddweight * xhat
 
 
 def _normalized_dims(weight: Tensor) -> tuple[int, ...]:

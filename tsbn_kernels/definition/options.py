@@ -259,6 +259,11 @@ class LayerBackend(Protocol):
     ) -> LayerGradients:
         """Computes the gradients that are needed, from those of y and of ``s = x + residual``."""
 
+    def layer_norm_double_backward(
+        self, ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor, options: LayerOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the gradients of dy and s, and sums for that of the weight, from that of dx and by factors."""
+
 
 class MixedLayerBackend(Protocol):
     """The operators of mixed batches, which :mod:`tsbn_kernels.definition.mixed_layer_norm` defines.

@@ -9,7 +9,7 @@ from tsbn_kernels.definition.batch_norm import (
     moments,
 )
 from tsbn_kernels.definition.double_backward import double_backward, double_backward_sums
-from tsbn_kernels.definition.layer_norm import layer_norm, layer_norm_backward
+from tsbn_kernels.definition.layer_norm import layer_norm, layer_norm_backward, layer_norm_double_backward
 from tsbn_kernels.definition.mixed_batch_norm import (
     mixed_backward,
     mixed_forward_eval,
@@ -28,6 +28,7 @@ __all__ = [
     "input_gradient",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_double_backward",
     "mixed_backward",
     "mixed_forward_eval",
     "mixed_forward_tracked",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tsbn_kernels.definition.layer_norm import empty_gradients, empty_outputs
@@ -36,6 +37,7 @@ class LayerOperators(NamedTuple):
 
     layer_norm: Callable[..., Any]
     layer_norm_backward: Callable[..., Any]
+    layer_norm_double_backward: Callable[..., Any]
 
 
 def _options(given: dict[str, Any]) -> LayerOptions:
@@ -55,6 +57,18 @@ def _layer_norm_backward(
     needs = LayerNeeds(*(more.pop(f"need_{gradient}") for gradient in LayerGradients._fields))
     saved = LayerSaved(**more | ({"mean": None} if options.rms else {}))
     return tuple(map(or_empty, run(dy, ds, saved, needs, options), (saved.s, saved.weight, saved.weight)))
+
+
+def _layer_norm_double_backward(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    options: LayerOptions,
+    *,
+    ddx: Tensor,
+    dy: Tensor,
+    factors: Tensor,
+    **saved: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run(ddx, dy, LayerSaved(**saved | ({"mean": None} if options.rms else {})), factors, options)
 
 
 class Dispatched:
@@ -83,6 +97,16 @@ class Dispatched:
         need_dx, need_dweight, need_dbias = needs
         return LayerGradients(dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None)
 
+    def layer_norm_double_backward(
+        self, ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor, options: LayerOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, weight, mean, rstd = saved
+        mean = rstd.new_empty(0) if mean is None else mean
+        found: tuple[Tensor, Tensor, Tensor] = self.flat.layer_norm_double_backward(
+            ddx, dy, s, weight, mean, rstd, factors, options.stacking, options.rms, options.fan_out
+        )
+        return found
+
 
 class _Fake:
     """A backend that allocates its results."""
@@ -99,6 +123,13 @@ class _Fake:
     ) -> LayerGradients:
         return empty_gradients(saved.s, saved.weight, needs)
 
+    @staticmethod
+    def layer_norm_double_backward(
+        ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor, options: LayerOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = factors.new_empty((2, *saved.weight.shape), dtype=torch.float64)
+        return dy.new_empty(dy.shape), dy.new_empty(dy.shape), sums
+
 
 layer_norm: Normalization[LayerBackend] = Normalization(
     LayerOperators,
@@ -114,9 +145,15 @@ layer_norm: Normalization[LayerBackend] = Normalization(
             " -> (Tensor dx, Tensor dweight, Tensor dbias)",
             _layer_norm_backward,
         ),
+        # Of the second derivative: see tsbn_kernels/operator/layer_double_backward.py.
+        "layer_norm_double_backward": Operator(
+            "(Tensor ddx, Tensor dy, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor factors, str stacking,"
+            " bool rms=False, bool shared=False) -> (Tensor ddy, Tensor ds, Tensor sums)",
+            _layer_norm_double_backward,
+        ),
     },
     _options,
-    {"eps": 0.0},  # of the backward pass, which reads rstd
+    {"eps": 0.0, "gate": "identity"},  # of what reads rstd, and factors
     Dispatched,
     _Fake(),
 )

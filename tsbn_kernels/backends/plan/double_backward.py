@@ -48,9 +48,10 @@ class TwiceWork(Work):
 def work_of(x: Tensor, options: Options) -> TwiceWork:
     """The work for a readable ``x``, which is stacked."""
     view = layout.task_view(x, options.num_tasks, options.stacking)
+    T, N, C, S = view.shape
     family = layout.family(x, options.stacking) or "rows"
     expanded = options.num_tasks > 1 and view.stride(0) == 0
-    return TwiceWork(*view.shape, x.element_size(), family, "backward", expanded=expanded)
+    return TwiceWork(T, N, C, S, x.element_size(), family, "backward", expanded=expanded)
 
 
 class TwicePlan(Plan):
