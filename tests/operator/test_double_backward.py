@@ -162,6 +162,13 @@ def test_operands_that_lie_apart(memory_format: str) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("memory_format", FORMATS)
+def test_results_that_are_written_past_the_caches(memory_format: str) -> None:
+    """Large ones, whose rows begin anywhere in a cache line."""
+    assert_equals_definition(make_call(2, 4, 64, (57, 73), memory_format=memory_format), torch.ops.tsbn)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_same_bits_for_every_number_of_threads(memory_format: str) -> None:
     call = make_call(2, 16, 4, (60, 60), dtype=torch.bfloat16, memory_format=memory_format)
     assert_equals_definition(call, torch.ops.tsbn)  # several blocks in a chunk, several chunks in a group
@@ -192,6 +199,9 @@ def test_errors_say_what_was_expected() -> None:
         call._replace(ddx=call.ddx[1:]).sums(torch.ops.tsbn)
     with pytest.raises(RuntimeError, match=r"mean must have shape \[3, 5\]"):
         call._replace(mean=call.mean[1:]).sums(torch.ops.tsbn)
+    torch.full((5, 3, 5), torch.nan, dtype=torch.float64)  # memory of which what is not written is seen
+    empty = call._replace(ddx=call.ddx[:0], dy=call.dy[:0], x=call.x[:0])
+    assert torch.equal(empty.sums(torch.ops.tsbn), torch.zeros(5, 3, 5, dtype=torch.float64))
 
 
 # ---- parts and memory ------------------------------------------------------------------------------------------------
