@@ -33,7 +33,9 @@ from tsbn_kernels import (
     FusedTSigmaBN2d,
     FusedTSigmaBN3d,
     MultiTaskModel,
+    Pruning,
     convert_model,
+    export_task,
     fold_into_conv,
     revert_model,
     use_backend,
@@ -303,7 +305,7 @@ def has_any_hooks(module: nn.Module) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the exporter itself
-@pytest.mark.parametrize("name", ["resnet18", "bottleneck", "celeba"])
+@pytest.mark.parametrize("name", ["resnet18", "bottleneck", "celeba"])  # the last two are pruned
 def test_onnx_takes_it(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("onnx") is None:
         pytest.skip("onnx is not installed")
@@ -311,7 +313,12 @@ def test_onnx_takes_it(name: str, tmp_path: Path) -> None:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    exported = export(_multitask(name), "smile")
+    exported: Any = export(_multitask(name), "smile")
+    if name != "resnet18" and importlib.util.find_spec("torch_pruning") is not None:
+        full = sum(p.numel() for p in exported.parameters())
+        pruning = Pruning(torch.randn(2, 3, 32, 32), amount=0.3, min_filters=1)
+        exported = export_task(_multitask(name), "smile", prune=pruning)
+        assert sum(p.numel() for p in exported.parameters()) < 0.95 * full
     path = str(tmp_path / "task.onnx")
     batch = torch.export.Dim("batch", min=2, max=64)
     options: Any = {"dynamic_shapes": ({0: batch},)} if dynamo else {"dynamic_axes": {"x": {0: "batch"}}}

@@ -99,13 +99,18 @@ def test_mixed_batches(tmp_path: Path) -> None:
 
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
     images = torch.randn(4, 3, 8, 8)
-    model = MultiTaskModel(convert_model(encoder(), 2), {"age": nn.Linear(8, 1), "smiling": nn.Linear(8, 1)}).eval()
+    model = MultiTaskModel(convert_model(encoder(20), 2), {"age": nn.Linear(20, 1), "smiling": nn.Linear(20, 1)}).eval()
     block = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), FusedTSigmaBN2d(4, 5)).eval()
-    names = run("docs/inference.md", tmp_path, {"torch": torch, "model": model, "images": images, "block": block})
-    torch.testing.assert_close(names["smiling"](images), model(images)["smiling"])
+    loader = [(images, {"age": torch.randn(4, 1), "smiling": torch.randn(4, 1)})]
+    names = {"torch": torch, "images": images, "block": block, "loader": loader, "criterion": nn.functional.mse_loss}
+    names = run("docs/inference.md", tmp_path, {**names, "model": model})
+    torch.testing.assert_close(names["smiling"](images), model.eval()(images)["smiling"])
     assert Path("smiling.onnx").exists()
+    found = [names["smaller"].backbone[0], names["model"].backbone[0], names["small"][0][0]]
+    assert [layer.out_channels for layer in found] == [14, 15, 12]  # of 20: less 30 %; thrice 10 %; 20 % less again
 
 
 def test_analysis(tmp_path: Path) -> None:
