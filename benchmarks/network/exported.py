@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tsbn_kernels import FusedTSigmaBN, Pruning, export_task
 
 BATCHES = (1, 64)
 HARD_SHARING, UNPRUNED = "hard sharing", "unpruned"
+BLOCK = 16  # channels that oneDNN computes together with AVX-512
 
 
 def chain_of(network: Any, task: int) -> nn.Sequential:
@@ -81,11 +83,13 @@ class Exported:
     Attributes:
         parameters: how many it has.
         flops: of one image.
+        blocked_flops: of its convolutions, as oneDNN computes them: with channels filled up to blocks of :data:`BLOCK`.
         seconds: of a pass, by the number of images.
     """
 
     parameters: int
     flops: int
+    blocked_flops: int
     seconds: dict[int, Summary]
 
 
@@ -129,7 +133,12 @@ def exported(
             for name, (summary,) in summarize(measure(passes, effort)).items():
                 seconds[name][batch] = summary
     return {
-        name: Exported(sum(p.numel() for p in model.parameters()), _flops(model, example[:1]), seconds[name])
+        name: Exported(
+            sum(p.numel() for p in model.parameters()),
+            _flops(model, example[:1]),
+            blocked_flops(model, example[:1]),
+            seconds[name],
+        )
         for name, model in found.items()
     }
 
@@ -138,3 +147,25 @@ def _flops(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return int(counter.get_total_flops())
+
+
+def blocked_flops(model: nn.Module, image: Tensor) -> int:
+    """Operations of all convolutions: outputs in whole blocks, inputs too where there are more than one block."""
+    found = []
+
+    def count(module: nn.Module, _: Any, y: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            outputs, inputs, *taps = module.weight.shape
+            inputs = inputs if inputs <= BLOCK else _filled(inputs)
+            found.append(2 * y[:, 0].numel() * math.prod(taps) * inputs * _filled(outputs))
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        model(image)
+    for hook in hooks:
+        hook.remove()
+    return sum(found)
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // BLOCK) * BLOCK

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks.commands import app
 from benchmarks.commands import export as command
-from benchmarks.network.exported import HARD_SHARING, UNPRUNED, chain_of, exported, network_of
+from benchmarks.network.exported import HARD_SHARING, UNPRUNED, blocked_flops, chain_of, exported, network_of
 from benchmarks.network.model import Layout
 from benchmarks.timing.measure import Effort
 from tsbn_kernels import Pruning, export_task
@@ -39,6 +40,12 @@ def test_what_is_measured_is_what_was_exported() -> None:
     ways = 9 * sum(a * b for a, b in zip((1, *SMALL.channels), SMALL.channels, strict=False)) + 2 * 8 * 8 + 8
     assert full.parameters == ways + sum(SMALL.channels) + 2 * 8 + 1  # weights, and biases of what was folded
     assert all(one.seconds[batch].median > 0 for one in found.values() for batch in (1, 64))
+
+
+def test_operations_in_blocks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 17, 3), nn.ReLU(), nn.Conv2d(17, 16, 1), nn.Conv2d(16, 5, 2))
+    counts = 36 * 9 * 3 * 32 + 36 * 32 * 16 + 25 * 4 * 16 * 16
+    assert blocked_flops(model, torch.randn(1, 3, 8, 8)) == 2 * counts
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
