@@ -19,10 +19,10 @@ EFFORT = Effort(5, 15, 30.0)
 
 def dense_step(
     network: Annotated[str, typer.Option(help=f"One of {', '.join(NETWORKS)}.")] = "segnet",
-    width: Annotated[int, typer.Option(min=1, help="Channels of the first layer; 64 as in the paper.")] = 16,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first layer; 64 as in the paper.")] = 8,
     batch: Annotated[int, typer.Option(min=2)] = 4,
-    height: Annotated[int, typer.Option(min=32)] = 96,
-    image_width: Annotated[int, typer.Option(min=32)] = 128,
+    height: Annotated[int, typer.Option(min=32)] = 192,
+    image_width: Annotated[int, typer.Option(min=32)] = 256,
     name: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(NAMES)}. Default: all.")] = None,
     device: OnDevice = None,
 ) -> None:

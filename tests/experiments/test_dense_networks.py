@@ -126,7 +126,7 @@ def test_the_command_shows_what_steps_cost(monkeypatch):
     invoke = partial(CliRunner().invoke, app.app)
     result = invoke(["dense-step", "--name", "fused", "--network", "deeplab", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert asked == [(["fused"], (Layout("deeplab", 16), (4, 96, 128)))]
-    assert all(part in result.output for part in ("batch 4 of 96x128", "1,234", "500.0", "2 MiB", "25%"))
+    assert asked == [(["fused"], (Layout("deeplab", 8), (4, 192, 256)))]
+    assert all(part in result.output for part in ("batch 4 of 192x256", "1,234", "500.0", "2 MiB", "25%"))
     refused = invoke(["dense-step", "--height", "40", "--device", "cpu"])
-    assert refused.exit_code == 2 and "multiples of 32, got 40x128" in refused.output
+    assert refused.exit_code == 2 and "multiples of 32, got 40x256" in refused.output
