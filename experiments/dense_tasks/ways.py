@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.layers.peers import LoopOfBatchNorms
-from experiments.dense_tasks.deeplab import DilatedResNet
+from experiments.dense_tasks.deeplab import Bottleneck, DilatedResNet
 from experiments.dense_tasks.segnet import SegNet
 from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model
 
@@ -56,10 +56,14 @@ def task_specific(way: str, backbone: nn.Module, heads: Mapping[str, nn.Module])
 
 
 def leak(network: nn.Module) -> None:
-    """Puts leaky ReLUs in the place of ReLUs."""
+    """Puts leaky ReLUs in the place of ReLUs behind norms.
+
+    The last ReLU of a residual block is behind a sum: PyTorch's leaky ReLU would keep that too, a ReLU does not.
+    """
+    behind_sums = {module.relu3 for module in network.modules() if isinstance(module, Bottleneck)}
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.ReLU):
+            if isinstance(child, nn.ReLU) and child not in behind_sums:
                 setattr(module, name, nn.LeakyReLU(SLOPE))
 
 
