@@ -23,6 +23,8 @@ settings.load_profile("tests")
 
 pytest_plugins = ["gpu_check"]
 M_PERTURB = -6
+# Rooms of small networks. A step of one takes 4 ms of CPU on one thread, and 15 on two where other workers are busy.
+ONE_THREAD = {"analysis", "benchmarks", "compile", "experiments", "layers", "models", "plots"}
 # Files of fewer than 120 tests that take 8 s or more, the longest first: among those of few tests they would come last.
 FIRST = (
     "test_cuda_compile.py",  # two minutes, where the CUDA library is older than its sources
@@ -156,6 +158,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_networks(request: pytest.FixtureRequest) -> None:
+    """What is built of kernels runs on one thread; the kernels are tested with all of them, in other rooms."""
+    if request.path.parent.name in ONE_THREAD:
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(params=BACKENDS)
