@@ -26,7 +26,8 @@ class _Twice:
 
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
-        self.layer_norm = layer_ops.operators(backend).layer_norm
+        compute = layer_ops.operators(backend)
+        self.layer_norm, self.layer_norm_double_backward = compute.layer_norm, compute.layer_norm_double_backward
 
     def layer_norm_backward(
         self, dy: Tensor, ds: Tensor | None, saved: LayerSaved, needs: LayerNeeds, options: LayerOptions

@@ -179,7 +179,7 @@ class MixedNormalization(Normalization[BackendT]):
 
     def __init__(self, parts: Callable[[str | None], BackendT], fits: Callable[..., bool], *described: Any) -> None:
         self._parts, self._fits = parts, fits
-        super().__init__(*described, parts(None))
+        super().__init__(*[*described, parts(None)])
 
     def _register(self, name: str) -> None:
         super()._register(name)
