@@ -35,7 +35,7 @@ def _times(module: ModuleType, name: str) -> Constant:
 
 CONSTANTS = {
     "triton": (
-        Constant(triton, "WAVES", (1, 2, 3, 4)),
+        Constant(triton, "WAVES", (2, 4, 8, 16)),
         Constant(triton, "MAX_SPLITS", (16, 32, 64, 128, 256)),
         Constant(triton, "TILES_PER_PROGRAM", (1, 2, 4, 8)),
         Constant(triton, "TILE_OVERHEAD", (0, 256, 512, 1024, 2048)),

@@ -190,6 +190,16 @@ def test_what_is_expected_of_a_plan(work: Work, device: Device) -> None:
     assert expected(p, room=0).fraction == 0
 
 
+def test_programs_fill_whole_waves() -> None:
+    """As one program a slab, two thirds of these slabs would be left for a second wave that is a fifth full."""
+    found = plan(Work(40, 256, 256, 256, 4, "columns"), H100)
+    assert (found.variant, found.splits) == ("split", 4)
+    assert expected(found).filled > 0.95
+    few = plan(Work(3, 4, 64, 288 * 384, 4, "columns"), H100)
+    assert few.splits > 40 and expected(few).filled == 1
+    assert plan(Work(40, 256, 64, 4096, 4), H100).variant == "streaming"
+
+
 def test_reasons_name_what_takes_most_first() -> None:
     streaming = dataclasses.replace(plan(Work(40, 256, 256, 256, 4, "columns"), H100), variant="streaming", splits=1)
     text = reasons(streaming, expected(streaming))

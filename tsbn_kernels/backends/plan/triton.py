@@ -7,12 +7,15 @@ from itertools import product
 
 from tsbn_kernels.backends.plan.core import Plan, Tile, Variant
 from tsbn_kernels.backends.plan.devices import Device
+from tsbn_kernels.backends.plan.expect import expected
 from tsbn_kernels.backends.plan.work import Direction, Work
 from tsbn_kernels.definition.activations import EPILOGUES
 from tsbn_kernels.definition.layout import Family
 
-MAX_SPLITS = 64
-WAVES = 2  # of split slabs: the second one evens out what the first one leaves
+MAX_SPLITS = 256
+WAVES = 8  # of split slabs, at most: many even out what the last one leaves
+ALIKE = 1.02  # times that are no different
+MERGED = 16  # splits whose partial sums a program of the second launch reads at a time
 TILES_PER_PROGRAM = 4  # where there is nothing to reduce
 LINE, SECTOR = 128, 32  # bytes: what a warp's load should fill, and the least that memory moves
 TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs beside its loads
@@ -27,6 +30,11 @@ class TritonPlan(Plan):
     def launches(self) -> int:
         """Kernels that are launched one after the other."""
         return super().launches + self._gathers
+
+    @property
+    def exchanges(self) -> int:
+        """How often a program waits for sums; and for partial sums, which the second launch reads in turn."""
+        return super().exchanges + (ceil(self.splits, MERGED) if self.variant == "split" else 0)
 
     @property
     def bytes_read_again(self) -> int:
@@ -66,11 +74,7 @@ def plan(work: Work, device: Device) -> Plan:
         return _split(whole, "elementwise", ceil(whole.tiles, TILES_PER_PROGRAM))
     if slab := _resident_tile(work, device):
         return _plan(work, device, "resident", slab)
-    streaming = _plan(work, device, "streaming", _tile(work, device))
-    wave = device.multiprocessors * streaming.resident_programs
-    if streaming.slabs >= wave:
-        return streaming
-    return _split(streaming, "split", min(MAX_SPLITS, max(2, WAVES * wave // streaming.slabs)))
+    return _in_waves(_plan(work, device, "streaming", _tile(work, device)))
 
 
 def _fan_out(work: Work, device: Device) -> Plan:
@@ -88,15 +92,25 @@ def _fan_out(work: Work, device: Device) -> Plan:
             return resident
     if work.gathers:
         return _split(whole, "split", whole.tiles)
-    wave = device.multiprocessors * whole.resident_programs
-    return _split(whole, "split", min(MAX_SPLITS, max(2, WAVES * wave // whole.slabs)))
+    return _in_waves(whole)
 
 
 def apart(work: Work, device: Device) -> Plan:
     """The plan of a pass that is half of another: the sums alone, or the output by sums that others have made."""
-    whole = _plan(work, device, "split", _tile(work, device))
-    wave = device.multiprocessors * whole.resident_programs
-    return _split(whole, "split", min(MAX_SPLITS, max(1, WAVES * wave // whole.slabs)))
+    return _in_waves(_plan(work, device, "split", _tile(work, device)))
+
+
+def _in_waves(plan: Plan) -> Plan:
+    """The plan with a program a slab, where that fills a wave, or in so many splits as fill one or a few waves.
+
+    Of those that should take about as long as the shortest the one with the fewest programs.
+    """
+    wave = plan.device.multiprocessors * _split(plan, "split", plan.tiles).resident_programs
+    counts = {min(MAX_SPLITS, plan.tiles, waves * wave // plan.slabs) for waves in range(1, WAVES + 1)} - {0, 1}
+    whole = [plan] if plan.slabs >= wave or not counts else []
+    found = [(expected(one).seconds, one) for one in (*whole, *(_split(plan, "split", n) for n in sorted(counts)))]
+    shortest = min(seconds for seconds, _ in found)
+    return next(one for seconds, one in found if seconds <= ALIKE * shortest)
 
 
 def alternatives(plan: Plan) -> list[Plan]:
