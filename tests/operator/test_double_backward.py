@@ -264,6 +264,8 @@ def test_layer_norm_kernels(size: tuple[tuple[int, ...], tuple[int, ...]], dtype
         ddx, dy, saved, factors = layer_call(size, dtype, options)
         wide = LayerSaved(*(None if tensor is None else tensor.double() for tensor in saved))
         expected = layer_norm.layer_norm_double_backward(ddx.double(), dy.double(), wide, factors.double(), options)
+        # Of the one value of a row nearly all cancels, of terms as large as the square of rstd.
+        canceled = float(saved.rstd.max()) ** 2 if rms and size[1] == (1,) else 1.0
         results = []
         for name in instruction_sets():
             cpu.set_instruction_set(name)
@@ -278,7 +280,7 @@ def test_layer_norm_kernels(size: tuple[tuple[int, ...], tuple[int, ...]], dtype
         for *gradients, sums in results:
             assert_within(sums, expected[2], Tolerance(STATISTICS[dtype], 1), scale=dy[..., 0].numel() ** 0.5 * 8)
             for got, wanted in zip(gradients, expected, strict=False):
-                assert_within(got, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max())))
+                assert_within(got, wanted, BACKWARD[dtype], scale=max(canceled, float(wanted.abs().max())))
 
 
 def test_layer_norm_opcheck() -> None:
