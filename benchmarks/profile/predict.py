@@ -62,19 +62,25 @@ def table(rows: Sequence[tuple[str, str, str, Plan, Plan]], device: Device) -> T
     )
     for name in ("layer", "dtype", "format", "pass", "backend", "chosen kernel"):
         result.add_column(name)
-    for kind in ("streaming", "chosen"):
-        for unit in ("GiB", "x useful", "predicted ms"):
-            result.add_column(f"{kind}\n{unit}", justify="right")
-    result.add_column("expected\nms", justify="right")
-    result.add_column("of the\nbandwidth", justify="right")
-    result.add_column("factors, with waves, exchanges and launches")
+    for number in (
+        "streaming\nx useful", "chosen\nGiB", "chosen\nx useful", "predicted\nms", "expected\nms", "of the\nbandwidth",
+    ):  # fmt: skip
+        result.add_column(number, justify="right")
+    factors = ["What is left of the bandwidth, with waves, exchanges and launches:"]
     for layer, dtype, memory_format, streaming, chosen in rows:
         cells = [layer, dtype, memory_format, chosen.work.direction, chosen.backend, describe(chosen)]
-        for plan in (streaming, chosen):
-            moved = plan.bytes_read + plan.bytes_written
-            cells += [f"{moved / 2**30:.3g}", f"{moved / plan.work.useful_bytes:.2f}", f"{plan.seconds() * 1e3:.3g}"]
+        reads, moved = (plan.bytes_read + plan.bytes_written for plan in (streaming, chosen))
+        useful = chosen.work.useful_bytes
+        cells += [
+            f"{reads / useful:.2f}",
+            f"{moved / 2**30:.3g}",
+            f"{moved / useful:.2f}",
+            f"{chosen.seconds() * 1e3:.3g}",
+        ]
         found = expected(chosen)
-        result.add_row(*cells, f"{found.seconds * 1e3:.3g}", f"{found.fraction:.0%}", reasons(chosen, found))
+        result.add_row(*cells, f"{found.seconds * 1e3:.3g}", f"{found.fraction:.0%}")
+        factors.append(f"{' '.join(cells[:4])}: {reasons(chosen, found)}")
+    result.caption, result.caption_justify = "\n".join(factors), "left"
     return result
 
 

@@ -273,7 +273,7 @@ def test_predictions_measure_nothing(invoke, tmp_path):
     assert "100% on chip" in forward
     cells = [cell.strip() for cell in forward.split("│")]
     assert cells[5] == "cuda"
-    assert cells[8] == "1.50" and cells[11] == "1.00"  # bytes in useful bytes: streaming, cluster
+    assert cells[7] == "1.50" and cells[9] == "1.00"  # bytes in useful bytes: streaming, cluster
     assert not list(tmp_path.iterdir())
     for wrong in ("H9000", "MI300X"):
         assert invoke("--predict", wrong).exit_code == 2

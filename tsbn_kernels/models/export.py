@@ -128,7 +128,7 @@ def export_task(model: nn.Module, task: int | str, *, prune: Pruning | None = No
             raise ValueError(f"{type(model).__name__} has a MultiTaskModel inside; export that one")
         plain = _export_parts({model: task}, complaints, prune)
     if complaints:
-        warnings.warn("; ".join(complaints), stacklevel=2)
+        warnings.warn("; ".join(complaints), stacklevel=3)  # behind the decorator
     return plain
 
 

@@ -122,7 +122,7 @@ def prune(
     parting.remove(pruned)
     complaints = shrink(pruned, pruning)
     if complaints:
-        warnings.warn(complaints, stacklevel=2)
+        warnings.warn(complaints, stacklevel=3)  # behind the decorator
     return pruned
 
 
@@ -253,7 +253,7 @@ def _run_closed(model: nn.Module, parts: Parts, example: tuple[Any, ...], *, fol
 
 
 def _removable(model: nn.Module, parts: Parts, example: tuple[Any, ...], *, fold: bool) -> Parts:
-    """Those filters of which nothing arrives at any layer that reads them, or a constant that can be folded."""
+    """Keeps the filters of which nothing arrives at any layer that reads them, or a constant that can be folded."""
     _, inputs = _run_closed(model, parts, example, fold=fold)
     removable = []
     for group, gone in parts:
