@@ -41,6 +41,7 @@ OUTPUTS = {
     "layer_norm_forward": ("y", "added", "mean", "rstd"),
     "layer_norm_backward": ("dx", "dweight", "dbias"),
     "layer_norm_parameters": ("dweight", "dbias"),
+    "layer_norm_double_backward": ("ddy", "ds", "partials"),
     "mixed_keys": ("keys",),
     "mixed_partial": (),  # partials have room for more blocks than most mixes have
     "mixed_statistics": ("mean", "rest", "var"),

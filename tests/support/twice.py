@@ -10,7 +10,8 @@ from torch import Tensor
 from support.problems import Problem, defined, in_memory_format, problem
 from support.tolerances import BACKWARD, STATISTICS, Tolerance, assert_within
 from tsbn_kernels.definition import batch_norm as reference
-from tsbn_kernels.definition.options import Options
+from tsbn_kernels.definition import layer_norm
+from tsbn_kernels.definition.options import LayerOptions, LayerSaved, Options
 
 
 class Call(NamedTuple):
@@ -83,3 +84,42 @@ def assert_equals_definition(call: Call, by: Any) -> None:
     for got, wanted in zip(call.gradients(by), wide.gradients(defined), strict=True):
         assert got.dtype == dtype
         assert_within(got, wanted, BACKWARD[dtype], scale=max(1.0, float(wanted.abs().max())))
+
+
+# ---- layer normalisation ---------------------------------------------------------------------------------------------
+
+
+class LayerCall(NamedTuple):
+    """What the operator of layer normalisation takes."""
+
+    ddx: Tensor
+    dy: Tensor
+    saved: LayerSaved
+    factors: Tensor
+    options: LayerOptions
+
+
+def layer_call(size: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, options: LayerOptions) -> LayerCall:
+    """A call for some samples of a task and a ``normalized_shape``."""
+    (samples, *more), shape = size
+    T, one = options.num_tasks, (samples, *more, *shape)
+    rows = (T, *one) if options.stacking == "task_axis" else (T * samples, *more, *shape)
+    x, ddx = (torch.randn(2, *(one if options.fan_out else rows)) + 0.5).to(dtype)
+    weight = torch.randn(T, *shape).to(reference.accumulate_dtype(dtype))
+    saved = LayerSaved(x, weight, *layer_norm.statistics(x, weight, options))
+    return LayerCall(ddx, torch.randn(rows).to(dtype), saved, torch.randn(3, *weight.shape).to(weight), options)
+
+
+def assert_layer_matches_definition(found: tuple[Tensor, Tensor, Tensor], call: LayerCall) -> None:
+    """The gradients and sums are those of the definition in float64, and the gradients have the dtype of x."""
+    wide = LayerSaved(*(None if tensor is None else tensor.double() for tensor in call.saved))
+    ddx, dy, factors = (tensor.double() for tensor in (call.ddx, call.dy, call.factors))
+    *gradients, sums = layer_norm.layer_norm_double_backward(ddx, dy, wide, factors, call.options)
+    dtype = call.dy.dtype
+    assert_within(found[2], sums, Tolerance(STATISTICS[dtype], 1), scale=dy[..., 0].numel() ** 0.5 * 8)
+    # Of the one value of a row nearly all cancels, of terms as large as the square of rstd.
+    one = call.options.rms and call.saved.weight[0].numel() == 1
+    canceled = float(call.saved.rstd.max()) ** 2 if one else 1.0
+    for got, wanted in zip(found, gradients, strict=False):
+        assert got.dtype == dtype
+        assert_within(got, wanted, BACKWARD[dtype], scale=max(canceled, float(wanted.abs().max())))

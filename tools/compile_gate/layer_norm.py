@@ -13,11 +13,12 @@ from torch import Tensor
 from benchmarks.layers.cases import DTYPES
 from benchmarks.profile.compile_offline import Call, recorded
 from tsbn_kernels.backends.plan import Device
+from tsbn_kernels.backends.plan import layer_double_backward as twice
 from tsbn_kernels.backends.plan.layer_norm import LayerPlan, plans, work_of
-from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerForward
+from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerDoubleBackward, LayerForward
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
 
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "double backward")
 
 
 class Form(NamedTuple):
@@ -39,6 +40,14 @@ LAYERS = {
     (5, 8, 1024, 384): (BARE, FULL, SHARED),  # ViT-S/16 at 512 x 512
     (8, 16, 512, 768): (BARE, RMS, FULL),  # BERT base
     **dict.fromkeys([(2, 64, 256, size) for size in (1, 64, 197, 2048, 4096, 8192, 16384)], (FULL,)),
+}
+# Those whose second derivatives are compiled: even rows, several in a tile and one, and uneven ones.
+TWICE = {
+    ((5, 8, 1024, 384), BARE),
+    ((5, 8, 1024, 384), SHARED),
+    ((8, 16, 512, 768), RMS),
+    ((2, 64, 256, 197), FULL),
+    ((2, 64, 256, 4096), FULL),
 }
 
 
@@ -68,6 +77,9 @@ class LaidOutRows:
     def plans(self, pass_: str, device: Device) -> tuple[LayerPlan, ...]:
         """The plans of one of its passes."""
         x, has = self.activation(fan_out=self.fused.fan_out), self.fused
+        if pass_ == "double backward":
+            asked = (self.shape, has) in TWICE
+            return (twice.plan(twice.work_of(x, self.parameter(), self.options()), device),) if asked else ()
         needs = LayerNeeds(True, True, has.bias) if pass_ == "backward" else None
         work = work_of(x, self.parameter(), self.options(), needs, bias=has.bias, residual=has.residual)
         return plans(work, device)
@@ -79,9 +91,12 @@ class LaidOutRows:
         bias, residual = vector if has.bias else None, x if has.residual else None
         rstd = torch.empty(x.numel() // self.shape[-1], device="meta")
         mean = None if has.rms else rstd
+        saved = LayerSaved(x, vector, mean, rstd)
         with recorded() as calls:
-            if plan.work.direction == "backward":
-                saved = LayerSaved(x, vector, mean, rstd)
+            if isinstance(plan, twice.LayerTwicePlan):
+                factors = torch.empty((twice.FACTORS, *vector.shape), device="meta")
+                LayerDoubleBackward(plan, options)(x, y, saved, factors)
+            elif plan.work.direction == "backward":
                 LayerBackward(plan, options)(y, residual, saved, LayerGradients(x, vector, bias))
             else:
                 LayerForward(plan, options)(x, vector, bias, residual, LayerNormalized(y, residual, mean, rstd))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -58,6 +58,11 @@ class LayerWork(Work):
         return self.needs_dweight + self.needs_dbias if self.backward else 0
 
     @property
+    def values_per_thread(self) -> int:
+        """Values of each activation that a thread holds where rows are no longer than half of the most."""
+        return 64 // self.statistics_size
+
+    @property
     def meets_all(self) -> bool:
         """Whether a program goes through all tasks with a tile of their one input."""
         return self.fan_out and (not self.backward or self.needs_dx)
@@ -103,17 +108,21 @@ class LayerWork(Work):
         return self.parameter_bytes * self.parameters if self.backward else self.row_bytes
 
 
+def sizes_of(x: Tensor, weight: Tensor, options: LayerOptions) -> tuple[int, int, int, int, int]:
+    """What :class:`LayerWork` begins with: tasks, samples, channels, positions, and the bytes of a value."""
+    rows, inner = prod(rows_of(x, weight)), inner_rows(x, weight, options)
+    groups = rows // (inner * (1 if options.fan_out else options.num_tasks))
+    return options.num_tasks, groups, weight[0].numel(), inner, x.element_size()
+
+
 def work_of(
     x: Tensor, weight: Tensor, options: LayerOptions, needs: LayerNeeds | None = None, **details: Any
 ) -> LayerWork:
     """The work of a pass over ``x``: of a backward pass where the gradients are given that it ``needs``."""
-    rows, inner = prod(rows_of(x, weight)), inner_rows(x, weight, options)
-    groups = rows // (inner * (1 if options.fan_out else options.num_tasks))
-    sizes = options.num_tasks, groups, weight[0].numel(), inner, x.element_size()
     details |= {"rms": options.rms, "fan_out": options.fan_out, "parameter_size": weight.element_size()}
     if needs is not None:
         details |= {"direction": "backward", **{f"needs_{name}": needed for name, needed in needs._asdict().items()}}
-    return LayerWork(*sizes, "columns", **details)
+    return LayerWork(*sizes_of(x, weight, options), "columns", **details)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class LayerPlan(Plan):
     @property
     def crowded(self) -> bool:
         """Whether a thread holds so much of a row that there is no room for the bias beside the gates."""
-        return self.tile[0] * self.tile[1] > self.threads * _values_per_thread(self.work)
+        return self.tile[0] * self.tile[1] > self.threads * self.work.values_per_thread
 
     @property
     def limits_registers(self) -> bool:
@@ -164,6 +173,28 @@ class LayerPlan(Plan):
         read = gates * work.needs_dx + work.needs_dweight
         return read * work.parameter_bytes + work.rereads * work.row_bytes + self.partial_bytes
 
+    def budgets(self) -> tuple[int, int]:
+        """Registers a thread and bytes of shared memory, as measured: tools/compile_gate/compiled_kernels.csv."""
+        work, device, threads = self.work, self.device, self.threads
+        amd = device.target.startswith("gfx")
+        if self.crowded:
+            registers = (248, 184) if work.backward else (255, 136)
+        elif work.channels * work.item_size % 16:  # each value has an address and a mask of its own
+            registers = (184, 160) if work.backward else (152, 104)
+        elif not work.backward:
+            registers = (96, 96) if work.fan_out else (80, 96)
+        elif not work.needs_dx:
+            registers = (80, 80)
+        else:
+            registers = (128, 152) if work.parameters else (128, 96)
+        wide = 2 if work.statistics_size == 8 else 1
+        most = min(255, device.registers // threads // 8 * 8)
+        shared_bytes = threads * (64 if work.fan_out or (amd and self.tile[0] == 1) else 32) * wide
+        return min(registers[amd] * wide, most), shared_bytes
+
+
+PlanT = TypeVar("PlanT", bound=LayerPlan)
+
 
 def plans(work: LayerWork, device: Device) -> tuple[LayerPlan, ...]:
     """The plans that do a pass, one after the other.
@@ -180,50 +211,28 @@ def plans(work: LayerWork, device: Device) -> tuple[LayerPlan, ...]:
         raise ValueError(f"rows of {work.channels} values are longer than the Triton kernels hold: the most are {most}")
     if whole and work.parameters and (work.fan_out or work.channels > most // 2):
         dx = replace(work, needs_dweight=False, needs_dbias=False)
-        return _plan(dx, device), _plan(replace(work, needs_dx=False), device)
-    return (_plan(work, device),)
+        return plan_of(dx, device, LayerPlan), plan_of(replace(work, needs_dx=False), device, LayerPlan)
+    return (plan_of(work, device, LayerPlan),)
 
 
-def _plan(work: LayerWork, device: Device) -> LayerPlan:
+def plan_of(work: LayerWork, device: Device, kind: type[PlanT]) -> PlanT:
+    """The plan of one launch over rows of which a program holds some."""
     rows = work.values
     b = power(work.channels)
     if work.backward and not work.needs_dx:
         b = min(b, CHANNELS)
     a = min(power(rows), max(1, TILE // b))
-    threads = max(device.warp, min(a * b // _values_per_thread(work), device.block_threads // 2))
+    threads = max(device.warp, min(a * b // work.values_per_thread, device.block_threads // 2))
     tiles = ceil(rows, a)
     slabs = work.streams * ceil(work.channels, b)
-    crowded = a * b > threads * _values_per_thread(work)
+    crowded = a * b > threads * work.values_per_thread
     if crowded:  # a few threads with all the registers that there are spill less than many with half of them
         threads = min(threads, device.registers // 256)
-    registers, shared_bytes = _budgets(work, device, a, threads, crowded)
-    whole = LayerPlan(work, device, "resident", slabs, (a, b), tiles, threads // device.warp, registers, shared_bytes)
+    whole = kind(work, device, "resident", slabs, (a, b), tiles, threads // device.warp, 0, 0)
+    registers, shared_bytes = whole.budgets()
+    whole = replace(whole, registers=registers, shared_bytes=shared_bytes)
     programs = device.multiprocessors * whole.resident_programs * (1 if work.parameters else WAVES)
     share = ceil(tiles, max(1, programs // slabs))
     if work.parameters:
         share = max(share, ceil(LEAST, a))
     return replace(whole, splits=ceil(tiles, share))
-
-
-def _values_per_thread(work: LayerWork) -> int:
-    """Values of each activation that a thread holds where rows are no longer than half of the most."""
-    return 64 // work.statistics_size
-
-
-def _budgets(work: LayerWork, device: Device, a: int, threads: int, crowded: bool) -> tuple[int, int]:
-    """Registers a thread and bytes of shared memory, as measured: tools/compile_gate/compiled_kernels.csv."""
-    amd = device.target.startswith("gfx")
-    if crowded:
-        registers = (248, 184) if work.backward else (255, 136)
-    elif work.channels * work.item_size % 16:  # each value has an address and a mask of its own
-        registers = (184, 160) if work.backward else (152, 104)
-    elif not work.backward:
-        registers = (96, 96) if work.fan_out else (80, 96)
-    elif not work.needs_dx:
-        registers = (80, 80)
-    else:
-        registers = (128, 152) if work.parameters else (128, 96)
-    wide = 2 if work.statistics_size == 8 else 1
-    most = min(255, device.registers // threads // 8 * 8)
-    shared_bytes = threads * (64 if work.fan_out or (amd and a == 1) else 32) * wide
-    return min(registers[amd] * wide, most), shared_bytes

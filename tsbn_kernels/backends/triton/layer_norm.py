@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tsbn_kernels.backends.plan import layer_double_backward as twice
 from tsbn_kernels.backends.plan.layer_norm import plans, work_of
 from tsbn_kernels.backends.triton import ops
-from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerForward
+from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerDoubleBackward, LayerForward
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition.options import (
     LayerGradients,
@@ -60,4 +61,25 @@ def layer_norm_backward(
     with ops.on_device(x.device):
         for run in runs:
             run(dy, ds, LayerSaved(x, weight, mean, rstd), found)
+    return found
+
+
+def layer_norm_double_backward(
+    ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor, options: LayerOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves rows that are longer than a program holds to the reference."""
+    if saved.s.numel() == 0:
+        return reference.layer_norm_double_backward(ddx, dy, saved, factors, options)
+    x, weight, mean, rstd = saved
+    ddx, dy, x, rstd, factors = (tensor.contiguous() for tensor in (ddx, dy, x, rstd, factors))
+    saved = LayerSaved(x, weight, None if mean is None else mean.contiguous(), rstd)
+    key = "layer_norm_double_backward", *map(ops.class_of, (ddx, dy, x)), weight.shape, options
+    run = ops.backwards.get(key)
+    if run is None:
+        work, device = twice.work_of(x, weight, options), ops.device_of(x.device)
+        if not twice.fits(work, device):
+            return reference.layer_norm_double_backward(ddx, dy, saved, factors, options)
+        run = ops.backwards[key] = LayerDoubleBackward(twice.plan(work, device), options)
+    with ops.on_device(x.device):
+        found: tuple[Tensor, Tensor, Tensor] = run(ddx, dy, saved, factors)
     return found

@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from tsbn_kernels.backends.plan.layer_double_backward import SUMS
 from tsbn_kernels.backends.plan.layer_norm import MERGED, LayerPlan
 from tsbn_kernels.backends.plan.triton import ceil
 from tsbn_kernels.backends.triton.launch import Launch
@@ -83,3 +84,19 @@ class LayerBackward(LayerPass):
         if gradient is None or not self.plan.merges:
             return gradient
         return gradient.new_empty((self.plan.splits, *gradient.shape), dtype=self.accumulate)
+
+
+class LayerDoubleBackward(LayerPass):
+    """The gradients of dy and s, and the sums for that of the weight."""
+
+    def __init__(self, plan: LayerPlan, options: LayerOptions) -> None:
+        super().__init__(plan, options)
+        self.rows = self.launch("layer_norm_double_backward")
+
+    def __call__(self, ddx: Tensor, dy: Tensor, saved: LayerSaved, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes contiguous operands."""
+        x, weight, mean, rstd = saved
+        ddy, ds = torch.empty_like(dy), torch.empty_like(dy)
+        partials = rstd.new_empty((SUMS, self.plan.splits, *weight.shape))
+        self.rows(ddx, dy, x, ddy, ds, mean, rstd, factors, partials, *self.sizes)
+        return ddy, ds, partials.sum(1, dtype=torch.float64)

@@ -235,3 +235,57 @@ def layer_norm_parameters(
     if sums is not None:
         sums = add_parts(sums, splits, slab, tile)
     store_parameters(weight, dweight, dbias, dots, sums, slab, tile, SIGMOID)
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def three_row_means(a, b, c, slab):
+    """Three means over each row by one exchange between threads."""
+    a, b, c = tl.reduce((a, b, c), 1, _add_three, keep_dims=True)
+    return a / slab.C, b / slab.C, c / slab.C
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["mean", "rstd", "factors", "partials"])
+def layer_norm_double_backward(
+    ddx, dy, x, ddy, ds, mean, rstd, factors, partials, T, N, S, splits, share, tile,
+    C: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Five tensors of dy's size are moved: ddx, dy and x are read once, ddy and ds are written, by splits of rows.
+
+    They are those of :func:`tsbn_kernels.definition.layer_norm.layer_norm_double_backward`; ``factors [3, T, C]`` are
+    its own, and a split leaves its two sums in ``partials [2, splits, T, C]``. A row stays in registers beside its six
+    sums, which take two exchanges between threads. Of ONE input each task reads x and ddx, and has a ds of its own.
+    """
+    split = tl.program_id(0) % splits
+    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    size = tl.cast(T, tl.int64) * C
+    gate, slope = vector(factors, slab, tile), vector(factors + size, slab, tile)
+    offset = vector(factors + 2 * size, slab, tile)
+    rests, dots = tl.zeros((tile.A, tile.B), tile.ACC), tl.zeros((tile.A, tile.B), tile.ACC)
+    first = split * share
+    last = tl.minimum(first + share, tiles_of(slab, tile))
+    for k in range(first, last):
+        place = tile_at(k, slab, tile)
+        xhat, scale = normalized(x, mean, rstd, slab, place, tile, ONE)
+        rest = load(rows_in(ddx, slab, ONE), slab, place, tile)
+        gradient = load(rows_in(dy, slab, False), slab, place, tile)
+        average, along, slant = three_row_means(rest, rest * xhat, gradient * gate * xhat, slab)
+        if mean is not None:
+            rest -= average
+        rest = (rest - xhat * along) * scale
+        store(rows_in(ddy, slab, False), rest * gate + (xhat * slope + offset), slab, place, tile)
+        rests += gradient * rest
+        dots += gradient * xhat
+        result = gradient * (slope - gate * (scale * along))
+        average, bend, cross = three_row_means(result, result * xhat, gradient * gate * rest, slab)
+        if mean is not None:
+            result -= average
+        result = (result - xhat * (bend + cross) - rest * slant) * scale
+        store(rows_in(ds, slab, False), result, slab, place, tile)
+    partials += split * size
+    store_vector(partials, total(rests, tile), slab)
+    store_vector(partials + splits * size, total(dots, tile), slab)
