@@ -107,6 +107,32 @@ def test_a_transposed_convolution_keeps_what_is_constant() -> None:
     assert_same(exported(x), stream_of(model, x, TASK))
 
 
+class Joined(nn.Module):
+    """Two branches side by side, and layers that read them in this order and in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 8, 3), FusedTSigmaBN2d(T, 8, bias="frozen", activation="relu")) for _ in range(2)
+        )
+        self.readers = nn.ModuleList(nn.Conv2d(16, 4, 1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (branch(x) for branch in self.branches)
+        one, other = self.readers
+        return one(torch.cat([first, second], 1)) * other(torch.cat([second, first], 1))  # type: ignore[no-any-return]
+
+
+def test_a_layer_behind_a_concatenation_takes_the_constants_of_all_branches() -> None:
+    """Each is multiplied by the weights of its own channel, though those of another branch go too."""
+    model = close(randomise(Joined().double()), 0.7)
+    x = torch.randn(N, 3, 9, 9, dtype=torch.float64)
+    exported, warning = export(model, x)
+    assert not warning
+    assert all(reader.in_channels == 12 and reader.bias is not None for reader in exported.readers)
+    torch.testing.assert_close(exported(x), stream_of(model, x, TASK))
+
+
 def test_a_multi_task_model_gives_the_same_modules_narrower() -> None:
     """Which is why ONNX takes them as it takes those that are not pruned."""
     heads = {name: nn.Sequential(nn.Linear(16, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1)) for name in TASKS}

@@ -274,11 +274,12 @@ def _remove(model: nn.Module, filters: Filters, parts: Parts, example: tuple[Any
     expected, inputs = _run_closed(model, parts, example, fold=fold)
     before = dict(model.named_parameters())
     try:
+        parts = [(group, gone) for group, gone in parts if len(gone)]
+        if fold:  # all of them, before any goes: a layer behind a concatenation reads the filters of several groups
+            for group, gone in parts:
+                _fold_constants(group, gone, inputs)
         for group, gone in parts:
-            if len(gone):
-                if fold:
-                    _fold_constants(group, gone, inputs)
-                filters.remove(group, gone)
+            filters.remove(group, gone)
         for name, parameter in model.named_parameters():
             if name in before:
                 _look_like(parameter, before[name])
