@@ -65,8 +65,9 @@ def orthogonal_gradients(
     ``alpha / (T * (T - 1)) * norm(G^T G - I)**2`` in the Frobenius norm. The columns of G are the gradients of the T
     losses, each divided by its length; a gradient of zeros stays zero. The result differentiates gradients: its
     backward pass runs the second derivative of what lies between the parameters and the losses, whose graph is kept.
-    ``torch.compile`` breaks its graph here, for it does not trace ``torch.autograd.grad`` unless
-    ``torch._dynamo.config.trace_autograd_ops`` is set, where PyTorch has that.
+    ``torch.compile`` takes a step with this penalty in one graph inside
+    ``with torch._dynamo.config.patch(trace_autograd_ops=True)``, losses and all. Without that setting, it breaks its
+    graph here, and compiled losses cannot be differentiated twice: the backward pass raises a RuntimeError.
 
     Args:
         losses: the loss of each task, a scalar, by name or in order.

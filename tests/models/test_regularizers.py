@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.func import functional_call
 
 from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN
@@ -92,8 +93,12 @@ def test_closed_gates_have_finite_gradients() -> None:
 
 def two_headed(x: Tensor, weight: Tensor, gates: Tensor) -> tuple[list[Tensor], Tensor]:
     layer = FusedTSigmaBN2d(3, 2).double()
-    y = functional_call(layer, {"weight": gates}, (nn.functional.conv2d(x, weight).repeat(3, 1, 1, 1),))
-    return [part.tanh().square().mean() * (1 + part[0, 0, 0, 0]) for part in y.chunk(3)], weight
+    return losses_of(lambda y: functional_call(layer, {"weight": gates}, (y,)), x, weight), weight
+
+
+def losses_of(layer: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> list[Tensor]:
+    y = layer(nn.functional.conv2d(x, weight).repeat(3, 1, 1, 1))
+    return [part.tanh().square().mean() * (1 + part[0, 0, 0, 0]) for part in y.chunk(3)]
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +122,24 @@ def test_orthogonal_gradients_are_their_formula() -> None:
 
 def test_their_second_derivative_goes_through_the_layer() -> None:
     assert torch.autograd.gradcheck(lambda *given: orthogonal_gradients(*two_headed(*given)), inputs(), atol=1e-7)
+
+
+@pytest.mark.skipif(not hasattr(config, "trace_autograd_ops"), reason="this PyTorch cannot trace torch.autograd.grad")
+def test_a_step_with_orthogonal_gradients_compiles_to_one_graph() -> None:
+    layer = FusedTSigmaBN2d(3, 2).double()
+    x, weight, _ = inputs()
+
+    def step() -> Tensor:
+        losses = losses_of(layer, x, weight)
+        return torch.stack(losses).sum() + orthogonal_gradients(losses, weight, alpha=0.7)
+
+    wanted = [x, weight, layer.weight]
+    expected = step()
+    gradients = torch.autograd.grad(expected, wanted)
+    with config.patch(trace_autograd_ops=True):
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, wanted), gradients)
 
 
 def test_a_loss_without_a_gradient_changes_nothing() -> None:
