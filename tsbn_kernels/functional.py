@@ -268,6 +268,10 @@ def normalize_mixed(
             if not evaluate_single:
                 mixed_checks.check_values(samples, x.shape)
             elif mixed_checks.may_be_alone(samples):
+                if running_mean is None or running_var is None:
+                    raise ValueError(
+                        "evaluate_single=True needs running_mean and running_var; pass them, or leave it False"
+                    )
                 alone = samples == 1
                 samples = samples.masked_fill(alone, 0)
         if group is None:
@@ -280,9 +284,9 @@ def normalize_mixed(
         recompute_outputs.offer_normalized([y], saved, (task_of_sample,), options, group, backend)
     if alone is None:
         return y
-    if running_mean is None or running_var is None:
-        raise ValueError("evaluate_single=True needs running_mean and running_var; pass them, or leave it False")
-    vectors = weight, bias, running_mean.clone(), running_var.clone()  # which later calls may change
+    # Those of the other tasks may hold anything: their gradients of zero must not be multiplied by it.
+    own = alone.unsqueeze(1)
+    vectors = weight, bias, torch.where(own, running_mean, 0), torch.where(own, running_var, 1)
     evaluated = normalize_mixed(
         (tensors[0], *vectors, residual), task_of_sample, (num_tasks, False, *settings[2:]), Running()
     )

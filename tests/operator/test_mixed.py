@@ -338,6 +338,26 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         task_batch_norm(**arguments)
 
 
+def test_one_value_is_evaluated_whatever_other_tasks_hold() -> None:
+    """Running statistics that are not read, of a task with more values or none, reach no output and no gradient."""
+    index = torch.tensor([0, 1, 0, 3, 0, 3])  # task 1 has one value
+    x, weight, bias, _, dy = operands(index, ())
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    options: Any = {"num_tasks": T, "task_of_sample": index, "evaluate_single": True}
+    results = []
+    for other in (1.0, float("nan"), float("inf"), -1.0):
+        statistics = [torch.full((T, C), other).double().index_fill(0, torch.tensor(1), 2.0) for _ in range(2)]
+        y = task_batch_norm(*inputs, *statistics, **options)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    for found in results[1:]:
+        for one, wanted in zip(found, results[0], strict=True):
+            assert_same_bits(one, wanted)
+    mean = torch.zeros(T, C).double()
+    with pytest.raises(ValueError, match="needs running_mean and running_var"):
+        task_batch_norm(*inputs, mean, None, **options)
+    assert not mean.any()
+
+
 def test_one_value_per_channel_is_no_error_of_a_task_with_more() -> None:
     x, index = torch.randn(5, C), torch.tensor([1, 3, 1, 3, 3])
     y = task_batch_norm(x, torch.zeros(T, C), num_tasks=T, task_of_sample=index)
