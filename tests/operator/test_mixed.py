@@ -225,12 +225,13 @@ def test_no_order_of_the_samples_changes_a_bit(compute: MixedBackend) -> None:
 
 @pytest.mark.parametrize("spatial", [(), (3,), (2, 2)])
 def test_no_order_changes_a_bit_of_samples_that_are_alike(spatial: tuple[int, ...]) -> None:
-    """They differ in their last channel alone, or in the gradient."""
+    """They differ in their last channel alone, or in the gradient, or in the residual."""
     pairs = torch.randint(T, (20,))
     index = torch.cat([pairs, pairs])
     x, weight, bias, residual, dy = operands(index, spatial, torch.float32, memory_format="channels_last")
     x[:, :-1] = 1.0
     x[20:] = x[:20]
+    dy[20:30] = dy[:10]
     for memory_format in FORMATS:
         operators, options = eager_operators(None), Options(T, 1e-5, "sigmoid", "task_major", "silu")
         results = []
