@@ -94,7 +94,9 @@ def test_the_calls_reach_every_kind_of_the_triton_rules(name: str) -> None:
         f"{family} {direction} {variant}, fan-out" for (family, direction), variant in itertools.product(both, variants)
     }
     never = {kind for kind in shared if "streaming" in kind}  # a fan-out has no such plan
-    assert set().union(*found.values()) == every | shared - never
+    if name == "MI300X":  # of so many multiprocessors, that slabs of these sizes are split to fill whole waves
+        never |= {"columns forward streaming", "columns backward streaming"}
+    assert set().union(*found.values()) == (every | shared) - never
     assert max(each.elements for each in found) <= kinds.MOST_ELEMENTS
 
 
