@@ -47,8 +47,8 @@ class LayerTwiceWork(LayerWork):
 
 def work_of(x: Tensor, weight: Tensor, options: LayerOptions) -> LayerTwiceWork:
     """The work for the rows of x."""
-    how = {"needs_dbias": True, "rms": options.rms, "fan_out": options.fan_out}
-    return LayerTwiceWork(*sizes_of(x, weight, options), "columns", "backward", **how)
+    sizes = sizes_of(x, weight, options)
+    return LayerTwiceWork(*sizes, "columns", "backward", needs_dbias=True, rms=options.rms, fan_out=options.fan_out)
 
 
 @dataclass(frozen=True)
