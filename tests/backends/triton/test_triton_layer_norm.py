@@ -225,14 +225,14 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
 MUTANTS = {
     "a row is of the task before": ("row_numbers", "n * slab.T + slab.t", "n * slab.T"),
     "rows of one sample alone": ("rows_in", "run * slab.T", "run"),
-    "padding counts": ("layer_norm_forward", "within(values - average, place, tile)", "values - average"),
-    "the sum is not rounded": ("layer_norm_forward", "values.to(x.dtype.element_ty).to(tile.ACC)", "values"),
+    "padding counts": ("normalize_rows", "within(values - average, place, tile)", "values - average"),
+    "the sum is not rounded": ("normalize_rows", "values.to(x.dtype.element_ty).to(tile.ACC)", "values"),
     "the last tile is left out": ("layer_norm_forward", "range(first, last)", "range(first, last - 1)"),
-    "no mean of the gradient": ("layer_norm_backward", "gradient - average - xhat", "gradient - xhat"),
+    "no mean of the gradient": ("store_dx", "gradient - average - xhat", "gradient - xhat"),
     "the last task alone": ("layer_norm_backward", "gradient += load(", "gradient = load("),
     "the last tile's sums alone": ("layer_norm_backward", "dots += gradient", "dots = gradient"),
     "splits overwrite each other": ("layer_norm_backward", "offset = split *", "offset = 0 * split *"),
-    "the sum's gradient is lost": ("layer_norm_backward", "result += load(", "result = result + 0.0 * load("),
+    "the sum's gradient is lost": ("store_dx", "result += load(", "result = result + 0.0 * load("),
     "parts beyond sixteen are lost": ("add_parts", "result += tl.load", "result = tl.load"),
     "no slope of the gate": ("store_parameters", "gate_slope(vector(weight, slab, tile), SIGMOID)", "1.0"),
 }

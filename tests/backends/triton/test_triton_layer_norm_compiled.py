@@ -123,9 +123,9 @@ MUTANTS = {
     ),
     "walks one tile too far": (
         "    last = tl.minimum(first + share, tiles_of(slab, tile))\n    for k in range(first, last):\n"
-        "        place = tile_at(k, slab, tile)\n        values",
+        "        place = tile_at(k, slab, tile)\n        xhat = ",
         "    last = tl.minimum(first + share + 1, tiles_of(slab, tile))\n    for k in range(first, last):\n"
-        "        place = tile_at(k, slab, tile)\n        values",
+        "        place = tile_at(k, slab, tile)\n        xhat = ",
         "race|write count",
     ),
     "every split leaves its sums in one place": ("offset = split *", "offset = 0 * split *", "race|write count"),

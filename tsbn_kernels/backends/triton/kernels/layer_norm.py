@@ -89,6 +89,31 @@ def offsets(bias, slab, tile):
     return tl.zeros((1, 1), tile.ACC) if bias is None else vector(bias, slab, tile)
 
 
+@triton.jit
+def normalize_rows(x, residual, added, mean, rstd, slab, place, tile, ONE: tl.constexpr, EPS: tl.constexpr):
+    """``xhat`` of a tile; its rows' statistics are written, and with a residual the sum that is normalised.
+
+    Without ``mean`` it is the RMS form.
+    """
+    values = load(rows_in(x, slab, ONE), slab, place, tile)
+    if residual is not None:
+        values += load(rows_in(residual, slab, ONE), slab, place, tile)
+        values = values.to(x.dtype.element_ty).to(tile.ACC)
+        store(rows_in(added, slab, ONE), values, slab, place, tile)
+    if mean is None:
+        variance = row_mean(values * values, slab)
+    else:
+        average = row_mean(values, slab)
+        values = within(values - average, place, tile)
+        rest, squares = row_means(values, values * values, slab)  # what rounding took from the mean
+        variance = tl.maximum(squares - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        values -= rest
+        store_rows(mean, average + rest, slab, place, ONE)
+    scale = tl.rsqrt(variance + EPS)
+    store_rows(rstd, scale, slab, place, ONE)
+    return values * scale
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def layer_norm_forward(
     x, residual, y, added, weight, bias, mean, rstd, T, N, S, splits, share, tile,
@@ -109,32 +134,16 @@ def layer_norm_forward(
     last = tl.minimum(first + share, tiles_of(slab, tile))
     for k in range(first, last):
         place = tile_at(k, slab, tile)
-        values = load(rows_in(x, slab, ONE), slab, place, tile)
-        if residual is not None:
-            values += load(rows_in(residual, slab, ONE), slab, place, tile)
-            values = values.to(x.dtype.element_ty).to(tile.ACC)
-            store(rows_in(added, slab, ONE), values, slab, place, tile)
-        if mean is None:
-            variance = row_mean(values * values, slab)
-        else:
-            average = row_mean(values, slab)
-            values = within(values - average, place, tile)
-            rest, squares = row_means(values, values * values, slab)  # what rounding took from the mean
-            variance = tl.maximum(squares - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            values -= rest
-            store_rows(mean, average + rest, slab, place, ONE)
-        scale = tl.rsqrt(variance + EPS)
-        store_rows(rstd, scale, slab, place, ONE)
-        values *= scale
+        xhat = normalize_rows(x, residual, added, mean, rstd, slab, place, tile, ONE, EPS)
         if ONE:
             for t in range(T):
                 task = of_task(t, T, slab)
                 gate, shift = gates(weight, task, tile, SIGMOID), offsets(bias, task, tile)
-                store(rows_in(y, task, False), values * gate + shift, task, place, tile)
+                store(rows_in(y, task, False), xhat * gate + shift, task, place, tile)
         else:
             if CROWDED:
                 shift = offsets(bias, slab, tile)
-            store(rows_in(y, slab, False), values * gate + shift, slab, place, tile)
+            store(rows_in(y, slab, False), xhat * gate + shift, slab, place, tile)
 
 
 @triton.jit
@@ -154,6 +163,20 @@ def store_parameters(weight, dweight, dbias, dots, sums, slab, tile, SIGMOID: tl
         store_vector(dweight, dots * gate_slope(vector(weight, slab, tile), SIGMOID), slab)
     if dbias is not None:
         store_vector(dbias, sums, slab)
+
+
+@triton.jit
+def store_dx(dx, ds, gradient, xhat, scale, mean, slab, place, tile, ONE: tl.constexpr):
+    """Writes the dx of a tile from the gradient of ``xhat``, with ``ds`` added."""
+    if mean is None:
+        result = gradient - xhat * row_mean(gradient * xhat, slab)
+    else:
+        average, slope = row_means(gradient, gradient * xhat, slab)
+        result = gradient - average - xhat * slope
+    result *= scale
+    if ds is not None:
+        result += load(rows_in(ds, slab, ONE), slab, place, tile)
+    store(rows_in(dx, slab, ONE), result, slab, place, tile)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -195,15 +218,7 @@ def layer_norm_backward(
             if dx is not None:
                 gradient *= gate
         if dx is not None:
-            if mean is None:
-                result = gradient - xhat * row_mean(gradient * xhat, slab)
-            else:
-                average, slope = row_means(gradient, gradient * xhat, slab)
-                result = gradient - average - xhat * slope
-            result *= scale
-            if ds is not None:
-                result += load(rows_in(ds, slab, ONE), slab, place, tile)
-            store(rows_in(dx, slab, ONE), result, slab, place, tile)
+            store_dx(dx, ds, gradient, xhat, scale, mean, slab, place, tile, ONE)
     if PARTIAL:
         offset = split * (tl.cast(T, tl.int64) * C)
         if dweight is not None:

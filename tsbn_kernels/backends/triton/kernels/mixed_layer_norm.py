@@ -12,12 +12,11 @@ from tsbn_kernels.backends.triton.kernels.fan_out import of_task
 from tsbn_kernels.backends.triton.kernels.layer_norm import (
     add_parts,
     gates,
+    normalize_rows,
     normalized,
     offsets,
-    row_mean,
-    row_means,
     rows_in,
-    store_rows,
+    store_dx,
 )
 from tsbn_kernels.backends.triton.kernels.mixed import block_at, row_of
 from tsbn_kernels.backends.triton.kernels.tiles import (
@@ -31,7 +30,6 @@ from tsbn_kernels.backends.triton.kernels.tiles import (
     tiles_of,
     total,
     vector,
-    within,
 )
 
 SIZES = ["N", "S", "T", "splits", "share", "pieces"]
@@ -54,23 +52,8 @@ def mixed_layer_norm_forward(
     for k in range(first, last):
         place = tile_at(k, slab, tile)
         own = of_task(tl.load(tasks + place.n, mask=place.n < N, other=0), 1, slab)
-        values = load(rows_in(x, slab, True), slab, place, tile)
-        if residual is not None:
-            values += load(rows_in(residual, slab, True), slab, place, tile)
-            values = values.to(x.dtype.element_ty).to(tile.ACC)
-            store(rows_in(added, slab, True), values, slab, place, tile)
-        if mean is None:
-            variance = row_mean(values * values, slab)
-        else:
-            average = row_mean(values, slab)
-            values = within(values - average, place, tile)
-            rest, squares = row_means(values, values * values, slab)  # what rounding took from the mean
-            variance = tl.maximum(squares - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            values -= rest
-            store_rows(mean, average + rest, slab, place, True)
-        scale = tl.rsqrt(variance + EPS)
-        store_rows(rstd, scale, slab, place, True)
-        result = values * scale * gates(weight, own, tile, SIGMOID) + offsets(bias, own, tile)
+        xhat = normalize_rows(x, residual, added, mean, rstd, slab, place, tile, True, EPS)
+        result = xhat * gates(weight, own, tile, SIGMOID) + offsets(bias, own, tile)
         store(rows_in(y, slab, True), result, slab, place, tile)
 
 
@@ -105,15 +88,7 @@ def mixed_layer_norm_backward(
                 sum += gradient
             if dx is not None:
                 gradient *= gate
-                if mean is None:
-                    result = gradient - xhat * row_mean(gradient * xhat, slab)
-                else:
-                    average, slope = row_means(gradient, gradient * xhat, slab)
-                    result = gradient - average - xhat * slope
-                result *= scale
-                if ds is not None:
-                    result += load(rows_in(ds, slab, True), slab, place, tile)
-                store(rows_in(dx, slab, True), result, slab, place, tile)
+                store_dx(dx, ds, gradient, xhat, scale, mean, slab, place, tile, True)
         row = row_of(program, slab)
         if dots is not None:
             store_vector(dots, total(dot, tile), row)
