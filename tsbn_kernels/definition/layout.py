@@ -103,6 +103,11 @@ def in_family(tensor: Tensor, wanted: Family | None, stacking: str) -> Tensor:
     return tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous operand, where there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def readable(x: Tensor, options: Options, *stacked: Tensor | None) -> tuple[Any, ...]:
     """``x`` and what is ``stacked`` like y, all in one family: themselves, or copies where strides are of none."""
     order = of_input(options).stacking

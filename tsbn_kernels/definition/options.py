@@ -228,6 +228,10 @@ class LayerSaved(NamedTuple):
     mean: Tensor | None
     rstd: Tensor
 
+    def contiguous(self) -> LayerSaved:
+        """Makes all of it contiguous, as kernels read it."""
+        return LayerSaved._make(None if tensor is None else tensor.contiguous() for tensor in self)
+
 
 class LayerNormalized(NamedTuple):
     """The output, ``x + residual`` where there is a residual, and the statistics ``[R]``: no mean in the RMS form."""

@@ -14,6 +14,7 @@ from tsbn_kernels.backends.plan import layer_norm_cuda as rules
 from tsbn_kernels.backends.plan.layer_norm import work_of
 from tsbn_kernels.backends.plan.slots import PASSES
 from tsbn_kernels.definition import layer_norm as reference
+from tsbn_kernels.definition.layout import contiguous
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -101,8 +102,7 @@ def layer_norm(
     if x.numel() == 0:
         return reference.layer_norm(x, weight, bias, residual, options)
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    bias, residual = contiguous(bias), contiguous(residual)
     y, s, mean, rstd = found = reference.empty_outputs(x, weight, residual, options)
     operands = Operands(x, None, residual, y, s, weight, bias, first=mean, second=rstd)
     for one in _call(options, None, operands):
@@ -118,10 +118,8 @@ def layer_norm_backward(
         return reference.layer_norm_backward(dy, ds, saved, needs, options)
     if not any(needs):
         return LayerGradients()
-    x, weight, mean, rstd = saved
-    x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    ds = None if ds is None or not needs.dx else ds.contiguous()
+    x, weight, mean, rstd = saved.contiguous()
+    dy, ds = dy.contiguous(), contiguous(ds) if needs.dx else None
     dx, dweight, dbias = found = reference.empty_gradients(x, weight, needs)
     operands = Operands(x, dy, ds, dx, None, weight, None, mean, rstd, dweight, dbias)
     for one in _call(options, needs, operands):

@@ -9,6 +9,7 @@ from tsbn_kernels.backends.plan.layer_norm import plans, work_of
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.backends.triton.passes_layer_norm import LayerBackward, LayerDoubleBackward, LayerForward
 from tsbn_kernels.definition import layer_norm as reference
+from tsbn_kernels.definition.layout import contiguous
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -25,8 +26,7 @@ def layer_norm(
     if x.numel() == 0:
         return reference.layer_norm(x, weight, bias, residual, options)
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    bias, residual = contiguous(bias), contiguous(residual)
     key = "layer_norm", *map(ops.class_of, (x, residual, weight, bias)), options
     run = ops.forwards.get(key)
     if run is None:
@@ -47,10 +47,8 @@ def layer_norm_backward(
         return reference.layer_norm_backward(dy, ds, saved, needs, options)
     if not any(needs):
         return LayerGradients()
-    x, weight, mean, rstd = saved
-    x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    ds = None if ds is None else ds.contiguous()
+    saved, dy, ds = saved.contiguous(), dy.contiguous(), contiguous(ds)
+    x, weight, _, _ = saved
     key = "layer_norm", *map(ops.class_of, (dy, ds, x, weight)), needs, options
     runs = ops.backwards.get(key)
     if runs is None:
@@ -60,7 +58,7 @@ def layer_norm_backward(
     found = reference.empty_gradients(x, weight, needs)
     with ops.on_device(x.device):
         for run in runs:
-            run(dy, ds, LayerSaved(x, weight, mean, rstd), found)
+            run(dy, ds, saved, found)
     return found
 
 
@@ -70,9 +68,8 @@ def layer_norm_double_backward(
     """Leaves rows that are longer than a program holds to the reference."""
     if saved.s.numel() == 0:
         return reference.layer_norm_double_backward(ddx, dy, saved, factors, options)
-    x, weight, mean, rstd = saved
-    ddx, dy, x, rstd, factors = (tensor.contiguous() for tensor in (ddx, dy, x, rstd, factors))
-    saved = LayerSaved(x, weight, None if mean is None else mean.contiguous(), rstd)
+    saved, ddx, dy, factors = saved.contiguous(), ddx.contiguous(), dy.contiguous(), factors.contiguous()
+    x, weight, _, _ = saved
     key = "layer_norm_double_backward", *map(ops.class_of, (ddx, dy, x)), weight.shape, options
     run = ops.backwards.get(key)
     if run is None:

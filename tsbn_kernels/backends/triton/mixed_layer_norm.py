@@ -11,6 +11,7 @@ from tsbn_kernels.backends.plan.mixed_layer_norm import plan, work_of
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.backends.triton.passes_mixed_layer_norm import MixedLayerBackward, MixedLayerForward
 from tsbn_kernels.definition import layer_norm as reference
+from tsbn_kernels.definition.layout import contiguous
 from tsbn_kernels.definition.options import (
     LayerGradients,
     LayerNeeds,
@@ -29,8 +30,7 @@ def mixed_layer_norm(
     options: LayerOptions,
 ) -> LayerNormalized:
     x, weight, index = x.contiguous(), weight.contiguous(), task_of_sample.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    bias, residual = contiguous(bias), contiguous(residual)
     key = "mixed_layer_norm", *map(ops.class_of, (x, residual, weight, bias)), options
     run = ops.forwards.get(key)
     if run is None:
@@ -52,10 +52,8 @@ def mixed_layer_norm_backward(
 ) -> LayerGradients:
     if not any(needs):
         return LayerGradients()
-    x, weight, mean, rstd = saved
-    x, weight, rstd, dy = x.contiguous(), weight.contiguous(), rstd.contiguous(), dy.contiguous()
-    mean = None if mean is None else mean.contiguous()
-    ds = None if ds is None else ds.contiguous()
+    saved, dy, ds = saved.contiguous(), dy.contiguous(), contiguous(ds)
+    x, weight, _, _ = saved
     key = "mixed_layer_norm", *map(ops.class_of, (dy, ds, x, weight)), needs, options
     run = ops.backwards.get(key)
     if run is None:
@@ -63,5 +61,5 @@ def mixed_layer_norm_backward(
         run = ops.backwards[key] = MixedLayerBackward(plan(work, ops.device_of(x.device)), options)
     found = reference.empty_gradients(x, weight, needs)
     with ops.on_device(x.device):
-        run(dy, ds, LayerSaved(x, weight, mean, rstd), task_of_sample, found)
+        run(dy, ds, saved, task_of_sample, found)
     return found
