@@ -106,7 +106,7 @@ COMPILED = [
 
 def toy(target: str) -> Device:
     """A GPU on which small slabs are split, and a split has several tiles."""
-    return replace(DEVICES[TARGETS[target]], block_threads=256, multiprocessors=2, threads=64)
+    return replace(DEVICES[TARGETS[target]], block_threads=256, multiprocessors=3)
 
 
 @pytest.mark.parametrize(("family", "even", "dtype", "target", "stacking"), COMPILED)
@@ -154,4 +154,4 @@ def test_bytes_of_the_celeba_layers() -> None:
         made: TwicePlan = plan(work_of(x, Options(40, 0.0, "identity", "task_major")), DEVICES["H100"])
         assert (made.activation_bytes_read, made.activation_bytes_written) == (6 * x.nbytes, 2 * x.nbytes)
         more = made.bytes_read + made.bytes_written - 8 * x.nbytes
-        assert more < 0.04 * 8 * x.nbytes
+        assert more < 0.03 * 8 * x.nbytes

@@ -5,13 +5,13 @@ Both read ddx, dy and x; the first leaves sums, the second writes ddy and dx. So
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from tsbn_kernels.backends.plan.core import Plan
 from tsbn_kernels.backends.plan.devices import Device
-from tsbn_kernels.backends.plan.triton import MAX_SPLITS, WAVES, ceil, covering_tile, slabs_and_tiles
+from tsbn_kernels.backends.plan.triton import covering_tile, in_waves, slabs_and_tiles
 from tsbn_kernels.backends.plan.work import Work
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.layout import Family
@@ -83,10 +83,7 @@ def plan(work: TwiceWork, device: Device) -> TwicePlan:
     slabs, tiles = slabs_and_tiles(work, tile)
     shared_bytes = 2 * work.statistics_size * warps * (b if work.family == "columns" else 16)
     registers = _registers(work, device)
-    whole = TwicePlan(work, device, "split", slabs, tile, tiles, warps, registers, shared_bytes)
-    wave = device.multiprocessors * whole.resident_programs
-    share = ceil(tiles, min(MAX_SPLITS, max(1, WAVES * wave // slabs)))
-    return replace(whole, splits=ceil(tiles, share))
+    return in_waves(TwicePlan(work, device, "split", slabs, tile, tiles, warps, registers, shared_bytes))
 
 
 def _registers(work: Work, device: Device) -> int:

@@ -14,10 +14,7 @@ from tsbn_kernels.backends.plan.layer_norm import LayerPlan, LayerWork, plan_of,
 from tsbn_kernels.backends.plan.triton import power
 from tsbn_kernels.definition.options import LayerOptions
 
-SUMS, FACTORS = (
-    2,
-    3,
-)  # of each task and channel: see layer_norm_double_backward in tsbn_kernels/definition/layer_norm.py
+SUMS, FACTORS = 2, 3  # of each task and channel: see layer_norm_double_backward of definition/layer_norm.py
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 from tsbn_kernels.backends.plan.core import Plan, Tile, Variant
 from tsbn_kernels.backends.plan.devices import Device
@@ -11,6 +12,8 @@ from tsbn_kernels.backends.plan.expect import expected
 from tsbn_kernels.backends.plan.work import Direction, Work
 from tsbn_kernels.definition.activations import EPILOGUES
 from tsbn_kernels.definition.layout import Family
+
+PlanT = TypeVar("PlanT", bound=Plan)
 
 MAX_SPLITS = 256
 WAVES = 8  # of split slabs, at most: many even out what the last one leaves
@@ -74,7 +77,7 @@ def plan(work: Work, device: Device) -> Plan:
         return _split(whole, "elementwise", ceil(whole.tiles, TILES_PER_PROGRAM))
     if slab := _resident_tile(work, device):
         return _plan(work, device, "resident", slab)
-    return _in_waves(_plan(work, device, "streaming", _tile(work, device)))
+    return in_waves(_plan(work, device, "streaming", _tile(work, device)))
 
 
 def _fan_out(work: Work, device: Device) -> Plan:
@@ -92,15 +95,15 @@ def _fan_out(work: Work, device: Device) -> Plan:
             return resident
     if work.gathers:
         return _split(whole, "split", whole.tiles)
-    return _in_waves(whole)
+    return in_waves(whole)
 
 
 def apart(work: Work, device: Device) -> Plan:
     """The plan of a pass that is half of another: the sums alone, or the output by sums that others have made."""
-    return _in_waves(_plan(work, device, "split", _tile(work, device)))
+    return in_waves(_plan(work, device, "split", _tile(work, device)))
 
 
-def _in_waves(plan: Plan) -> Plan:
+def in_waves(plan: PlanT) -> PlanT:
     """The plan with a program a slab, where that fills a wave, or in so many splits as fill one or a few waves.
 
     Of those that should take about as long as the shortest the one with the fewest programs.
@@ -330,13 +333,15 @@ def slabs_and_tiles(work: Work, tile: Tile) -> tuple[int, int]:
     return work.streams * work.channels, ceil(work.samples, a) * ceil(work.positions, b)
 
 
-def _split(plan: Plan, variant: Variant, splits: int) -> Plan:
+def _split(plan: PlanT, variant: Variant, splits: int) -> PlanT:
     """The plan with ``splits`` programs a slab, or as many as have at least one tile."""
     share = ceil(plan.tiles, splits)
     splits = ceil(plan.tiles, share)
     if splits == 1 and variant == "split":
         return plan
-    registers = _registers(plan.work, plan.device, variant, plan.tile, plan.warps * plan.device.warp)
+    registers = plan.registers
+    if variant != plan.variant:
+        registers = _registers(plan.work, plan.device, variant, plan.tile, plan.warps * plan.device.warp)
     return replace(plan, variant=variant, splits=splits, registers=registers)
 
 
