@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from tsbn_kernels import FusedTSigmaBN2d, split_parameters
 from tsbn_kernels.analysis import gradient_conflicts, importance, specialization_test, task_representations
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = (4, 3, 6, 5)
 
 

@@ -16,7 +16,6 @@ from tsbn_kernels import Pruning, export_task
 
 SMALL = Layout(1, (4, 4, 8, 8, 8, 8, 8))
 EFFORT = Effort(1, 1, 0.0, 0.0)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_chain_is_one_task_of_the_network() -> None:

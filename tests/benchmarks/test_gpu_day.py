@@ -46,8 +46,6 @@ from benchmarks.profile.compile_offline import compile_call, specialize
 from benchmarks.records.workloads import Layer
 from tsbn_kernels.backends.plan import DEVICES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 LAYER = Case(Layer.of(8, (6, 5)), 3, 4, "float32", "contiguous", CPU, workload="celeba40")
 

@@ -22,8 +22,6 @@ from benchmarks.layers.registry import PEERS
 from benchmarks.layers.verify import MismatchError
 from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM, Layer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 LAYER = Case(Layer.of(8, (6, 5)), 3, 4, "float32", "contiguous", CPU, workload="celeba40")
 

@@ -13,7 +13,7 @@ from experiments.training.cross_stitch import CrossStitch
 from experiments.training.run import optimizer_of
 from tsbn_kernels import FusedTSigmaBN2d
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
+pytestmark = pytest.mark.usefixtures("unpooling")
 
 TASKS = {task.name: task for task in (Segmentation(13), Depth(), Normals())}
 LAYOUTS = {"segnet": Layout("segnet", 2), "deeplab": Layout("deeplab", 1)}

@@ -21,7 +21,7 @@ from experiments.dense_tasks.tasks import Depth, Normals, Segmentation, total_lo
 from experiments.dense_tasks.ways import FUSED, LOOP, RECOVERY, WAYS, fill_gates, gates_of, leak, task_specific
 from experiments.training.step_cost import StepCost
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
+pytestmark = pytest.mark.usefixtures("unpooling")
 
 TASKS = {task.name: task for task in (Segmentation(13), Depth(), Normals())}
 T, STEPS = len(TASKS), 20

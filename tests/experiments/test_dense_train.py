@@ -21,7 +21,7 @@ from experiments.dense_tasks.summary import change, summaries
 from experiments.dense_tasks.train_run import DenseEpoch, DenseFit, DenseRun, DenseSettings
 from experiments.training.run import ResumeError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unpooling")
+pytestmark = pytest.mark.usefixtures("unpooling")
 
 CPU = torch.device("cpu")
 SETTINGS = DenseSettings(

@@ -47,7 +47,7 @@ def few_digits(_folder: Path) -> Splits:
 
 
 @pytest.fixture
-def invoke(monkeypatch, tmp_path, one_thread):
+def invoke(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     tiny = summary.Dataset(few_digits, False, {"cnn": TINY}, epochs=1, batch=20, lr=1e-2)
     monkeypatch.setitem(summary.DATASETS, "digits40", tiny)
@@ -203,7 +203,7 @@ def test_tasks_are_taken_evenly_in_turn() -> None:
 
 
 @pytest.mark.parametrize("method", ["hard_sharing", "ts_sigma_bn"])
-def test_a_weighted_step_is_the_weighted_sum_of_each_tasks_gradient(monkeypatch, one_thread, method: str) -> None:
+def test_a_weighted_step_is_the_weighted_sum_of_each_tasks_gradient(monkeypatch, method: str) -> None:
     monkeypatch.delitem(sys.modules, "LibMTL", raising=False)
     install(monkeypatch)
     monkeypatch.setattr(sys.modules["LibMTL.weighting"], "PCGrad", TaskGradients)

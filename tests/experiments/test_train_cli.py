@@ -43,7 +43,7 @@ def few_digits(_folder) -> Splits:
 
 
 @pytest.fixture
-def invoke(monkeypatch, tmp_path, one_thread):
+def invoke(monkeypatch, tmp_path):
     """Runs the command on a few images with narrow networks, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "COST_EFFORT", Effort(2, 2, 0.0, 0.0))

@@ -22,8 +22,6 @@ from experiments.forty_tasks.train_run import Epoch, TrainRun
 from experiments.forty_tasks.transformer import TransformerLayout
 from experiments.training.run import ResumeError, Settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 LAYOUT = Layout(1, (2, 2, 2, 3, 3, 4, 4))
 PATCHES = TransformerLayout(inputs=1, patch=4, tokens=4, width=4, heads=2, depth=1)

@@ -12,8 +12,6 @@ from torch import Tensor, fx, nn
 
 from tsbn_kernels import FusedTSigmaBN2d, LateFanOut, MultiTaskModel, convert_model, revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N = 2, 3
 
 

@@ -24,8 +24,6 @@ from tsbn_kernels import (
 )
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N = 3, 8
 variants = pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
 networks = pytest.mark.parametrize("name", NETWORKS)

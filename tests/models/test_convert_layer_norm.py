@@ -26,8 +26,6 @@ from tsbn_kernels import (
 )
 from tsbn_kernels.layers.layer_norm import LayerNorm2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("age", "smile", "hat")
 T, N, L, D = len(TASKS), 4, 5, 6
 

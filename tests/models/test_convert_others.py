@@ -23,8 +23,6 @@ from tsbn_kernels import (
     revert_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N = 3, 8
 variants = pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
 

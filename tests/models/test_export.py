@@ -42,7 +42,6 @@ from tsbn_kernels import (
 )
 from tsbn_kernels.definition.activations import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 variants = pytest.mark.parametrize("variant", ["ts_sigma_bn", "tsbn"])
 LAYERS = {1: FusedTSigmaBN1d, 2: FusedTSigmaBN2d, 3: FusedTSigmaBN3d}
 CONVOLUTIONS = [

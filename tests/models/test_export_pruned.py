@@ -15,7 +15,6 @@ from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, Pruning, convert_model
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
 pytest.importorskip("torch_pruning")
-pytestmark = pytest.mark.usefixtures("one_thread")
 TASK = 1
 
 

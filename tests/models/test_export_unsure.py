@@ -22,8 +22,6 @@ from tsbn_kernels import (
     use_backend,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Awkward(nn.Module):
     """``uses`` says what else becomes of the convolution, or of the normalisation."""

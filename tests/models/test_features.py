@@ -16,8 +16,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tsbn_kernels import MultiTaskModel, convert_model, revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("a", "b", "c")
 T, N, C = 3, 2, 4
 Pair = namedtuple("Pair", "low high")

@@ -25,8 +25,6 @@ from tsbn_kernels import (
 from tsbn_kernels.definition.activations import TABLE
 from tsbn_kernels.models.fuse_activations import FusedActivation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N = 2, 3
 
 

@@ -24,8 +24,6 @@ from tsbn_kernels import (
     remove_task,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 

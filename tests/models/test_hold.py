@@ -19,8 +19,6 @@ from tsbn_kernels import (
     parameter_groups,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -27,9 +27,6 @@ from tsbn_kernels import (
     shard_tasks,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- states and copies ---------------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ["age", "smile", "hat"]
 T, N = len(TASKS), 4
 

@@ -17,8 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model, revert_model
 from tsbn_kernels.layers.layer_norm import LayerNorm2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("age", "smile", "hat")
 T, N = len(TASKS), 4
 

@@ -20,8 +20,6 @@ from tsbn_kernels import (
     task_vector_names,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T = 3
 
 

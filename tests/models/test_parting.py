@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tsbn_kernels import MultiTaskModel, convert_model, export_task, revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("age", "smile", "hat")
 T, N, C, L = len(TASKS), 4, 6, 5
 

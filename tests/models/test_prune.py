@@ -20,7 +20,6 @@ from benchmarks.network.model import Layout, loss_of, task_specific_network
 from tsbn_kernels import FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, MultiTaskModel, convert_model, prune
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSED, MOST = 4, 12  # a part of the filters of each layer: one of so many, and no more than these
 NARROW = Layout(1, (8, 8, 16, 8, 16, 8, 16))
 

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from tsbn_kernels import convert_model, export_task, revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N = 2, 3
 
 

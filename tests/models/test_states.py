@@ -21,8 +21,6 @@ from tsbn_kernels import (
     revert_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, C = 3, 4
 
 

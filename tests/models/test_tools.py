@@ -29,8 +29,6 @@ from tsbn_kernels import (
 )
 from tsbn_kernels.layers.batch_norm import FusedTSigmaBN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T, N, C = 3, 4, 5
 
 

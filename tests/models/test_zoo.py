@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsbn_kernels import MultiTaskModel, convert_model, export_task, parameter_groups, revert_model
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 TASKS = ("age", "smile", "hat")
 T, N = len(TASKS), 2
