@@ -25,11 +25,16 @@ class Launch:
 
     Triton's own launcher looks at every argument on every call to find the compiled kernel. A ``Launch`` belongs to one
     shape, dtype, device and alignment, so it keeps the compiled kernel and only hands it the arguments.
+
+    Raises:
+        ValueError: there are more programs than a launch may have.
     """
 
     __slots__ = ("_failure", "_run", "constants", "kernel", "options", "programs")
 
     def __init__(self, kernel: str, programs: int, options: dict[str, int], *constants: Any) -> None:
+        if programs >= 1 << 31:
+            raise ValueError(f"{programs} programs are too many for one launch; the most are 2^31 - 1")
         self.kernel, self.programs, self.options, self.constants = kernel, programs, options, constants
         self._run: Callable[..., Any] | None = None
         self._failure: tuple[str, str, bool] | None = None

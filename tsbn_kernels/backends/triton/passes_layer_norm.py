@@ -24,8 +24,6 @@ class LayerPass:
         self.plan = plan
         self.sizes = work.tasks, work.samples, work.positions, plan.splits, plan.share
         self.sigmoid = options.gate == "sigmoid"
-        if plan.programs >= 1 << 31:
-            raise ValueError(f"{plan.programs} programs are too many for one launch; the most are 2^31 - 1")
 
     def launch(self, kernel: str, *constants: Any) -> Launch:
         """A launch of as many programs as are planned."""
