@@ -38,7 +38,8 @@ struct Columns {
   }
 
   // Positions that are visited at once, as they share the loads of the channels' vectors. `in` tells where they lie in an
-  // operand, the channels of position j at [j]; of a missing operand, whose slab is nullptr, it is not used.
+  // operand, the channels of position j at [j], and asks memory for what is visited later; of a missing operand, whose
+  // slab is nullptr, it is not used.
   template <int k> struct Adjacent {  // of one sample
     static constexpr int count = k;
     int64_t n, s;
@@ -46,25 +47,28 @@ struct Columns {
       P* first;
       int64_t step;
       TSBN_INLINE P* operator[](int j) const { return first + j * step; }
+      TSBN_INLINE void prefetch(int j, int64_t c) const { prefetch_ahead<kAhead>(first + j * step + c); }
     };
     template <class P> TSBN_INLINE Places<P> in(P* slab, const Operand& o) const {
       return {slab == nullptr ? nullptr : slab + n * o.n + s * o.s, o.s};
     }
-    template <class P> static TSBN_INLINE void prefetch(const P* p) { prefetch_ahead<kAhead>(p); }
   };
   template <int k> struct OfSamples {  // the same one of several samples, which lie anywhere
     static constexpr int count = k;
-    int64_t n[k], s;
+    int64_t n[k], next[k], s;
     template <class P> struct Places {
-      P* of[k];
+      P *of[k], *later[k];
       TSBN_INLINE P* operator[](int j) const { return of[j]; }
+      TSBN_INLINE void prefetch(int j, int64_t c) const { prefetch_ahead<0>(later[j] + c); }
     };
     template <class P> TSBN_INLINE Places<P> in(P* slab, const Operand& o) const {
       Places<P> places{};
-      for (int j = 0; j < k && slab != nullptr; ++j) places.of[j] = slab + n[j] * o.n + s * o.s;
+      for (int j = 0; j < k && slab != nullptr; ++j) {
+        places.of[j] = slab + n[j] * o.n + s * o.s;
+        places.later[j] = slab + next[j] * o.n + s * o.s;
+      }
       return places;
     }
-    template <class P> static TSBN_INLINE void prefetch(const P*) {}
   };
 
   // Calls f(positions) for four positions at once, and for single ones where there are fewer.
@@ -73,9 +77,13 @@ struct Columns {
     const Samples samples = w.samples();
     int64_t index = b.n0;
     if (b.s1 - b.s0 < 4) {
+      OfSamples<4> four{};
       for (; index + 4 <= b.n1; index += 4) {
-        const int64_t n[]{samples[index], samples[index + 1], samples[index + 2], samples[index + 3]};
-        for (int64_t s = b.s0; s < b.s1; ++s) f(OfSamples<4>{{n[0], n[1], n[2], n[3]}, s});
+        for (int j = 0; j < 4; ++j) {
+          four.n[j] = samples[index + j];
+          four.next[j] = samples[std::min(index + 4 + j, w.N - 1)];
+        }
+        for (four.s = b.s0; four.s < b.s1; ++four.s) f(four);
       }
     }
     for (; index < b.n1; ++index) {
@@ -114,7 +122,7 @@ struct Columns {
         V sum{}, squares{};
         for (int j = 0; j < positions.count; ++j) {
           const T* from = p[j] + c;
-          positions.prefetch(from);
+          p.prefetch(j, c);
           const V d = load_up_to(from, lanes, origin) - origin;
           sum += d;
           squares += d * d;
@@ -199,9 +207,9 @@ struct Columns {
             V first{}, second{};
             for (int j = 0; j < positions.count; ++j) {
               const T* added = residual == nullptr ? nullptr : u[j];
-              if constexpr (!kShared) positions.prefetch(p[j] + c);
-              positions.prefetch(q[j] + c);
-              if (added != nullptr) positions.prefetch(added + c);
+              if constexpr (!kShared) p.prefetch(j, c);
+              q.prefetch(j, c);
+              if (added != nullptr) u.prefetch(j, c);
               const auto [d, g] = gradient(act, z, p[j], q[j], added, c, lanes);
               first += g;
               second += g * d;
@@ -252,8 +260,8 @@ struct Columns {
           const V origin = center(c, lanes), factor = scale(c, lanes), offset = shift(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
             const T *from = p[j] + c, *added = residual == nullptr ? nullptr : u[j];
-            positions.prefetch(from);
-            if (added != nullptr) positions.prefetch(added + c);
+            p.prefetch(j, c);
+            if (added != nullptr) u.prefetch(j, c);
             const V d = load_up_to(from, lanes, origin) - origin;
             const V z = preactivation<Act, T>(d, factor, offset, added, c, lanes);
             write(r[j] + c, lanes, act.value(z), streams);
@@ -282,9 +290,9 @@ struct Columns {
           const V factor = scale(c, lanes), offset = shift(c, lanes), dy_factor = dy_scale(c, lanes);
           for (int j = 0; j < positions.count; ++j) {
             const T* added = residual == nullptr ? nullptr : u[j];
-            positions.prefetch(p[j] + c);
-            positions.prefetch(q[j] + c);
-            if (added != nullptr) positions.prefetch(added + c);
+            p.prefetch(j, c);
+            q.prefetch(j, c);
+            if (added != nullptr) u.prefetch(j, c);
             const auto [d, g] = gradient(act, z, p[j], q[j], added, c, lanes);
             if (Act::kPlain || out != nullptr) {
               V v = Act::kPlain || w.training ? d * factor + offset : V{};
@@ -331,7 +339,7 @@ struct Columns {
           V total[kDoubleSums] = {};
           for (int j = 0; j < positions.count; ++j) {
             const T *from = p[j] + c, *upstream = q[j] + c, *second = u[j] + c;
-            for (const T* read : {from, upstream, second}) positions.prefetch(read);
+            p.prefetch(j, c), q.prefetch(j, c), u.prefetch(j, c);
             const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
                     v = load_up_to(second, lanes, V{});
             total[0] += v;
@@ -366,7 +374,7 @@ struct Columns {
           for (int k = 0; k < kDoubleFactors; ++k) f[k] = factors(k * w.T * w.C + c, lanes);
           for (int j = 0; j < positions.count; ++j) {
             const T *from = p[j] + c, *upstream = q[j] + c, *second = u[j] + c;
-            for (const T* read : {from, upstream, second}) positions.prefetch(read);
+            p.prefetch(j, c), q.prefetch(j, c), u.prefetch(j, c);
             const V d = load_up_to(from, lanes, origin) - origin, g = load_up_to(upstream, lanes, V{}),
                     v = load_up_to(second, lanes, V{});
             write(du[j] + c, lanes, v * f[0] + (d * f[1] + f[2]), w.stream);

@@ -53,6 +53,8 @@ void order_by(const std::vector<Contents>& contents, std::vector<int64_t>& order
   const Contents& first = contents[0];
   std::vector<int64_t> places(samples), ends(samples + 1);
   for (int64_t n = 0; n < samples; ++n) {
+    constexpr int64_t kAhead = 16;  // samples: each begins in a place of its own, which the processor does not foresee
+    __builtin_prefetch(first.data + (n + kAhead) * first.sample);
     places[n] = place_of(n, hash_of(first.data + n * first.sample, first.length));
     ++ends[places[n] + 1];
   }
