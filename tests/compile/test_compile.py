@@ -18,6 +18,7 @@ from torch.func import functional_call
 from tsbn_kernels import FusedTSigmaBN2d, use_backend
 from tsbn_kernels.backends import triton
 from tsbn_kernels.definition import layout
+from tsbn_kernels.functional import task_batch_norm, task_layer_norm
 from tsbn_kernels.operator.ops import operators
 
 N = 4
@@ -136,6 +137,19 @@ def test_dynamic_from_the_start(stacking: str) -> None:
     for n in (4, 5, 6):
         compiled(torch.randn(T, n, C, 9, 11) if stacking == "task_axis" else torch.randn(T * n, C, 9, 11))
     assert len(set(counter.ran)) == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("function", [task_batch_norm, task_layer_norm])
+def test_every_size_may_change(function: Callable[..., Tensor], mixed: bool) -> None:
+    """Those of the parameters too, which a layer has fixed."""
+    compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=True)
+    for n, c in ((3, 4), (5, 6)):
+        x, weight = torch.randn(T * n, c, c), torch.randn(T, c)
+        index = {"task_of_sample": torch.arange(T).repeat(n)} if mixed else {}
+        torch.testing.assert_close(
+            compiled(x, weight, num_tasks=T, **index), function(x, weight, num_tasks=T, **index), rtol=0, atol=0
+        )
 
 
 def without_gradient(layer: nn.Module, x: Tensor) -> Tensor:

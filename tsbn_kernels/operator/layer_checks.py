@@ -89,8 +89,8 @@ def _check_shape(x: torch.Tensor, weight: torch.Tensor, options: LayerOptions) -
     shape = weight.shape[1:]
     axis = options.stacking == "task_axis" and not options.fan_out
     least = len(shape) + (2 if axis else 1)
-    ends = ", ".join(map(str, shape))
     if x.dim() < least or x.shape[-len(shape) :] != shape:
+        ends = ", ".join(map(str, shape))  # here alone: a compiler does not trace it of sizes that change
         begins = "N" if options.fan_out else "T, N" if axis else "T*N"
         raise ValueError(
             f"Given normalized_shape={list(shape)}, expected input with shape [{begins}, ..., {ends}], but got input "
