@@ -35,5 +35,5 @@ print("done")
 
 @pytest.mark.parametrize(("kind", "held"), [("batch", False), ("batch", True), ("layer", False)])
 def test_threads_do_not_wait_for_each_other(kind: str, held: bool) -> None:
-    """All the operators that a layer applies to its parameters, at once: see :mod:`tsbn_kernels.layers.shared`."""
+    """All the operators that a layer applies to its parameters, at once: see :mod:`tsbn_kernels.layers.concurrent`."""
     assert python_output(PROGRAM.format(kind=kind, held=held)) == "done\n"

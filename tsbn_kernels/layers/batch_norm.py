@@ -13,7 +13,7 @@ from tsbn_kernels.definition.activations import EPILOGUES, NONE, Name, as_module
 from tsbn_kernels.definition.options import Running
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import normalize, normalize_mixed
-from tsbn_kernels.layers import mixing, shared
+from tsbn_kernels.layers import concurrent, mixing
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import autograd_synchronized, checks, mixed_checks, runs
 
@@ -290,7 +290,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             running_mean = running_var = None
         if tasks is not None:
             weight, bias, running_mean, running_var = (
-                None if vector is None else shared.rows(vector, tasks)
+                None if vector is None else concurrent.rows(vector, tasks)
                 for vector in (weight, bias, running_mean, running_var)
             )
         passes = None

@@ -11,7 +11,7 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import TABLE, Name
 from tsbn_kernels.definition.plain import is_plain, leaf_call
 from tsbn_kernels.functional import task_batch_norm
-from tsbn_kernels.layers import shared
+from tsbn_kernels.layers import concurrent
 from tsbn_kernels.layers.batch_norm import STATISTICS, FusedTSigmaBN, FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d
 from tsbn_kernels.layers.task_specific import tell_gates
 from tsbn_kernels.operator import checks, runs
@@ -159,7 +159,7 @@ class LateFanOut(nn.Module):
     @property
     def gates(self) -> Tensor:
         """The factors of the normalised activation, ``[T, C]``."""
-        return shared.sigmoid(self.weight)
+        return concurrent.sigmoid(self.weight)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Lets a state tell gates from other tensors, as other layers do."""
@@ -204,7 +204,7 @@ class LateFanOut(nn.Module):
         for router in self._routers:
             if (found := router.route(self, x)) is not None:
                 tasks, fan_out = found
-                weight = self.weight if tasks is None else shared.rows(self.weight, tasks)
+                weight = self.weight if tasks is None else concurrent.rows(self.weight, tasks)
                 if not fan_out and weight.shape[0] > 1:
                     raise ValueError(
                         f"late fan-out needs one input for all tasks, got the streams of {weight.shape[0]} in an input "
@@ -215,7 +215,7 @@ class LateFanOut(nn.Module):
     def _convolve(self, r: Tensor, conv: nn.Module, weight: Tensor) -> Tensor:
         kernel: Tensor = conv.weight  # type: ignore[assignment]
         bias: Tensor | None = conv.bias  # type: ignore[assignment]
-        gates = shared.sigmoid(weight).view(len(weight), 1, -1, *(1,) * (kernel.dim() - 2)).to(kernel.dtype)
+        gates = concurrent.sigmoid(weight).view(len(weight), 1, -1, *(1,) * (kernel.dim() - 2)).to(kernel.dtype)
         folded = {"weight": (kernel * gates).flatten(0, 1)}
         if bias is not None:
             folded["bias"] = bias.repeat(len(weight))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tsbn_kernels.definition.layout import Stacking
 from tsbn_kernels.definition.plain import leaf_call
 from tsbn_kernels.functional import any_rows, normalize_rows
-from tsbn_kernels.layers import mixing, shared
+from tsbn_kernels.layers import concurrent, mixing
 from tsbn_kernels.layers.task_specific import Tasks, TaskSpecific
 from tsbn_kernels.operator import checks, layer_checks, mixed_checks
 
@@ -141,7 +141,7 @@ class TaskRowNorm(TaskSpecific):
             vectors, tasks = self._own_rows(vectors, tasks)
         weight, bias = vectors
         if tasks is not None:
-            weight, bias = (None if vector is None else shared.rows(vector, tasks) for vector in vectors)
+            weight, bias = (None if vector is None else concurrent.rows(vector, tasks) for vector in vectors)
         passes = None
         if self._participation is not None:
             weight, passes = self._take_part(weight, tasks, own_streams=as_streams)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels.layers import shared
+from tsbn_kernels.layers import concurrent
 from tsbn_kernels.operator import mixed_checks, runs
 
 
@@ -65,14 +65,14 @@ class Participation:
             if run is not None:
                 run.passes = passes
         leaf = self.leaf.to(weight.device)
-        reporting: Tensor = _TakePart.apply(weight, leaf if tasks is None else shared.rows(leaf, tasks), passes)
+        reporting: Tensor = _TakePart.apply(weight, leaf if tasks is None else concurrent.rows(leaf, tasks), passes)
         return reporting, passes
 
     def take_part_of(self, weight: Tensor, task_of_sample: Tensor, x: Tensor) -> Tensor:
         """Gives the weight ``[T, *]`` of a mixed batch x, whose backward pass reports the tasks that have a sample."""
         present = mixed_checks.samples_of(task_of_sample, x, len(weight)) > 0
         leaf = self.leaf.to(weight.device)
-        reporting: Tensor = _TakePart.apply(weight, shared.product(leaf, present), None)
+        reporting: Tensor = _TakePart.apply(weight, concurrent.product(leaf, present), None)
         return reporting
 
     def _take(self, gradient: Tensor) -> None:

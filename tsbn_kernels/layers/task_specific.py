@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition.layout import Stacking
-from tsbn_kernels.layers import mixing, participation, shared
+from tsbn_kernels.layers import concurrent, mixing, participation
 from tsbn_kernels.operator import checks, runs
 
 Tasks = Sequence[int] | Tensor | None  # of a call: indices, each once; None stands for all
@@ -57,7 +57,7 @@ class TaskSpecific(nn.Module):
     @property
     def gates(self) -> Tensor:
         """The factors of the normalised activation, ``[T, *]``: ``sigmoid(weight)``, or ``weight`` itself."""
-        return shared.sigmoid(self.weight) if self.gate == "sigmoid" else self.weight
+        return concurrent.sigmoid(self.weight) if self.gate == "sigmoid" else self.weight
 
     def reset_parameters(self) -> None:
         """Sets the gates to one half (sigmoid of 0) or to one (identity), and the biases to 0."""
