@@ -23,8 +23,6 @@ settings.load_profile("tests")
 
 pytest_plugins = ["gpu_check"]
 M_PERTURB = -6
-# Rooms of small networks. A step of one takes 4 ms of CPU on one thread, and 15 on two where other workers are busy.
-ONE_THREAD = {"analysis", "benchmarks", "compile", "experiments", "layers", "models", "plots"}
 # Files of fewer than 120 tests that take 8 s or more, the longest first: among those of few tests they would come last.
 FIRST = (
     "test_cuda_compile.py",  # two minutes, where the CUDA library is older than its sources
@@ -63,14 +61,18 @@ FIRST = (
 
 
 def pytest_configure() -> None:
-    """Lets no rank, worker or command that a test has started outlive the tests.
+    """Lets no rank, worker or command that a test has started outlive the tests, and gives each of them one thread.
 
-    Threads of OpenMP that wait sleep, in workers that start after this and in all that tests start. By default they
-    spin for a while, on cores that another worker needs. Inductor, which has little to compile here, starts no
-    processes for that, which would import PyTorch again.
+    With a thread for each core, of which other workers need one, the kernels' tests take twice the time of a processor.
+    Those of threads ask for as many as they want: they show that no number of them changes a bit. Where
+    OMP_NUM_THREADS is set, all others have so many. Inductor, which has little to compile here, starts no processes for
+    that, which would import PyTorch again.
     """
     end_with_this_process()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of workers that start after this, and all that tests start
+        torch.set_num_threads(1)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads that wait spin for a while
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
@@ -149,22 +151,6 @@ def native() -> None:
     """For tests of the native library itself."""
     if not cpu.available:
         pytest.skip("the native library was not built")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For small networks: with more threads most of the time goes into waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_for_networks(request: pytest.FixtureRequest) -> None:
-    """What is built of kernels runs on one thread; the kernels are tested with all of them, in other rooms."""
-    if request.path.parent.name in ONE_THREAD:
-        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(params=BACKENDS)

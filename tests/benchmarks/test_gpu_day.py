@@ -64,7 +64,6 @@ def members(folder: Path) -> dict[str, bytes]:
 
 
 def test_all_of_it_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     result = CliRunner().invoke(app.app, ["gpu-day", "--device", "cpu", "--seconds", "500", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

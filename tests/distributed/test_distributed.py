@@ -19,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tsbn_kernels import convert_model, expand_state_dict, parameter_groups
 from tsbn_kernels.layers.task_specific import TaskSpecific
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 T = 3
 STEPS = 2
 FULL = StateDictOptions(full_state_dict=True)

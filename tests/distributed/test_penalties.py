@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from support import ranks
 from support.training import batch, multitask
@@ -14,8 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from tsbn_kernels import shard_tasks
 from tsbn_kernels.layers.participation import local
 from tsbn_kernels.regularizers import orthogonal_gradients, receding_importance
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def penalised(model: Any, num_tasks: int, group: Any = None) -> Tensor:

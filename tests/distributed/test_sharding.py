@@ -45,8 +45,6 @@ from tsbn_kernels import (
 from tsbn_kernels.layers.task_specific import TaskSpecific
 from tsbn_kernels.sharding import clip_grad_norm_, full_state_dict, no_sync
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 

@@ -11,8 +11,6 @@ from benchmarks.timing import replay
 from on_gpu.steps import LAYERS, Step
 from tsbn_kernels import use_backend
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REPLAYS = 3
 
 

@@ -15,8 +15,6 @@ from on_gpu.conftest import Change
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.operator.ops import flat
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZE = (5, 103, 64, 257, 254)  # T, N, C, H, W: 2**31 + 0.2 % elements
 DTYPE = torch.bfloat16
 SPARE = 3 * 2**30  # bytes beside the activations: float64 copies of some slabs

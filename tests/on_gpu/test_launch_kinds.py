@@ -20,8 +20,6 @@ from tsbn_kernels.backends.plan.slots import PASSES
 from tsbn_kernels.definition import layout
 from tsbn_kernels.operator import ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_kind(device: str, by: str, spec: Spec, wanted: set[str]) -> None:
     """The smallest call of a kind gives what the definition gives in float64, and was of that kind."""

@@ -15,8 +15,6 @@ from on_gpu.conftest import Change
 from on_gpu.kinds import small
 from on_gpu.options import FACTORS, MOST, Options, apart, combinations, compare, covering_length, name_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """All combinations that are needed where a device is checked; else some of them."""

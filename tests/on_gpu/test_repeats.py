@@ -12,8 +12,6 @@ from on_gpu.calls import assert_all_same_bits, on_device, run
 from on_gpu.conftest import Change
 from on_gpu.kinds import Spec, small
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REPEATS, FEW_REPEATS = 100, 3
 MOST_ELEMENTS = 2**22
 

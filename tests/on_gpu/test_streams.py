@@ -17,8 +17,6 @@ from torch import Tensor
 from on_gpu.steps import FEW, LAYERS, Step
 from tsbn_kernels import use_backend
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS, FEW_STEPS = 20, 3  # of each layer
 
 Results = list[list[tuple[Tensor, ...]]]  # of each layer, of each of its steps

@@ -265,7 +265,7 @@ LAYER_SIZES = [((4,), (1,)), ((3, 5), (5,)), ((2, 3), (16,)), ((3,), (2, 33)), (
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", LAYER_SIZES, ids=str)
 def test_layer_norm_kernels(size: tuple[tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Every instruction set, stacking and form, and as many threads as there are."""
+    """Every instruction set, stacking and form, on one thread and on three."""
     torch.manual_seed(0)
     for stacking, (rms, fan_out) in product(STACKINGS, ((False, False), (True, False), (False, True))):
         options = LayerOptions(T, 1e-5, "identity", stacking, rms, fan_out)
@@ -277,9 +277,9 @@ def test_layer_norm_kernels(size: tuple[tuple[int, ...], tuple[int, ...]], dtype
                 results.append(layer_ops.operators(None).layer_norm_double_backward(*call))
             finally:
                 cpu.set_instruction_set("")
-        with threads(1):
-            serial = layer_ops.operators(None).layer_norm_double_backward(*call)
-        for a, b in zip(serial, results[0], strict=True):
+        with threads(3):
+            parallel = layer_ops.operators(None).layer_norm_double_backward(*call)
+        for a, b in zip(parallel, results[0], strict=True):
             assert_same_bits(a, b)
         for found in results:
             assert_layer_matches_definition(found, call)

@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model, revert_model
 from tsbn_kernels.operator import runs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("a", "b", "c", "d")
 T, N, C = len(TASKS), 4, 4
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])

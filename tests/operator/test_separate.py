@@ -14,8 +14,6 @@ from torch.autograd import forward_ad
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model, recompute_outputs, revert_model
 from tsbn_kernels.operator.separate import separate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TASKS = ("a", "b", "c")
 T, N, C = 3, 2, 4
 

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "examples" / "quickstart.py"
@@ -176,7 +174,7 @@ def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -22,8 +22,6 @@ from benchmarks.layers.verify import Expected, check, outcome_of
 from benchmarks.records.workloads import NO_FORMAT, Layer
 from tsbn_kernels import FusedTSigmaBN2d, MultiTaskModel, convert_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 
 
