@@ -98,6 +98,7 @@ class Module:
     kernels: dict[str, Callable[[], Kernel]] = field(default_factory=dict)  # each reads its part of the text
     variables: list[Variable] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)
+    _described: dict[Location, str] = field(default_factory=dict, repr=False)  # every launch asks for all of them
 
     def kernel(self, name: str) -> Kernel:
         """Reads the kernel of this name; of a C++ kernel the plain name will do where it is unambiguous."""
@@ -111,9 +112,12 @@ class Module:
         """`file:line` of a location, with the place that it was inlined into."""
         if location is None:
             return ""
+        if location in self._described:
+            return self._described[location]
         places = [(location.file, location.line)] + ([location.inlined_at] if location.inlined_at else [])
         texts = [f"{PurePath(self.files.get(file, '?')).name}:{line}" for file, line in places]
-        return texts[0] + "".join(f" (inlined at {text})" for text in texts[1:])
+        described = texts[0] + "".join(f" (inlined at {text})" for text in texts[1:])
+        return self._described.setdefault(location, described)
 
 
 def literal(text: str, kind: str = "f64") -> int | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 _DIRECTIONS = [(space, what, what == "written") for space in ("global", "shared") for what in ("read", "written")]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """The counts of one PTX instruction."""
 
     line: int
@@ -92,7 +91,7 @@ class Report:
     def to_json(self) -> str:
         """Totals and instructions as JSON."""
         data: dict[str, Any] = asdict(self)
-        data["instructions"] = data.pop("rows")
+        data["instructions"] = [row._asdict() for row in data.pop("rows")]
         data |= {f"{space}_{what}": asdict(self.traffic(space, writes)) for space, what, writes in _DIRECTIONS}
         return json.dumps(data | {"barriers": self.barriers, "warp_instructions": self.instructions}, indent=1)
 
