@@ -17,7 +17,7 @@ TASKS = 3
 LAYERS: dict[str, tuple[tuple[int, ...], torch.dtype, torch.memory_format, dict[str, Any]]] = {
     "rows": ((TASKS * 4, 16, 32, 32), torch.float32, torch.contiguous_format, {}),
     "rows, relu": ((TASKS * 2, 33, 15, 13), torch.bfloat16, torch.contiguous_format, {"activation": "relu"}),
-    "columns": ((TASKS * 4, 64, 14, 14), torch.bfloat16, torch.channels_last, {"bias": True}),
+    "columns": ((TASKS * 4, 64, 14, 14), torch.bfloat16, torch.channels_last, {"bias": True, "momentum": None}),
     "columns, silu": ((TASKS * 2, 20, 9, 9), torch.float32, torch.channels_last, {"activation": "silu"}),
     "fan-out": ((4, 24, 28, 28), torch.float32, torch.contiguous_format, {"fan_out": True, "activation": "gelu"}),
     "few slabs": ((TASKS * 8, 2, 96, 96), torch.float32, torch.contiguous_format, {}),

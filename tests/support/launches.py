@@ -147,7 +147,7 @@ def joined() -> None:
 
 
 def tracked() -> None:
-    """Running statistics: the second time at addresses of which nothing is promised, and with another momentum."""
+    """Running statistics: the second time at addresses of which nothing is promised, by another momentum or none."""
     for some, fan_out in product((False, True), (False, True)):
         places = iter((0, 1))
 
@@ -156,7 +156,8 @@ def tracked() -> None:
             tasks, channels = p.weight.shape
             mean, var = torch.zeros(2, 16 + tasks * channels)[:, first : first + tasks * channels].unbind()
             batches, rows = torch.zeros(2, 16 + tasks, dtype=torch.int64)[:, first : first + tasks].unbind()
-            statistics = mean.view(tasks, channels), var.view(tasks, channels), batches, 0.25 * (1 + first)
+            momentum = None if some else 0.25 * (1 + first)  # noqa: B023
+            statistics = mean.view(tasks, channels), var.view(tasks, channels), batches, momentum
             given = rows.copy_(torch.arange(tasks)) if some else None  # noqa: B023
             TRITON.forward_tracked(p.x, p.weight, p.bias, *statistics, given, *p.options, *call.epilogue)
 

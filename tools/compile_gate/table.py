@@ -39,8 +39,8 @@ from tools.compile_gate.mixed_layer_norm import LaidOutMixedRows
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import work_of
-from tsbn_kernels.backends.triton.passes import NOT_TRACKED, Backward, FanOutBackward, Forward
-from tsbn_kernels.definition.options import Gradients, Options, Running, Saved
+from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Options, Running, Saved
 
 TABLE = Path(__file__).with_name("compiled_kernels.csv")
 

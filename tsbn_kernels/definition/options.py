@@ -66,6 +66,9 @@ class Running(NamedTuple):
     rows: Tensor | None = None
 
 
+NOT_TRACKED = Running(momentum=None)  # nothing to update
+
+
 class Normalized(NamedTuple):
     """The output, and the statistics ``[T, C]`` that it was normalised by."""
 

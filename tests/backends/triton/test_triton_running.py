@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from itertools import cycle, product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support import compiled
 from support.problems import FORMATS, STACKINGS, problem
 
 pytest.importorskip("triton")
 from support.interpreter import device, interpreted, passes
+from test_triton_compiled import SIZES, toy
 
+from tools.ptxvm import Violation
 from tsbn_kernels.backends.triton import ops
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition.options import Options, Running
@@ -80,3 +86,63 @@ def test_float64_is_updated_with_all_digits() -> None:
         ops.forward_tracked(p.x, p.weight, p.bias, None, got, Options(*p.options))
     reference.forward_tracked(p.x, p.weight, p.bias, None, wanted, Options(*p.options))
     torch.testing.assert_close(list(got[:3]), list(wanted[:3]), rtol=1e-13, atol=1e-13)
+
+
+# ---- as compiled -----------------------------------------------------------------------------------------------------
+
+FORMS: list[Any] = [
+    ("resident", "rows", False, None, 1),
+    ("streaming", "rows", False, 0.3, "forward"),
+    ("streaming", "columns", False, None, "reversed"),
+    ("split", "rows", False, None, 2),
+    ("resident", "columns", False, 0.3, 2),
+    ("resident", "columns", True, None, "forward"),
+    ("split", "columns", True, 0.3, 3),
+]
+
+
+def track_twice(variant: str, family: str, fan_out: bool, momentum: float | None, schedule: str | int) -> None:
+    """Two batches of a layer in the PTX machine: the statistics are those of the reference."""
+    shape: dict[str, Any] = {"memory_format": "contiguous" if family == "rows" else "channels_last"}
+    size = SIZES[variant, family, False]
+    tasks, samples, channels, spatial = size
+    p, x = problem(*size, **shape), problem(1, samples, channels, spatial, **shape).x
+    got, options = running(tasks, channels, momentum, True, torch.float32), Options(*p.options, fan_out=fan_out)
+    wanted = copied(got)
+    for order in (schedule, "forward"):
+        with compiled.machine(toy(variant, "sm_90"), order) as done:
+            found = ops.forward_tracked(x if fan_out else p.x, p.weight, p.bias, None, got, options)
+        assert [plan.variant for plan in done.plans] == [variant]
+        reference.track(wanted, found.mean, found.var, samples * math.prod(spatial))
+    torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
+
+
+@pytest.mark.parametrize(("variant", "family", "fan_out", "momentum", "schedule"), FORMS)
+def test_nobody_reads_what_has_changed(
+    variant: str, family: str, fan_out: bool, momentum: float | None, schedule: str | int
+) -> None:
+    track_twice(variant, family, fan_out, momentum, schedule)
+
+
+COUNTED = """    seen = tl.atomic_add(batches + slab.t, 1 << 32, sem="relaxed")
+    last = (seen >> 32) % programs == programs - 1
+    tl.atomic_add(batches + slab.t, 1 - (programs << 32), mask=last, sem="relaxed")
+"""
+MUTANTS = {
+    "no barrier before what other threads read is written": ("tl.debug_barrier()", ""),
+    "the first channel counts what the others read": (
+        COUNTED,
+        """    seen = tl.load(batches + slab.t)
+    tl.store(batches + slab.t, seen + 1, mask=slab.channel == 0)
+""",
+    ),
+    "the last but one counts": ("== programs - 1", "== programs - 2"),
+    "who has read is not taken off": ("1 - (programs << 32)", "1"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.break_kernel("running", *MUTANTS[name], tmp_path, monkeypatch)
+    with pytest.raises((Violation, AssertionError)):
+        track_twice(*FORMS[0])

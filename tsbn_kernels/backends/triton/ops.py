@@ -17,13 +17,23 @@ from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import Work, work_of
 from tsbn_kernels.backends.triton.autotune import choose
-from tsbn_kernels.backends.triton.passes import NOT_TRACKED, Backward, FanOutBackward, Forward, Pass
+from tsbn_kernels.backends.triton.passes import Backward, FanOutBackward, Forward, Pass
 from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, PartMoments
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
+from tsbn_kernels.definition.options import (
+    NOT_TRACKED,
+    Gradients,
+    Moments,
+    Needs,
+    Normalized,
+    Options,
+    Running,
+    Saved,
+    of_input,
+)
 
 forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
 backwards: dict[Hashable, Any] = {}
@@ -107,17 +117,13 @@ def forward_tracked(
 ) -> Normalized:
     """Updates the running statistics in the launch that writes those of the batch.
 
-    Two things are done beside it: for a cumulative average the batch is counted, since all programs read the count; and
-    float64 is updated, whose momentum a launch would round.
+    Those of float64 are updated beside it: a launch would round their momentum.
     """
     if x.dtype == torch.float64:
         found = forward_training(x, weight, bias, residual, options)
         reference.track(running, found.mean, found.var, reference.values_of(x, options))
         return found
-    found = _training(x, weight, bias, residual, running, options)
-    if running.momentum is None:
-        reference.count(running)
-    return found
+    return _training(x, weight, bias, residual, running, options)
 
 
 def _training(

@@ -17,11 +17,9 @@ from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import EPILOGUES, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Options, Running, Saved, of_input
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Options, Running, Saved, of_input
 
 Strides = tuple[int, int, int, int]
-
-NOT_TRACKED = Running(momentum=None)
 
 # The kernels that no epilogue ends: compiled once for all activations.
 WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")

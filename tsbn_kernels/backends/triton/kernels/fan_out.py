@@ -9,7 +9,7 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels import backward, forward
 from tsbn_kernels.backends.triton.kernels.epilogue import through
-from tsbn_kernels.backends.triton.kernels.running import TRACKED, count_batch, track
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
 from tsbn_kernels.backends.triton.kernels.statistics import add_splits, merge_splits, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -43,7 +43,6 @@ def store_statistics(
         store_vector(mean, average, task)
         store_vector(var, variance, task)
         track(running_mean, running_var, batches, momentum, rows, average, variance, task, tile)
-        count_batch(batches, momentum, rows, task)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels.epilogue import before_activation
-from tsbn_kernels.backends.triton.kernels.running import TRACKED, count_batch, track
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
 from tsbn_kernels.backends.triton.kernels.statistics import merge_splits, slab_statistics, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -62,7 +62,6 @@ def forward_slab(
     store_vector(var, variance, slab)
     track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile)
     scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
-    count_batch(batches, momentum, rows, slab)
     if RESIDENT:
         store_outcome(y, values - average, residual, scale, offset, slab, place, tile)
     else:
@@ -104,7 +103,6 @@ def forward_apply(
             store_vector(mean, average, slab)
             store_vector(var, variance, slab)
             track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile)
-            count_batch(batches, momentum, rows, slab)
     scale, offset = coefficients(weight, bias, rest, variance, slab, tile, EPS, SIGMOID)
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))

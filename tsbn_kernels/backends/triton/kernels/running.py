@@ -10,24 +10,41 @@ TRACKED = [*VECTORS, "running_mean", "running_var", "batches", "rows"]  # of a k
 
 @triton.jit
 def track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile):
-    """Moves those of a slab that are given towards the batch's; without a ``momentum`` it is the cumulative average."""
+    """Moves those of a slab that are given towards the batch's, and counts the batch.
+
+    Without a ``momentum`` it is the cumulative average, and all programs of a task read the count.
+    """
     own = own_row(rows, slab)
     share = momentum
-    if batches is not None and momentum is None:
-        share = 1.0 / (tl.load(batches + own.t) + 1).to(tile.ACC)
+    if batches is not None:
+        if momentum is None:
+            share = 1.0 / batches_with_this(batches, own, tile).to(tile.ACC)
+        else:
+            tl.atomic_add(batches + own.t + 0 * own.channel, 1, mask=own.channel == 0, sem="relaxed")
+    index, inside = own.t.to(tl.int64) * own.C + own.channel, own.channel < own.C
+    old_mean = tl.load(running_mean + index, mask=inside, other=0.0) if running_mean is not None else None
+    old_var = tl.load(running_var + index, mask=inside, other=0.0) if running_var is not None else None
+    tl.debug_barrier()  # all threads of a program read what one of them writes
     if running_mean is not None:
-        move(running_mean, average, share, own)
+        tl.store(running_mean + index, moved(old_mean, average, share).to(running_mean.dtype.element_ty), mask=inside)
     if running_var is not None:
-        values = tl.cast(slab.N, tile.ACC) * slab.S
-        move(running_var, variance * (values / (values - 1.0)), share, own)
+        values = tl.cast(own.N, tile.ACC) * own.S
+        unbiased = variance * (values / (values - 1.0))
+        tl.store(running_var + index, moved(old_var, unbiased, share).to(running_var.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def count_batch(batches, momentum, rows, slab):
-    """Counts the batch, by the program of a task's first channel; not where all programs read the count."""
-    if batches is not None and momentum is not None:
-        place, first = batches + own_row(rows, slab).t + 0 * slab.channel, slab.channel == 0
-        tl.store(place, tl.load(place, mask=first, other=0) + 1, mask=first)
+def batches_with_this(batches, slab, tile):
+    """The count of batches when this one is counted, which the last of a task's programs does.
+
+    All of them must read the count before it changes, and none knows when the others do: so each adds one to its upper
+    half as it reads it, and the one that completes their number takes that off again.
+    """
+    programs = tl.cast(tl.cdiv(slab.C, tile.B) if tile.COLUMNS else slab.C, tl.int64)
+    seen = tl.atomic_add(batches + slab.t, 1 << 32, sem="relaxed")
+    last = (seen >> 32) % programs == programs - 1
+    tl.atomic_add(batches + slab.t, 1 - (programs << 32), mask=last, sem="relaxed")
+    return (seen & 0xFFFFFFFF) + 1
 
 
 @triton.jit
@@ -38,10 +55,7 @@ def own_row(rows, slab):
 
 
 @triton.jit
-def move(data, batch, share, slab):
-    """``data = (1 - share) * data + share * batch``, from the nearer end: a share of 0 or 1 rounds nothing."""
-    index = data + (slab.t.to(tl.int64) * slab.C + slab.channel)
-    before = tl.load(index, mask=slab.channel < slab.C, other=0.0)
+def moved(before, batch, share):
+    """``(1 - share) * before + share * batch``, from the nearer end: a share of 0 or 1 rounds nothing."""
     change = batch - before
-    after = tl.where(share < 0.5, before + share * change, batch - (1.0 - share) * change)
-    tl.store(index, after.to(data.dtype.element_ty), mask=slab.channel < slab.C)
+    return tl.where(share < 0.5, before + share * change, batch - (1.0 - share) * change)
