@@ -2,6 +2,7 @@
 // residual, for all tasks that share a slab of x.
 #pragma once
 #include "epilogue.cuh"
+#include "running.cuh"
 
 namespace tsbn::cuda {
 
@@ -132,6 +133,7 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
       if (walk.part == 0) {
         static_cast<A*>(p.first)[task * p.n.channels + channel] = mean;
         static_cast<A*>(p.second)[task * p.n.channels + channel] = var;
+        track(p, task, channel, mean, var, walk.values());
       }
     } else {
       const A mean = load_parameter<A>(p.mean_data, p.n.mean, task, channel);

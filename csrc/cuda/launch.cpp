@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -55,11 +56,15 @@ void* current_stream(int32_t device) {
 void launch_kernel(std::vector<int64_t> launch_numbers, std::vector<int64_t> numbers, double eps, double slope, Tensor x,
                    MaybeTensor dy, MaybeTensor residual, MaybeTensor out, MaybeTensor dresidual, Tensor weight,
                    MaybeTensor bias, MaybeTensor mean, MaybeTensor var, MaybeTensor first, MaybeTensor second,
-                   MaybeTensor partial, MaybeTensor staged, MaybeTensor mix) {
-  const Pointers pointers{x.const_data_ptr(), address(dy),        address(residual), output(out),
-                          output(dresidual),  weight.const_data_ptr(), address(bias), address(mean),
-                          address(var),       output(first),      output(second),    output(partial),
-                          output(staged),     static_cast<const int64_t*>(address(mix)), eps, slope};
+                   MaybeTensor partial, MaybeTensor staged, MaybeTensor mix, MaybeTensor batches, MaybeTensor rows,
+                   std::optional<double> momentum) {
+  const Pointers pointers{x.const_data_ptr(), address(dy),             address(residual), output(out),
+                          output(dresidual),  weight.const_data_ptr(), address(bias),     output(mean),
+                          output(var),        output(first),           output(second),    output(partial),
+                          output(staged),     static_cast<const int64_t*>(address(mix)),
+                          static_cast<unsigned long long*>(output(batches)),
+                          static_cast<const int64_t*>(address(rows)),
+                          eps, slope, momentum.value_or(std::numeric_limits<double>::quiet_NaN())};
   const int32_t device = x.get_device_index();
   const Guard guard(device);
   const auto kernel = filled<Launch>(launch_numbers);
@@ -87,8 +92,9 @@ std::string activations() {
 STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
   m.def(
       "_cuda_launch(int[] launch, int[] numbers, float eps, float slope, Tensor x, Tensor? dy, Tensor? residual,"
-      " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var,"
-      " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged, Tensor? mix) -> ()");
+      " Tensor(a!)? out, Tensor(b!)? dresidual, Tensor weight, Tensor? bias, Tensor(g!)? mean, Tensor(h!)? var,"
+      " Tensor(c!)? first, Tensor(d!)? second, Tensor(e!)? partial, Tensor(f!)? staged, Tensor? mix,"
+      " Tensor(i!)? batches, Tensor? rows, float? momentum) -> ()");
   m.def("_cuda_active_clusters(int[] launch, int device) -> int");
   m.def("_cuda_activations() -> str");
 }

@@ -48,12 +48,15 @@ struct Numbers {
 struct Pointers {
   const void *x_data, *dy_data, *residual_data;
   void *out_data, *dresidual_data;
-  const void *weight_data, *bias_data, *mean_data, *var_data;
+  const void *weight_data, *bias_data;
+  void *mean_data, *var_data;  // given statistics; in a forward of training the running ones, which are updated, or none
   void *first, *second;  // forward: mean and var, of the accumulate type; backward: dweight and dbias, of weight's type
   void* partial;         // split: [slab][part][channel] states
   void* staged;          // fan-out of half precision: the sum over tasks, of the accumulate type, see fan_out.cuh
   const int64_t* mix;    // mixed batch: which samples, see Mix in walk.cuh
-  double eps, slope;
+  unsigned long long* batches;  // beside running statistics: how many were seen, of each row
+  const int64_t* rows;          // the row of each task; null: the task
+  double eps, slope, momentum;  // momentum: the share of a batch in running statistics; NaN: 1 / batches
 };
 
 struct Params : Pointers {

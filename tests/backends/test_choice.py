@@ -115,11 +115,12 @@ def test_bytes_first_then_launches_then_triton(work: Work, device: Any, tracks: 
 
 
 def test_what_is_called_beside_the_kernels_counts() -> None:
-    """CUDA C++ updates running statistics by operators of PyTorch: a small layer is left to Triton for them."""
-    work = replace(BN1, samples=64, channels=24)
-    assert chosen(work).backend == "cuda"
-    assert chosen(work, tracks=True).backend == "triton"
-    assert chosen(BN1, tracks=True).backend == "cuda"
+    """Triton updates running statistics of float64 by operators of PyTorch: a small layer goes to CUDA C++ for them."""
+    for item_size, backend in ((8, "cuda"), (4, "triton"), (2, "triton")):
+        work = Work(40, 16, 24, 8 * 8, item_size)
+        assert chosen(work).backend == "triton"
+        assert chosen(work, tracks=True).backend == backend
+    assert chosen(replace(BN6, item_size=8), tracks=True).backend == "triton"
 
 
 def test_the_only_one_that_has_a_plan() -> None:
@@ -164,9 +165,9 @@ def test_each_operator_is_planned_as_what_it_does() -> None:
     assert choice.backward(x, saved, False, NEEDS, plain) == "triton"
     last = x.contiguous(memory_format=torch.channels_last)
     assert choice.forward_training(last, w, None, None, plain) == "triton"
-    small = stacked(T * 64, 24, 32, 32)
-    assert choice.forward_training(small, w, None, None, plain) == "cuda"
-    assert choice.forward_tracked(small, w, None, None, Running(), plain) == "triton"
+    small = stacked(T * 16, 24, 8, 8).double()
+    assert choice.forward_training(small, w, None, None, plain) == "triton"
+    assert choice.forward_tracked(small, w, None, None, Running(), plain) == "cuda"
     rows, gates = stacked(65536, 384), stacked(5, 384)
     for fan_out, long, backend in ((True, False, "cuda"), (False, False, "triton"), (False, True, "cuda")):
         tokens, weight = (stacked(8192, 12288), stacked(2, 12288)) if long else (rows, gates)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +20,31 @@ from tsbn_kernels.backends.plan.slots import pass_of
 from tsbn_kernels.backends.plan.work import Operands, Strides
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.options import NOT_TRACKED, Running
 
 CSRC = ROOT / "csrc" / "cuda"
 H100 = DEVICES["H100"]
 KERNEL_DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 POINTERS = (
     "x", "dy", "residual", "out", "dresidual", "weight", "bias", "mean", "var", "first", "second", "partial", "staged",
-    "mix",
+    "mix", "batches", "rows",
 )  # fmt: skip
+REALS = 3  # eps, slope and momentum
+
+
+def parameters(
+    pointers: Sequence[Any], numbers: Sequence[int], eps: float, slope: float, momentum: float | None = None
+) -> Struct:
+    """What a kernel is told: ``Params`` or ``RowParams`` of csrc/cuda/params.h."""
+    reals = eps, slope, nan if momentum is None else momentum
+    return Struct(f"{len(pointers)}P{len(reals)}d{len(numbers)}q", *pointers, *reals, *numbers)
+
+
+def told(raw: memoryview) -> tuple[list[int], list[int], list[float], list[int]]:
+    """What a launch was told, of the bytes of `Launch` and `Params`: its numbers, addresses, reals, and the plan's."""
+    words, first = raw.cast("B").cast("q").tolist(), 7 + len(POINTERS)
+    reals = raw[8 * first : 8 * (first + REALS)].cast("B").cast("d").tolist()
+    return words[:7], words[7:first], reals, words[first + REALS :]
 
 
 @lru_cache
@@ -163,7 +182,7 @@ def run_plan(
         vectors = [vector(arrays.get(name)) for name in ("weight", "bias", "mean", "var")]
         values = rules.numbers(plan, phases, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if a.get(name) is None else a[name] for name in POINTERS]
-        struct = Struct(f"{len(POINTERS)}P2d{len(values)}q", *pointers, p.eps, epilogue.slope, *values)
+        struct = parameters(pointers, values, p.eps, epilogue.slope, arrays.get("momentum"))
         grid = {"cluster": plan.cluster, "shared": plan.shared_bytes, "schedule": schedule}
         reports.append(launch(ptx(target, text), kernel, plan.programs, plan.threads, [struct], **grid))
     return reports
@@ -183,6 +202,7 @@ def forward(
     threads: int = 0,
     given: tuple[Tensor, Tensor] | None = None,
     epilogue: Epilogue = NO_EPILOGUE,
+    running: Running = NOT_TRACKED,
     **options: Any,
 ) -> Forward:
     y = empty_output(p.dy, p)
@@ -192,7 +212,7 @@ def forward(
     arrays: dict[str, Any] = {"x": p.x, "out": Out(y), "weight": p.weight, "bias": p.bias}
     if given is None:
         mean, var = (torch.empty(p.weight.shape, dtype=accumulate_dtype(p.x.dtype)) for _ in range(2))
-        arrays |= {"first": Out(mean), "second": Out(var)}
+        arrays |= {"first": Out(mean), "second": Out(var), **running._asdict()}
     else:
         mean, var = given
         arrays |= {"mean": mean, "var": var}

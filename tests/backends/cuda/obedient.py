@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from cuda_machine import H100, KERNEL_DTYPES, POINTERS, dx_of_fan_out, ptx
+from cuda_machine import H100, KERNEL_DTYPES, POINTERS, dx_of_fan_out, parameters, ptx
 from torch import Tensor
 
-from tools.ptxvm import Out, Report, Struct, launch
+from tools.ptxvm import Out, Report, launch
 from tsbn_kernels.backends.cuda import batch_norm, launches
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.plan import cuda as rules
@@ -61,7 +61,7 @@ class Machine:
             first = rules.SPILL if phases == rules.APPLY else phases
             given["out"] = dx_of_fan_out(operands.out, first, operands.staged is not None)
         pointers = [0 if given[name] is None else given[name] for name in POINTERS]
-        struct = Struct(f"{len(POINTERS)}P2d{len(numbers)}q", *pointers, eps, slope, *numbers)
+        struct = parameters(pointers, numbers, eps, slope, operands.momentum)
         entry = f"tsbn_{name}_{DTYPES[dtype]}" + ("" if keys else f"_{ACCESSES[access]}")
         text = ptx(self.target, self.text)
         options: dict[str, Any] = {"cluster": cluster, "shared": shared, "schedule": self.schedule}

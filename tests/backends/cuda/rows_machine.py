@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from cuda_machine import H100, KERNEL_DTYPES, POINTERS, name_of, ptx, source
+from cuda_machine import H100, KERNEL_DTYPES, POINTERS, name_of, parameters, ptx, source
 from support.layer_problems import LayerProblem, LayerResults
 from torch import Tensor
 
-from tools.ptxvm import Out, Report, Struct, launch
+from tools.ptxvm import Out, Report, launch
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.plan import layer_norm_cuda as rules
 from tsbn_kernels.backends.plan.cuda import DTYPE_CODES
@@ -139,7 +139,7 @@ class Machine:
         vectors = [(0, 0, 0) if v is None else (DTYPE_CODES[name_of(v)], channels, 1) for v in (p.weight, p.bias)]
         values = rules.numbers(plan, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if arrays.get(name) is None else arrays[name] for name in POINTERS]
-        struct = Struct(f"{len(POINTERS)}P2d{len(values)}q", *pointers, p.eps, 1 / channels, *values)
+        struct = parameters(pointers, values, p.eps, 1 / channels)
         text = ptx(self.target, self.text or source("layer_norm.cu"))
         return launch(text, kernel, blocks, threads, [struct], shared=shared, schedule=self.schedule)
 

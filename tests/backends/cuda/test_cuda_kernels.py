@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_machine import POINTERS, Backward, Forward, backward, forward, ptx
+from cuda_machine import Backward, Forward, backward, forward, parameters, ptx
 from support.nonstationary import NONSTATIONARY
 from support.problems import (
     DTYPES,
@@ -32,7 +32,7 @@ from support.tolerances import (
 )
 from torch import Tensor
 
-from tools.ptxvm import Out, Struct, find_nvcc, launch, memory
+from tools.ptxvm import Out, find_nvcc, launch, memory
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.work import Operands, Strides
@@ -352,7 +352,7 @@ def test_offsets_beyond_32_bits(variant: Any, memory_format: str) -> None:
     mean, var = torch.empty(2, 8), torch.empty(2, 8)
     # In the machine's order of addresses; the second tasks take the places of pointers that a forward does not use.
     first, last = Out(y[0].clone()), Out(y[1].clone())
-    pointers = [x[0].clone(), x[1].clone(), 0, first, 0, p.weight, 0, 0, 0, Out(mean), Out(var), last, 0, 0]
+    pointers = [x[0].clone(), x[1].clone(), 0, first, 0, p.weight, 0, 0, 0, Out(mean), Out(var), last, 0, 0, 0, 0]
     apart = memory._SPACING // x.element_size()
     near = p.x.stride()[1:3] if memory_format == "contiguous" else (p.x.stride(1), 1)
     step = 1 if memory_format == "contiguous" else 8
@@ -362,7 +362,7 @@ def test_offsets_beyond_32_bits(variant: Any, memory_format: str) -> None:
     work = Work(2, 2, 8, 16, 2, family, strides=operands)
     plan = rules.lay_out(work, DEVICES["H100"], variant, most_shared_bytes=1 << 16)
     numbers = rules.numbers(plan, plan.phases[0], True, (0, 8, 1, *(0,) * 9))
-    struct = Struct(f"{len(POINTERS)}P2d{len(numbers)}q", *pointers, p.eps, 0.0, *numbers)
+    struct = parameters(pointers, numbers, p.eps, 0.0)
     kernel = f"tsbn_forward_bf16_{plan.cut.access}"
     launch(ptx(), kernel, plan.programs, plan.threads, [struct], shared=plan.shared_bytes)
     got = torch.stack((first.array, last.array))

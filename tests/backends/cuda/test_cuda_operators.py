@@ -75,8 +75,8 @@ import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan.slots import PASSES
-from cuda_machine import POINTERS, dx_of_fan_out, ptx
-from tools.ptxvm import Out, Struct, launch
+from cuda_machine import POINTERS, dx_of_fan_out, parameters, ptx, told
+from tools.ptxvm import Out, launch
 from support.tolerances import BACKWARD, FORWARD, assert_within
 from support.problems import Results, assert_matches_definition, defined, problem
 from tsbn_kernels.operator import ops
@@ -93,10 +93,8 @@ def obey(inputs, outputs):
     raw, kinds = ctypes.create_string_buffer(1 << 12), []
     buffers = {{name: torch.zeros(1 << 20, dtype=torch.uint8) for name in ("partial", "staged")}}
     while size := notes.take_note(raw):
-        words = memoryview(raw)[:size].cast("B").cast("q").tolist()
-        dtype, access, direction, blocks, threads, cluster, shared = words[:7]
-        addresses, numbers = words[7:21], words[23:]
-        reals = memoryview(raw)[21 * 8 : 23 * 8].cast("B").cast("d").tolist()  # eps and slope
+        kernel, addresses, reals, numbers = told(memoryview(raw)[:size])
+        dtype, access, direction, blocks, threads, cluster, shared = kernel
         phases, training = numbers[:2]
         pointers = []
         for name, address in zip(POINTERS, addresses, strict=True):
@@ -105,14 +103,14 @@ def obey(inputs, outputs):
             if name == "dresidual":
                 written = not phases & 4
             if name == "out" and address and names[1][direction] == "backward_fan_out" and training:
-                value = dx_of_fan_out(value.array, phases, bool(addresses[-2]))
+                value = dx_of_fan_out(value.array, phases, bool(addresses[POINTERS.index("staged")]))
             elif isinstance(value, Out) and not written:
                 value = 0
             pointers.append(value)
         kinds.append((names[0][access], cluster, blocks, phases))
         launch(
             ptx(), f"tsbn_{{names[1][direction]}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
-            [Struct(f"{{len(POINTERS)}}P2d{{len(numbers)}}q", *pointers, *reals, *numbers)],
+            [parameters(pointers, numbers, *reals)],
             cluster=cluster, shared=shared,
         )
     return kinds
@@ -169,6 +167,16 @@ for shared, activation, stacking in itertools.product((False, True), ("none", "s
             if actual.numel():
                 assert_within(actual, expected, BACKWARD[torch.bfloat16], 40.0)
     print(*kinds)
+
+for momentum, rows in ((0.25, None), (None, torch.tensor([2, 0]))):
+    p = problem(2, 3, 5, (4,))
+    got = torch.zeros(3 if momentum is None else 2, 5), None, torch.arange(3 if momentum is None else 2)
+    wanted = [None if v is None else v.clone() for v in got]
+    y, mean, var = flat.forward_tracked(p.x, p.weight, p.bias, *got, momentum, rows, *p.options)
+    obey((p.x, p.weight, p.bias, *got, rows), (y, mean, var))
+    defined.forward_tracked(p.x, p.weight, p.bias, *wanted, momentum, rows, *p.options)
+    torch.testing.assert_close(got[0], wanted[0])
+    assert torch.equal(got[2], wanted[2]) and got[2].sum() == sum(range(len(got[2]))) + 2
 """
 
 
@@ -195,8 +203,8 @@ import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan.slots import PASSES
-from cuda_machine import POINTERS, ptx, source
-from tools.ptxvm import Out, Struct, launch
+from cuda_machine import POINTERS, parameters, ptx, source, told
+from tools.ptxvm import Out, launch
 from support.layer_problems import assert_matches_definition, layer_problem, run
 from tsbn_kernels.operator import layer_ops
 
@@ -211,12 +219,11 @@ def obey(inputs, outputs):
     known |= {{t.data_ptr(): Out(t) for t in outputs if t.numel()}}
     raw, seen, partial = ctypes.create_string_buffer(1 << 12), [], torch.zeros(1 << 20, dtype=torch.uint8)
     while size := notes.take_note(raw):
-        words = memoryview(raw)[:size].cast("B").cast("q").tolist()
-        dtype, access, which, blocks, threads, cluster, shared = words[:7]
-        reals = memoryview(raw)[21 * 8 : 23 * 8].cast("B").cast("d").tolist()
-        name, merged = names[which - len(PASSES)], bool(words[7 + POINTERS.index("partial")])
+        kernel, addresses, reals, numbers = told(memoryview(raw)[:size])
+        dtype, access, which, blocks, threads, cluster, shared = kernel
+        name, merged = names[which - len(PASSES)], bool(addresses[POINTERS.index("partial")])
         pointers = []
-        for operand, address in zip(POINTERS, words[7:21], strict=True):
+        for operand, address in zip(POINTERS, addresses, strict=True):
             value = partial if operand == "partial" and address else known[address] if address else 0
             last = name == names[2]
             if isinstance(value, Out) and last != (operand in ("first", "second")) and (merged or last):
@@ -225,7 +232,7 @@ def obey(inputs, outputs):
         kind = ("f32", "f64", "f16", "bf16")[dtype]
         seen.append(name)
         end = f"{{kind}}_{{('rows', 0, 'scalar')[access]}}" if name != names[2] else "f64" if kind == "f64" else "f32"
-        struct = Struct(f"{{len(POINTERS)}}P2d{{len(words) - 23}}q", *pointers, *reals, *words[23:])
+        struct = parameters(pointers, numbers, *reals)
         text = ptx(90, source("layer_norm.cu"))
         launch(text, f"tsbn_{{name}}_{{end}}", blocks, threads, [struct], cluster=cluster, shared=shared)
     return seen
@@ -262,24 +269,28 @@ def test_launches_of_layer_normalisation(package: Path) -> None:
 
 MIXED = """
 import ctypes, torch
+from math import nan
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
-from tsbn_kernels.definition.options import Needs, Options, Saved
+from tsbn_kernels.definition.options import Needs, Options, Running, Saved
 
 cuda.launches.device_of = lambda _: DEVICES["H100"]
 notes, raw = ctypes.CDLL(str(cuda._LIBRARY)), ctypes.create_string_buffer(1 << 12)
 launch, told = cuda.launches.launch, []
 
 def observed(name, kernel, numbers, eps, slope, operands):
-    reals = torch.tensor([eps, slope], dtype=torch.float64).view(torch.int64).tolist()
-    told.append([*kernel, *(0 if t is None else t.data_ptr() for t in operands), *reals, *numbers])
+    *tensors, momentum = operands
+    reals = torch.tensor([eps, slope, nan if momentum is None else momentum], dtype=torch.float64)
+    addresses = (0 if t is None else t.data_ptr() for t in tensors)
+    told.append([*kernel, *addresses, *reals.view(torch.int64).tolist(), *numbers])
     launch(name, kernel, numbers, eps, slope, operands)
 
 cuda.launches.launch = observed
 x, weight = torch.randn(9, 24), torch.randn(4, 24)
 options = Options(4, 1e-5, "sigmoid", "task_major", "leaky_relu", 0.25)
 index = torch.tensor([0, 2, 0, 3, 3, 2, 2, 0, 3])
-found = cuda.mixed_forward_training(x, index, weight, weight, x, options)
+running = Running(torch.zeros(4, 24), torch.ones(4, 24), torch.zeros(4, dtype=torch.int64))
+found = cuda.mixed_forward_tracked(x, index, weight, weight, x, running, options)
 saved = Saved(x, weight, weight, x, found.mean, found.var)
 cuda.mixed_forward_eval(saved, index, options)
 cuda.mixed_backward(x, saved, index, True, Needs(True, True, True, True), options)

@@ -21,7 +21,17 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Moments, Needs, Normalized, Options, Running, Saved, of_input
+from tsbn_kernels.definition.options import (
+    NOT_TRACKED,
+    Gradients,
+    Moments,
+    Needs,
+    Normalized,
+    Options,
+    Running,
+    Saved,
+    of_input,
+)
 
 
 class _Place(NamedTuple):
@@ -178,20 +188,18 @@ def forward_training(
 ) -> Normalized:
     if x.numel() == 0:
         return reference.forward_training(x, weight, bias, residual, options)
-    y = layout.empty_output(x, options)
-    mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    tensors = Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
-    _run(Call(options, True), tensors)
-    return Normalized(y, mean, var)
+    return forward_tracked(x, weight, bias, residual, NOT_TRACKED, options)
 
 
 def forward_tracked(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
 ) -> Normalized:
-    """Updates the running statistics beside the kernels."""
-    found = forward_training(x, weight, bias, residual, options)
-    reference.track(running, found.mean, found.var, reference.values_of(x, options))
-    return found
+    """Updates the running statistics in the launch that writes those of the batch."""
+    y = layout.empty_output(x, options)
+    mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    tensors = Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
+    _run(Call(options, True), tensors.tracking(running))
+    return Normalized(y, mean, var)
 
 
 def forward_eval(saved: Saved, options: Options) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tsbn_kernels.backends.fallback import Health, KernelError, is_fatal, summary
 from tsbn_kernels.backends.plan import devices
 from tsbn_kernels.backends.plan.cuda import DTYPE_CODES
+from tsbn_kernels.definition.options import Running
 
 health = Health("CUDA C++")
 
@@ -32,6 +33,14 @@ class Operands(NamedTuple):
     partial: Tensor | None = None
     staged: Tensor | None = None
     mix: Tensor | None = None
+    batches: Tensor | None = None
+    rows: Tensor | None = None
+    momentum: float | Tensor | None = None
+
+    def tracking(self, running: Running) -> Operands:
+        """A forward pass in training that updates these statistics, too."""
+        mean, var, batches, momentum, rows = running
+        return self._replace(mean=mean, var=var, batches=batches, rows=rows, momentum=momentum)
 
 
 @lru_cache(maxsize=64)

@@ -5,8 +5,6 @@ They are for samples of few positions: :func:`tsbn_kernels.backends.plan.mixed.w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition import mixed_batch_norm as reference
 from tsbn_kernels.definition.activations import NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Needs, Normalized, Options, Running, Saved
 
 KEYS = "mixed_keys"
 _KIND = {torch.int64: torch.float64, torch.int32: torch.float32, torch.int16: torch.float16}  # names of its kernels
@@ -58,16 +56,38 @@ def mixed_forward_training(
 ) -> Normalized:
     if x.numel() == 0:
         return reference.mixed_forward_training(x, task_of_sample, weight, bias, residual, options)
+    return _train(x, task_of_sample, weight, bias, residual, NOT_TRACKED, options)
+
+
+def mixed_forward_tracked(
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running,
+    options: Options,
+) -> Normalized:
+    """Updates the running statistics of a task in the launch that writes those of its samples."""
+    if x.numel() == x.shape[0] * x.shape[1]:
+        reference.check_values(reference.samples_of(task_of_sample, options.num_tasks))
+    return _train(x, task_of_sample, weight, bias, residual, running, options)
+
+
+def _train(
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running,
+    options: Options,
+) -> Normalized:
     y = layout.empty_output(x, options)
     mean, var = weight.new_zeros((2, *weight.shape), dtype=accumulate_dtype(x.dtype)).unbind()
     given = Operands(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
-    _run(Call(options, True, mixed=True), task_of_sample, given)
+    _run(Call(options, True, mixed=True), task_of_sample, given.tracking(running))
     return Normalized(y, mean, var)
-
-
-def mixed_forward_tracked(*operands: Any) -> Normalized:
-    """Updates the running statistics beside the kernels."""
-    return reference.mixed_forward_tracked(*operands, train=mixed_forward_training)
 
 
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:

@@ -58,16 +58,17 @@ def offers(
 
     Args:
         clusters: as for :func:`tsbn_kernels.backends.plan.cuda.plan`.
-        tracks: whether the layer has running statistics. Triton's kernels update them in training, but for float64.
+        tracks: whether the layer has running statistics. In training kernels update them, but Triton's not in float64.
     """
-    updates = tracks and work.training and not work.backward and work.item_size != 8
+    updates = tracks and work.training and not work.backward
     found = []
     for backend in ("triton", *["cuda"] * device.target.startswith("sm_")):
         try:
             plans = plans_of(backend, work, device, clusters)
         except ValueError:  # nothing of the backend fits
             continue
-        found.append(Offer(backend, plans, TRACKING if updates and backend == "cuda" else 0))
+        beside = updates and backend == "triton" and work.item_size == 8
+        found.append(Offer(backend, plans, TRACKING * beside))
     return tuple(found)
 
 
