@@ -122,10 +122,11 @@ def put(runtime: ctypes.CDLL, name: str, value: int) -> None:
 
 
 def test_a_launch(runtime: ctypes.CDLL) -> None:
-    for cluster in (1, 8):
+    for count, cluster in enumerate((1, 8), 1):
         assert runtime.call_launch(numbers(cluster)) is None
         assert (runtime.grid(), runtime.block(), runtime.shared(), runtime.stream()) == (64, 256, 1 << 16, 7)
         assert runtime.cluster() == cluster
+        assert get(runtime, "launches") == count
 
 
 def test_a_kernel_is_prepared_once_for_each_device(runtime: ctypes.CDLL) -> None:
