@@ -8,6 +8,7 @@ there is no GPU, ``stand_in`` says that something else was timed: the records sh
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -218,8 +219,10 @@ def cuda_plans(work: Work, device: Device) -> Plans:
         if plan.threads != threads <= plan.part_slots:
             limit = min(device.block_shared_memory, device.shared_memory // 2 - 1024)
             options = {"most_shared_bytes": max(plan.shared_bytes, limit), "threads": threads}
+            options |= {"most_lanes": plan.most_lanes, "teams": plan.teams}
             found[cuda_rules.lay_out(work, device, plan.variant, plan.parts, **options)] = None
     fitting = [plan for plan in found if plan.shared_bytes <= device.block_shared_memory]
+    fitting = [plan for plan in fitting if cuda_rules.seconds(plan) < math.inf]
     fitting.sort(key=cuda_rules.seconds)
     near = dict.fromkeys([rule, *_by_other_constants("cuda", work, device)])
     best: dict[tuple[str, int], Any] = {}

@@ -88,5 +88,5 @@ def describe(plan: Plan) -> str:
     """``cluster of 8, 88% on chip``."""
     if plan.variant == "split":
         return f"split in {plan.splits}, 2 launches"
-    blocks = f"cluster of {plan.cluster}" if plan.cluster > 1 else "1 block"
+    blocks = f"cluster of {plan.cluster}" if plan.cluster > 1 else f"{plan.parts} block" + "s" * (plan.parts > 1)
     return f"{blocks}, {plan.on_chip:.0%} on chip" if plan.on_chip else f"{blocks}, streaming"

@@ -10,9 +10,10 @@ template <class A> struct BackwardFactors {
   A center, dy_scale, x_scale, offset;
 };
 
-template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device__ void backward(const Params& p) {
+// kTogether: the blocks of the launch run all at a time.
+template <class T, int V, int CH, bool kEpilogue, bool kMixed, bool kTogether>
+__device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk) {
   using A = Acc<T>;
-  const Walk<T, V, CH, kMixed> walk(p);
   if (walk.idle()) return;
   const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
   T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
@@ -98,9 +99,10 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
   }
   if (p.n.phases & kSpill) {
     walk.spill(total);
-    return;
+    if constexpr (!kTogether) return;
   }
-  if (p.n.phases & kCombine) total = walk.template combine<Sums<A>>();
+  if constexpr (kTogether) total = walk.template combine_together<Sums<A>>();
+  else if (p.n.phases & kCombine) total = walk.template combine<Sums<A>>();
 
   if ((p.n.phases & (kReduce | kCombine)) && threadIdx.x < walk.width() && channel < p.n.channels) {
     const A scale = gate.value * rstd, dot = total.dot * rstd, inverse = A(1) / walk.values();
@@ -174,6 +176,14 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
     });
   }
   if (walk.cluster() > 1) cluster_wait();
+}
+
+template <class T, int V, int CH, bool kEpilogue, bool kMixed = false, bool kTogether = false>
+__device__ void backward(const Params& p) {
+  using Walk = tsbn::cuda::Walk<T, V, CH, kMixed>;
+  const auto of = [&](const Walk& walk) { backward_of<T, V, CH, kEpilogue, kMixed, kTogether>(p, walk); };
+  if constexpr (kTogether) each_block(p, [&](uint32_t block) { of(Walk(p, block)); });
+  else of(Walk(p));
 }
 
 }  // namespace tsbn::cuda

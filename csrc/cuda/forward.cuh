@@ -71,9 +71,10 @@ __device__ void apply_epilogue(const Params& p, const Walk<T, V, CH, kMixed>& wa
   });
 }
 
-template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device__ void forward(const Params& p) {
+// kTogether: the blocks of the launch run all at a time.
+template <class T, int V, int CH, bool kEpilogue, bool kMixed, bool kTogether>
+__device__ void forward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk) {
   using A = Acc<T>;
-  const Walk<T, V, CH, kMixed> walk(p);
   if (walk.idle()) return;
   const T* x = walk.template start<T>(p.x_data, p.n.x);
   const uint32_t tasks = kEpilogue ? uint32_t(p.n.tasks) : 1;
@@ -84,7 +85,7 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
   Parameters<A> own_parameters;  // loaded here, so that nobody waits for them behind the last barrier
   if constexpr (!kEpilogue) {
     const int64_t channel = walk.first_channel() + threadIdx.x;
-    const bool owns = threadIdx.x < width && channel < p.n.channels && !(p.n.phases & kSpill);
+    const bool owns = threadIdx.x < width && channel < p.n.channels && (kTogether || !(p.n.phases & kSpill));
     if (owns) own_parameters = Parameters<A>(p, walk.task, channel);
   }
 
@@ -121,9 +122,10 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
   }
   if (p.n.phases & kSpill) {
     walk.spill(total);
-    return;
+    if constexpr (!kTogether) return;
   }
-  if (p.n.phases & kCombine) total = walk.template combine<Moments<A>>();
+  if constexpr (kTogether) total = walk.template combine_together<Moments<A>>();
+  else if (p.n.phases & kCombine) total = walk.template combine<Moments<A>>();
 
   ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>();
   const auto find_factors = [&](uint32_t i, int64_t task, int64_t channel, const Parameters<A>& own) {
@@ -190,6 +192,14 @@ template <class T, int V, int CH, bool kEpilogue, bool kMixed = false> __device_
     });
   }
   if (walk.cluster() > 1) cluster_wait();
+}
+
+template <class T, int V, int CH, bool kEpilogue, bool kMixed = false, bool kTogether = false>
+__device__ void forward(const Params& p) {
+  using Walk = tsbn::cuda::Walk<T, V, CH, kMixed>;
+  const auto of = [&](const Walk& walk) { forward_of<T, V, CH, kEpilogue, kMixed, kTogether>(p, walk); };
+  if constexpr (kTogether) each_block(p, [&](uint32_t block) { of(Walk(p, block)); });
+  else of(Walk(p));
 }
 
 }  // namespace tsbn::cuda

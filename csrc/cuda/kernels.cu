@@ -21,7 +21,15 @@
   TSBN_KERNEL(backward_fan_out, tsbn::cuda::kBackwardBlocks - (sizeof(T) == 8), backward_fan_out_##name, T, V, CH) \
   TSBN_KERNEL(forward, tsbn::cuda::kBackwardBlocks, forward_mixed_##name, T, V, CH, true, true)                   \
   TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks - (sizeof(T) == 8), backward_mixed_##name, T, V, CH, true, true)
+// With blocks that run all at a time: no more of them are on chip than keep the largest part of it.
+#define TSBN_TOGETHER(name, T, V)                                                                                       \
+  TSBN_KERNEL(forward, tsbn::cuda::kBackwardBlocks, forward_together_##name, T, V, V, false, false, true)               \
+  TSBN_KERNEL(forward, tsbn::cuda::kBackwardBlocks, forward_epilogue_together_##name, T, V, V, true, false, true)       \
+  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks, backward_together_##name, T, V, V, false, false, true)             \
+  TSBN_KERNEL(backward, tsbn::cuda::kBackwardBlocks - (sizeof(T) == 8), backward_epilogue_together_##name, T, V, V, true, \
+              false, true)
 #define TSBN_KERNELS(dtype, T)                                                  \
+  TSBN_TOGETHER(dtype##_columns, T, 16 / sizeof(T))                             \
   TSBN_PASSES(dtype##_rows, T, 16 / sizeof(T), 1)                               \
   TSBN_PASSES(dtype##_columns, T, 16 / sizeof(T), 16 / sizeof(T))               \
   TSBN_PASSES(dtype##_scalar, T, 1, 1)
@@ -54,9 +62,18 @@ using Kernel = void (*)(const Params);
 constexpr Kernel kernels[kDTypes][kAccesses][kRowForward] = {
     TSBN_ACCESSES(f32, f32), TSBN_ACCESSES(f64, f64), TSBN_ACCESSES(f16, f16), TSBN_ACCESSES(bf16, f16)};
 
+#define TSBN_TOGETHER_NAMES(dtype)                                                              \
+  {tsbn_forward_together_##dtype##_columns, tsbn_backward_together_##dtype##_columns,           \
+   tsbn_forward_epilogue_together_##dtype##_columns, tsbn_backward_epilogue_together_##dtype##_columns}
+// [DType][Pass], of columns
+constexpr Kernel together[kDTypes][kBackwardFanOut] = {
+    TSBN_TOGETHER_NAMES(f32), TSBN_TOGETHER_NAMES(f64), TSBN_TOGETHER_NAMES(f16), TSBN_TOGETHER_NAMES(bf16)};
+
 }  // namespace
 
-const void* kernel_of(const Launch& l) { return reinterpret_cast<const void*>(kernels[l.dtype][l.access][l.pass]); }
+const void* kernel_of(const Launch& l) {
+  return reinterpret_cast<const void*>(l.together ? together[l.dtype][l.pass] : kernels[l.dtype][l.access][l.pass]);
+}
 
 }  // namespace tsbn::cuda
 #endif

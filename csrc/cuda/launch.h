@@ -17,11 +17,13 @@ enum : int64_t { kAccesses = 3, kDTypes = 4 };
 struct Launch {
   int64_t dtype, access, pass;  // access: rows, columns, scalar; pass: see Pass
   int64_t blocks, threads, cluster, shared;
+  int64_t together;  // whether all blocks must run at a time: columns, the first four passes
 };
 
 // The CUDA runtime's message, or nullptr.
 const char* launch(const Launch& launch, const void* params, void* stream);
-// Clusters that the current device runs at a time; 0 where it runs none, or does not say.
+// Clusters, or blocks of a launch without any, that the current device runs at a time; 0 where it does not run them so, or
+// does not say.
 int active_clusters(const Launch& launch);
 // Of kernels.cu and layer_norm.cu, in the runtime's terms.
 const void* kernel_of(const Launch& launch);

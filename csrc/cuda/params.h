@@ -9,7 +9,8 @@ namespace tsbn::cuda {
 // The order of CPU's DType, and of the codes in the plan.
 enum DType : int64_t { f32, f64, f16, bf16 };
 
-// What one launch does of: statistics from the slab, statistics to the partial buffer, statistics from it, the output.
+// What one launch does of: statistics from the slab, statistics to the partial buffer, statistics from it, the output. A
+// launch that does all of it is one whose blocks run all at a time: between the second and the third they meet.
 enum Phase : int64_t { kReduce = 1, kSpill = 2, kCombine = 4, kApply = 8 };
 
 // Strides, in elements, of a [T, N, C, S] view. Rows: `s` steps over one slot of the run. Columns: over a position.
@@ -28,7 +29,8 @@ struct Vector {
 struct Numbers {
   int64_t phases, training, sigmoid;
   int64_t masked;  // rows: runs begin or end within a slot
-  int64_t channels, tiles, log_lanes, parts;
+  int64_t channels, tiles, log_lanes;
+  int64_t parts, blocks;  // of a slab; of all slabs: of those a block of the launch has one, or one of each few slabs
   int64_t slots, part_slots;
   int64_t resident;  // slots of a block kept in shared memory between the two passes
   // (slot >> log_lanes) / divisor is the run (rows) or the sample (columns): by multiplication, see Walk::place.
@@ -51,7 +53,7 @@ struct Pointers {
   const void *weight_data, *bias_data;
   void *mean_data, *var_data;  // given statistics; in a forward of training the running ones, which are updated, or none
   void *first, *second;  // forward: mean and var, of the accumulate type; backward: dweight and dbias, of weight's type
-  void* partial;         // split: [slab][part][channel] states
+  void* partial;         // split: [slab][part][channel] states; see Walk::combine_together for what else
   void* staged;          // fan-out of half precision: the sum over tasks, of the accumulate type, see fan_out.cuh
   const int64_t* mix;    // mixed batch: which samples, see Mix in walk.cuh
   unsigned long long* batches;  // beside running statistics: how many were seen, of each row

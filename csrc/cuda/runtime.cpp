@@ -32,19 +32,34 @@ struct Configuration : cudaLaunchConfig_t {
   cudaLaunchAttribute attribute{};
 
   Configuration(const Launch& l, void* stream_handle) : cudaLaunchConfig_t{}, kernel(l.pass < kRowForward ? kernel_of(l) : row_kernel_of(l)) {
-    static std::atomic<uint64_t> prepared[kDTypes][kAccesses][kPasses];
+    static std::atomic<uint64_t> prepared[2][kDTypes][kAccesses][kPasses];
     gridDim = dim3(unsigned(l.blocks));
     blockDim = dim3(unsigned(l.threads));
     dynamicSmemBytes = size_t(l.shared);
     stream = static_cast<cudaStream_t>(stream_handle);
-    prepare(kernel, prepared[l.dtype][l.access][l.pass]);
-    if (l.cluster == 1) return;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
+    prepare(kernel, prepared[l.together][l.dtype][l.access][l.pass]);
+    if (l.together) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
+    }
     attrs = &attribute;
-    numAttrs = 1;
+    numAttrs = l.together || l.cluster > 1;
   }
 };
+
+int told(cudaError_t answer, const int& number) {
+  ask(answer);
+  return answer == cudaSuccess ? number : 0;
+}
+
+int attribute_of_device(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  ask(cudaGetDevice(&device));
+  return told(cudaDeviceGetAttribute(&value, which, device), value);
+}
 
 }  // namespace
 
@@ -58,10 +73,14 @@ const char* launch(const Launch& l, const void* params, void* stream) {
 
 int active_clusters(const Launch& l) {
   Configuration configuration(l, nullptr);
-  int clusters = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, configuration.kernel, &configuration);
-  ask(error);
-  return error == cudaSuccess ? clusters : 0;
+  int found = 0;
+  if (!l.together) {
+    return told(cudaOccupancyMaxActiveClusters(&found, configuration.kernel, &configuration), found);
+  }
+  if (!attribute_of_device(cudaDevAttrCooperativeLaunch)) return 0;
+  const cudaError_t answer = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &found, configuration.kernel, int(l.threads), size_t(l.shared));
+  return told(answer, found) * attribute_of_device(cudaDevAttrMultiProcessorCount);
 }
 
 }  // namespace tsbn::cuda

@@ -1,5 +1,7 @@
 // Which slots a thread of a block owns, where they lie in global memory, and what of them stays in shared memory.
 #pragma once
+#include <cooperative_groups.h>
+
 #include "statistics.cuh"
 
 namespace tsbn::cuda {
@@ -24,6 +26,16 @@ struct Mix {
   }
 };
 
+// Calls f(block) for those of the blocks of slabs that a block of the launch does, one after the other.
+template <class F> __device__ void each_block(const Params& p, F f) {
+  for (uint32_t block = blockIdx.x;;) {
+    f(block);
+    block += gridDim.x;
+    if (block >= uint32_t(p.n.blocks)) return;
+    __syncthreads();  // what is in shared memory has been read
+  }
+}
+
 // Of a slot that a run may not fill: what of it is the run's, and how far its run begins behind its first slot.
 struct MaskedPlace : Place {
   int low, high, lead;
@@ -42,9 +54,9 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
   uint32_t inner, residue;
   Mix mix;
 
-  __device__ explicit Walk(const Params& p) : p(p), mix(p) {
+  __device__ explicit Walk(const Params& p) : Walk(p, p.n.phases & kCombine ? gridDim.x - 1 - blockIdx.x : blockIdx.x) {}
+  __device__ Walk(const Params& p, uint32_t block) : p(p), block(block), mix(p) {
     const Numbers& n = p.n;
-    block = n.phases & kCombine ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     int64_t begin = 0, length;
     if constexpr (kMixed) {
       const uint32_t samples = block / uint32_t(n.tiles);
@@ -147,7 +159,7 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
     return reinterpret_cast<Slot<T, V>*>(tsbn_memory + rows * width() * 4 * sizeof(A));
   }
 
-  // The parts' states between the two launches of a split: [slab][part][channel]; of a mixed batch [block][slab][channel].
+  // The parts' states between the two halves of a split: [slab][part][channel]; of a mixed batch [block][slab][channel].
   template <class State> __device__ void spill(const State& total) const {
     State* to = static_cast<State*>(p.partial) + int64_t(block) * width();
     if (threadIdx.x < width()) to[threadIdx.x] = total;
@@ -160,7 +172,41 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
       return from[(first + k * step) * width() + c];
     });
   }
-  // Blocks that share a slab exchange their states through a cluster, or else through two launches.
+  // The same where the blocks of the launch run all at a time. They meet twice: each merges the states of a few channels
+  // of its slab, then takes what the others have merged. First the whole grid meets, at the barrier that comes with such a
+  // launch; it shows the counters at 0 at which blocks of a slab meet from then on. Behind the states lie those that are
+  // merged, [slab][channel], and the counters of slabs.
+  template <class State> __device__ State combine_together() const {
+    const uint32_t parts = uint32_t(p.n.parts), slabs = uint32_t(p.n.blocks) / parts, wide = width();
+    State* from = static_cast<State*>(p.partial) + int64_t(slab) * parts * wide;
+    State* merged = static_cast<State*>(p.partial) + p.n.blocks * wide + slab * wide;
+    uint32_t* counters = reinterpret_cast<uint32_t*>(static_cast<State*>(p.partial) + (p.n.blocks + slabs) * wide);
+    const bool first = block == blockIdx.x;
+    if (first) {
+      for (uint32_t k = block * blockDim.x + threadIdx.x; k < slabs; k += gridDim.x * blockDim.x) counters[k] = 0;
+      cooperative_groups::this_grid().sync();
+    } else {
+      meet(counters + slab, parts);
+    }
+    for (uint32_t c = part; c < wide; c += parts) {
+      const State total = merge_states(states<State>(), 1, parts, [&](uint32_t k, uint32_t) { return from[k * wide + c]; });
+      if (threadIdx.x == 0) merged[c] = total;
+    }
+    meet(counters + slab, first ? parts : 2 * parts);
+    return threadIdx.x < wide ? merged[threadIdx.x] : State();
+  }
+  // Waits until so many have come to the counter, of which this block is one.
+  __device__ static void meet(uint32_t* counter, uint32_t all) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+      for (uint32_t met = 0; met < all;) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(met) : "l"(counter) : "memory");
+      }
+    }
+    __syncthreads();
+  }
+  // Blocks that share a slab exchange their states through a cluster, or else through the buffer.
   __device__ uint32_t cluster() const {
     return (p.n.phases & kReduce) && !(p.n.phases & kSpill) ? uint32_t(p.n.parts) : 1;
   }

@@ -54,7 +54,8 @@ LONG = LayerWork(2, 1, 12288, 4096, 2, "columns")
         (BN1, A100, "cuda"),  # which has no clusters: a block keeps a third
         (replace(BN1, samples=2048), A100, "triton"),  # or too little
         (replace(BN6, samples=128), A100, "triton"),  # both keep it on chip
-        (replace(BN1, family="columns"), H100, "triton"),  # neither does
+        (replace(BN1, family="columns"), H100, "cuda"),  # the whole device keeps it
+        (replace(BN1, family="columns", samples=4096), H100, "triton"),  # or too little
         (replace(BN1, training=False), H100, "triton"),  # nothing is summed
         (replace(BN1, fan_out=True), H100, "triton"),  # x is a fortieth of what is moved
         (VIT, H100, "triton"),
@@ -164,7 +165,7 @@ def test_each_operator_is_planned_as_what_it_does() -> None:
     assert choice.backward(x, saved, True, NEEDS, plain) == "cuda"
     assert choice.backward(x, saved, False, NEEDS, plain) == "triton"
     last = x.contiguous(memory_format=torch.channels_last)
-    assert choice.forward_training(last, w, None, None, plain) == "triton"
+    assert choice.forward_training(last, w, None, None, plain) == "cuda"
     small = stacked(T * 16, 24, 8, 8).double()
     assert choice.forward_training(small, w, None, None, plain) == "triton"
     assert choice.forward_tracked(small, w, None, None, Running(), plain) == "cuda"

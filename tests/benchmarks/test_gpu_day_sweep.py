@@ -130,7 +130,7 @@ def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = one.plan
         assert isinstance(plan, cuda_rules.CudaPlan)
         assert [kernel[3:] for kernel in told] == [
-            [plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
+            [plan.programs, plan.threads, plan.cluster, plan.shared_bytes, int(plan.teams > 0)]
         ] * plan.launches
         told.clear()
 

@@ -67,6 +67,7 @@ def launch(
     cluster: Dim | None = None,
     shared: int = 0,
     cooperative: bool = False,
+    resident: int | None = None,
     schedule: str | int = "forward",
     stores_may_collide: bool = False,
     names: Sequence[str] | None = None,
@@ -75,7 +76,9 @@ def launch(
     """Runs a kernel and returns what it did; a broken rule raises Violation.
 
     args: numpy arrays and CPU tensors (memory that is written already), Out, numbers, None (null), bytes, Struct.
-    shared: bytes of dynamic shared memory. schedule: "forward", "reversed", or the seed of a shuffle.
+    shared: bytes of dynamic shared memory. resident: blocks that run at a time, where the device has room for no more;
+    None: one cluster, or all of a cooperative launch, which is refused where they do not fit.
+    schedule: "forward", "reversed", or the seed of a shuffle.
     stores_may_collide: whether threads may store different values to the same place in shared memory by one
     instruction; one of them stays. names: of the arguments, for messages. patience: warp instructions without progress
     before a launch counts as stuck.
@@ -88,6 +91,9 @@ def launch(
     _check_shape(kernel, grid3, block3, cluster3)
     if len(args) != len(encoded.params):
         raise TypeError(f"{kernel.name} takes {len(encoded.params)} arguments, not {len(args)}")
+    blocks = math.prod(grid3)
+    if cooperative and resident is not None and resident < blocks:
+        raise ValueError(f"a cooperative launch of {blocks} blocks on a device that runs {resident} at a time")
     memory = Memory()
     labels = names or [f"argument {k}" for k in range(len(args))]
     params = bytearray(encoded.param_size)
@@ -97,7 +103,7 @@ def launch(
     for variable, address in encoded.globals:
         initial = np.frombuffer(bytearray(variable.data or bytes(variable.size)), np.uint8)
         memory.reserve(initial, address, f"variable {variable.name}", readonly=variable.space == "const")
-    if cooperative:
+    if cooperative or resident:
         memory.reserve(np.zeros(64, np.uint8), _WORKSPACE, "the grid barrier")
     if schedule not in ("forward", "reversed") and not isinstance(schedule, int):
         raise ValueError(f"schedule is 'forward', 'reversed' or a seed, not {schedule!r}")
@@ -108,7 +114,7 @@ def launch(
     options = encoded.layout | {
         "shared_size": size,
         "dynamic_shared": shared,
-        "cooperative": cooperative,
+        "resident": resident or (blocks if cooperative else 1),
         "explicit_cluster": cluster3 != (1, 1, 1),
         "stores_may_collide": stores_may_collide,
         "order": order,

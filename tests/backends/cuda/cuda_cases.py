@@ -66,7 +66,7 @@ def check(p: Problem, epilogue: Epilogue, variant: str, parts: int = 1, **option
     assert_within(there.mean, wanted.mean, Tolerance(STATISTICS[dtype], 1), 4.0)
     assert_within(there.var, wanted.var, Tolerance(STATISTICS[dtype], 1), 4.0)
     need = (True, True, True, epilogue.activation != "none")
-    if p.x.shape != p.dy.shape and variant in ("resident", "cluster"):
+    if p.x.shape != p.dy.shape and variant in ("resident", "cluster", "together"):
         variant = "split" if parts > 1 else "streaming"
     back = backward(p, there.mean, there.var, variant, parts, epilogue=epilogue, need=need, **options)
     check_gradients(p, back, wanted)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from math import nan
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from support.problems import Problem
 from support.processes import ROOT
@@ -16,7 +17,7 @@ from torch import Tensor
 from tools.ptxvm import Out, Report, Struct, compile_cuda, launch
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as rules
-from tsbn_kernels.backends.plan.slots import pass_of
+from tsbn_kernels.backends.plan.slots import LOG_LANES, cut, pass_of
 from tsbn_kernels.backends.plan.work import Operands, Strides
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
@@ -42,9 +43,9 @@ def parameters(
 
 def told(raw: memoryview) -> tuple[list[int], list[int], list[float], list[int]]:
     """What a launch was told, of the bytes of `Launch` and `Params`: its numbers, addresses, reals, and the plan's."""
-    words, first = raw.cast("B").cast("q").tolist(), 7 + len(POINTERS)
+    words, first = raw.cast("B").cast("q").tolist(), 8 + len(POINTERS)
     reals = raw[8 * first : 8 * (first + REALS)].cast("B").cast("d").tolist()
-    return words[:7], words[7:first], reals, words[first + REALS :]
+    return words[:8], words[8:first], reals, words[first + REALS :]
 
 
 @lru_cache
@@ -167,14 +168,15 @@ def run_plan(
 ) -> list[Report]:
     """Both launches of a split, or the one of the others."""
     reports, work = [], plan.work
-    kernel = f"tsbn_{pass_of(work)}_{KERNEL_DTYPES[p.x.dtype]}_{plan.cut.access}"
+    name = pass_of(work) + "_together" * (plan.teams > 0)
+    kernel = f"tsbn_{name}_{KERNEL_DTYPES[p.x.dtype]}_{plan.cut.access}"
     arrays["residual"] = epilogue.residual
-    for name, size in (("partial", plan.partial_bytes), ("staged", plan.staged_bytes)):
+    for name, size in (("partial", plan.buffer_bytes), ("staged", plan.staged_bytes)):
         if size:
             arrays[name] = torch.full((size,), 255, dtype=torch.uint8)  # NaN
     for n, phases in enumerate(plan.phases):
         writes_out = phases & rules.APPLY or (phases & rules.REDUCE and not work.training)
-        left = {"out": not writes_out, "first": phases & rules.SPILL, "dresidual": n > 0}
+        left = {"out": not writes_out, "first": phases == rules.REDUCE | rules.SPILL, "dresidual": n > 0}
         left["second"] = left["first"]
         a = {name: None if left.get(name) and isinstance(value, Out) else value for name, value in arrays.items()}
         if work.gathers and work.two_passes:
@@ -183,7 +185,8 @@ def run_plan(
         values = rules.numbers(plan, phases, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if a.get(name) is None else a[name] for name in POINTERS]
         struct = parameters(pointers, values, p.eps, epilogue.slope, arrays.get("momentum"))
-        grid = {"cluster": plan.cluster, "shared": plan.shared_bytes, "schedule": schedule}
+        grid = {"cluster": plan.cluster, "cooperative": plan.teams > 0}
+        grid |= {"shared": plan.shared_bytes, "schedule": schedule}
         reports.append(launch(ptx(target, text), kernel, plan.programs, plan.threads, [struct], **grid))
     return reports
 
@@ -200,6 +203,8 @@ def forward(
     shared: int = H100.block_shared_memory,
     resident: int = -1,
     threads: int = 0,
+    teams: int = 0,
+    most_lanes: int = LOG_LANES,
     given: tuple[Tensor, Tensor] | None = None,
     epilogue: Epilogue = NO_EPILOGUE,
     running: Running = NOT_TRACKED,
@@ -208,6 +213,9 @@ def forward(
     y = empty_output(p.dy, p)
     work = piece(p, epilogue, y, training=given is None, bias=p.bias is not None)
     limits = {"most_shared_bytes": shared, "resident": resident, "threads": threads}
+    limits |= {"most_lanes": most_lanes, "teams": teams or 2 * (variant == "together")}
+    if variant == "together" and cut(work).access != "columns":
+        pytest.skip("the whole device shares columns alone")
     plan = rules.lay_out(work, H100, variant, parts, **limits)  # type: ignore[arg-type]
     arrays: dict[str, Any] = {"x": p.x, "out": Out(y), "weight": p.weight, "bias": p.bias}
     if given is None:
@@ -229,6 +237,8 @@ def backward(
     shared: int = H100.block_shared_memory,
     resident: int = -1,
     threads: int = 0,
+    teams: int = 0,
+    most_lanes: int = LOG_LANES,
     training: bool = True,
     need: tuple[bool, ...] = (True, True, True, False),
     epilogue: Epilogue = NO_EPILOGUE,
@@ -244,6 +254,9 @@ def backward(
     sums = {"needs_dweight": need[1], "needs_dbias": need[2]}
     work = piece(p, epilogue, dx, p.dy, dresidual, training=training, bias=reads_bias, **sums)
     limits = {"most_shared_bytes": shared, "resident": resident, "threads": threads}
+    limits |= {"most_lanes": most_lanes, "teams": teams or 2 * (variant == "together")}
+    if variant == "together" and cut(work).access != "columns":
+        pytest.skip("the whole device shares columns alone")
     plan = rules.lay_out(work, H100, variant, parts, **limits)  # type: ignore[arg-type]
     arrays: dict[str, Any] = {"x": p.x, "dy": p.dy, "weight": p.weight, "mean": mean, "var": var}
     if reads_bias:
@@ -255,8 +268,10 @@ def backward(
 
 
 def counted(result: Forward | Backward) -> tuple[int, int]:
-    """Bytes of global memory read and written."""
+    """Bytes of global memory read and written, less those of counters by which blocks wait for others."""
+    rows = [row for report in result.reports for row in report.rows if row.space == "global" and row.bytes]
+    plain = [row for row in rows if not re.search("acquire|volatile", row.opcode)]
     return (
-        sum(report.global_read.bytes for report in result.reports),
-        sum(report.global_written.bytes for report in result.reports),
+        sum(row.bytes for row in plain if row.operation == "ld"),
+        sum(row.bytes for row in plain if row.operation == "st"),
     )

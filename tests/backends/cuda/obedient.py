@@ -41,7 +41,7 @@ class Machine:
         self, name: str, kernel: list[int], numbers: list[int], eps: float, slope: float, operands: launches.Operands
     ) -> None:
         """Stands for :func:`tsbn_kernels.backends.cuda.launches.launch`."""
-        dtype, access, which, blocks, threads, cluster, shared = kernel
+        dtype, access, which, blocks, threads, cluster, shared, together = kernel
         phases, training = numbers[:2]
         assert name == PASSES[which]
         keys = name == "mixed_keys"
@@ -51,7 +51,7 @@ class Machine:
         written = {
             "out": phases & rules.APPLY or (phases & rules.REDUCE and not training),
             "dresidual": True,
-            "first": keys or (not phases & rules.SPILL and "mixed" not in name),
+            "first": keys or (phases != rules.REDUCE | rules.SPILL and "mixed" not in name),
         }
         written["second"] = written["first"]
         for operand, complete in written.items():
@@ -62,9 +62,10 @@ class Machine:
             given["out"] = dx_of_fan_out(operands.out, first, operands.staged is not None)
         pointers = [0 if given[name] is None else given[name] for name in POINTERS]
         struct = parameters(pointers, numbers, eps, slope, operands.momentum)
-        entry = f"tsbn_{name}_{DTYPES[dtype]}" + ("" if keys else f"_{ACCESSES[access]}")
+        entry = f"tsbn_{name}{'_together' * together}_{DTYPES[dtype]}" + ("" if keys else f"_{ACCESSES[access]}")
         text = ptx(self.target, self.text)
         options: dict[str, Any] = {"cluster": cluster, "shared": shared, "schedule": self.schedule}
+        options["cooperative"] = bool(together)
         self.reports.append(launch(text, entry, blocks, threads, [struct], **options))
 
 

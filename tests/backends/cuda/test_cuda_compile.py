@@ -25,7 +25,8 @@ LIBRARY = ROOT / "tsbn_kernels" / "_cuda.so"
 SOURCES = "kernels.cu", "layer_norm.cu"
 ROW_KERNELS = 2 * len(rules.DTYPE_CODES) * 2 + 2  # two passes, two accesses; and one that adds sums, of two types
 KEY_KERNELS = 3  # one for each width of a word
-KERNELS = (len(PASSES) - 1) * len(rules.DTYPE_CODES) * 3 + KEY_KERNELS + ROW_KERNELS
+TOGETHER = 4 * len(rules.DTYPE_CODES)  # of columns, without the fan-out's backward and mixed batches
+KERNELS = (len(PASSES) - 1) * len(rules.DTYPE_CODES) * 3 + TOGETHER + KEY_KERNELS + ROW_KERNELS
 
 
 def tool(name: str) -> str:
@@ -81,7 +82,7 @@ def budget(name: str) -> int:
     fused = {"activation": "relu" if "epilogue" in name else "none", "fan_out": "fan_out" in name}
     work = Work(1, 2, 1, 2, item_size, direction=direction, **fused)  # type: ignore[arg-type]
     assert name.startswith(f"tsbn_{pass_of(work)}_")
-    return rules.register_budget(work)
+    return rules.register_budget(work, "together" if "together" in name else "streaming")
 
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 formats = pytest.mark.parametrize("memory_format", FORMATS)
 variants = pytest.mark.parametrize(
-    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 4), ("split", 3)], ids=str
+    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 4), ("split", 3), ("together", 3)], ids=str
 )
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 formats = pytest.mark.parametrize("memory_format", FORMATS)
 variants = pytest.mark.parametrize(
-    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 2), ("split", 3)], ids=str
+    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 2), ("split", 3), ("together", 3)], ids=str
 )
 SIZES = [(2, 2, 16, (4, 4)), (3, 3, 13, (3, 5)), (1, 7, 24, ()), (2, 1, 2, (209,)), (5, 20, 40, (2,))]
 

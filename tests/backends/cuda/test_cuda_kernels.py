@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 formats = pytest.mark.parametrize("memory_format", FORMATS)
 variants = pytest.mark.parametrize(
-    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 4), ("split", 3)], ids=str
+    ("variant", "parts"), [("streaming", 1), ("resident", 1), ("cluster", 4), ("split", 3), ("together", 3)], ids=str
 )
 SCHEDULES = ["forward", "reversed", 1, 2]
 
@@ -87,7 +87,7 @@ def test_sizes(size: tuple[int, int, int, tuple[int, ...]], memory_format: str, 
 def test_sizes_without_clusters(
     size: tuple[int, int, int, tuple[int, ...]], memory_format: str, dtype: torch.dtype
 ) -> None:
-    for variant, parts in (("streaming", 1), ("split", 3)):
+    for variant, parts in (("streaming", 1), ("split", 3), ("together", 3)):
         check(problem(*size, dtype=dtype, memory_format=memory_format), variant, parts)
 
 
@@ -182,7 +182,7 @@ def test_parameters_of_any_dtype(parameters: torch.dtype, variant: str, parts: i
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @formats
-@pytest.mark.parametrize(("variant", "parts"), [("resident", 1), ("cluster", 2)])
+@pytest.mark.parametrize(("variant", "parts"), [("resident", 1), ("cluster", 2), ("together", 2)])
 def test_partial_residency(variant: str, parts: int, memory_format: str, direction: str) -> None:
     """Of five steps of a block, none to all stay in shared memory; the rest is read again."""
     p = problem(1, 5, 4, (16, 16), dtype=torch.float32, memory_format=memory_format)

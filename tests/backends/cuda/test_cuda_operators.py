@@ -37,7 +37,7 @@ const char* launch(const Launch& l, const void* params, void*) {
   notes.push_back(std::string((const char*)&l, sizeof l) + std::string((const char*)params, size));
   return nullptr;
 }
-int active_clusters(const Launch& l) { return l.cluster <= 8 ? 132 / l.cluster : 0; }
+int active_clusters(const Launch& l) { return l.cluster <= 8 ? (l.together ? 1 << 20 : 132) / l.cluster : 0; }
 }
 extern "C" __attribute__((visibility("default"))) int take_note(void* to) {
   if (notes.empty()) return 0;
@@ -94,24 +94,25 @@ def obey(inputs, outputs):
     buffers = {{name: torch.zeros(1 << 20, dtype=torch.uint8) for name in ("partial", "staged")}}
     while size := notes.take_note(raw):
         kernel, addresses, reals, numbers = told(memoryview(raw)[:size])
-        dtype, access, direction, blocks, threads, cluster, shared = kernel
+        dtype, access, direction, blocks, threads, cluster, shared, together = kernel
         phases, training = numbers[:2]
         pointers = []
         for name, address in zip(POINTERS, addresses, strict=True):
             value = buffers[name] if name in buffers and address else known[address] if address else 0
-            written = phases & 8 or (phases & 1 and not training) if name == "out" else not phases & 2
+            written = phases & 8 or (phases & 1 and not training) if name == "out" else phases != 3
             if name == "dresidual":
-                written = not phases & 4
+                written = phases & 1 or not phases & 4
             if name == "out" and address and names[1][direction] == "backward_fan_out" and training:
                 value = dx_of_fan_out(value.array, phases, bool(addresses[POINTERS.index("staged")]))
             elif isinstance(value, Out) and not written:
                 value = 0
             pointers.append(value)
         kinds.append((names[0][access], cluster, blocks, phases))
+        kernel = names[1][direction] + "_together" * together
         launch(
-            ptx(), f"tsbn_{{names[1][direction]}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
+            ptx(), f"tsbn_{{kernel}}_{{names[2][dtype]}}_{{names[0][access]}}", blocks, threads,
             [parameters(pointers, numbers, *reals)],
-            cluster=cluster, shared=shared,
+            cluster=cluster, shared=shared, cooperative=bool(together),
         )
     return kinds
 
@@ -220,7 +221,7 @@ def obey(inputs, outputs):
     raw, seen, partial = ctypes.create_string_buffer(1 << 12), [], torch.zeros(1 << 20, dtype=torch.uint8)
     while size := notes.take_note(raw):
         kernel, addresses, reals, numbers = told(memoryview(raw)[:size])
-        dtype, access, which, blocks, threads, cluster, shared = kernel
+        dtype, access, which, blocks, threads, cluster, shared, together = kernel
         name, merged = names[which - len(PASSES)], bool(addresses[POINTERS.index("partial")])
         pointers = []
         for operand, address in zip(POINTERS, addresses, strict=True):

@@ -40,12 +40,15 @@ CELEBA = {1: (64, 4096), 2: (128, 1024), 4: (256, 256), 6: (512, 64)}
 def test_every_choice(work: Work, device: Device) -> None:
     assume(work.values < 1 << 32)  # runs and slabs beyond what the kernels read are errors
     assume(cut(work).slots <= MOST_SLOTS * rules.SPLITS[-1])
-    plan, pieces = rules.plan(work, device), cut(work)
+    plan = rules.plan(work, device)
+    pieces = plan.cut
     assert plan.shared_bytes <= device.block_shared_memory
     assert plan.threads % 32 == 0 and max(32, pieces.width) <= plan.threads <= THREADS
     assert plan.parts * plan.part_slots >= pieces.slots
     assert plan.part_slots <= MOST_SLOTS and plan.part_slots % (1 << pieces.log_lanes) == 0
-    assert plan.programs == work.streams * pieces.tiles * plan.parts < 1 << 31
+    assert plan.slabs == work.streams * pieces.tiles and plan.slabs * plan.parts < 1 << 31
+    assert plan.programs == (min(plan.teams, plan.slabs) or plan.slabs) * plan.parts
+    assert not plan.teams or plan.programs <= device.multiprocessors * plan.resident_programs
     assert plan.resident == plan.part_slots or plan.resident % plan.threads == 0
     assert plan.cluster == 1 or (device.clusters and plan.cluster == plan.parts)
     assert plan.resident_programs >= 1

@@ -29,7 +29,7 @@ RUNTIME = r"""
 #include "launch.h"
 
 extern "C" {
-int refused[16], launch_error, occupancy_error, last_error, device, asked[16], launches, clusters_told;
+int refused[16], launch_error, occupancy_error, last_error, device, asked[16], launches, clusters_told, cooperates;
 cudaLaunchConfig_t configuration;
 cudaLaunchAttribute attribute;
 const void* launched;
@@ -39,7 +39,14 @@ static cudaError_t answer(int error) {
   return cudaError_t(error);
 }
 cudaError_t cudaGetDevice(int* to) { *to = device; return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr, int) { *to = 232448; return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr which, int) {
+  *to = which == cudaDevAttrCooperativeLaunch ? cooperates : which == cudaDevAttrMultiProcessorCount ? 132 : 232448;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* to, const void*, int threads, size_t shared) {
+  *to = threads == 256 && shared == 1 << 16 ? clusters_told : -1;
+  return answer(occupancy_error);
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute which, int value) {
   asked[which] = value;
   ++asked[0];
@@ -77,6 +84,10 @@ unsigned cluster() {
   const bool one = configuration.numAttrs == 1 && attribute.id == cudaLaunchAttributeClusterDimension;
   return configuration.numAttrs == 0 ? 1 : one ? attribute.val.clusterDim.x : 0;
 }
+int together() {
+  const bool one = configuration.numAttrs == 1 && attribute.id == cudaLaunchAttributeCooperative;
+  return one && attribute.val.cooperative == 1;
+}
 }
 namespace tsbn::cuda {
 const void* kernel_of(const Launch& l) {
@@ -109,8 +120,8 @@ def runtime(library: Path, tmp_path: Path) -> ctypes.CDLL:
     return fresh
 
 
-def numbers(cluster: int = 1, blocks: int = 64, shared: int = 1 << 16, pass_: int = 0) -> Any:
-    return (ctypes.c_int64 * 7)(0, 1, pass_, blocks, 256, cluster, shared)
+def numbers(cluster: int = 1, blocks: int = 64, shared: int = 1 << 16, pass_: int = 0, together: int = 0) -> Any:
+    return (ctypes.c_int64 * 8)(0, 1, pass_, blocks, 256, cluster, shared, together)
 
 
 def get(runtime: ctypes.CDLL, name: str) -> int:
@@ -127,6 +138,9 @@ def test_a_launch(runtime: ctypes.CDLL) -> None:
         assert (runtime.grid(), runtime.block(), runtime.shared(), runtime.stream()) == (64, 256, 1 << 16, 7)
         assert runtime.cluster() == cluster
         assert get(runtime, "launches") == count
+        assert not runtime.together()
+    assert runtime.call_launch(numbers(together=1)) is None
+    assert runtime.together()
 
 
 def test_a_kernel_is_prepared_once_for_each_device(runtime: ctypes.CDLL) -> None:
@@ -168,6 +182,17 @@ def test_clusters_at_a_time(runtime: ctypes.CDLL) -> None:
     assert (runtime.cluster(), runtime.block(), runtime.shared()) == (16, 256, 1 << 16)
     put(runtime, "occupancy_error", INVALID)
     assert runtime.call_active_clusters(numbers(16)) == 0
+    assert get(runtime, "last_error") == 0
+
+
+def test_blocks_that_run_together(runtime: ctypes.CDLL) -> None:
+    """Those of all multiprocessors, on a device that launches them so; else none."""
+    put(runtime, "clusters_told", 2)
+    assert runtime.call_active_clusters(numbers(together=1)) == 0
+    put(runtime, "cooperates", 1)
+    assert runtime.call_active_clusters(numbers(together=1)) == 264
+    put(runtime, "occupancy_error", INVALID)
+    assert runtime.call_active_clusters(numbers(together=1)) == 0
     assert get(runtime, "last_error") == 0
 
 

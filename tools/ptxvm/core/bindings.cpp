@@ -26,7 +26,7 @@ static py::dict run(std::vector<Inst> code, const Sizes& grid, const Sizes& bloc
     field = options[name].cast<std::decay_t<decltype(field)>>();
   };
   get("shared_size", l.shared_size), get("dynamic_shared", l.dynamic_shared), get("local_size", l.local_size);
-  get("cooperative", l.cooperative), get("explicit_cluster", l.explicit_cluster);
+  get("resident", l.resident), get("explicit_cluster", l.explicit_cluster);
   get("stores_may_collide", l.stores_may_collide);
   get("order", l.order), get("seed", l.seed), get("patience", l.patience), get("grid_workspace", l.grid_workspace);
   get("registers", l.registers), get("slots", l.slots), get("constants", l.constants), get("specials", l.specials);

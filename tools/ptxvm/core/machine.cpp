@@ -196,17 +196,18 @@ void Machine::run() {
   random.seed(launch.seed);
   counters.assign(code.size(), {});
   const Dim c = launch.cluster, g = launch.grid, many = g / c;
-  const u64 blocks = g.count(), group = launch.cooperative ? blocks : c.count();
-  std::vector<Block> resident(group);
-  std::vector<Cluster> clusters(group / c.count());
-  std::vector<Block*> together;
-  for (Block& block : resident) together.push_back(&block);
-  for (u64 first : in_order(blocks / group, launch.order, random)) {
+  std::vector<Cluster> clusters(std::clamp<u64>(launch.resident / c.count(), 1, many.count()));
+  std::vector<Block> resident(clusters.size() * c.count());
+  const u64 turns = (many.count() + clusters.size() - 1) / clusters.size();
+  for (u64 turn : in_order(turns, launch.order, random)) {
     // The blocks of a cluster are neighbours in the grid; number clusters, then the blocks in each.
-    for (u64 k = 0; k < group; ++k) {
+    const u64 first = turn * clusters.size(), left = std::min<u64>(clusters.size(), many.count() - first);
+    std::vector<Block*> together;
+    for (u64 k = 0; k < left * c.count(); ++k) together.push_back(&resident[k]);
+    for (u64 k = 0; k < together.size(); ++k) {
       const u64 number = k / c.count(), rank = k % c.count();
       if (rank == 0) clusters[number] = {}, clusters[number].blocks.assign(&together[k], &together[k] + c.count());
-      const Dim at = many.at(first * clusters.size() + number), in = c.at(rank);
+      const Dim at = many.at(first + number), in = c.at(rank);
       const u64 x = at.x * c.x + in.x, y = at.y * c.y + in.y, z = at.z * c.z + in.z;
       Block& block = resident[k];
       block.linear = x + g.x * (y + g.y * z), block.rank = u32(rank), block.cluster = &clusters[number];

@@ -17,11 +17,11 @@ using SharedClocks = std::shared_ptr<const Clocks>;
 
 void join(Clocks& into, const Clocks& other);
 
-// What a release makes known to whoever acquires it, and how far it reaches.
+// What a release makes known to whoever acquires it, and how far it reaches; whose it is, and by which of its clocks.
 struct Release {
   SharedClocks clocks;
   Scope scope;
-  u32 block;
+  u32 block, thread, clock;
 };
 
 // An access by lanes of one warp. Warps are numbered through the grid; a clock of 0 means never.
@@ -121,6 +121,7 @@ struct ThreadClock {
   u32 clock = 1;
   SharedClocks known;              // beyond what the whole block knows
   SharedClocks fenced;             // what it knew at its last fence
+  u32 fence_clock = 0;
   Scope fence_scope = Scope::weak;
   std::vector<Release> observed;   // by relaxed reads since the last fence
 };
@@ -190,7 +191,8 @@ struct Counter {
 struct Launch {
   Dim grid, block, cluster;
   u64 shared_size = 0, dynamic_shared = 0, local_size = 0;
-  bool cooperative = false, explicit_cluster = false;
+  u64 resident = 1;                // blocks that run at a time
+  bool explicit_cluster = false;
   bool stores_may_collide = false;  // of one instruction, to shared memory; one of the values stays
   int order = 0;                   // 0 forward, 1 reversed, 2 shuffled
   u64 seed = 0, patience = 0;      // warp instructions without progress before a launch counts as stuck

@@ -129,6 +129,7 @@ void Machine::fence(Warp& w, Scope scope) {
       return true;
     });
     auto now = std::make_shared<Clocks>();
+    t.fence_clock = t.clock;
     gather(*now, w, 1u << lane);
     t.fenced = std::move(now);
     t.fence_scope = scope;
@@ -141,12 +142,14 @@ void Machine::publish(Warp& w, const Inst& i, int lane, u64 flag, bool extends) 
   if (!extends && !flags.empty()) flags.erase(flag);  // a read-modify-write continues the release sequence
   if (i.scope == Scope::weak) return;
   std::vector<Release>& releases = flags[flag];
+  const u32 block = u32(w.block->linear), thread = w.index * warp_size + lane;
   if (i.releases) {
+    const u32 clock = t.clock;
     auto now = std::make_shared<Clocks>();
     gather(*now, w, 1u << lane);
-    releases.push_back({std::move(now), i.scope, u32(w.block->linear)});
+    releases.push_back({std::move(now), i.scope, block, thread, clock});
   } else if (t.fenced) {
-    releases.push_back({t.fenced, std::min(i.scope, t.fence_scope), u32(w.block->linear)});
+    releases.push_back({t.fenced, std::min(i.scope, t.fence_scope), block, thread, t.fence_clock});
   }
 }
 
@@ -155,6 +158,7 @@ void Machine::observe(Warp& w, const Inst& i, int lane, u64 flag) {
   if (found == flags.end()) return;
   for (const Release& release : found->second) {
     if (!compatible(u32(w.block->linear), i.scope, release.block, release.scope)) continue;
+    if (knows(w, lane, release.block, release.thread, release.clock)) continue;  // and so all that it knew then
     if (i.acquires) learn(w, 1u << lane, release.clocks);
     else w.clocks[lane].observed.push_back(release);
   }

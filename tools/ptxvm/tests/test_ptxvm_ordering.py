@@ -278,6 +278,21 @@ def test_blocks_of_a_grid_are_not_ordered_by_running_one_after_the_other() -> No
             )
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_blocks_that_wait_for_one_another_must_all_be_resident(schedule: Any) -> None:
+    """As many blocks run at a time as the device has room for: the others begin when these have ended."""
+    body = """@!%z exit; red.release.gpu.global.add.u32 [%m], 1;
+    SPIN: ld.acquire.gpu.global.u32 %d, [%m]; setp.lt.u32 %p, %d, 4; @%p bra SPIN;"""
+    options: dict[str, Any] = {"blocks": 8, "schedule": schedule, "patience": 10_000}
+    for resident in (4, 8):
+        memory, _ = run(body, cooperative=False, resident=resident, **options)
+        assert memory[0] == 8
+    with pytest.raises(Violation, match="deadlock"):
+        run(body, cooperative=False, resident=3, **options)
+    with pytest.raises(ValueError, match="cooperative launch of 8 blocks on a device that runs 5 at a time"):
+        run(body, resident=5, **options)
+
+
 def test_atomics_of_blocks_do_not_race_unless_their_scope_is_the_block() -> None:
     memory, _ = run("red.global.add.u32 [%m], 1;", blocks=4, cooperative=False)
     assert memory[0] == 128

@@ -134,15 +134,24 @@ def _prepare(
 def _kernel(plan: rules.CudaPlan, dtype: torch.dtype) -> list[int]:
     access = ("rows", "columns", "scalar").index(plan.cut.access)
     pass_ = PASSES.index(pass_of(plan.work))
-    return [launches.code(dtype), access, pass_, plan.programs, plan.threads, plan.cluster, plan.shared_bytes]
+    return [
+        launches.code(dtype),
+        access,
+        pass_,
+        plan.programs,
+        plan.threads,
+        plan.cluster,
+        plan.shared_bytes,
+        int(plan.teams > 0),
+    ]
 
 
 @lru_cache(maxsize=64)
 def clusters(dtype: torch.dtype, device: torch.device) -> rules.Clusters:
-    """How many clusters of a plan run at a time: a driver knows which multiprocessors they would strand."""
+    """How many clusters of a plan run at a time, or blocks that must: a driver knows what they strand."""
 
     def at_a_time(plan: rules.CudaPlan) -> int:
-        if plan.cluster == 1:
+        if plan.cluster == 1 and not plan.teams:
             return rules.clusters_on_paper(plan)
         return int(torch.ops.tsbn._cuda_active_clusters(_kernel(plan, dtype), device.index or 0))
 
@@ -161,7 +170,7 @@ def prepared(call: Call, tensors: Tensors) -> tuple[Pass, Tensors]:
     given = tensors.weight, tensors.bias, tensors.mean, tensors.var
     vectors = tuple(None if v is None else (v.dtype, v.stride()) for v in given)
     found = _prepare(call, x.dtype, places, vectors, x.device)
-    sizes = found.plan.partial_bytes, found.plan.staged_bytes
+    sizes = found.plan.buffer_bytes, found.plan.staged_bytes
     partial, staged = (x.new_empty(size, dtype=torch.uint8) if size else None for size in sizes)
     return found, tensors._replace(partial=partial, staged=staged)
 

@@ -33,7 +33,7 @@ def keys_of(tensors: tuple[Tensor | None, ...], columns: bool) -> Tensor | None:
         words, before = words_of(tensor, columns), keys
         device = launches.device_of(tensor.device)
         log_lanes, blocks = keyed(device, len(words), words.shape[1] * words.shape[2])
-        kernel = [launches.code(_KIND[words.dtype]), 0, PASSES.index(KEYS), blocks, THREADS, 1, 0]
+        kernel = [launches.code(_KIND[words.dtype]), 0, PASSES.index(KEYS), blocks, THREADS, 1, 0, 0]
         keys = torch.empty(len(words), dtype=torch.int64, device=tensor.device)
         numbers = list(key_numbers(log_lanes, words.shape, words.stride()))
         launches.launch(KEYS, kernel, numbers, 0.0, 0.0, Operands(words, weight=words, mean=before, first=keys))

@@ -69,9 +69,9 @@ def _prepare(call: _Call, device: torch.device) -> list[_Pass]:
         part, which = plan.work, (launches.code(call.dtype), 0 if plan.vector > 1 else 2)
         vectors = [(0, 0, 0) if d is None else (launches.code(d), part.channels, 1) for d in (call.weight, call.bias)]
         rows = BACKWARD if part.backward else FORWARD
-        kernels = [[*which, rows, plan.programs, plan.threads, 1, plan.shared_bytes]]
+        kernels = [[*which, rows, plan.programs, plan.threads, 1, plan.shared_bytes, 0]]
         if plan.merges:
-            kernels.append([*which, PARAMETERS, plan.merging_programs, rules.THREADS, 1, 0])
+            kernels.append([*which, PARAMETERS, plan.merging_programs, rules.THREADS, 1, 0, 0])
         numbers = list(rules.numbers(plan, options.gate == "sigmoid", tuple(n for v in vectors for n in v)))
         needs = LayerNeeds(part.needs_dx, part.needs_dweight, part.needs_dbias)
         found.append(_Pass(kernels, numbers, plan.partial_bytes, needs))

@@ -10,8 +10,10 @@ from tsbn_kernels.backends.plan.work import Work
 
 # resident: a slab stays on chip between its statistics and its result, each activation is read once; cluster: as far
 # as it fits, in several blocks. streaming: one program a slab, which reads what does not stay on chip twice.
-# split: several programs a slab, two launches. elementwise: nothing to reduce. evaluation: one pass, that may reduce.
-Variant = Literal["resident", "cluster", "streaming", "split", "elementwise", "evaluation"]
+# split: several programs a slab, two launches. together: the same in one launch, whose programs run all at a time and
+# go from slab to slab, each of which stays on chip as far as it fits. elementwise: nothing to reduce. evaluation: one
+# pass, that may reduce.
+Variant = Literal["resident", "cluster", "streaming", "split", "together", "elementwise", "evaluation"]
 Tile = tuple[int, int]
 
 LAUNCH_SECONDS = 3e-6  # of one kernel, from its start to the next one's: typical of CUDA devices
@@ -60,6 +62,16 @@ class Plan:
     def programs(self) -> int:
         """Programs (thread blocks) of each launch."""
         return self.slabs * self.parts
+
+    @property
+    def rounds(self) -> float:
+        """Slabs that a program works on, one after the other, in the mean."""
+        return 1.0
+
+    @property
+    def meetings(self) -> int:
+        """How often a program meets others of its slab through the memory of the device."""
+        return 0
 
     @property
     def share(self) -> int:
@@ -144,8 +156,8 @@ class Plan:
 
     @property
     def partial_bytes(self) -> int:
-        """Bytes that the splits leave for the second launch: mean, rest, squares and count, or two sums a task."""
-        if self.variant != "split":
+        """Bytes that the splits leave for one another: mean, rest, squares and count, or two sums a task."""
+        if self.variant not in ("split", "together"):
             return 0
         sums = 2 * self.work.tasks if self.work.backward else 4 * self.work.streams
         return self.parts * sums * self.summed_channels * self.work.statistics_size

@@ -5,6 +5,7 @@ The numbers of a launch are all computed here; csrc/cuda only fills in the point
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,16 @@ from functools import lru_cache
 from tsbn_kernels.backends.plan.core import Plan, Variant
 from tsbn_kernels.backends.plan.devices import Device
 from tsbn_kernels.backends.plan.expect import expected
-from tsbn_kernels.backends.plan.slots import MOST_SCRATCH, MOST_SLOTS, THREADS, Cut, cut, pass_of, scratch_bytes
+from tsbn_kernels.backends.plan.slots import (
+    LOG_LANES,
+    MOST_SCRATCH,
+    MOST_SLOTS,
+    THREADS,
+    Cut,
+    cut,
+    pass_of,
+    scratch_bytes,
+)
 from tsbn_kernels.backends.plan.work import Strides, Work
 from tsbn_kernels.definition.activations import EPILOGUES
 
@@ -33,16 +43,49 @@ class CudaPlan(Plan):
     Attributes:
         part_slots: slots of a block.
         resident: those that it keeps on chip.
+        most_lanes: of its slabs, see :func:`tsbn_kernels.backends.plan.slots.cut`.
+        teams: slabs that are worked on at a time, by blocks that go on to others; 0 where each has blocks of its own.
     """
 
     backend = "cuda"
     part_slots: int
     resident: int
+    most_lanes: int = LOG_LANES
+    teams: int = 0
 
     @property
     def cut(self) -> Cut:
         """The slots of its slabs."""
-        return cut(self.work)
+        return cut(self.work, self.most_lanes)
+
+    @property
+    def programs(self) -> int:
+        """Thread blocks of each launch."""
+        return (self.teams or self.slabs) * self.parts
+
+    @property
+    def rounds(self) -> float:
+        """Slabs that a block works on, one after the other, in the mean."""
+        return self.slabs / self.teams if self.teams else 1.0
+
+    @property
+    def meetings(self) -> int:
+        """How often a block meets others of its slab through memory: with its sums, and with those that it merged."""
+        return 2 if self.teams else 0
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of the sums of slabs, of which each block merges some and reads all."""
+        return self.partial_bytes // self.parts if self.teams else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of what blocks leave for others: their sums, those that are merged, and counters at which they meet."""
+        return self.partial_bytes + self.merged_bytes + self._counter_bytes
+
+    @property
+    def _counter_bytes(self) -> int:
+        return 4 * self.slabs if self.teams else 0
 
     @property
     def phases(self) -> tuple[int, ...]:
@@ -52,6 +95,8 @@ class CudaPlan(Plan):
             return (REDUCE if work.reduces else APPLY,)
         if self.variant == "split":
             return REDUCE | SPILL, COMBINE | APPLY if work.two_passes else COMBINE
+        if self.variant == "together":
+            return (REDUCE | SPILL | COMBINE | (APPLY if work.two_passes else 0),)
         return (REDUCE | APPLY if work.two_passes else REDUCE,)
 
     @property
@@ -77,8 +122,8 @@ class CudaPlan(Plan):
 
     @property
     def exchanges(self) -> int:
-        """How often a block waits for the sums of all its threads, and for those of its cluster."""
-        return self.work.reduces * (1 + (self.cluster > 1))
+        """How often a block waits for the sums of all its threads, and for those of the blocks that it meets."""
+        return self.work.reduces * (1 + (self.cluster > 1) + self.meetings)
 
     @property
     def bytes_in_flight(self) -> int:
@@ -112,7 +157,14 @@ class CudaPlan(Plan):
     def vector_bytes_read(self) -> int:
         """Bytes of vectors and partial sums that the kernels load: a fan-out's gate again, for its gradient."""
         work = self.work
+        if self.teams:  # each sum is read by the block that merges it, and what is merged by all
+            return self.parts * (work.vector_bytes_to_read + self.merged_bytes) + self.partial_bytes
         return super().vector_bytes_read + work.parameter_bytes * (work.gathers and work.needs_dweight)
+
+    @property
+    def vector_bytes_written(self) -> int:
+        """Bytes of vectors, partial sums and counters that the kernels store."""
+        return super().vector_bytes_written + self.merged_bytes + self._counter_bytes
 
     @property
     def summed_channels(self) -> int:
@@ -129,6 +181,8 @@ def lay_out(
     most_shared_bytes: int = 0,
     threads: int = 0,
     resident: int = -1,
+    most_lanes: int = LOG_LANES,
+    teams: int = 0,
 ) -> CudaPlan:
     """The plan of a variant in which ``parts`` blocks share a slab.
 
@@ -136,14 +190,21 @@ def lay_out(
         most_shared_bytes: of a block.
         threads: of a block; 0 chooses.
         resident: slots that a block keeps; -1 for all that fit.
+        most_lanes: of a slab.
+        teams: of ``parts`` blocks, that go from slab to slab; for the variant "together" alone.
 
     Raises:
         ValueError: the variant does not exist for the work.
     """
-    pieces = cut(work)
+    pieces = cut(work, most_lanes)
     if parts > 1 and (variant in ("streaming", "resident") or (variant == "evaluation" and work.reduces)):
         raise ValueError(f"{parts} blocks that sum one slab must meet: in a cluster, or in a second launch")
-    if work.gathers and variant in ("resident", "cluster"):
+    if (variant == "together") != (teams > 0):
+        raise ValueError(f"{teams} teams of blocks in the variant {variant}")
+    if teams and pieces.access != "columns":
+        raise ValueError(f"the whole device shares columns, not {pieces.access}")
+    keeping = variant in ("resident", "cluster", "together")
+    if work.gathers and keeping:
         raise ValueError("a fan-out's backward keeps nothing on chip: h is 1/T of what it reads")
     part_slots = -(-pieces.slots // parts)
     part_slots = -(-part_slots >> pieces.log_lanes) << pieces.log_lanes
@@ -155,7 +216,7 @@ def lay_out(
             threads //= 2
     scratch = scratch_bytes(work, pieces.width, threads)
     slot_bytes = pieces.vector * work.item_size * (2 + work.reads_residual if work.backward else 1)
-    keeps = variant in ("resident", "cluster") and work.two_passes
+    keeps = keeping and work.two_passes
     room = max(0, most_shared_bytes - scratch) // slot_bytes if keeps else 0
     kept = min(part_slots, room) if resident < 0 else min(resident, part_slots, room)
     if kept < part_slots:
@@ -169,21 +230,23 @@ def lay_out(
         tile=(threads >> pieces.log_lanes, pieces.width) if columns else (1, threads * pieces.vector),
         tiles=-(-pieces.slots // threads),
         warps=threads // 32,
-        registers=register_budget(work),
+        registers=register_budget(work, variant),
         shared_bytes=scratch + kept * slot_bytes,
         splits=parts // cluster,
         cluster=cluster,
         part_slots=part_slots,
         resident=kept,
+        most_lanes=most_lanes,
+        teams=min(teams, work.streams * pieces.tiles),
     )
 
 
-def register_budget(work: Work) -> int:
+def register_budget(work: Work, variant: Variant = "streaming") -> int:
     """The registers of a thread: kForwardBlocks and kBackwardBlocks of csrc/cuda/params.h."""
     wide = work.item_size == 8
     if wide and pass_of(work) in ("backward_epilogue", "backward_fan_out", "backward_mixed"):
         return 255
-    return 128 if work.backward or wide or work.ragged else 80
+    return 128 if work.backward or wide or work.ragged or variant == "together" else 80
 
 
 # ---- the choice --------------------------------------------------------------------------------------------------
@@ -201,8 +264,12 @@ Clusters = Callable[[CudaPlan], int]
 
 
 def seconds(plan: CudaPlan, clusters: Clusters = clusters_on_paper) -> float:
-    """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it."""
-    return expected(plan, room=clusters(plan) * plan.cluster).seconds
+    """Predicted time, to compare plans by: bytes over bandwidth, and what keeps a plan from it.
+
+    Blocks that must run all at a time never end where they do not.
+    """
+    room = clusters(plan) * plan.cluster
+    return math.inf if plan.teams and plan.programs > room else expected(plan, room=room).seconds
 
 
 def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
@@ -232,6 +299,35 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
     for parts in SPLITS:
         if slots >= parts * 4 * THREADS and slots // parts < MOST_SLOTS:
             yield lay_out(work, device, "split", parts)
+    if keeps and cut(work).access == "columns":
+        yield from together(work, device)
+
+
+def together(work: Work, device: Device) -> Iterator[CudaPlan]:
+    """Plans in which the whole device shares columns: as many blocks have a slab as keep it, or all that there are.
+
+    Slabs may be half as wide: 64 bytes of a position, which memory still reads at once.
+    """
+    for most_lanes in (LOG_LANES, LOG_LANES - 1):
+        pieces = cut(work, most_lanes)
+        slabs, slab_bytes = work.streams * pieces.tiles, work.values * pieces.width * work.item_size
+        scratch = scratch_bytes(work, pieces.width, THREADS)
+        slot_bytes = pieces.vector * work.item_size * (2 + work.reads_residual if work.backward else 1)
+        for blocks in range(1, 1 + device.registers // (register_budget(work, "together") * THREADS)):
+            limit = min(device.block_shared_memory, device.shared_memory // blocks - 1024)
+            kept = (limit - scratch) // (slot_bytes * THREADS) * THREADS
+            if kept <= 0:
+                continue
+            room = blocks * device.multiprocessors
+            least = min(room, -(-pieces.slots // kept))
+            teams = min(slabs, room // least)
+            parts = min(room // teams, slab_bytes // LEAST_BLOCK)
+            if parts < 2 or pieces.slots // parts >= MOST_SLOTS:
+                continue
+            options = {"most_shared_bytes": limit, "most_lanes": most_lanes, "teams": teams}
+            plan = lay_out(work, device, "together", parts, **options)
+            if plan.on_chip >= LEAST_KEPT:
+                yield plan
 
 
 def half(work: Work, device: Device) -> CudaPlan:
@@ -272,7 +368,7 @@ def numbers(plan: CudaPlan, phases: int, sigmoid: bool, vectors: tuple[int, ...]
     waits = work.two_passes if work.backward else work.training
     return (
         phases, int(waits), int(sigmoid), int(pieces.masked), work.channels, pieces.tiles, pieces.log_lanes,
-        plan.parts, pieces.slots, plan.part_slots, plan.resident, pieces.divisor, multiplier, shift, pieces.run,
-        plan.values, ACTIVATION_CODES[work.activation], work.tasks // work.streams, *plan.of_samples, *strides,
-        *vectors,
+        plan.parts, plan.slabs * plan.parts, pieces.slots, plan.part_slots, plan.resident,
+        pieces.divisor, multiplier, shift, pieces.run, plan.values,
+        ACTIVATION_CODES[work.activation], work.tasks // work.streams, *plan.of_samples, *strides, *vectors,
     )  # fmt: skip

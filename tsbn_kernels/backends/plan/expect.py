@@ -15,6 +15,7 @@ COPY = 0.9  # of the data sheet's bandwidth: what a copy reaches
 LATENCY_SECONDS = 0.8e-6  # of a load under load, which every program waits for at its start
 EXCHANGE_SECONDS = 0.4e-6  # in which the sums of a program, or of a cluster, meet
 RANK_SECONDS = 0.03e-6  # by which each block of a cluster delays the last one
+MEETING_SECONDS = 1.5e-6  # in which blocks meet through the memory of the device
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ def expected(plan: Plan, bandwidth: float | None = None, room: int | None = None
     total = plan.bytes_read + plan.bytes_written
     if room == 0:
         return Expected(math.inf, COPY, plan.work.useful_bytes / total, 0.0, 1.0, 1.0, 1.0)
-    waves = programs / room
+    waves = plan.rounds if plan.rounds > 1 else programs / room
     filled = waves / math.ceil(waves) if waves > 1 else 1.0
     flowing = min(1.0, min(room, programs) * plan.bytes_in_flight / (rate * LATENCY_SECONDS))
     # While one program of a multiprocessor waits for its first load, or for its sums, others load and store.
-    own = total / programs / plan.launches * device.multiprocessors / (rate * flowing)
+    own = total / programs / plan.rounds / plan.launches * device.multiprocessors / (rate * flowing)
     ranks = plan.cluster if plan.cluster > 1 else 0
     waiting = LATENCY_SECONDS + plan.exchanges * EXCHANGE_SECONDS + ranks * RANK_SECONDS
+    waiting += plan.meetings * MEETING_SECONDS
     busy = min(1.0, plan.resident_programs * own / (own + waiting)) if plan.exchanges else 1.0
     moving = total / (rate * filled * flowing * busy)
     seconds = moving + plan.launches * LAUNCH_SECONDS

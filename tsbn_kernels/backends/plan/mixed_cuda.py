@@ -133,4 +133,4 @@ def key_numbers(log_lanes: int, shape: tuple[int, ...], strides: tuple[int, ...]
     """Numbers of csrc/cuda/params.h for the launch that makes keys of words ``[samples, outer, inner]``."""
     samples, outer, inner = shape
     empty = (0,) * 4
-    return (*empty, outer, 0, log_lanes, *(0,) * 7, inner, 0, 0, 0, samples, 0, 0, 0, *strides, *empty * 7)
+    return (*empty, outer, 0, log_lanes, *(0,) * 8, inner, 0, 0, 0, samples, 0, 0, 0, *strides, *empty * 7)

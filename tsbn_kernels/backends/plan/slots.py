@@ -17,6 +17,7 @@ PASSES = (
     "forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out", "forward_mixed",
     "backward_mixed", "mixed_keys",
 )  # fmt: skip
+LOG_LANES = 3  # slots of a position side by side: 128 bytes, in columns
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
 MOST_SCRATCH = 1 << 16  # of a fan-out's block, bytes: so much that two are resident on most devices
@@ -62,9 +63,10 @@ def scratch_bytes(work: Work, width: int, threads: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def cut(work: Work) -> Cut:
+def cut(work: Work, most_lanes: int = LOG_LANES) -> Cut:
     """Slots of 16 bytes where all operands can be read so, else of one element.
 
+    In columns a slab has at most ``1 << most_lanes`` slots of a position: of fewer more positions stay on chip.
     Samples of a mixed batch follow one another in any order, and none may be cut otherwise than where it lies first:
     they are not joined, and have no masks.
 
@@ -91,7 +93,7 @@ def cut(work: Work) -> Cut:
         )
         few = not work.fan_out or scratch_bytes(work, wide, 32) <= MOST_SCRATCH  # tasks whose sums a block can keep
         access, vector = ("columns", wide) if whole and wide > 1 and few else ("scalar", 1)
-        log_lanes = min((-(-C // vector) - 1).bit_length(), 3 if vector > 1 else 5)
+        log_lanes = min((-(-C // vector) - 1).bit_length(), most_lanes if vector > 1 else 5)
         while work.fan_out and log_lanes and scratch_bytes(work, vector << log_lanes, THREADS) > MOST_SCRATCH:
             log_lanes -= 1
         tiles = -(-C // (vector << log_lanes))

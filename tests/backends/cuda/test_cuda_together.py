@@ -1,0 +1,185 @@
+"""Kernels whose blocks run all at a time: what is theirs alone. test_cuda_kernels shows the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from typing import Any
+
+import cuda_cases
+import cuda_machine
+import pytest
+import torch
+from cuda_machine import H100, Backward, Forward, backward, counted, forward, source
+from support.problems import Problem, Results, assert_matches_definition, problem
+from support.tolerances import assert_same_bits
+
+from tools.ptxvm import Violation, find_nvcc, launch
+from tsbn_kernels.backends.plan import Work
+from tsbn_kernels.backends.plan import cuda as rules
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+
+
+# The others need not be compiled.
+FORWARD = "TSBN_KERNEL(forward, 2, forward_together_bf16_columns, __nv_bfloat16, 8, 8, false, false, true)\n"
+BACKWARD = "TSBN_KERNEL(backward, 2, backward_together_bf16_columns, __nv_bfloat16, 8, 8, false, false, true)\n"
+FUSED = "TSBN_KERNEL(backward, 2, backward_epilogue_together_bf16_columns, __nv_bfloat16, 8, 8, true, false, true)\n"
+
+
+def mutant(old: str = "", new: str = "", kernels: str = FORWARD) -> str:
+    text = source().partition("#define TSBN_FORWARD")[0] + kernels
+    assert old in text, f"nothing to change: {old}"
+    return text.replace(old, new)
+
+
+def case() -> Problem:
+    """Four slabs, two of 64 and two of 16 channels; of 512 and of 512 slots."""
+    return problem(2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
+
+
+def both(p: Problem, text: str, parts: int, **options: Any) -> tuple[Forward, Backward]:
+    there = forward(p, "together", parts, text=text, **options)
+    return there, backward(p, there.mean, there.var, "together", parts, text=text, **options)
+
+
+@pytest.mark.parametrize(("parts", "teams", "most_lanes", "kept"), [(5, 3, 3, 64), (3, 2, 2, 1 << 20), (40, 1, 3, 0)])
+def test_teams(parts: int, teams: int, most_lanes: int, kept: int) -> None:
+    """Rounds that not all teams have work for, narrow slabs, parts without a slot: right, the same bits in every order,
+    and the bytes of the plan."""
+    p, text, first = case(), mutant(kernels=FORWARD + BACKWARD), None
+    for schedule in ("forward", "reversed", 1):
+        options = {"teams": teams, "most_lanes": most_lanes, "resident": kept, "threads": 64, "schedule": schedule}
+        there, back = found = both(p, text, parts, **options)
+        assert there.plan.programs == teams * parts
+        for result in found:
+            assert counted(result) == (result.plan.bytes_read, result.plan.bytes_written)
+        tensors = there.y, there.mean, there.var, back.dx, back.dweight, back.dbias
+        assert_matches_definition(p, Results(*tensors))  # type: ignore[arg-type]
+        first = first or tensors
+        for one, other in zip(first, tensors, strict=True):
+            assert one is not None and other is not None
+            assert_same_bits(one, other)
+
+
+VIOLATIONS = {
+    "blocks that do not meet": ("      meet(counters + slab, parts);\n", "", "race"),
+    "blocks that do not meet at first": ("cooperative_groups::this_grid().sync();", "__syncthreads();", "race"),
+    "blocks that take what is not merged yet": ("    meet(counters + slab, first ? parts : 2 * parts);\n", "", "race"),
+    "a block that comes before its threads are done": (
+        "uint32_t all) {\n    __syncthreads();\n", "uint32_t all) {\n", "race",
+    ),
+    "threads that go on before their block does": (
+        "    }\n    __syncthreads();\n  }\n  // Blocks that share", "    }\n  }\n  // Blocks that share", "race",
+    ),
+    "a block that goes on before the last one has come": ("met < all;", "met + 1 < all;", "race"),
+    "a block that waits for one too many": ("met < all;", "met <= all;", "deadlock"),
+    "a counter that nobody sets to 0": ("k < slabs;", "k + 1 < slabs;", "deadlock"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, kind = VIOLATIONS[name]
+    monkeypatch.setattr(cuda_machine, "launch", lambda *a, **options: launch(*a, **options, patience=500_000))
+
+    def run() -> None:
+        for schedule, threads in itertools.product(("forward", "reversed", 1, 2), (64, 128)):
+            forward(case(), "together", 3, teams=2, schedule=schedule, threads=threads, text=mutant(old, new))
+
+    with pytest.raises(Violation, match=kind):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("red.release.gpu", "red.relaxed.gpu"),
+        ("red.release.gpu", "red.release.cta"),
+        ("ld.acquire.gpu", "ld.relaxed.gpu"),
+        ("ld.acquire.gpu", "ld.acquire.cta"),
+    ],
+)
+def test_order_of_memory(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block leaves is released to the whole device, and acquired from it."""
+    whole = cuda_machine.ptx(90, mutant())
+    assert f"{old}.global" in whole
+    monkeypatch.setattr(cuda_machine, "ptx", lambda *_: whole.replace(f"{old}.global", f"{new}.global"))
+    with pytest.raises(Violation, match="race"):
+        forward(case(), "together", 3, teams=2, threads=64)
+
+
+def test_shared_memory_is_used_again_when_it_has_been_read() -> None:
+    """The biases of the next slab, beside the last gradients of this one."""
+    p, epilogue = cuda_cases.case("silu", False, 2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
+    wanted = cuda_cases.exact(p, epilogue)
+    options = {"teams": 2, "threads": 64, "epilogue": epilogue, "need": (True, True, True, True)}
+    for change in ("", "    __syncthreads();  // what is in shared memory has been read\n"):
+        text = mutant(change, "", FUSED)
+        with pytest.raises(Violation, match="race") if change else contextlib.nullcontext():
+            back = backward(p, wanted.mean.float(), wanted.var.float(), "together", 3, text=text, **options)  # type: ignore[arg-type]
+            cuda_cases.check_gradients(p, back, wanted)
+
+
+def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver refuses a grid that does not run at a time; launched all the same, it would wait for ever."""
+    for together, error, told in ((True, ValueError, "runs 5 at a time"), (False, Violation, "deadlock")):
+        options = {"cooperative": together, "resident": 5, "patience": 500_000}
+        monkeypatch.setattr(cuda_machine, "launch", lambda *a, **most: launch(*a, **most | options))  # noqa: B023
+        with pytest.raises(error, match=told):
+            forward(case(), "together", 3, teams=2, threads=64, text=mutant())
+
+
+# Layers of CelebA with a batch of 256, by C and S: what is read of x, or of x and dy together, on an H100 in bfloat16.
+READS = {1: (64, 4096, 1.57, 4.0), 2: (128, 1024, 1.0, 2.33), 4: (256, 256, 1.0, 2.0), 6: (512, 64, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize("layer", READS)
+def test_celeba_layers(layer: int) -> None:
+    C, S, *most = READS[layer]
+    for direction, reads in zip(("forward", "backward"), most, strict=True):
+        work = Work(40, 256, C, S, 2, "columns", direction)  # type: ignore[arg-type]
+        plan = rules.plan(work, H100)
+        assert plan.activation_bytes_read <= reads * work.activation_bytes
+        assert plan.activation_bytes_written == work.activation_bytes
+        assert plan.bytes_read - plan.activation_bytes_read < 0.025 * work.activation_bytes
+        assert plan.launches == (1 if reads < 4 else 2)
+        assert plan.programs <= H100.multiprocessors * plan.resident_programs or reads == 4
+
+
+def test_devices_without_it_split() -> None:
+    """Where the driver runs no blocks together, or fewer than are planned."""
+    work = Work(40, 256, 128, 1024, 2, "columns")
+    chosen = rules.plan(work, H100)
+    assert chosen.teams > 0
+    for room in (0, chosen.programs - 1):
+
+        def driver(plan: rules.CudaPlan) -> int:
+            return room if plan.teams else rules.clusters_on_paper(plan)  # noqa: B023
+
+        found = rules.plan.__wrapped__(work, H100, driver)
+        assert found.programs <= room if found.teams else found.variant == "split"
+    with pytest.raises(ValueError, match="columns, not rows"):
+        rules.lay_out(Work(2, 8, 8, 64, 2), H100, "together", 2, teams=2)
+
+
+def test_layers_of_celeba_scaled() -> None:
+    """A batch and a device, both small: the rules plan as for the whole, and the machine counts what they say."""
+    small = dataclasses.replace(
+        H100, target="sm_80", multiprocessors=4, shared_memory=96 << 10, block_shared_memory=95 << 10,
+        bandwidth=H100.bandwidth / 33,
+    )  # fmt: skip
+    text = mutant(kernels=FORWARD + BACKWARD)
+    for positions, reads in ((30, (1.2, 2.23)), (12, (1.0, 2.0))):  # larger than layer 2, and layer 4
+        p = problem(2, 4, 128, (positions, 24), dtype=torch.bfloat16, memory_format="channels_last", bias=False)
+        work = Work(2, 4, 128, 24 * positions, 2, "columns", needs_dbias=True)
+        plans = [rules.plan(dataclasses.replace(work, direction=d), small) for d in ("forward", "backward")]
+        options = [{"teams": one.teams, "most_lanes": one.most_lanes, "shared": one.shared_bytes} for one in plans]
+        there = forward(p, plans[0].variant, plans[0].parts, text=text, **options[0])  # type: ignore[arg-type]
+        back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, text=text, **options[1])  # type: ignore[arg-type]
+        for result, plan, most in zip((there, back), plans, reads, strict=True):
+            assert plan.teams > 0
+            assert counted(result) == (plan.bytes_read, plan.bytes_written)
+            assert plan.activation_bytes_read <= most * p.x.nbytes
+            assert plan.activation_bytes_written == p.x.nbytes
