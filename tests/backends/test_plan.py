@@ -372,7 +372,7 @@ def test_the_backend_of_each_pass_is_told_with_the_reason(capsys: pytest.Capture
     text = printed(capsys, "--shape", "40,256,64,32,32", "--dtype", "bf16")
     rows = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
     assert rows["backend"] == ["cuda", "cuda", "triton"]
-    assert "forward training: cuda, 0.816 ms; triton would take 1.2 ms: 1.5 times the bytes, launches 1" in text
+    assert "forward training: cuda, 0.804 ms; triton would take 1.2 ms: 1.5 times the bytes, launches 1" in text
     forced = printed(capsys, "--shape", "40,256,64,32,32", "--dtype", "bf16", "--backend", "triton")
     assert not {"cuda", "why,"} & set(forced.split())
     assert "would take" not in forced
