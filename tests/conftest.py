@@ -25,6 +25,8 @@ pytest_plugins = ["gpu_check"]
 M_PERTURB = -6
 # Files of fewer than 120 tests that take 8 s or more, the longest first: among those of few tests they would come last.
 FIRST = (
+    "test_cuda_together.py",
+    "test_cuda_running.py",
     "test_cuda_compile.py",  # two minutes, where the CUDA library is older than its sources
     "test_compile.py",
     "test_gpu_day.py",

@@ -270,8 +270,8 @@ def backward(
 def counted(result: Forward | Backward) -> tuple[int, int]:
     """Bytes of global memory read and written, less those of counters by which blocks wait for others."""
     rows = [row for report in result.reports for row in report.rows if row.space == "global" and row.bytes]
-    plain = [row for row in rows if not re.search("acquire|volatile", row.opcode)]
+    plain = [row for row in rows if not re.search("acquire|release|acq_rel|volatile", row.opcode)]
     return (
         sum(row.bytes for row in plain if row.operation == "ld"),
-        sum(row.bytes for row in plain if row.operation == "st"),
+        sum(row.bytes for row in plain if row.operation in ("st", "atom")),
     )

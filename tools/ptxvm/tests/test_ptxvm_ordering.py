@@ -280,7 +280,7 @@ def test_blocks_of_a_grid_are_not_ordered_by_running_one_after_the_other() -> No
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_blocks_that_wait_for_one_another_must_all_be_resident(schedule: Any) -> None:
-    """As many blocks run at a time as the device has room for: the others begin when these have ended."""
+    """A device runs as many blocks at a time as it has room for: the others begin when these have ended."""
     body = """@!%z exit; red.release.gpu.global.add.u32 [%m], 1;
     SPIN: ld.acquire.gpu.global.u32 %d, [%m]; setp.lt.u32 %p, %d, 4; @%p bra SPIN;"""
     options: dict[str, Any] = {"blocks": 8, "schedule": schedule, "patience": 10_000}
