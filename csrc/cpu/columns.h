@@ -59,7 +59,10 @@ struct Columns {
     template <class P> struct Places {
       P *of[k], *later[k];
       TSBN_INLINE P* operator[](int j) const { return of[j]; }
-      TSBN_INLINE void prefetch(int j, int64_t c) const { prefetch_ahead<0>(later[j] + c); }
+      TSBN_INLINE void prefetch(int j, int64_t c) const {
+        constexpr int64_t of_line = int64_t(kLine / sizeof(P));
+        if (of_line <= L || c % of_line == 0) TSBN_ISA::prefetch(reinterpret_cast<const char*>(later[j] + c));
+      }
     };
     template <class P> TSBN_INLINE Places<P> in(P* slab, const Operand& o) const {
       Places<P> places{};
