@@ -52,11 +52,22 @@ def _run(call: Call, task_of_sample: Tensor, tensors: Operands) -> None:
 
 
 def mixed_forward_training(
-    x: Tensor, task_of_sample: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    running: Running = NOT_TRACKED,
 ) -> Normalized:
+    """Updates the running statistics of a task, if any, in the launch that writes those of its samples."""
     if x.numel() == 0:
         return reference.mixed_forward_training(x, task_of_sample, weight, bias, residual, options)
-    return _train(x, task_of_sample, weight, bias, residual, NOT_TRACKED, options)
+    y = layout.empty_output(x, options)
+    mean, var = weight.new_zeros((2, *weight.shape), dtype=accumulate_dtype(x.dtype)).unbind()
+    given = Operands(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
+    _run(Call(options, True, mixed=True), task_of_sample, given.tracking(running))
+    return Normalized(y, mean, var)
 
 
 def mixed_forward_tracked(
@@ -68,26 +79,9 @@ def mixed_forward_tracked(
     running: Running,
     options: Options,
 ) -> Normalized:
-    """Updates the running statistics of a task in the launch that writes those of its samples."""
     if x.numel() == x.shape[0] * x.shape[1]:
         reference.check_values(reference.samples_of(task_of_sample, options.num_tasks))
-    return _train(x, task_of_sample, weight, bias, residual, running, options)
-
-
-def _train(
-    x: Tensor,
-    task_of_sample: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running: Running,
-    options: Options,
-) -> Normalized:
-    y = layout.empty_output(x, options)
-    mean, var = weight.new_zeros((2, *weight.shape), dtype=accumulate_dtype(x.dtype)).unbind()
-    given = Operands(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
-    _run(Call(options, True, mixed=True), task_of_sample, given.tracking(running))
-    return Normalized(y, mean, var)
+    return mixed_forward_training(x, task_of_sample, weight, bias, residual, options, running)
 
 
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
