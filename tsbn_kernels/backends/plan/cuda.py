@@ -215,7 +215,7 @@ def lay_out(
         while threads > max(32, pieces.width) and scratch_bytes(work, pieces.width, threads) > MOST_SCRATCH:
             threads //= 2
     scratch = scratch_bytes(work, pieces.width, threads)
-    slot_bytes = pieces.vector * work.item_size * (2 + work.reads_residual if work.backward else 1)
+    slot_bytes = pieces.vector * work.item_size * work.summed_activations
     keeps = keeping and work.two_passes
     room = max(0, most_shared_bytes - scratch) // slot_bytes if keeps else 0
     kept = min(part_slots, room) if resident < 0 else min(resident, part_slots, room)
@@ -312,7 +312,7 @@ def together(work: Work, device: Device) -> Iterator[CudaPlan]:
         pieces = cut(work, most_lanes)
         slabs, slab_bytes = work.streams * pieces.tiles, work.values * pieces.width * work.item_size
         scratch = scratch_bytes(work, pieces.width, THREADS)
-        slot_bytes = pieces.vector * work.item_size * (2 + work.reads_residual if work.backward else 1)
+        slot_bytes = pieces.vector * work.item_size * work.summed_activations
         for blocks in range(1, 1 + device.registers // (register_budget(work, "together") * THREADS)):
             limit = min(device.block_shared_memory, device.shared_memory // blocks - 1024)
             kept = (limit - scratch) // (slot_bytes * THREADS) * THREADS

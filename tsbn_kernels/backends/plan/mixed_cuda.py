@@ -51,8 +51,7 @@ class MixedCudaPlan(CudaPlan):
     @property
     def key_launches(self) -> int:
         """Launches that make keys: one for each activation that is summed."""
-        work = self.work
-        return (2 + work.reads_residual if work.backward else 1) * work.reduces
+        return self.work.summed_activations * self.work.reduces
 
     @property
     def launches(self) -> int:

@@ -183,6 +183,11 @@ class Work:
         return self.residual and (not self.backward or self.recomputes)
 
     @property
+    def summed_activations(self) -> int:
+        """How many activations a sum reads: x, of a backward dy and the residual it recomputes with, too."""
+        return 2 + self.reads_residual if self.backward else 1
+
+    @property
     def writes_dresidual(self) -> bool:
         """Whether the gradient of the residual is written."""
         return self.needs_dresidual and self.recomputes
