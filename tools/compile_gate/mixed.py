@@ -16,7 +16,7 @@ from benchmarks.profile.compile_offline import Call, recorded
 from tsbn_kernels.backends.plan import Device
 from tsbn_kernels.backends.plan.mixed import MixedPlan, plan, work_of
 from tsbn_kernels.backends.triton.passes_mixed import MixedBackward, MixedForward
-from tsbn_kernels.definition.options import Gradients, Needs, Options, Saved
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Needs, Options, Running, Saved
 
 PASSES = ("forward", "backward")
 
@@ -60,7 +60,8 @@ class LaidOutMix:
                 run(x, saved, index, Gradients(x, vector, bias, residual))
             else:
                 run = MixedForward(made, x, self.options)
-                run(saved, index, x)
+                batches = torch.empty(self.shape[0], dtype=torch.int64, device="meta")
+                run(saved, index, x, Running(vector, vector, batches) if made.work.reduces else NOT_TRACKED)
         return calls
 
 

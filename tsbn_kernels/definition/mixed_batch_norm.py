@@ -93,6 +93,12 @@ def check_values(values: Tensor) -> None:
     torch._assert_async((values != 1).all(), "Expected more than 1 value per task and channel when training")
 
 
+def check_batch(x: Tensor, task_of_sample: Tensor, num_tasks: int) -> None:
+    """Lets the device raise an error where a task has one sample, of one position."""
+    if x.numel() == x.shape[0] * x.shape[1]:
+        check_values(samples_of(task_of_sample, num_tasks))
+
+
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:
     """Normalises by given statistics ``[T, C]``."""
     if saved.x.numel() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import replace
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import compiled
+from support.mixed_calls import ALL_OF_ONE, MANY, SOME, Call
 from support.problems import FORMATS, STACKINGS, problem
 
 pytest.importorskip("triton")
@@ -18,8 +20,10 @@ from support.interpreter import device, interpreted, passes
 from test_triton_compiled import SIZES, toy
 
 from tools.ptxvm import Violation
-from tsbn_kernels.backends.triton import ops
+from tsbn_kernels.backends.plan import DEVICES
+from tsbn_kernels.backends.triton import mixed, ops
 from tsbn_kernels.definition import batch_norm as reference
+from tsbn_kernels.definition import mixed_batch_norm
 from tsbn_kernels.definition.options import Options, Running
 
 SMALL = [(3, 4, 2, (8,)), (2, 5, 3, (7,)), (2, 3, 2, (211,)), (3, 8, 2, (64,)), (2, 3, 37, (5,))]
@@ -88,6 +92,36 @@ def test_float64_is_updated_with_all_digits() -> None:
     torch.testing.assert_close(list(got[:3]), list(wanted[:3]), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("counts", "shape", "dtype", "statistics"),
+    [
+        (MANY, (5,), torch.bfloat16, torch.float32),
+        (SOME, (3, 2, 2), torch.float32, torch.bfloat16),
+        (ALL_OF_ONE, (7, 3), torch.float64, torch.float64),
+    ],
+)
+def test_tasks_of_a_mixed_batch(
+    counts: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, statistics: torch.dtype, momentum: float | None
+) -> None:
+    """A task without a sample is left alone."""
+    call = Call(counts, shape, dtype)
+    operands = call.x, call.index, call.weight, call.bias, None
+    got = running(len(counts), shape[0], momentum, False, statistics)
+    wanted = copied(got)
+    for _ in range(2):
+        with interpreted(device(threads=16)):
+            found = mixed.mixed_forward_tracked(*operands, got, call.options)
+        mixed_batch_norm.track(wanted, found.mean, found.var, torch.tensor(counts), call.x[0, 0].numel())
+    torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
+
+
+def test_one_value_of_a_task_of_a_mixed_batch() -> None:
+    call = Call((3, 1, 0, 2), (5,))
+    with interpreted(device(threads=16)), pytest.raises(RuntimeError, match="Expected more than 1 value per task"):
+        mixed.mixed_forward_tracked(call.x, call.index, call.weight, None, None, Running(), call.options)
+
+
 # ---- as compiled -----------------------------------------------------------------------------------------------------
 
 FORMS: list[Any] = [
@@ -124,6 +158,24 @@ def test_nobody_reads_what_has_changed(
     track_twice(variant, family, fan_out, momentum, schedule)
 
 
+def track_mixed(momentum: float | None, schedule: str | int) -> None:
+    """Two mixed batches of a layer in the PTX machine, in more blocks of channels than one."""
+    call = Call((9, 0, 4, 2), (150,), torch.bfloat16)
+    operands = call.x, call.index, call.weight, None, None
+    got = running(4, 150, momentum, False, torch.float32)
+    wanted = copied(got)
+    for order in (schedule, "forward"):
+        with compiled.machine(replace(DEVICES["H100"], multiprocessors=2, block_threads=256), order):
+            found = mixed.mixed_forward_tracked(*operands, got, call.options)
+        mixed_batch_norm.track(wanted, found.mean, found.var, torch.tensor([9, 0, 4, 2]), 1)
+    torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
+
+
+@pytest.mark.parametrize(("momentum", "schedule"), [(0.3, "reversed"), (None, 2)])
+def test_nobody_reads_what_has_changed_of_a_mixed_batch(momentum: float | None, schedule: str | int) -> None:
+    track_mixed(momentum, schedule)
+
+
 COUNTED = """    seen = tl.atomic_add(batches + slab.t, 1 << 32, sem="relaxed")
     last = (seen >> 32) % programs == programs - 1
     tl.atomic_add(batches + slab.t, 1 - (programs << 32), mask=last, sem="relaxed")
@@ -146,3 +198,23 @@ def test_mutants_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     compiled.break_kernel("running", *MUTANTS[name], tmp_path, monkeypatch)
     with pytest.raises((Violation, AssertionError)):
         track_twice(*FORMS[0])
+
+
+MIXED_MUTANTS = {
+    "a task without a sample is moved": (
+        "if blocks > 0:\n        average, lost",
+        "if blocks >= 0:\n        average, lost",
+    ),
+    "values are those of the batch": (
+        "tl.load(mix.samples + slab.t), C, S)\n        track",
+        "15, C, S)\n        track",
+    ),
+    "the row of another task": ("sampled = Slab(slab.t,", "sampled = Slab(slab.t * 0,"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_MUTANTS)
+def test_mutants_of_mixed_batches_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.break_kernel("mixed", *MIXED_MUTANTS[name], tmp_path, monkeypatch)
+    with pytest.raises((Violation, AssertionError)):
+        track_mixed(0.3, "forward")

@@ -79,8 +79,7 @@ def mixed_forward_tracked(
     running: Running,
     options: Options,
 ) -> Normalized:
-    if x.numel() == x.shape[0] * x.shape[1]:
-        reference.check_values(reference.samples_of(task_of_sample, options.num_tasks))
+    reference.check_batch(x, task_of_sample, options.num_tasks)
     return mixed_forward_training(x, task_of_sample, weight, bias, residual, options, running)
 
 

@@ -17,19 +17,21 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition import mixed_batch_norm as definition
 from tsbn_kernels.definition.activations import NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Needs, Normalized, Options, Saved
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Needs, Normalized, Options, Running, Saved
 
 
-def _normalize(saved: Saved, task_of_sample: Tensor, training: bool, options: Options) -> Tensor:
+def _normalize(
+    saved: Saved, task_of_sample: Tensor, training: bool, options: Options, running: Running = NOT_TRACKED
+) -> Tensor:
     saved = ops.contiguous(saved)
     x, weight, bias, residual, *_ = saved
-    key = "mixed", ops.class_of(x), ops.class_of(residual), ops.dtypes(saved), training, options
+    key = "mixed", ops.class_of(x), ops.class_of(residual), ops.dtypes(saved), ops.kinds(running), training, options
     run = ops.forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options._replace(num_tasks=1), residual)
         if own_x is not x or own_residual is not residual:
             own = saved._replace(x=own_x, residual=own_residual)
-            return _normalize(own, task_of_sample, training, options)
+            return _normalize(own, task_of_sample, training, options, running)
         details: dict[str, Any] = {
             "training": training,
             "bias": bias is not None,
@@ -40,21 +42,41 @@ def _normalize(saved: Saved, task_of_sample: Tensor, training: bool, options: Op
         run = ops.forwards[key] = MixedForward(plan(work, ops.device_of(x.device)), x, options)
     y: Tensor = run.empty(x)
     with ops.on_device(x.device):
-        run(saved, task_of_sample, y)
+        run(saved, task_of_sample, y, running)
     return y
 
 
 def mixed_forward_training(
-    x: Tensor, task_of_sample: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    running: Running = NOT_TRACKED,
 ) -> Normalized:
+    """Updates the running statistics of a task, if any, in the launch that writes those of its samples."""
     mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
     var = torch.empty_like(mean)
-    y = _normalize(Saved(x, weight, bias, residual, mean, var), task_of_sample, True, options)
+    y = _normalize(Saved(x, weight, bias, residual, mean, var), task_of_sample, True, options, running)
     return Normalized(y, mean, var)
 
 
-def mixed_forward_tracked(*operands: Any) -> Normalized:
-    return definition.mixed_forward_tracked(*operands, train=mixed_forward_training)
+def mixed_forward_tracked(
+    x: Tensor,
+    task_of_sample: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running,
+    options: Options,
+) -> Normalized:
+    """Updates those of float64 beside the launch, which would round their momentum."""
+    operands = x, task_of_sample, weight, bias, residual
+    if x.dtype == torch.float64:
+        return definition.mixed_forward_tracked(*operands, running, options, train=mixed_forward_training)
+    definition.check_batch(x, task_of_sample, options.num_tasks)
+    return mixed_forward_training(*operands, options, running)
 
 
 def mixed_forward_eval(saved: Saved, task_of_sample: Tensor, options: Options) -> Tensor:

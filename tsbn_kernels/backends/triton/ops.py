@@ -68,6 +68,10 @@ def dtypes(saved: Saved) -> Hashable:
     return saved.weight.dtype, saved.mean.dtype, saved.var.dtype, saved.bias is None or saved.bias.dtype
 
 
+def kinds(running: Running) -> Hashable:
+    return running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
+
+
 def _work(saved: Saved, training: bool, options: Options, needs: Needs | None = None) -> Work:
     x, weight, bias, residual, *_ = saved
     own = {"bias": bias is not None, "parameter_size": weight.element_size(), "residual": residual is not None}
@@ -88,8 +92,7 @@ def _fastest(make: Callable[[Plan], Any], work: Work, device: torch.device, argu
 def _normalize(saved: Saved, training: bool, options: Options, running: Running = NOT_TRACKED) -> Tensor:
     saved = contiguous(saved)
     x, _, _, residual, *_ = saved
-    kinds = running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
-    key = class_of(x), class_of(residual), dtypes(saved), kinds, training, options
+    key = class_of(x), class_of(residual), dtypes(saved), kinds(running), training, options
     run = forwards.get(key)
     if run is None:
         own_x, own_residual = layout.readable(x, options, residual)

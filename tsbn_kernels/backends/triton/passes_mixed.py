@@ -17,7 +17,7 @@ from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.backends.triton.passes import tile_of, view_strides
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
-from tsbn_kernels.definition.options import Gradients, Options, Saved
+from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Options, Running, Saved
 
 
 class MixedPass:
@@ -88,15 +88,15 @@ class MixedForward(MixedPass):
         self.statistics = self.merge("mixed_statistics")
         self.apply = self.launch("mixed_forward", self.tile, *self.formula)
 
-    def __call__(self, saved: Saved, task_of_sample: Tensor, y: Tensor) -> None:
-        """Writes y, and mean and var where the plan reduces; else reads them."""
+    def __call__(self, saved: Saved, task_of_sample: Tensor, y: Tensor, running: Running = NOT_TRACKED) -> None:
+        """Writes y, and mean, var and the running statistics where the plan reduces; else reads mean and var."""
         x, weight, bias, residual, mean, var = saved
         source, rest = self.view(x), None
         mix = self.mix(task_of_sample, x if self.plan.work.reduces else None)
         if self.plan.work.reduces:
             partials, rest = self.parts(4, x), torch.empty_like(mean)
             self.first(source, partials, mix, *self.sizes)
-            self.statistics(partials, mean, rest, var, mix, self.options.num_tasks, self.sizes[0])
+            self.statistics(partials, mean, rest, var, *running, mix, self.options.num_tasks, *self.sizes)
         self.apply(source, self.view(residual), self.view(y), weight, bias, mean, rest, var, mix, *self.sizes)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels import backward, forward
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
 from tsbn_kernels.backends.triton.kernels.statistics import add_splits, merge_splits, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -140,15 +141,22 @@ def mixed_partial(x, partials, mix, C, S, tile, SAMPLES: tl.constexpr):
         store_part(partials, count, 3, block, 4, mix, slab)
 
 
-@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=UNALIGNED)
-def mixed_statistics(partials, mean, rest, var, mix, T, C, tile):
-    """Mean, rest of the mean and variance of a task in a block of channels; 0 of a task without a sample."""
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=[*TRACKED, "rest"])
+def mixed_statistics(
+    partials, mean, rest, var, running_mean, running_var, batches, momentum, rows, mix, T, C, S, tile
+):  # fmt: skip
+    """Mean, rest of the mean and variance of a task in a block of channels; 0 of a task without a sample.
+
+    The running statistics that are given are updated, but those of a task without a sample.
+    """
     slab = slab_at(tl.program_id(0), T, 1, C, 1, tile)
     data, blocks, own = parts_of(partials, 4, mix, slab)
     zero = tl.zeros((1, tile.B), tile.ACC)
     average, lost, variance = zero, zero, zero
     if blocks > 0:
         average, lost, variance = merge_splits(data, blocks, own, tile)
+        sampled = Slab(slab.t, slab.channel, T, tl.load(mix.samples + slab.t), C, S)
+        track(running_mean, running_var, batches, momentum, rows, average, variance, sampled, tile)
     store_vector(mean, average, slab)
     store_vector(rest, lost, slab)
     store_vector(var, variance, slab)
