@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels import backends
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout, mixed_batch_norm
@@ -19,6 +18,7 @@ from tsbn_kernels.operator import (
     autograd_streams,
     autograd_synchronized,
     checks,
+    direct,
     layer_autograd,
     layer_checks,
     layer_ops,
@@ -195,7 +195,7 @@ def normalize(
         raise ValueError("recover_input=True keeps the streams as one stack; use task_batch_norm, and split its result")
     if recover_input:  # which channels it keeps depends on data, of which graphs know nothing
         recover_input = not compiling and not capture.is_capturing()
-    backend = backends.override(x.device.type) if backends.is_forced() else None
+    backend = direct.backend_of(x, weight, bias, running_mean, running_var, residual)
     tracked = running.mean is not None or running.var is not None or running.batches is not None
     outputs: Sequence[Tensor]
     if group is not None:
@@ -247,7 +247,7 @@ def normalize_mixed(
         x, residual = _promoted(x, residual)
         x, residual = layout.readable(x, options, residual)
     positions, alone = values // max(1, x.shape[0]), None
-    backend = backends.override(x.device.type) if backends.is_forced() else None
+    backend = direct.backend_of(x, task_of_sample, weight, bias, running_mean, running_var, residual)
     given = (None, None) if training else (running_mean, running_var)
     inputs = x, task_of_sample, weight, bias, residual
     beside = compiling or group is not None or x.numel() == 0 or (evaluate_single and positions == 1)
@@ -441,7 +441,7 @@ def normalize_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], as_stream
     if residual is not None:
         x, residual = _promoted(x, residual)
         residual = residual.contiguous()
-    backend = backends.override(x.device.type) if backends.is_forced() else None
+    backend = direct.backend_of(x, weight, bias, residual)
     function = layer_streams if as_streams else layer_autograd
     apply = function.apply_in_graph if compiling else function.apply
     x = x.contiguous()
@@ -467,7 +467,7 @@ def any_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample:
     if residual is not None:
         x, residual = _promoted(x, residual)
         residual = residual.contiguous()
-    backend = backends.override(x.device.type) if backends.is_forced() else None
+    backend = direct.backend_of(x, task_of_sample, weight, bias, residual)
     apply = mixed_layer_autograd.apply_in_graph if compiling else mixed_layer_autograd.apply
     x = x.contiguous()
     outputs = tuple(apply(x, task_of_sample, weight, bias, residual, call, backend)[: 1 if residual is None else 2])
@@ -478,4 +478,4 @@ def any_rows(tensors: tuple[Any, ...], options: tuple[Any, ...], task_of_sample:
 
 
 def _rows_again(options: LayerOptions, backend: str | None, weight: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:
-    return layer_ops.operators(backend).layer_norm(s, weight, bias, None, options).y
+    return layer_ops.operators(direct.of_later_pass(backend)).layer_norm(s, weight, bias, None, options).y

@@ -14,6 +14,7 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import NONE, activation_slope
 from tsbn_kernels.definition.options import Backend, Gradients, Needs, Normalized, Options, Running, Saved
+from tsbn_kernels.operator import direct
 from tsbn_kernels.operator import recover_input as recovery
 from tsbn_kernels.operator.double_backward import differentiable_twice
 from tsbn_kernels.operator.ops import batch_norm, eager_operators, operators
@@ -30,7 +31,7 @@ def gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
     options: Options = ctx.options
     plain = options.activation == NONE
     wanted = needs._replace(dresidual=False) if plain and needs.dresidual else needs
-    compute = differentiable_twice(ctx.backend)
+    compute = differentiable_twice(direct.of_later_pass(ctx.backend, dy))
     if ctx.recover_input:
         found = recovery.backward(compute, dy, recovery.Kept._make(ctx.saved_tensors), ctx.training, wanted, options)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tsbn_kernels.backends import capture
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import LayerOptions, Needs, Options, Saved
-from tsbn_kernels.operator import autograd
+from tsbn_kernels.operator import autograd, direct
 from tsbn_kernels.operator.autograd import TaskBatchNorm
 from tsbn_kernels.operator.double_backward import differentiable_twice
 from tsbn_kernels.operator.separate import aliases, separate
@@ -52,7 +52,7 @@ class TaskStreams(TaskBatchNorm):
         )
         wanted = needs._replace(dresidual=needs.dresidual and not plain)
         of_chosen = options._replace(num_tasks=len(given), stacking="task_axis")
-        compute = differentiable_twice(ctx.backend)
+        compute = differentiable_twice(direct.of_later_pass(ctx.backend, dy))
         dx, dweight, dbias, dresidual = compute.backward(dy, own, ctx.training, wanted, of_chosen)
         dx = dx if options.fan_out else chosen.stacked(dx, stacking)
         dresidual = chosen.stacked(dy if plain and needs.dresidual else dresidual, stacking)

@@ -21,6 +21,7 @@ from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.mixed_batch_norm import samples_of
 from tsbn_kernels.definition.options import Gradients, Needs, Options, Saved, of_input
+from tsbn_kernels.operator import direct
 from tsbn_kernels.operator.coefficients import coefficients
 from tsbn_kernels.operator.mixed_ops import operators as mixed_operators
 from tsbn_kernels.operator.mixed_parts import input_gradient_of_tasks, task_moments
@@ -184,7 +185,8 @@ class WithoutForwardMode(SynchronizedTaskBatchNorm):
 def _gradients(
     ctx: Any, dy: Tensor, saved: Saved, task_of_sample: Tensor | None, values: Tensor, needs: Needs
 ) -> Gradients:
-    options, compute, plain = ctx.options, operators(ctx.backend), ctx.options.activation == "none"
+    backend = direct.of_later_pass(ctx.backend, dy)
+    options, compute, plain = ctx.options, operators(backend), ctx.options.activation == "none"
     dy = layout.in_family(dy, layout.family(saved.x, of_input(options).stacking), options.stacking)
     given, identity = coefficients(saved, options)
     wanted = Needs(
@@ -196,7 +198,7 @@ def _gradients(
     if task_of_sample is None:
         _, dot, total, dresidual = compute.backward(dy, given, False, wanted, identity)
     else:
-        mixed = mixed_operators(ctx.backend)
+        mixed = mixed_operators(backend)
         _, dot, total, dresidual = mixed.mixed_backward(dy, given, task_of_sample, False, wanted, identity)
     dx = dweight = dbias = None
     if needs.dx and total is not None and dot is not None:

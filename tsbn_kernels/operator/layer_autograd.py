@@ -13,7 +13,7 @@ from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import gate_slope, gate_values
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerNormalized, LayerOptions, LayerSaved
-from tsbn_kernels.operator import layer_double_backward
+from tsbn_kernels.operator import direct, layer_double_backward
 from tsbn_kernels.operator.autograd import of_each_model, transformed
 from tsbn_kernels.operator.double_backward import by_definition
 from tsbn_kernels.operator.layer_double_backward import differentiable
@@ -54,7 +54,8 @@ def gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, *needed: bool) -> 
     if dy is None:  # of x + residual alone
         return ds if x else None, None, None, ds if residual else None
     needs = _NEEDS[x or residual, weight, bias]
-    dx, dweight, dbias = backward(LayerSaved._make(ctx.saved_tensors), dy, ds, needs, ctx.options, ctx.backend)
+    saved, backend = LayerSaved._make(ctx.saved_tensors), direct.of_later_pass(ctx.backend, dy, ds)
+    dx, dweight, dbias = backward(saved, dy, ds, needs, ctx.options, backend)
     return dx if x else None, dweight, dbias, dx if residual else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tsbn_kernels.definition import layer_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved
-from tsbn_kernels.operator import layer_autograd
+from tsbn_kernels.operator import direct, layer_autograd
 from tsbn_kernels.operator.autograd_streams import Chosen, TaskStreams, of_a_stack
 from tsbn_kernels.operator.layer_autograd import TaskLayerNorm
 from tsbn_kernels.operator.separate import aliases
@@ -56,7 +56,8 @@ class TaskLayerStreams(TaskLayerNorm):
         )
         of_chosen = options._replace(num_tasks=len(given), stacking="task_axis")
         dy = chosen.stack(list(given.values()))
-        dx, dweight, dbias = layer_autograd.backward(own, dy, None, needs, of_chosen, ctx.backend)
+        backend = direct.of_later_pass(ctx.backend, dy)
+        dx, dweight, dbias = layer_autograd.backward(own, dy, None, needs, of_chosen, backend)
         dx = dx if options.fan_out else chosen.stacked(dx, options.stacking)
         return dx, chosen.spread(dweight), chosen.spread(dbias), *nothing[3:]
 

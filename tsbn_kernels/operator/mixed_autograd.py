@@ -20,7 +20,7 @@ from tsbn_kernels.definition.options import (
     Saved,
     TwiceBackend,
 )
-from tsbn_kernels.operator import ops
+from tsbn_kernels.operator import direct, ops
 from tsbn_kernels.operator.double_backward import Twice, by_definition
 from tsbn_kernels.operator.mixed_ops import eager_operators, mixed, operators
 from tsbn_kernels.operator.registry import library
@@ -95,7 +95,8 @@ def _gradients(ctx: Any, dy: Tensor | None, needs: Needs) -> Gradients:
         return Gradients()
     task_of_sample, *tensors = ctx.saved_tensors
     options: Options = ctx.options
-    tasks = MixedTasks(task_of_sample, operators(ctx.backend), ops.operators(ctx.backend))
+    backend = direct.of_later_pass(ctx.backend, dy)
+    tasks = MixedTasks(task_of_sample, operators(backend), ops.operators(backend))
     plain = options.activation == NONE and needs.dresidual
     wanted = needs._replace(dresidual=False) if plain else needs
     compute: MixedTasks | Twice = tasks

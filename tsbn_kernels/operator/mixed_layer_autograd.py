@@ -10,7 +10,7 @@ from torch import Tensor
 from tsbn_kernels.definition.mixed_batch_norm import task_sums
 from tsbn_kernels.definition.mixed_layer_norm import Gathered, vectors_of_samples
 from tsbn_kernels.definition.options import LayerGradients, LayerNeeds, LayerOptions, LayerSaved, MixedLayerBackend
-from tsbn_kernels.operator import layer_autograd, layer_ops
+from tsbn_kernels.operator import direct, layer_autograd, layer_ops
 from tsbn_kernels.operator.double_backward import by_definition
 from tsbn_kernels.operator.layer_autograd import present
 from tsbn_kernels.operator.mixed_layer_ops import eager_operators, mixed_layer_norm, operators
@@ -50,8 +50,8 @@ def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, *needed: bool) ->
     if dy is None:  # of x + residual alone
         return ds if x else None, None, None, ds if residual else None
     task_of_sample, *tensors = ctx.saved_tensors
-    twice = torch.is_grad_enabled()
-    compute: MixedLayerBackend = Gathered(_Twice(ctx.backend), task_sums) if twice else operators(ctx.backend)
+    twice, backend = torch.is_grad_enabled(), direct.of_later_pass(ctx.backend, dy, ds)
+    compute: MixedLayerBackend = Gathered(_Twice(backend), task_sums) if twice else operators(backend)
     needs = LayerNeeds(x or residual, weight, bias)
     dx, dweight, dbias = compute.mixed_layer_norm_backward(
         dy, ds, LayerSaved._make(tensors), task_of_sample, needs, ctx.options

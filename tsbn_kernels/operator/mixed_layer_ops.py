@@ -23,7 +23,7 @@ from tsbn_kernels.definition.options import (
     LayerSaved,
     MixedLayerBackend,
 )
-from tsbn_kernels.operator import layer_ops
+from tsbn_kernels.operator import direct, layer_ops
 from tsbn_kernels.operator.mixed_parts import exact_task_sums
 from tsbn_kernels.operator.registry import MixedNormalization, Operator, or_empty
 
@@ -164,4 +164,4 @@ def again(
     options: LayerOptions, backend: str | None, weight: Tensor, bias: Tensor | None, s: Tensor, task_of_sample: Tensor
 ) -> Tensor:
     """Computes y anew from what was normalised."""
-    return operators(backend).mixed_layer_norm(s, task_of_sample, weight, bias, None, options).y
+    return operators(direct.of_later_pass(backend)).mixed_layer_norm(s, task_of_sample, weight, bias, None, options).y

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels.definition.options import Options, Saved
+from tsbn_kernels.operator import direct
 from tsbn_kernels.operator.coefficients import coefficients
 from tsbn_kernels.operator.mixed_ops import operators as mixed_operators
 from tsbn_kernels.operator.ops import operators
@@ -132,7 +133,7 @@ def offer_normalized(
 
 def _again(options: Options, backend: str | None, weight: Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
     residual, mean, var, *task_of_sample = more
-    saved = Saved(x, weight, bias, residual, mean, var)
+    saved, backend = Saved(x, weight, bias, residual, mean, var), direct.of_later_pass(backend)
     if task_of_sample:
         return mixed_operators(backend).mixed_forward_eval(saved, task_of_sample[0], options)
     return operators(backend).forward_eval(saved, options)

@@ -85,6 +85,7 @@ class Normalization(Generic[BackendT]):
         signatures: of the operators, by their names.
         dispatched, of_reference: backends below autograd, which has an ``autograd.Function`` of its own in eager mode;
         cuda, triton: those of these backends.
+        direct: those that the dispatcher finds for a key, by keys.
     """
 
     def __init__(
@@ -111,15 +112,27 @@ class Normalization(Generic[BackendT]):
         self.of_reference: BackendT = kind(*map(_below_autograd, self.complete(reference)))
         self.cuda: BackendT = self.complete(cuda)
         self.triton: Callable[[], BackendT] = cache(lambda: kind(*map(triton.operator, operators)))
+        self.direct = {key: self._direct(key) for key in triton.DISPATCH_KEYS}
 
     def _register(self, name: str) -> None:
         """Registers the reference for every device for which no backend registers kernels of its own."""
         definition = getattr(self._general or reference, name)
         library.impl(name, self._flattened(name, definition), "CompositeExplicitAutograd")
-        for key in triton.DISPATCH_KEYS if self._general is None else ():
-            chain = chained(name, key, definition)
-            if chain is not definition:
-                library.impl(name, self._flattened(name, chain), key)
+        for key in triton.DISPATCH_KEYS:
+            found = self._on_gpu(name, key, definition)
+            if found is not definition:
+                library.impl(name, self._flattened(name, found), key)
+
+    def _on_gpu(self, name: str, key: str, otherwise: Adapter) -> Adapter:
+        """An operator for the GPUs of a dispatch key, ``otherwise`` where no backend has kernels for them."""
+        return chained(name, key, otherwise)
+
+    def _direct(self, key: str) -> BackendT:
+        """The operators that the dispatcher finds for the GPUs of a key, without it."""
+        found: BackendT = self._kind(
+            *(self._on_gpu(name, key, _below_autograd(getattr(reference, name))) for name in self._operators)
+        )
+        return found
 
     def _flattened(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         signature, adapter = self.signatures[name], self._operators[name].adapter
@@ -158,9 +171,11 @@ class Normalization(Generic[BackendT]):
         return self.eager(backend)
 
     def eager(self, backend: str | None) -> BackendT:
-        """The operators of a backend outside of graphs."""
+        """The operators of a backend outside of graphs; see :func:`tsbn_kernels.operator.direct.backend_of`."""
         if backend is None:
             return self.dispatched
+        if backend in self.direct:
+            return self.direct[backend]
         if backend == "reference":
             return self.of_reference
         if backend == "cuda":
@@ -181,13 +196,14 @@ class MixedNormalization(Normalization[BackendT]):
         self._parts, self._fits = parts, fits
         super().__init__(*[*described, parts(None)])
 
-    def _register(self, name: str) -> None:
-        super()._register(name)
-        general = getattr(self._general, name)
-        for key in triton.DISPATCH_KEYS:
-            chain = chained(name, key, general)
-            if chain is not general:
-                library.impl(name, self._flattened(name, self._either(chain, general)), key)
+    def _on_gpu(self, name: str, key: str, otherwise: Adapter) -> Adapter:
+        chain = chained(name, key, otherwise)
+        return otherwise if chain is otherwise else self._either(chain, otherwise)
+
+    def _direct(self, key: str) -> BackendT:
+        parts = self._parts(key)
+        found: BackendT = self._kind(*(self._on_gpu(name, key, getattr(parts, name)) for name in self._operators))
+        return found
 
     def _either(self, own: Adapter, general: Adapter) -> Adapter:
         def call(*arguments: Any) -> Any:
