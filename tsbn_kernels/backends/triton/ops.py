@@ -58,6 +58,14 @@ def class_of(x: Tensor | None) -> Hashable:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
+def statistics_like(weight: Tensor, x: Tensor) -> Tensor:
+    """Fresh memory for a mean ``[T, C]``; where it has the dtype of the weight at half the cost on the host."""
+    dtype = accumulate_dtype(x.dtype)
+    if weight.dtype == dtype:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
 def contiguous(saved: Saved) -> Saved:
     x, weight, bias, residual, mean, var = saved
     bias = bias if bias is None else bias.contiguous()
@@ -69,7 +77,9 @@ def dtypes(saved: Saved) -> Hashable:
 
 
 def kinds(running: Running) -> Hashable:
-    return running is NOT_TRACKED or tuple(v.dtype if isinstance(v, Tensor) else v is None for v in running)
+    mean, var, batches, momentum, rows = running
+    of_vectors = None if mean is None else mean.dtype, None if var is None else var.dtype
+    return *of_vectors, batches is None, momentum is None, rows is None
 
 
 def _work(saved: Saved, training: bool, options: Options, needs: Needs | None = None) -> Work:
@@ -132,8 +142,8 @@ def forward_tracked(
 def _training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
 ) -> Normalized:
-    mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
-    var = torch.empty_like(mean)  # at half the cost on the host
+    mean = statistics_like(weight, x)
+    var = torch.empty_like(mean)
     return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options, running), mean, var)
 
 
