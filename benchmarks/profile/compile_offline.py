@@ -180,6 +180,16 @@ def _ptx_bytes(found: re.Match[str]) -> int:
     return int(found[2] or 1) * int(found[3]) // 8
 
 
+def instructions(compiled: Any) -> int:
+    """The machine instructions of a kernel for NVIDIA's GPUs, without what pads its end."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = str(_TOOLS / "nvdisasm"), "-c", file.name
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", text, re.MULTILINE))
+
+
 def _used(cubin: bytes) -> tuple[int, int]:
     """Registers a thread; bytes of stack and local memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

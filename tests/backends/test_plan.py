@@ -134,8 +134,8 @@ def test_threads_that_hold_the_most_have_room_for_masks() -> None:
     assert variants == {(2, 512): True, (2, 500): False, (4, 512): False, (4, 500): False}
 
 
-def test_rows_of_single_values_are_held_by_twice_the_threads() -> None:
-    """A row of 16 * n values is read 16 bytes at a time; else each of a thread's values has an address and a mask."""
+def test_narrow_rows_are_held_by_half_the_threads() -> None:
+    """Rows of no multiple of 16 values take more registers a value, so half of a block's threads hold a slab."""
     plans = {positions: plan(Work(40, 200, 64, positions, 4), H100) for positions in (96, 100)}
     assert {s: (p.variant, p.tile[0] * p.tile[1]) for s, p in plans.items()} == {
         96: ("resident", 32 * 1024),
@@ -144,8 +144,10 @@ def test_rows_of_single_values_are_held_by_twice_the_threads() -> None:
     few = {positions: plan(Work(40, 50, 64, positions, 4), H100) for positions in (96, 100)}
     assert {s: (p.variant, p.tile, p.warps) for s, p in few.items()} == {
         96: ("resident", (64, 128), 8),
-        100: ("resident", (64, 128), 16),
+        100: ("resident", (64, 128), 8),
     }
+    back = plan(Work(40, 100, 64, 100, 2, direction="backward"), H100)
+    assert (back.variant, back.tile, back.warps, back.registers) == ("resident", (128, 128), 16, 128)
 
 
 def test_bytes_with_vectors_and_partials() -> None:

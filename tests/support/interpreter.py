@@ -149,13 +149,15 @@ class Reduction(interpreter.ReduceOps):
     """Reduces by halves, as lanes that exchange values do."""
 
     def apply_impl(self, input: tuple[Any, ...]) -> list[Any]:
-        arrays = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in input]
+        axis = self.axis  # None: over all values
+        arrays = [tensor.handle.data for tensor in input]
+        arrays = [array.ravel() if axis is None else np.moveaxis(array, axis, 0) for array in arrays]
         dtypes = [tensor.dtype for tensor in input]
         while (half := len(arrays[0]) // 2) > 0:
             halves = (array[part] for part in (slice(half), slice(half, None)) for array in arrays)
             result = self.combine_fn(*(self.to_tensor(a, t) for a, t in zip(halves, 2 * dtypes, strict=True)))
             arrays = [tensor.handle.data for tensor in (result if isinstance(result, tuple) else (result,))]
-        results = (np.moveaxis(a, 0, self.axis) if self.keep_dims else a[0] for a in arrays)
+        results = (np.moveaxis(a, 0, axis) if self.keep_dims else a[0] for a in arrays)
         return [self.to_tensor(a, t) for a, t in zip(results, dtypes, strict=True)]
 
 

@@ -59,6 +59,8 @@ KINDS = ("float32", "bfloat16")
 FORMATS = ("contiguous", "channels_last")
 STACKINGS = {"celeba40": ("task_major", "sample_major"), "segnet": ("task_major",), "resnet50": ("task_major",)}
 
+NARROW = (3, 32, 1024, 14, 14), (3, 32, 2048, 7, 7)  # NCHW, of a ResNet-50 at 224x224 that is not dilated
+
 Shape = tuple[int, ...]  # of the activation: T, N, C, and height and width if it has them
 
 
@@ -107,6 +109,8 @@ def layers() -> Iterator[tuple[str, Shape, tuple[Fusion, ...]]]:
             ends_block = (stem.shape(1, 1)[2] // height, channels) in _BLOCK_ENDS
             yield "resnet50", _shape(workload, layer), (*usual, BLOCK_END) if ends_block else usual
         yield "resnet50", (workload.tasks, workload.batch, 256, 1, 1), usual  # of the pooling branch
+    for shape in NARROW:
+        yield "resnet50", shape, (PLAIN, RELU, BLOCK_END)
 
 
 def _shape(workload: Workload, layer: Layer) -> Shape:
@@ -232,7 +236,7 @@ def kind(layer: LaidOut, pass_: str, plan: Plan) -> Hashable:
 
 def _layers() -> Iterator[LaidOut]:
     for (network, shape, fused), dtype in product(layers(), KINDS):
-        formats = FORMATS if len(shape) > 3 else FORMATS[:1]
+        formats = FORMATS if len(shape) > 3 and shape not in NARROW else FORMATS[:1]
         for options in product(formats, STACKINGS[network], fused):
             yield LaidOut(network, shape, dtype, *options)
 

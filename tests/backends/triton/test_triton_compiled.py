@@ -227,6 +227,17 @@ def test_an_input_that_begins_anywhere(variant, dtype):
     assert_traffic(done, aligned=False)
 
 
+@pytest.mark.parametrize("size", [7, 14, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planes_of_any_alignment(size, dtype):
+    """Steps between samples are constants where planes are aligned to less than 8 bytes."""
+    p = problem(2, 8 if size == 14 else 5, 2, (size, size), dtype=dtype, bias=True)
+    with compiled.machine(toy("resident", "sm_90"), "reversed") as done:
+        assert_matches_definition(p, train(p))
+    assert {plan.variant for plan in done.plans} == {"resident"}
+    assert_traffic(done, aligned=False)
+
+
 def test_a_gradient_in_another_order_than_the_input():
     p = problem(*SIZES["resident", "columns", True], memory_format="channels_last", stacking="sample_major")
     p = p._replace(dy=in_memory_format(p.dy, p.stacking, "contiguous"))
@@ -265,7 +276,10 @@ def test_the_last_celeba_layers_stay_on_chip():
 # ---- broken on purpose -------------------------------------------------------------------------------------------
 
 MUTANTS = {
-    "reads past the end": ("tiles", "(s < slab.S)", "(s <= slab.S)", "resident", "rows", False, "race|out of"),
+    "reads past the end": (
+        "tiles", "& (s < whole_runs(slab.S, tile))", "& (s <= whole_runs(slab.S, tile))", "resident", "rows", False,
+        "race|out of",
+    ),
     "walks one tile too far": (
         "backward", "        last = tl.minimum(first + share,", "        last = tl.minimum(first + share + 1,", "split",
         "rows", True, "race|write count",
@@ -276,7 +290,10 @@ MUTANTS = {
     "leaves out what parts the splits' means": (
         "statistics", " + deviation * deviation * before * share", "", "split", "columns", False, "relative|out of"
     ),
-    "pairs the sums wrongly": ("tiles", "return a + c, b + d", "return a + d, b + c", "resident", "rows", True, "out"),
+    "pairs the sums wrongly": (
+        "tiles", "return a + c, b + d", "return a + d, b + c", "resident", "columns", True, "out",
+    ),
+    "sums one of two twice": ("tiles", "tl.join(a, b)", "tl.join(a, a)", "resident", "rows", True, "out"),
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from benchmarks.commands import app
 from benchmarks.profile import compile_offline
-from benchmarks.profile.compile_offline import COMPILER, fingerprint, specialize
+from benchmarks.profile.compile_offline import COMPILER, fingerprint, instructions, specialize
 from tools.compile_gate import table as compiled_kernels
-from tools.compile_gate.table import OTHERS, PLAIN, RELU, TABLE, TARGETS, LaidOut, Row, asked
+from tools.compile_gate.table import NARROW, OTHERS, PLAIN, RELU, TABLE, TARGETS, LaidOut, Row, asked
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.triton.kernels import activations
 
@@ -53,16 +53,30 @@ def test_the_table_is_true(measured):
     assert list(table.values()) == measured, "run python -m benchmarks compiled-kernels"
 
 
-def test_activations_move_sixteen_bytes_at_a_time(measured):
+def test_activations_are_moved_as_widely_as_they_are_aligned(measured):
     for row in measured:
         if "layer_norm" in row.kernel or row.kernel.startswith("mixed"):
             continue
-        width = str(min(16, max(1, values(row)) * ITEM[row.dtype]))
+        widest = max(1, values(row)) * ITEM[row.dtype]
+        if tuple(map(int, row.shape.split("x"))) in NARROW:  # as widely as the planes are aligned
+            widest = ITEM[row.dtype] * math.gcd(16, math.prod(map(int, row.shape.split("x")[3:])))
+        width = str(min(16, widest))
         sums = row.kernel == "fan_out_sums"
         writes_dresidual = row.kernel == "backward_partial" and row.fused.endswith("residual")
         assert row.load_bytes == ("" if sums else width), row
         nothing = sums or (row.kernel.endswith("partial") and not writes_dresidual)
         assert row.store_bytes == ("" if nothing else width), row
+
+
+@pytest.mark.parametrize("shape", NARROW)
+def test_narrow_planes_take_few_instructions(shape):
+    """Those of the whole kernel by the values that a thread holds: 19 to 22 of them."""
+    layer = LaidOut("resnet50", shape, "bfloat16", "contiguous", "task_major", PLAIN)
+    for pass_ in ("forward", "backward"):
+        plan = layer.plan(pass_, DEVICES["H100"])
+        (call,) = layer.calls(plan)
+        kernel, _ = compile_offline.compile_call(call, "sm_90")
+        assert instructions(kernel) <= 25 * plan.tile[0] * plan.tile[1] / plan.threads, pass_
 
 
 def test_rows_are_read_as_widely_as_they_are_aligned(measured):

@@ -29,7 +29,8 @@ from support.interpreter import Function, device, dispatched, interpreted, passe
 
 from tools.ptxvm import compile_triton  # noqa: E402
 from tsbn_kernels.backends.plan import Device  # noqa: E402
-from tsbn_kernels.backends.triton.passes import Pass  # noqa: E402
+from tsbn_kernels.backends.triton.kernels.tiles import Tile  # noqa: E402
+from tsbn_kernels.backends.triton.passes import Pass, reach_of  # noqa: E402
 
 # A block of these devices has so few threads that a slab of more than 128 to 512 values is streamed, in tiles of 64;
 # where there are many multiprocessors for few slabs, it is split.
@@ -56,10 +57,10 @@ PLANNED = [(3, 4, 2, (8,)), (3, 5, 3, (7,)), (2, 3, 3, (5,)), (2, 8, 2, (80,)), 
 def kinds(run: Pass) -> set[Hashable]:
     """What is to be reached: variants, and what their kernels are specialised for."""
     plan, work = run.plan, run.plan.work
-    columns, a, b, even, tasks_inner, _, accumulate, *_ = (getattr(value, "value", value) for value in run.tile)
-    assert (columns, (a, b)) == (work.family == "columns", plan.tile)
-    assert (accumulate == tl.float64) == (run.accumulate == torch.float64)
-    special = ["even" if even else "uneven", run.accumulate, *(["tasks inner"] if tasks_inner else [])]
+    tile = Tile(*(getattr(value, "value", value) for value in run.tile))
+    assert (work.family == "columns", plan.tile) == (tile.COLUMNS, (tile.A, tile.B))
+    assert (tl.float64 == tile.ACC) == (run.accumulate == torch.float64)
+    special = ["even" if tile.EVEN else "uneven", run.accumulate, *(["tasks inner"] if tile.TASKS_INNER else [])]
     variant = plan.variant, work.family, work.direction
     return {(*variant, work.training), *((*variant, kind) for kind in special)}
 
@@ -193,6 +194,17 @@ def test_conversion_to_bfloat16_rounds_to_the_nearest(source: torch.dtype) -> No
         back = torch.empty(128, dtype=source)
         Function(convert)[(1, 1, 1)](y, back, total, 128)
         assert_same_bits(back[:-2], y.to(source)[:-2])
+
+
+def test_offsets_and_runs() -> None:
+    """Offsets are of 64 bits where 32 do not reach, whatever the task; runs are aligned as the odd one of the views."""
+    dense = (1 << 40, 49 << 11, 49, 1)
+    assert reach_of("rows", (2, 32, 2048, 49), [dense]) == (tl.uint32, 1)
+    assert reach_of("rows", (2, 32, 1024, 196), [(1 << 40, 196 << 10, 196, 1)]) == (tl.uint32, 4)
+    assert reach_of("rows", (2, 2, 64, 4096), [(0, (1 << 32) - 4095, 4096, 1)]) == (tl.int64, 1)
+    assert reach_of("rows", (2, 2, 64, 4096), [(0, (1 << 32) - 4096, 4096, 1)]) == (tl.uint32, 16)
+    assert reach_of("columns", (2, 512, 24, 1), [(1 << 20, 24, 1, 1), (1 << 20, 28, 1, 1)]) == (tl.int64, 4)
+    assert reach_of("columns", (1, 2, 24, 1), [(3, 32, 1, 1)]) == (tl.int64, 8)
 
 
 def test_sums_keep_their_digits() -> None:

@@ -63,7 +63,8 @@ def test_every_plan_updates_what_the_reference_does(fan_out: bool) -> None:
             for one, defined, old in zip(got[:3], wanted[:3], before[:3], strict=True):
                 assert isinstance(one, torch.Tensor)
                 assert isinstance(defined, torch.Tensor)
-                torch.testing.assert_close(one, defined)
+                digits = {"rtol": 4e-7, "atol": 4e-7} if dtype == torch.float64 else {}  # those of a batch in float32
+                torch.testing.assert_close(one, defined, **digits)
                 assert isinstance(old, torch.Tensor)
                 assert not torch.equal(one, old)
     variants = ("resident", "split") if fan_out else ("resident", "streaming", "split")

@@ -36,8 +36,13 @@ class TritonPlan(Plan):
 
     @property
     def exchanges(self) -> int:
-        """How often a program waits for sums; and for partial sums, which the second launch reads in turn."""
-        return super().exchanges + (ceil(self.splits, MERGED) if self.variant == "split" else 0)
+        """How often a program waits for sums; and for partial sums, which the second launch reads in turn.
+
+        Forward: the mean, what it lacks and the squares; by tiles first the mean of one, around which others are read.
+        """
+        work = self.work
+        own = 2 + (self.variant != "resident") if work.reduces and not work.backward else super().exchanges
+        return own + (ceil(self.splits, MERGED) if self.variant == "split" else 0)
 
     @property
     def bytes_read_again(self) -> int:
@@ -133,38 +138,50 @@ def alternatives(plan: Plan) -> list[Plan]:
     return found
 
 
+def is_full(work: Work, tile: Tile) -> tuple[bool, bool]:
+    """Whether no tile of any slab ends within A, and within B."""
+    a, b = (work.values, work.channels) if work.family == "columns" else (work.samples, work.positions)
+    return a % tile[0] == 0 and not work.ragged, b % tile[1] == 0 and not work.ragged
+
+
 def is_even(work: Work, tile: Tile) -> bool:
     """Whether every tile of every slab is full, so that no access needs a mask."""
-    if work.ragged:
-        return False
-    if work.family == "columns":
-        return work.values % tile[0] == 0 and work.channels % tile[1] == 0
-    return work.samples % tile[0] == 0 and work.positions % tile[1] == 0
+    return all(is_full(work, tile))
 
 
 def _values_per_thread(work: Work, variant: Variant) -> int:
     """Values of each activation that a thread holds: what keeps every kernel within 128 registers.
 
-    Forward keeps x alone and has room for twice as many, but not in rows of no multiple of 16 values: Triton sees no
-    wide accesses there, and each value has an address and a mask of its own.
+    Forward keeps x alone and has room for twice as many. In narrow rows so has a backward without much else, where
+    half the threads do the same work: there it is instructions that count.
     """
-    wide = work.family == "columns" or work.positions % 16 == 0
-    values = 32 if variant == "resident" and not work.backward and wide else 16
+    doubled = variant == "resident" and (not work.backward or _narrow(work))
     crowded = work.backward and work.reads_residual and (not work.fan_out or _is_smooth(work))
+    values = 32 if doubled else 16
     if crowded and work.family == "columns" and variant != "resident":
         values = 8  # of three activations, with the addresses of each
     return values * 4 // work.statistics_size
 
 
+def _narrow(work: Work) -> bool:
+    """Whether rows are of no multiple of 16 values, and threads hold twice as much: half of them have room for that.
+
+    Triton sees no wide accesses there, or narrower ones: masks and addresses take registers and instructions.
+    """
+    heavy = work.backward and (work.fan_out or work.reads_residual or _is_smooth(work))
+    return work.family == "rows" and work.positions % 16 != 0 and not heavy
+
+
 def limits_registers(plan: Plan) -> bool:
     """Whether the compiler is held to the budget: NVIDIA's takes more than it needs where it sees no reason not to.
 
-    Not where masks or float64 may need more than was measured: a spill costs more than a resident program. But
-    with lanes that count, or a masked backward with something fused, the compiler spills where it is left to choose.
+    Not where float64 may need more than was measured, nor masks in a plain forward: a spill costs more than a resident
+    program. Elsewhere the compiler spills with masks where it is left to choose.
     """
     work = plan.work
-    measured = work.fuses if work.backward else _counts(work, plan.variant)
-    told = measured or is_even(work, plan.tile)
+    fuses = work.fuses and not work.fan_out
+    measured = work.backward or fuses or _counts(work, plan.variant)
+    told = measured or is_even(work, plan.tile) or (plan.variant == "resident" and _narrow(work))
     return told and work.statistics_size == 4 and plan.device.target.startswith("sm_")
 
 
@@ -173,7 +190,7 @@ def limits_registers(plan: Plan) -> bool:
 # figures.
 _Budgets = dict[Family, tuple[int, int]]
 _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
-    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 104)},
+    ("forward", "resident"): {"rows": (72, 96), "columns": (104, 104)},
     ("forward", "streaming"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
@@ -196,6 +213,8 @@ _EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
     ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
     ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
 }
+# Of a resident slab in narrow rows, with or without masks.
+_NARROW: dict[Direction, tuple[int, int]] = {"forward": (112, 128), "backward": (128, 136)}
 # What a program of a resident slab may take for the running statistics, forward, where that costs no resident program;
 # half of it with a residual. With all that there are the compiler spills.
 _SPARE: _Budgets = {"rows": (16, 0), "columns": (0, 16)}
@@ -214,6 +233,7 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
     """The budget a thread; the tests compile every kernel and hold it to this."""
     amd = device.target.startswith("gfx")
     crowded = tile[0] * tile[1] > threads * _values_per_thread(work, variant)
+    narrow = variant == "resident" and _narrow(work)
     if work.fan_out:
         budget = _FAN_OUT[work.direction, variant][work.family][amd]
     elif crowded:  # twice as many
@@ -222,10 +242,11 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
         kind = work.direction, "streaming" if variant == "split" else variant, work.family
         extra = _EPILOGUES.get(kind, ((0, 0, 0), (0, 0, 0)))[amd]
         has = work.activation != "none", _is_smooth(work), work.reads_residual
-        budget = _BUDGETS[work.direction, variant][work.family][amd]
+        budget = (_NARROW[work.direction] if narrow else _BUDGETS[work.direction, variant][work.family])[amd]
         budget += max(taken * registers for taken, registers in zip(has, extra, strict=True))
-    if not is_even(work, tile):
-        budget += 40 if _counts(work, variant) else 24
+    if not is_even(work, tile) and not narrow:
+        held = variant == "resident" and not work.backward and work.family == "rows"  # and the parameters, in rows
+        budget += 40 if _counts(work, variant) else 24 + 8 * held
     budget += 32 * (work.statistics_size == 8)
     budget = min(budget, 255, device.registers // threads // 8 * 8)
     if variant == "resident" and not work.backward:
@@ -300,8 +321,8 @@ def covering_tile(work: Work, most: int) -> Tile:
 
 
 def _most_threads(work: Work, device: Device) -> int:
-    """The most threads of a program. One that holds a sum over tasks needs twice the 64 registers a thread."""
-    return device.block_threads // 2 if work.gathers else device.block_threads
+    """The most threads of a program: half where one needs twice the 64 registers, for sums or many values."""
+    return device.block_threads // 2 if work.gathers or _narrow(work) else device.block_threads
 
 
 def _channel_blocks(work: Work) -> tuple[int, int]:

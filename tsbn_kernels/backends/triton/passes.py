@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ from tsbn_kernels.backends.triton.launch import Launch
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import EPILOGUES, NONE
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.layout import Family
 from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Options, Running, Saved, of_input
 
 Strides = tuple[int, int, int, int]
 
 # The kernels that no epilogue ends: compiled once for all activations.
 WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")
+
+WORD = 8  # bytes: where runs are aligned less, each few values have an address, and steps between samples are constants
 
 
 def view_strides(shape: Sequence[int], strides: tuple[int, ...], options: Options) -> Strides:
@@ -43,13 +47,26 @@ def view_of(tensor: Tensor | None, strides: Strides) -> View | None:
     return None if tensor is None else View(tensor, *strides)
 
 
+def reach_of(family: Family, sizes: Strides, views: Sequence[Strides]) -> tuple[Any, int]:
+    """The type of offsets within a slab, and how runs along the contiguous axis are aligned, in all such views.
+
+    They begin and end at multiples of the widest power of two, up to 16, that divides the steps between them. In
+    columns offsets of 32 bits save nothing, and take registers.
+    """
+    contiguous, between = (2, (0, 1, 3)) if family == "columns" else (3, (0, 1, 2))
+    near = family == "rows" and all(n * (sizes[1] - 1) + sizes[3] <= 1 << 32 for _, n, _, _ in views)
+    steps = [view[d] for view in views for d in between if sizes[d] > 1]
+    return tl.uint32 if near else tl.int64, math.gcd(16, sizes[contiguous], *steps)
+
+
 def tile_of(plan: Plan, activation: str = NONE, slope: float = 0.0) -> Tile:
-    """The tile that the kernels of a plan are compiled for."""
+    """The tile that the kernels of a plan are compiled for, wherever values lie."""
     work = plan.work
     index = tl.int64 if work.values >= 1 << 31 else tl.int32
     accumulate = tl.float64 if work.statistics_size == 8 else tl.float32
-    kind = work.family == "columns", *plan.tile, rules.is_even(work, plan.tile), work.expanded, index, accumulate
-    end = activation, EPILOGUES[activation].exponential, slope
+    full = rules.is_full(work, plan.tile)
+    kind = work.family == "columns", *plan.tile, *full, all(full), work.expanded, index, tl.int64, 1
+    end = accumulate, activation, EPILOGUES[activation].exponential, slope
     fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
     return Tile(*fields)
 
@@ -88,15 +105,20 @@ class Pass:
         shape, dense = self.stacked_sizes
         all_strides = (dense if tensor is None else tensor.stride() for tensor in (*stacked, None))
         _, fresh = self.input_sizes
-        views = (
+        views: tuple[Strides, ...] = (
             *(view_strides(x.shape, strides, self.input) for strides in (x.stride(), fresh)),
             *(view_strides(shape, strides, self.options) for strides in all_strides),
         )
         joined = all(samples == 1 or n == positions * s for _, n, _, s in views)
-        if self.plan.work.family == "rows" or positions == 1 or not joined:
-            return views
-        self.sizes = tasks, samples * positions, channels, 1
-        return tuple((t, s, c, 1) for t, _, c, s in views)
+        family = self.plan.work.family
+        if family == "columns" and positions > 1 and joined:
+            self.sizes = tasks, samples * positions, channels, 1
+            views = tuple((t, s, c, 1) for t, _, c, s in views)
+        offset, run = reach_of(family, self.sizes, views)
+        if family == "rows" and run * self.plan.work.item_size < WORD:
+            offset, views = tl.int64, tuple((t, tl.constexpr(n), c, s) for t, n, c, s in views)
+        self.tile = self.tile._replace(OFFSET=tl.constexpr(offset), RUN=tl.constexpr(run))
+        return views
 
     def launch(self, kernel: str, *constants: Any, programs: int = 0) -> Launch:
         """A launch of one of the kernels of this pass, with as many programs as are planned where none are given."""
@@ -104,7 +126,7 @@ class Pass:
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
         tile = self.tile
         if kernel in WITHOUT_EPILOGUE:
-            tile = tile_of(plan)
+            tile = tile_of(plan)._replace(OFFSET=tile.OFFSET, RUN=tile.RUN)
         return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, streams: int, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tsbn_kernels.backends.triton.kernels.tiles import (
     gate_slope,
     gate_value,
     load,
+    program_from_last,
     slab_at,
     store,
     store_vector,
@@ -175,8 +176,9 @@ def backward_apply(
 
     Without ``partials`` nothing is summed: dx in evaluation. DONE: dy has gone through the activation.
     """
-    split = tl.program_id(0) % splits
-    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    program = program_from_last()
+    split = program % splits
+    slab = slab_at(program // splits, T, N, C, S, tile)
     raw, average, rstd, scale, shift = normalization(weight, bias, mean, var, slab, tile, EPS, SIGMOID)
     slope, offset = average, average
     if partials is not None:

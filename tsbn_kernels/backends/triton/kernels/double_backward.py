@@ -11,6 +11,7 @@ from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
     VECTORS,
     load,
+    program_from_last,
     slab_at,
     store,
     store_vector,
@@ -60,8 +61,9 @@ def double_backward_partial(ddx, dy, x, mean, partials, T, N, C, S, splits, shar
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=[*VECTORS, "factors"])
 def double_backward_apply(ddx, dy, x, mean, factors, ddy, dx, T, N, C, S, splits, share, tile):
     """What a split has of ddy and dx by ``factors [7, T, C]``, the last tile first: the cache may still hold it."""
-    split = tl.program_id(0) % splits
-    slab = slab_at(tl.program_id(0) // splits, T, N, C, S, tile)
+    program = program_from_last()
+    split = program % splits
+    slab = slab_at(program // splits, T, N, C, S, tile)
     average = vector(mean, slab, tile)
     size = tl.cast(T, tl.int64) * C
     f0, f1, f2 = vector(factors, slab, tile), vector(factors + size, slab, tile), vector(factors + 2 * size, slab, tile)

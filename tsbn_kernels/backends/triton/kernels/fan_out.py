@@ -9,13 +9,14 @@ import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels import backward, forward
 from tsbn_kernels.backends.triton.kernels.epilogue import through
-from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track, tracked
 from tsbn_kernels.backends.triton.kernels.statistics import add_splits, merge_splits, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
     VECTORS,
     Slab,
     load,
+    program_from_last,
     slab_at,
     store,
     store_vector,
@@ -42,7 +43,8 @@ def store_statistics(
         task = of_task(t, T, slab)
         store_vector(mean, average, task)
         store_vector(var, variance, task)
-        track(running_mean, running_var, batches, momentum, rows, average, variance, task, tile)
+        before = tracked(running_mean, running_var, batches, momentum, rows, task, tile)
+        track(running_mean, running_var, before, average, variance, task, tile)
 
 
 @triton.jit
@@ -53,12 +55,13 @@ def store_outcomes(
     """Writes y of every task for a tile of x, by the statistics of x, or by the tasks' own where there are none."""
     for t in range(T):
         task = of_task(t, T, slab)
+        gate, shift = forward.parameters(weight, bias, task, tile, SIGMOID)
         if average is None:
             deviation = values - vector(mean, task, tile)
-            scale, offset = forward.coefficients(weight, bias, None, vector(var, task, tile), task, tile, EPS, SIGMOID)
+            scale, offset = forward.coefficients(gate, shift, None, vector(var, task, tile), EPS)
         else:
             deviation = values - average
-            scale, offset = forward.coefficients(weight, bias, rest, variance, task, tile, EPS, SIGMOID)
+            scale, offset = forward.coefficients(gate, shift, rest, variance, EPS)
         forward.store_outcome(y, deviation, residual, scale, offset, task, place, tile)
 
 
@@ -71,13 +74,13 @@ def fan_out_slab(
     slab = slab_at(tl.program_id(0), 1, N, C, S, tile)
     place = tile_at(0, slab, tile)
     values = load(x, slab, place, tile)
-    average, rest, squares, count = tile_statistics(values, place, slab, tile)
+    _, about, rest, squares, count = tile_statistics(values, place, slab, tile)
     variance = squares / count
     store_statistics(
-        mean, var, running_mean, running_var, batches, momentum, rows, average, variance, T, slab, tile
+        mean, var, running_mean, running_var, batches, momentum, rows, about + rest, variance, T, slab, tile
     )  # fmt: skip
     store_outcomes(
-        values, residual, y, weight, bias, mean, var, average, rest, variance, T, slab, place, tile, EPS, SIGMOID
+        values, residual, y, weight, bias, mean, var, about, rest, variance, T, slab, place, tile, EPS, SIGMOID
     )  # fmt: skip
 
 
@@ -87,8 +90,9 @@ def fan_out_apply(
     T, N, C, S, splits, share, tile, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Every task's y of a split, by the statistics that ``partials`` give, or by those given where there are none."""
-    split = tl.program_id(0) % splits
-    slab = slab_at(tl.program_id(0) // splits, 1, N, C, S, tile)
+    program = program_from_last()
+    split = program % splits
+    slab = slab_at(program // splits, 1, N, C, S, tile)
     if partials is None:
         average, rest, variance = None, None, None
     else:
@@ -171,8 +175,9 @@ def fan_out_sums(
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
 def fan_out_gradient(x, gathered, dx, mean, terms, T, N, C, S, splits, tile):
     """Dx of a split in training: the gathered gradients, and what the tasks' sums add."""
-    slab = slab_at(tl.program_id(0) // splits, 1, N, C, S, tile)
-    place = tile_at(tl.program_id(0) % splits, slab, tile)
+    program = program_from_last()
+    slab = slab_at(program // splits, 1, N, C, S, tile)
+    place = tile_at(program % splits, slab, tile)
     slope, offset = add_splits(terms, T, slab, tile)  # as if each task had been a split of one
     deviation = load(x, slab, place, tile) - vector(mean, slab, tile)
     store(dx, load(gathered, slab, place, tile) + deviation * slope + offset, slab, place, tile)

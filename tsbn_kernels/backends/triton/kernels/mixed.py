@@ -134,8 +134,8 @@ def mixed_partial(x, partials, mix, C, S, tile, SAMPLES: tl.constexpr):
     slab, block = block_at(tl.program_id(0), mix, C, S, tile, SAMPLES)
     if slab.N > 0:
         place = place_of(block, mix, slab, tile)
-        average, rest, squares, count = tile_statistics(load(x, slab, place, tile), place, slab, tile)
-        store_part(partials, average, 0, block, 4, mix, slab)
+        _, about, rest, squares, count = tile_statistics(load(x, slab, place, tile), place, slab, tile)
+        store_part(partials, about, 0, block, 4, mix, slab)
         store_part(partials, rest, 1, block, 4, mix, slab)
         store_part(partials, squares, 2, block, 4, mix, slab)
         store_part(partials, count, 3, block, 4, mix, slab)
@@ -172,7 +172,8 @@ def mixed_forward(
     if slab.N > 0:
         place = place_of(block, mix, slab, tile)
         lost = None if rest is None else vector(rest, slab, tile)
-        scale, offset = forward.coefficients(weight, bias, lost, vector(var, slab, tile), slab, tile, EPS, SIGMOID)
+        gate, shift = forward.parameters(weight, bias, slab, tile, SIGMOID)
+        scale, offset = forward.coefficients(gate, shift, lost, vector(var, slab, tile), EPS)
         deviation = load(x, slab, place, tile) - vector(mean, slab, tile)
         forward.store_outcome(y, deviation, residual, scale, offset, slab, place, tile)
 

@@ -1,5 +1,7 @@
 """Running statistics, updated by the program that has computed those of the batch."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,11 +10,21 @@ from tsbn_kernels.backends.triton.kernels.tiles import VECTORS, Slab
 TRACKED = [*VECTORS, "running_mean", "running_var", "batches", "rows"]  # of a kernel that updates them
 
 
-@triton.jit
-def track(running_mean, running_var, batches, momentum, rows, average, variance, slab, tile):
-    """Moves those of a slab that are given towards the batch's, and counts the batch.
+class Tracked(NamedTuple):
+    """The running statistics of a slab as they were: where they are, whose they are, and the batch's share of them."""
 
-    Without a ``momentum`` it is the cumulative average, and all programs of a task read the count.
+    index: Any
+    inside: Any
+    share: Any
+    mean: Any
+    var: Any
+
+
+@triton.jit
+def tracked(running_mean, running_var, batches, momentum, rows, slab, tile):
+    """Reads those of a slab that are given, and counts the batch.
+
+    Without a ``momentum`` they are the cumulative average, and all programs of a task read the count.
     """
     own = own_row(rows, slab)
     share = momentum
@@ -24,13 +36,21 @@ def track(running_mean, running_var, batches, momentum, rows, average, variance,
     index, inside = own.t.to(tl.int64) * own.C + own.channel, own.channel < own.C
     old_mean = tl.load(running_mean + index, mask=inside, other=0.0) if running_mean is not None else None
     old_var = tl.load(running_var + index, mask=inside, other=0.0) if running_var is not None else None
+    return Tracked(index, inside, share, old_mean, old_var)
+
+
+@triton.jit
+def track(running_mean, running_var, before, average, variance, slab, tile):
+    """Moves those that are given from what they were towards the batch's."""
     tl.debug_barrier()  # all threads of a program read what one of them writes
+    index, inside = before.index, before.inside
     if running_mean is not None:
-        tl.store(running_mean + index, moved(old_mean, average, share).to(running_mean.dtype.element_ty), mask=inside)
+        values = moved(before.mean, average, before.share)
+        tl.store(running_mean + index, values.to(running_mean.dtype.element_ty), mask=inside)
     if running_var is not None:
-        values = tl.cast(own.N, tile.ACC) * own.S
-        unbiased = variance * (values / (values - 1.0))
-        tl.store(running_var + index, moved(old_var, unbiased, share).to(running_var.dtype.element_ty), mask=inside)
+        count = tl.cast(slab.N, tile.ACC) * slab.S
+        values = moved(before.var, variance * (count / (count - 1.0)), before.share)
+        tl.store(running_var + index, values.to(running_var.dtype.element_ty), mask=inside)
 
 
 @triton.jit

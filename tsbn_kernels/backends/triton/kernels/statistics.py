@@ -6,7 +6,7 @@ Not even the digits of the mean that its type cannot hold: they come as a second
 import triton
 import triton.language as tl
 
-from tsbn_kernels.backends.triton.kernels.tiles import load, tile_at, total, vector, within
+from tsbn_kernels.backends.triton.kernels.tiles import load, tile_at, total, totals, vector, within
 
 LANES = tl.constexpr(16)  # splits whose partial sums are read at a time
 
@@ -20,35 +20,52 @@ def exact_sum(a, b):
 
 
 @triton.jit
-def lane_total(counts, tile):
-    """The sum of what the lanes of a tile count."""
-    return total(tl.zeros((tile.A, 1 if tile.COLUMNS else tile.B), tile.ACC) + counts, tile)
+def counted_mean(values, counts, tile):
+    """The mean over a tile whose lanes count values, and their number: in rows by one exchange between threads.
+
+    In columns all channels share the counts, which are summed apart.
+    """
+    if tile.COLUMNS:
+        count = total(tl.zeros((tile.A, 1), tile.ACC) + counts, tile)
+        sums = total(values * counts, tile)
+    else:
+        sums, count = totals(values * counts, tl.zeros((tile.A, tile.B), tile.ACC) + counts, tile)
+    return sums / count, count
+
+
+@triton.jit
+def around(deviation, squares, counts, count, tile):
+    """Of deviations from about the mean: their mean, and the squares around the mean itself.
+
+    By one exchange, for squares are summed around what they deviate from; what that adds is as small as the mean of
+    the deviations.
+    """
+    sums, squares = totals(deviation * counts, squares + deviation * deviation * counts, tile)
+    rest = sums / count
+    return rest, tl.maximum(squares - sums * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def merge_lanes(means, squares, counts, slab, tile):
-    """Mean, rest and squared deviations of a tile whose lanes hold those of ``counts`` values each; the count of all.
-
-    The mean is refined once: equal values give exactly that value, and no deviation.
-    """
-    count = lane_total(counts, tile)
-    first = total(means * counts, tile) / count
-    mean, rest = exact_sum(first, total((means - first) * counts, tile) / count)
-    deviation = means - mean
-    return mean, rest, total(squares + deviation * deviation * counts, tile), count
+    """Mean, rest and squared deviations of a tile whose lanes hold those of ``counts`` values; the count of all."""
+    first, count = counted_mean(means, counts, tile)
+    rest, squares = around(means - first, squares, counts, count, tile)
+    mean, rest = exact_sum(first, rest)
+    return mean, rest, squares, count
 
 
 @triton.jit
 def tile_statistics(values, place, slab, tile):
-    """The same of a slab that is one tile, zero where it has no values.
+    """Deviations of a slab that is one tile, from about the mean; that, its rest, squared deviations and the count.
 
-    A lane has one value or none: nobody counts, and masks take the place of counts, which would take registers.
+    There are two exchanges between threads: the second finds what the first mean lacks, beside the squares. Deviations
+    are zero where there are no values: a lane has one or none, so nobody counts, and masks take the place of counts.
     """
     count = tl.cast(slab.N * slab.S, tile.ACC)
-    first = total(values, tile) / count
-    mean, rest = exact_sum(first, total(within(values - first, place, tile), tile) / count)
-    deviation = within(values - mean, place, tile)
-    return mean, rest, total(deviation * deviation, tile), count
+    about = total(values, tile) / count
+    deviation = within(values - about, place, tile)
+    rest, squares = around(deviation, 0.0, 1.0, count, tile)
+    return deviation, about, rest, squares, count
 
 
 @triton.jit
@@ -60,7 +77,7 @@ def slab_statistics(x, slab, first, last, tile):
     place = tile_at(first, slab, tile)
     values = load(x, slab, place, tile)
     counts = place.real
-    shift = total(values, tile) / lane_total(counts, tile)
+    shift, _ = counted_mean(values, counts, tile)
     means = within(values - shift, place, tile)
     squares = tl.zeros((tile.A, tile.B), tile.ACC)
     for k in tl.range(first + 1, last, loop_unroll_factor=2 if tile.EVEN else 1):  # more loads in flight
@@ -104,12 +121,12 @@ def merge_splits(partials, splits, slab, tile):
         share = more / tl.maximum(counts, 1.0)
         means += deviation * share
         squares += tl.load(partials + 2 * step + index, mask=inside, other=0.0) + deviation * deviation * before * share
-    count = tl.maximum(total(counts, tile), 1.0)
-    first = total(means * counts, tile) / count
-    centre = first + total((means - first) * counts, tile) / count
-    deviation = means - centre
-    average, rest = exact_sum(shift, centre)
-    return average, rest, total(squares + deviation * deviation * counts, tile) / count
+    sums, count = totals(means * counts, counts, tile)
+    count = tl.maximum(count, 1.0)
+    first = sums / count
+    centre, squares = around(means - first, squares, counts, count, tile)
+    average, rest = exact_sum(shift, first + centre)
+    return average, rest, squares / count
 
 
 @triton.jit
@@ -123,4 +140,4 @@ def add_splits(partials, splits, slab, tile):
         inside = (i < splits) & (slab.channel < slab.C)
         sums += tl.load(partials + index, mask=inside, other=0.0)
         dots += tl.load(partials + step + index, mask=inside, other=0.0)
-    return total(sums, tile), total(dots, tile)
+    return totals(sums, dots, tile)

@@ -31,9 +31,13 @@ class Tile(NamedTuple):
     COLUMNS: tl.constexpr
     A: tl.constexpr
     B: tl.constexpr
-    EVEN: tl.constexpr  # every tile is full
+    FULL_A: tl.constexpr  # no tile ends within A
+    FULL_B: tl.constexpr
+    EVEN: tl.constexpr  # both: every tile is full
     TASKS_INNER: tl.constexpr  # programs that follow one another differ in the task: they read the same shared input
     INDEX: tl.constexpr  # of positions: int64 where a slab has 2^31 values and more
+    OFFSET: tl.constexpr  # of values from the slab's first one
+    RUN: tl.constexpr  # a power of two up to 16: each run along B begins and ends at a multiple of so many values
     ACC: tl.constexpr  # of the arithmetic
     ACTIVATION: tl.constexpr  # that follows the layer, or "none"
     EXPONENTIAL: tl.constexpr  # it has one
@@ -83,11 +87,23 @@ def slab_at(index, T, N, C, S, tile):
 
 
 @triton.jit
+def program_from_last():
+    """The number of a program, counted from the last one: it begins with what the launch before this one read last."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def tiles_of(slab, tile):
     """The number of tiles of a slab."""
     if tile.COLUMNS:
         return tl.cdiv(tl.cast(slab.N, tile.INDEX) * slab.S, tile.A).to(tl.int32)
     return tl.cast(tl.cdiv(slab.N, tile.A) * tl.cdiv(slab.S, tile.B), tl.int32)
+
+
+@triton.jit
+def whole_runs(values, tile):
+    """The values, multiples of RUN, in a form that says so: a hint may outlive the shape that it was given for."""
+    return values // tile.RUN * tile.RUN if tile.RUN > 1 and tile.RUN < 16 else values
 
 
 @triton.jit
@@ -100,34 +116,46 @@ def tile_at(k, slab, tile):
         n = p // slab.S
         s = p - n * slab.S
         exists = p < values
-        inside = exists & (slab.channel < slab.C)
+        inside = exists if tile.FULL_B else exists & (slab.channel < whole_runs(slab.C, tile))
     else:
         runs = tl.cdiv(slab.S, tile.B)
         row = k // runs * tile.A
         start = tl.cast(k % runs, tile.INDEX) * tile.B
         n = row + tl.arange(0, tile.A)[:, None]
         s = start + tl.arange(0, tile.B)[None, :]
-        exists = (n < slab.N) & (s < slab.S)
+        if tile.FULL_A:
+            exists = s < whole_runs(slab.S, tile)
+        elif tile.FULL_B:
+            exists = n < slab.N
+        else:
+            exists = (n < slab.N) & (s < whole_runs(slab.S, tile))
         inside = exists
     real = tl.full((1, 1), 1.0, tile.ACC) if tile.EVEN else exists.to(tile.ACC)
     return Place(n, s, inside, real)
 
 
 @triton.jit
-def pointers(view, slab, place):
-    """Where the values of a tile lie: offsets of 64 bits, for activations of 2^31 elements and more."""
-    task = view.data + slab.t.to(tl.int64) * view.t
-    n, s, channel = place.n.to(tl.int64), place.s.to(tl.int64), slab.channel.to(tl.int64)
-    return task + (n * view.n + s * view.s + channel * view.c)
+def pointers(view, slab, place, tile):
+    """Where the values of a tile lie. The slab's own offset has 64 bits, for activations of 2^31 elements and more."""
+    before = slab.t.to(tl.int64) * view.t
+    n, s, channel = place.n.to(tile.OFFSET), place.s.to(tile.OFFSET), slab.channel
+    runs = n * whole_runs(view.n, tile)
+    if tile.COLUMNS:
+        runs += s * whole_runs(view.s, tile)
+        along = channel.to(tile.OFFSET) * view.c
+    else:
+        before += channel.to(tl.int64) * view.c
+        along = s * view.s
+    return view.data + whole_runs(before, tile) + (runs + along).to(tl.int64)
 
 
 @triton.jit
 def load(view, slab, place, tile):
     """The values of a tile, zero where there are none."""
     if tile.EVEN:
-        values = tl.load(pointers(view, slab, place))
+        values = tl.load(pointers(view, slab, place, tile))
     else:
-        values = tl.load(pointers(view, slab, place), mask=place.inside, other=0.0)
+        values = tl.load(pointers(view, slab, place, tile), mask=place.inside, other=0.0)
     return values.to(tile.ACC)
 
 
@@ -136,9 +164,9 @@ def store(view, values, slab, place, tile):
     """Writes the values of a tile, rounded to the dtype of the view."""
     values = values.to(view.data.dtype.element_ty)
     if tile.EVEN:
-        tl.store(pointers(view, slab, place), values)
+        tl.store(pointers(view, slab, place, tile), values)
     else:
-        tl.store(pointers(view, slab, place), values, mask=place.inside)
+        tl.store(pointers(view, slab, place, tile), values, mask=place.inside)
 
 
 @triton.jit
@@ -162,18 +190,9 @@ def store_vector(data, values, slab):
 
 
 @triton.jit
-def scalar(values):
-    """The one value of a block ``[1, 1]``."""
-    return tl.sum(tl.sum(values, 1), 0)
-
-
-@triton.jit
 def total(values, tile):
-    """The sum over a tile, a channel."""
-    if not tile.COLUMNS:
-        values = tl.sum(values, 1, keep_dims=True)
-    values = tl.sum(values, 0, keep_dims=True)
-    return values if tile.COLUMNS else scalar(values)
+    """The sum over a tile, a channel: in rows over all of it as one axis."""
+    return tl.sum(values, 0, keep_dims=True) if tile.COLUMNS else tl.sum(values)
 
 
 @triton.jit
@@ -185,12 +204,14 @@ def _add(a, b, c, d):
 def totals(a, b, tile):
     """Two such sums by one exchange through shared memory.
 
-    Axis by axis: Triton 3.7 and 3.8 pair values wrongly where operands are first reshaped to one axis.
+    In rows the two lie side by side and are summed as one: Triton 3.7 and 3.8 pair values wrongly where several
+    operands of a reduction are first reshaped to one axis.
     """
-    if not tile.COLUMNS:
-        a, b = tl.reduce((a, b), 1, _add, keep_dims=True)
-    a, b = tl.reduce((a, b), 0, _add, keep_dims=True)
-    return a if tile.COLUMNS else scalar(a), b if tile.COLUMNS else scalar(b)
+    if tile.COLUMNS:
+        a, b = tl.reduce((a, b), 0, _add, keep_dims=True)
+    else:
+        a, b = tl.split(tl.sum(tl.reshape(tl.join(a, b), [a.shape[0] * a.shape[1], 2]), 0))
+    return a, b
 
 
 @triton.jit
