@@ -293,7 +293,7 @@ MUTANTS = {
     "pairs the sums wrongly": (
         "tiles", "return a + c, b + d", "return a + d, b + c", "resident", "columns", True, "out",
     ),
-    "sums one of two twice": ("tiles", "tl.join(a, b)", "tl.join(a, a)", "resident", "rows", True, "out"),
+    "sums one of two twice": ("tiles", "of_threads(b, tile)", "of_threads(a, tile)", "resident", "rows", True, "out"),
 }  # fmt: skip
 
 

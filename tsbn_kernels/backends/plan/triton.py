@@ -175,13 +175,12 @@ def _narrow(work: Work) -> bool:
 def limits_registers(plan: Plan) -> bool:
     """Whether the compiler is held to the budget: NVIDIA's takes more than it needs where it sees no reason not to.
 
-    Not where float64 may need more than was measured, nor masks in a plain forward: a spill costs more than a resident
+    Not where float64 may need more than was measured, nor masks in columns forward: a spill costs more than a resident
     program. Elsewhere the compiler spills with masks where it is left to choose.
     """
     work = plan.work
-    fuses = work.fuses and not work.fan_out
-    measured = work.backward or fuses or _counts(work, plan.variant)
-    told = measured or is_even(work, plan.tile) or (plan.variant == "resident" and _narrow(work))
+    measured = work.backward or (work.family == "rows" and not work.fan_out)
+    told = measured or is_even(work, plan.tile)
     return told and work.statistics_size == 4 and plan.device.target.startswith("sm_")
 
 
@@ -190,10 +189,10 @@ def limits_registers(plan: Plan) -> bool:
 # figures.
 _Budgets = dict[Family, tuple[int, int]]
 _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
-    ("forward", "resident"): {"rows": (72, 96), "columns": (104, 104)},
+    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 104)},
     ("forward", "streaming"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
-    ("forward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
+    ("forward", "elementwise"): {"rows": (48, 72), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
     ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
     ("backward", "split"): {"rows": (80, 88), "columns": (112, 88)},
@@ -245,8 +244,7 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
         budget = (_NARROW[work.direction] if narrow else _BUDGETS[work.direction, variant][work.family])[amd]
         budget += max(taken * registers for taken, registers in zip(has, extra, strict=True))
     if not is_even(work, tile) and not narrow:
-        held = variant == "resident" and not work.backward and work.family == "rows"  # and the parameters, in rows
-        budget += 40 if _counts(work, variant) else 24 + 8 * held
+        budget += 40 if _counts(work, variant) else 24
     budget += 32 * (work.statistics_size == 8)
     budget = min(budget, 255, device.registers // threads // 8 * 8)
     if variant == "resident" and not work.backward:

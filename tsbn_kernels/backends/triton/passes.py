@@ -64,8 +64,10 @@ def tile_of(plan: Plan, activation: str = NONE, slope: float = 0.0) -> Tile:
     work = plan.work
     index = tl.int64 if work.values >= 1 << 31 else tl.int32
     accumulate = tl.float64 if work.statistics_size == 8 else tl.float32
+    a, b = plan.tile
+    held = max(1, a * b // plan.threads)
     full = rules.is_full(work, plan.tile)
-    kind = work.family == "columns", *plan.tile, *full, all(full), work.expanded, index, tl.int64, 1
+    kind = work.family == "columns", a, b, *full, all(full), work.expanded, index, tl.int64, 1, held
     end = accumulate, activation, EPILOGUES[activation].exponential, slope
     fields: list[Any] = [*map(tl.constexpr, (*kind, *end)), *activations.TABLE[activation]]
     return Tile(*fields)

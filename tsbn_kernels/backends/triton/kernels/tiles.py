@@ -38,6 +38,7 @@ class Tile(NamedTuple):
     INDEX: tl.constexpr  # of positions: int64 where a slab has 2^31 values and more
     OFFSET: tl.constexpr  # of values from the slab's first one
     RUN: tl.constexpr  # a power of two up to 16: each run along B begins and ends at a multiple of so many values
+    HELD: tl.constexpr  # values of a thread, at least 1
     ACC: tl.constexpr  # of the arithmetic
     ACTIVATION: tl.constexpr  # that follows the layer, or "none"
     EXPONENTIAL: tl.constexpr  # it has one
@@ -204,14 +205,21 @@ def _add(a, b, c, d):
 def totals(a, b, tile):
     """Two such sums by one exchange through shared memory.
 
-    In rows the two lie side by side and are summed as one: Triton 3.7 and 3.8 pair values wrongly where several
-    operands of a reduction are first reshaped to one axis.
+    In rows each thread adds up its own values before the two lie side by side and are summed as one: Triton 3.7 and 3.8
+    pair values wrongly where several operands of a reduction are first reshaped to one axis.
     """
     if tile.COLUMNS:
         a, b = tl.reduce((a, b), 0, _add, keep_dims=True)
     else:
-        a, b = tl.split(tl.sum(tl.reshape(tl.join(a, b), [a.shape[0] * a.shape[1], 2]), 0))
+        a, b = tl.split(tl.sum(tl.join(of_threads(a, tile), of_threads(b, tile)), 0))
     return a, b
+
+
+@triton.jit
+def of_threads(values, tile):
+    """The sums of each thread's values."""
+    held: tl.constexpr = min(tile.HELD, values.shape[0] * values.shape[1])
+    return tl.sum(tl.reshape(values, [values.shape[0] * values.shape[1] // held, held], can_reorder=True), 1)
 
 
 @triton.jit
