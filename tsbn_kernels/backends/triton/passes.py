@@ -117,6 +117,8 @@ class Pass:
             self.sizes = tasks, samples * positions, channels, 1
             views = tuple((t, s, c, 1) for t, _, c, s in views)
         offset, run = reach_of(family, self.sizes, views)
+        if self.plan.work.gathers:
+            offset = tl.int64  # beside a sum over tasks those of 32 bits take registers on AMD's GPUs
         if family == "rows" and run * self.plan.work.item_size < WORD:
             offset, views = tl.int64, tuple((t, tl.constexpr(n), c, s) for t, n, c, s in views)
         self.tile = self.tile._replace(OFFSET=tl.constexpr(offset), RUN=tl.constexpr(run))
