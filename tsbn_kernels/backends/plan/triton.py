@@ -207,7 +207,7 @@ _EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
     ("forward", "resident", "columns"): ((0, 24, 8), (8, 16, 8)),
     ("forward", "streaming", "rows"): ((0, 0, 0), (0, 8, 0)),
     ("forward", "elementwise", "columns"): ((0, 16, 0), (0, 0, 0)),
-    ("backward", "resident", "rows"): ((0, 0, 8), (0, 0, 8)),
+    ("backward", "resident", "rows"): ((0, 0, 8), (0, 8, 8)),
     ("backward", "resident", "columns"): ((0, 8, 16), (0, 32, 16)),
     ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
     ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
