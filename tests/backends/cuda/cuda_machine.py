@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from math import nan
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cuda_source import ptx
 from support.problems import Problem
-from support.processes import ROOT
 from torch import Tensor
 
-from tools.ptxvm import Out, Report, Struct, compile_cuda, launch
+from tools.ptxvm import Out, Report, Struct, launch
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.slots import LOG_LANES, cut, pass_of
@@ -23,7 +22,6 @@ from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.batch_norm import accumulate_dtype
 from tsbn_kernels.definition.options import NOT_TRACKED, Running
 
-CSRC = ROOT / "csrc" / "cuda"
 H100 = DEVICES["H100"]
 KERNEL_DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 POINTERS = (
@@ -46,26 +44,6 @@ def told(raw: memoryview) -> tuple[list[int], list[int], list[float], list[int]]
     words, first = raw.cast("B").cast("q").tolist(), 8 + len(POINTERS)
     reals = raw[8 * first : 8 * (first + REALS)].cast("B").cast("d").tolist()
     return words[:8], words[8:first], reals, words[first + REALS :]
-
-
-@lru_cache
-def source(file: str = "kernels.cu") -> str:
-    """A file with our headers in place, so that tests can change any line of it."""
-    seen = set()
-
-    def expand(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        text = (CSRC / name).read_text().replace("#pragma once", "")
-        return re.sub(r'#include "([^"]+)"', lambda match: expand(match[1]), text)
-
-    return expand(file)
-
-
-@lru_cache
-def ptx(target: int = 90, text: str | None = None) -> str:
-    return compile_cuda(text or source(), target=target, flags=["-DTSBN_DEVICE_ONLY"])
 
 
 class Epilogue(NamedTuple):
@@ -163,7 +141,7 @@ def run_plan(
     arrays: dict[str, Any],
     *,
     target: int = 90,
-    text: str | None = None,
+    code: str | None = None,
     schedule: str | int = "forward",
 ) -> list[Report]:
     """Both launches of a split, or the one of the others."""
@@ -187,7 +165,7 @@ def run_plan(
         struct = parameters(pointers, values, p.eps, epilogue.slope, arrays.get("momentum"))
         grid = {"cluster": plan.cluster, "cooperative": plan.teams > 0}
         grid |= {"shared": plan.shared_bytes, "schedule": schedule}
-        reports.append(launch(ptx(target, text), kernel, plan.programs, plan.threads, [struct], **grid))
+        reports.append(launch(code or ptx(target), kernel, plan.programs, plan.threads, [struct], **grid))
     return reports
 
 

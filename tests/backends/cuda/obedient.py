@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from cuda_machine import H100, KERNEL_DTYPES, POINTERS, dx_of_fan_out, parameters, ptx
+from cuda_machine import H100, KERNEL_DTYPES, POINTERS, dx_of_fan_out, parameters
+from cuda_source import ptx
 from torch import Tensor
 
 from tools.ptxvm import Out, Report, launch
@@ -24,7 +25,8 @@ class Machine:
     """Makes launches in the PTX machine; memory that a launch does not complete holds NaN before it.
 
     Args:
-        target, text: of the PTX.
+        target: of the PTX.
+        code: PTX of some kernels, None for that of all.
         schedule: of blocks and warps.
 
     Attributes:
@@ -32,8 +34,8 @@ class Machine:
         plans: that were made.
     """
 
-    def __init__(self, target: int, text: str | None, schedule: str | int) -> None:
-        self.target, self.text, self.schedule = target, text, schedule
+    def __init__(self, target: int, code: str | None, schedule: str | int) -> None:
+        self.target, self.code, self.schedule = target, code, schedule
         self.reports: list[Report] = []
         self.plans: list[rules.CudaPlan] = []
 
@@ -63,7 +65,7 @@ class Machine:
         pointers = [0 if given[name] is None else given[name] for name in POINTERS]
         struct = parameters(pointers, numbers, eps, slope, operands.momentum)
         entry = f"tsbn_{name}{'_together' * together}_{DTYPES[dtype]}" + ("" if keys else f"_{ACCESSES[access]}")
-        text = ptx(self.target, self.text)
+        text = self.code or ptx(self.target)
         options: dict[str, Any] = {"cluster": cluster, "shared": shared, "schedule": self.schedule}
         options["cooperative"] = bool(together)
         self.reports.append(launch(text, entry, blocks, threads, [struct], **options))
@@ -76,10 +78,10 @@ def _poison(tensor: Tensor | None) -> None:
 
 @contextmanager
 def obedient(
-    target: int = 90, text: str | None = None, schedule: str | int = "forward", device: Device = H100
+    target: int = 90, code: str | None = None, schedule: str | int = "forward", device: Device = H100
 ) -> Iterator[Machine]:
     """Lets the operators of the backend launch in a machine."""
-    machine, prepare = Machine(target, text, schedule), batch_norm._prepare
+    machine, prepare = Machine(target, code, schedule), batch_norm._prepare
 
     def observed(*arguments: Any) -> batch_norm.Pass:
         found = prepare.__wrapped__(*arguments)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from cuda_machine import H100, KERNEL_DTYPES, POINTERS, name_of, parameters, ptx, source
+from cuda_machine import H100, KERNEL_DTYPES, POINTERS, name_of, parameters
+from cuda_source import ptx
 from support.layer_problems import LayerProblem, LayerResults
 from torch import Tensor
 
@@ -44,15 +45,15 @@ class Machine:
 
     Args:
         target: of the PTX.
-        text: of the source, None for ours.
+        code: PTX of some kernels, None for that of all.
         schedule: of blocks and warps.
         device: for which passes are planned.
     """
 
     def __init__(
-        self, target: int = 90, text: str | None = None, schedule: str | int = "forward", device: Device = H100
+        self, target: int = 90, code: str | None = None, schedule: str | int = "forward", device: Device = H100
     ) -> None:
-        self.target, self.text, self.schedule, self.device = target, text, schedule, device
+        self.target, self.code, self.schedule, self.device = target, code, schedule, device
 
     def forward(self, p: LayerProblem) -> tuple[dict[str, Tensor | None], Launched]:
         """Y, s, mean and rstd by their names."""
@@ -140,7 +141,7 @@ class Machine:
         values = rules.numbers(plan, p.gate == "sigmoid", tuple(k for v in vectors for k in v))
         pointers = [0 if arrays.get(name) is None else arrays[name] for name in POINTERS]
         struct = parameters(pointers, values, p.eps, 1 / channels)
-        text = ptx(self.target, self.text or source("layer_norm.cu"))
+        text = self.code or ptx(self.target, "layer_norm.cu")
         return launch(text, kernel, blocks, threads, [struct], shared=shared, schedule=self.schedule)
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from cuda_machine import CSRC, source
+from cuda_source import CSRC, source
 from support.processes import ROOT
 
 from tools.ptxvm import find_nvcc

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_machine import Backward, Forward, backward, forward, parameters, ptx
+from cuda_machine import Backward, Forward, backward, forward, parameters
+from cuda_source import ptx
 from support.nonstationary import NONSTATIONARY
 from support.problems import (
     DTYPES,

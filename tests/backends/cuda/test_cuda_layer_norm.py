@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_machine import H100, source
+from cuda_machine import H100
+from cuda_source import Broken
 from rows_machine import ALL, Launched, Machine
 from support.layer_problems import LayerProblem, assert_matches_definition, definition, layer_problem
 from support.problems import DTYPES, STACKINGS
@@ -197,7 +198,7 @@ def test_accesses_are_whole_sectors() -> None:
         assert sum(row.conflicts for row in rows if row.space == "shared") == 0
 
 
-MUTANTS: dict[str, tuple[str, str]] = {
+MUTANTS = {
     "no barrier between the warps' sums and their use": (
         "area[warp * 2 + i] = sums[i];\n    }\n    __syncthreads();",
         "area[warp * 2 + i] = sums[i];\n    }\n",
@@ -208,24 +209,19 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "padding counts": ("v[u][e] = u < mine ? v[u][e] - mean : A(0);", "v[u][e] = v[u][e] - mean;"),
     "the last part is left out": ("k < kParts; ++k) sum +=", "k < kParts - 1; ++k) sum +="),
 }
+ROW_KERNELS = "layer_norm_forward_f16_rows", "layer_norm_backward_f16_rows", "layer_norm_parameters_f32"
+BROKEN = Broken(MUTANTS, *ROW_KERNELS, file="layer_norm.cu")
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants(name: str) -> None:
     """The proof can fail: a kernel with one line broken is caught by the machine, or by the numbers."""
-    old, new = MUTANTS[name]
-    text = source("layer_norm.cu")
-    assert old in text
-    text, _, _ = text.replace(old, new).partition("TSBN_ROW_KERNELS(f32")
-    for pass_ in ("forward", "backward"):  # the others need not be compiled
-        text += f"TSBN_ROW_KERNEL(layer_norm_{pass_}, 512, f16, __half, rows, 8)\n"
-    text += "TSBN_PARAMETERS(f32, float)\n"
 
     def run() -> None:
         for schedule in ("forward", "reversed", 1):
             for tokens, size in ((40, 40), (3, 2056)):
                 p = layer_problem(2, 2, (tokens,), (size,), dtype=torch.float16, residual=True, mean=300.0)
-                check(p, Machine(text=text, schedule=schedule))
+                check(p, Machine(code=BROKEN[name], schedule=schedule))
 
     with pytest.raises((Violation, AssertionError)):
         run()

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cuda_source import Broken
 from hypothesis import given
 from hypothesis import strategies as st
 from obedient import Machine, obedient
@@ -16,7 +17,6 @@ from support.mixed_calls import ALL_OF_ONE, Call
 from support.problems import FORMATS
 from support.synchronized_calls import assert_correct
 from support.tolerances import assert_same_bits
-from test_cuda_mutants import mutant
 
 from tools.ptxvm import Violation, find_nvcc
 from tsbn_kernels.backends import cuda
@@ -205,21 +205,18 @@ def test_launches_are_made_of_shapes_alone() -> None:
 
 # ---- the proof can fail ----------------------------------------------------------------------------------------------
 
-KERNELS = """
-TSBN_KERNEL(mixed_keys, 1, mixed_keys_f64, unsigned long long)
-TSBN_KERNEL(forward, 2, forward_mixed_bf16_columns, __nv_bfloat16, 8, 8, true, true)
-"""
 MUTANTS = {
     "samples of another task": ("kMixed ? mix.order[quotient] : outer", "kMixed ? int64_t(quotient) : outer"),
     "a task begins where its block does": ("mix.order += mix.sample[task] + before", "mix.order += before"),
     "sums of another channel": ("kMixed ? uint32_t(p.n.tiles) : 1", "1"),
     "keys leave out the last words": ("i < p.n.run; i += lanes", "i < p.n.run - 1; i += lanes"),
 }
+BROKEN = Broken(MUTANTS, "mixed_keys_f64", "forward_mixed_bf16_columns")
 
 
-def forward_alone(text: str) -> None:
+def forward_alone(name: str | None) -> None:
     call = Call(UNEVEN, (72,), torch.bfloat16)
-    with obedient(text=text) as machine:
+    with obedient(code=BROKEN[name]) as machine:
         found = call.forward(cuda)
     call.check_forward(found, call.forward(reference))
     check_traffic(machine, UNEVEN)
@@ -229,8 +226,7 @@ def forward_alone(text: str) -> None:
 @pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_mutants_are_caught(name: str | None) -> None:
     if name is None:
-        forward_alone(mutant(kernels=KERNELS))
+        forward_alone(None)
         return
-    text = mutant(MUTANTS[name], kernels=KERNELS)
     with pytest.raises((Violation, AssertionError)):
-        forward_alone(text)
+        forward_alone(name)

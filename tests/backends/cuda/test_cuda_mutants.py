@@ -6,28 +6,14 @@ import itertools
 
 import pytest
 import torch
-from cuda_machine import Forward, forward, source
+from cuda_machine import Forward, forward
+from cuda_source import Broken
 from support.problems import Problem, definition, problem
 from support.tolerances import FORWARD, assert_relative, assert_within
 
 from tools.ptxvm import Violation, find_nvcc
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
-
-# The others need not be compiled.
-FORWARDS = """
-TSBN_KERNEL(forward, 3, forward_bf16_rows, __nv_bfloat16, 8, 1, false)
-TSBN_KERNEL(forward, 3, forward_f16_rows, __half, 8, 1, false)
-"""
-
-
-def mutant(*changes: tuple[str, str], kernels: str = FORWARDS) -> str:
-    text, _, _ = source().partition("#define TSBN_FORWARD")
-    text += kernels
-    for old, new in changes:
-        assert old in text, f"nothing to change: {old}"
-        text = text.replace(old, new)
-    return text
 
 
 def shaped(*spatial: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
@@ -47,7 +33,7 @@ def test_unchanged() -> None:
     for spatial in (EVEN, ODD):
         for variant, parts in (("streaming", 1), ("resident", 1), ("cluster", 4), ("split", 3)):
             p = shaped(*spatial)
-            right(p, forward(p, variant, parts, text=mutant(), threads=64))
+            right(p, forward(p, variant, parts, code=BROKEN[None], threads=64))
 
 
 VIOLATIONS = {
@@ -100,16 +86,16 @@ VIOLATIONS = {
         "split", 40, EVEN, ("unwritten read", "race"),
     ),
 }  # fmt: skip
+BROKEN = Broken({name: (old, new) for name, (old, new, *_) in VIOLATIONS.items()}, "forward_bf16_rows")
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_violation(name: str) -> None:
-    old, new, variant, parts, spatial, kinds = VIOLATIONS[name]
-    text = mutant((old, new))
+    *_, variant, parts, spatial, kinds = VIOLATIONS[name]
 
     def run() -> None:
         for threads, schedule in itertools.product((64, 32), ("forward", "reversed", 1, 2)):
-            forward(shaped(*spatial), variant, parts, text=text, threads=threads, schedule=schedule)
+            forward(shaped(*spatial), variant, parts, code=BROKEN[name], threads=threads, schedule=schedule)
 
     with pytest.raises(Violation) as caught:
         run()
@@ -123,11 +109,12 @@ WRONG = {
     "the last part is not merged": ("area, width, cluster, [&]", "area, width, cluster - 1, [&]"),
     "a remainder with the wrong sign": ("(total.shift - mean) + total.rest", "(mean - total.shift) - total.rest"),
 }
+SHIFTED = Broken(WRONG, "forward_f16_rows")
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_result(name: str) -> None:
-    text, p = mutant(WRONG[name]), shaped(*EVEN, dtype=torch.float16)
+    p = shaped(*EVEN, dtype=torch.float16)
     p = p._replace(x=(p.x.double() + 1000).to(p.x.dtype))
     with pytest.raises(AssertionError):
-        right(p, forward(p, "cluster", 4, text=text, threads=64))
+        right(p, forward(p, "cluster", 4, code=SHIFTED[name], threads=64))

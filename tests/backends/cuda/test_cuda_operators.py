@@ -75,7 +75,8 @@ import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan.slots import PASSES
-from cuda_machine import POINTERS, dx_of_fan_out, parameters, ptx, told
+from cuda_machine import POINTERS, dx_of_fan_out, parameters, told
+from cuda_source import ptx
 from tools.ptxvm import Out, launch
 from support.tolerances import BACKWARD, FORWARD, assert_within
 from support.problems import Results, assert_matches_definition, defined, problem
@@ -204,7 +205,8 @@ import torch
 from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan.slots import PASSES
-from cuda_machine import POINTERS, parameters, ptx, source, told
+from cuda_machine import POINTERS, parameters, told
+from cuda_source import ptx
 from tools.ptxvm import Out, launch
 from support.layer_problems import assert_matches_definition, layer_problem, run
 from tsbn_kernels.operator import layer_ops
@@ -234,7 +236,7 @@ def obey(inputs, outputs):
         seen.append(name)
         end = f"{{kind}}_{{('rows', 0, 'scalar')[access]}}" if name != names[2] else "f64" if kind == "f64" else "f32"
         struct = parameters(pointers, numbers, *reals)
-        text = ptx(90, source("layer_norm.cu"))
+        text = ptx(90, "layer_norm.cu")
         launch(text, f"tsbn_{{name}}_{{end}}", blocks, threads, [struct], cluster=cluster, shared=shared)
     return seen
 

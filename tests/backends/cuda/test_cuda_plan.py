@@ -7,7 +7,7 @@ import dataclasses
 import re
 
 import pytest
-from cuda_machine import CSRC
+from cuda_source import CSRC
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.processes import python

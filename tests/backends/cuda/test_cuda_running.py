@@ -9,11 +9,11 @@ import pytest
 import torch
 from cuda_cases import case
 from cuda_machine import NO_EPILOGUE, Forward, counted, forward
+from cuda_source import Broken
 from obedient import obedient
 from support.mixed_calls import Call
 from support.problems import FORMATS, problem
 from support.tolerances import assert_same_bits
-from test_cuda_mutants import mutant
 from torch import Tensor
 
 from tools.ptxvm import Violation, find_nvcc
@@ -120,7 +120,6 @@ def test_the_operators_hand_on_what_they_are_given() -> None:
 
 # ---- the proof can fail ----------------------------------------------------------------------------------------------
 
-KERNEL = "TSBN_KERNEL(forward, 3, forward_bf16_rows, __nv_bfloat16, 8, 1, false)"
 MUTANTS = {
     "the first channel counts what the others read": (
         "seen = atomicAdd(p.batches + row, one);",
@@ -136,19 +135,20 @@ MUTANTS = {
     ),
     "the share of the other side": ("running + share * change", "batch - share * change"),
 }
+BROKEN = Broken(MUTANTS, "forward_bf16_rows")
 
 
-def of_two_tasks(text: str) -> None:
+def of_two_tasks(name: str | None) -> None:
     for momentum in (None, 0.25):
         before, p = running(2, 2, momentum, True, torch.float32), problem(2, 3, 2, (24, 32), dtype=torch.bfloat16)
         got = copied(before)
-        check(forward(p, "cluster", 2, text=text, threads=64, running=got), got, before, 3 * 768)
+        check(forward(p, "cluster", 2, code=BROKEN[name], threads=64, running=got), got, before, 3 * 768)
 
 
 @pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_mutants_are_caught(name: str | None) -> None:
     if name is None:
-        of_two_tasks(mutant(kernels=KERNEL))
+        of_two_tasks(None)
         return
     with pytest.raises((Violation, AssertionError)):
-        of_two_tasks(mutant(MUTANTS[name], kernels=KERNEL))
+        of_two_tasks(name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_machine import CSRC
+from cuda_source import CSRC
 
 from tools.ptxvm import find_nvcc
 

@@ -11,7 +11,8 @@ import cuda_cases
 import cuda_machine
 import pytest
 import torch
-from cuda_machine import H100, Backward, Forward, backward, counted, forward, source
+from cuda_machine import H100, Backward, Forward, backward, counted, forward
+from cuda_source import Broken
 from support.problems import Problem, Results, assert_matches_definition, problem
 from support.tolerances import assert_same_bits
 
@@ -23,15 +24,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 
 # The others need not be compiled.
-FORWARD = "TSBN_KERNEL(forward, 2, forward_together_bf16_columns, __nv_bfloat16, 8, 8, false, false, true)\n"
-BACKWARD = "TSBN_KERNEL(backward, 2, backward_together_bf16_columns, __nv_bfloat16, 8, 8, false, false, true)\n"
-FUSED = "TSBN_KERNEL(backward, 2, backward_epilogue_together_bf16_columns, __nv_bfloat16, 8, 8, true, false, true)\n"
-
-
-def mutant(old: str = "", new: str = "", kernels: str = FORWARD) -> str:
-    text = source().partition("#define TSBN_FORWARD")[0] + kernels
-    assert old in text, f"nothing to change: {old}"
-    return text.replace(old, new)
+WHOLE = Broken({}, "forward_together_bf16_columns", "backward_together_bf16_columns")
 
 
 def case() -> Problem:
@@ -39,19 +32,20 @@ def case() -> Problem:
     return problem(2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
 
 
-def both(p: Problem, text: str, parts: int, **options: Any) -> tuple[Forward, Backward]:
-    there = forward(p, "together", parts, text=text, **options)
-    return there, backward(p, there.mean, there.var, "together", parts, text=text, **options)
+def both(p: Problem, parts: int, **options: Any) -> tuple[Forward, Backward]:
+    options["code"] = WHOLE[None]
+    there = forward(p, "together", parts, **options)
+    return there, backward(p, there.mean, there.var, "together", parts, **options)
 
 
 @pytest.mark.parametrize(("parts", "teams", "most_lanes", "kept"), [(5, 3, 3, 64), (3, 2, 2, 1 << 20), (40, 1, 3, 0)])
 def test_teams(parts: int, teams: int, most_lanes: int, kept: int) -> None:
     """Rounds that not all teams have work for, narrow slabs, parts without a slot: right, the same bits in every order,
     and the bytes of the plan."""
-    p, text, first = case(), mutant(kernels=FORWARD + BACKWARD), None
+    p, first = case(), None
     for schedule in ("forward", "reversed", 1):
         options = {"teams": teams, "most_lanes": most_lanes, "resident": kept, "threads": 64, "schedule": schedule}
-        there, back = found = both(p, text, parts, **options)
+        there, back = found = both(p, parts, **options)
         assert there.plan.programs == teams * parts
         for result in found:
             assert counted(result) == (result.plan.bytes_read, result.plan.bytes_written)
@@ -77,16 +71,17 @@ VIOLATIONS = {
     "a block that waits for one too many": ("met < all;", "met <= all;", "deadlock"),
     "a counter that nobody sets to 0": ("k < slabs;", "k + 1 < slabs;", "deadlock"),
 }  # fmt: skip
+BROKEN = Broken({name: (old, new) for name, (old, new, _) in VIOLATIONS.items()}, "forward_together_bf16_columns")
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new, kind = VIOLATIONS[name]
+    *_, kind = VIOLATIONS[name]
     monkeypatch.setattr(cuda_machine, "launch", lambda *a, **options: launch(*a, **options, patience=500_000))
 
     def run() -> None:
         for schedule, threads in itertools.product(("forward", "reversed", 1, 2), (64, 128)):
-            forward(case(), "together", 3, teams=2, schedule=schedule, threads=threads, text=mutant(old, new))
+            forward(case(), "together", 3, teams=2, schedule=schedule, threads=threads, code=BROKEN[name])
 
     with pytest.raises(Violation, match=kind):
         run()
@@ -101,13 +96,13 @@ def test_violation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ld.acquire.gpu", "ld.acquire.cta"),
     ],
 )
-def test_order_of_memory(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_memory(old: str, new: str) -> None:
     """What a block leaves is released to the whole device, and acquired from it."""
-    whole = cuda_machine.ptx(90, mutant())
+    whole = BROKEN[None]
     assert f"{old}.global" in whole
-    monkeypatch.setattr(cuda_machine, "ptx", lambda *_: whole.replace(f"{old}.global", f"{new}.global"))
+    code = whole.replace(f"{old}.global", f"{new}.global")
     with pytest.raises(Violation, match="race"):
-        forward(case(), "together", 3, teams=2, threads=64)
+        forward(case(), "together", 3, teams=2, threads=64, code=code)
 
 
 def test_shared_memory_is_used_again_when_it_has_been_read() -> None:
@@ -115,10 +110,11 @@ def test_shared_memory_is_used_again_when_it_has_been_read() -> None:
     p, epilogue = cuda_cases.case("silu", False, 2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
     wanted = cuda_cases.exact(p, epilogue)
     options = {"teams": 2, "threads": 64, "epilogue": epilogue, "need": (True, True, True, True)}
-    for change in ("", "    __syncthreads();  // what is in shared memory has been read\n"):
-        text = mutant(change, "", FUSED)
-        with pytest.raises(Violation, match="race") if change else contextlib.nullcontext():
-            back = backward(p, wanted.mean.float(), wanted.var.float(), "together", 3, text=text, **options)  # type: ignore[arg-type]
+    barrier = "    __syncthreads();  // what is in shared memory has been read\n", ""
+    broken = Broken({"no barrier": barrier}, "backward_epilogue_together_bf16_columns")
+    for name in broken.changes:
+        with pytest.raises(Violation, match="race") if name else contextlib.nullcontext():
+            back = backward(p, wanted.mean.float(), wanted.var.float(), "together", 3, code=broken[name], **options)  # type: ignore[arg-type]
             cuda_cases.check_gradients(p, back, wanted)
 
 
@@ -128,7 +124,7 @@ def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
         options = {"cooperative": together, "resident": 5, "patience": 500_000}
         monkeypatch.setattr(cuda_machine, "launch", lambda *a, **most: launch(*a, **most | options))  # noqa: B023
         with pytest.raises(error, match=told):
-            forward(case(), "together", 3, teams=2, threads=64, text=mutant())
+            forward(case(), "together", 3, teams=2, threads=64, code=BROKEN[None])
 
 
 # Layers of CelebA with a batch of 256, by C and S: what is read of x, or of x and dy together, on an H100 in bfloat16.
@@ -170,14 +166,13 @@ def test_layers_of_celeba_scaled() -> None:
         H100, target="sm_80", multiprocessors=4, shared_memory=96 << 10, block_shared_memory=95 << 10,
         bandwidth=H100.bandwidth / 33,
     )  # fmt: skip
-    text = mutant(kernels=FORWARD + BACKWARD)
     for positions, reads in ((30, (1.2, 2.23)), (12, (1.0, 2.0))):  # larger than layer 2, and layer 4
         p = problem(2, 4, 128, (positions, 24), dtype=torch.bfloat16, memory_format="channels_last", bias=False)
         work = Work(2, 4, 128, 24 * positions, 2, "columns", needs_dbias=True)
         plans = [rules.plan(dataclasses.replace(work, direction=d), small) for d in ("forward", "backward")]
         options = [{"teams": one.teams, "most_lanes": one.most_lanes, "shared": one.shared_bytes} for one in plans]
-        there = forward(p, plans[0].variant, plans[0].parts, text=text, **options[0])  # type: ignore[arg-type]
-        back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, text=text, **options[1])  # type: ignore[arg-type]
+        there = forward(p, plans[0].variant, plans[0].parts, code=WHOLE[None], **options[0])  # type: ignore[arg-type]
+        back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, code=WHOLE[None], **options[1])  # type: ignore[arg-type]
         for result, plan, most in zip((there, back), plans, reads, strict=True):
             assert plan.teams > 0
             assert counted(result) == (plan.bytes_read, plan.bytes_written)
