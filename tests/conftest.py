@@ -68,7 +68,8 @@ def pytest_configure() -> None:
     With a thread for each core, of which other workers need one, the kernels' tests take twice the time of a processor.
     Those of threads ask for as many as they want: they show that no number of them changes a bit. Where
     OMP_NUM_THREADS is set, all others have so many. Inductor, which has little to compile here, starts no processes for
-    that, which would import PyTorch again.
+    that, which would import PyTorch again, and takes the processor's word for its vector instructions, without five
+    programs that try the compiler's.
     """
     end_with_this_process()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -76,6 +77,7 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads that wait spin for a while
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -71,7 +71,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
     layer.running_mean.normal_()
     with torch.no_grad():
         program = export(layer, [torch.randn(T * N, C, 6, 5)], T, strict=False)
-        options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+        options = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=options
         )
