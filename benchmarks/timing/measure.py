@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ Rounds = list[list[float]]  # seconds of each pass, of each round; a pass is tim
 STEADY = 0.9  # a round that takes less of the best one before it belongs to the warm-up
 MAX_BUFFERS = 64
 MAX_WARM_UP = 5  # rounds; what still becomes faster then is noise
+LEAD_IN = 2.5  # times the shortest timing, 5 ms: so long the candidate before was felt, by 0.9 ms of the first run
+_turns = random.Random(0)
 
 
 class Timer(Protocol):
@@ -106,8 +109,10 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _timed(candidate: Candidate, repeats: int, timer: Timer) -> list[float]:
-    """Mean seconds of each pass."""
+def _timed(candidate: Candidate, repeats: int, timer: Timer, led_in: int = 0) -> list[float]:
+    """Mean seconds of each pass, behind so many runs that are not timed."""
+    for _ in range(led_in):
+        candidate(_nothing)
     for _ in range(repeats):
         candidate(timer.mark)
     marks = timer.read()
@@ -128,22 +133,25 @@ def measure(
     """Times all candidates in interleaved rounds: one visit.
 
     The first round, and all in which a candidate was still getting faster, warm up; they also set how often a short
-    candidate is repeated within one timing. The candidate that starts changes from round to round, so that none always
-    follows the same one.
+    candidate is repeated within one timing. What ran before leaves caches and branches in its own state: a candidate
+    that resembles it would be timed as faster. So the order changes from round to round, and short candidates run for
+    :data:`LEAD_IN` before each timing.
     """
     timer = timer or HostTimer()
     order = list(candidates)
-    repeats = dict.fromkeys(candidates, 1)
+    repeats, led_in = dict.fromkeys(candidates, 1), dict.fromkeys(candidates, 0)
     best = dict.fromkeys(candidates, math.inf)
     kept: list[dict[str, list[float]]] = []
     spent, warming_up = 0.0, MAX_WARM_UP
     with _no_garbage_collection():
         while len(kept) < effort.min_rounds or (len(kept) < effort.max_rounds and spent <= effort.budget_s):
-            taken = {name: _timed(candidates[name], repeats[name], timer) for name in order}
-            order.append(order.pop(0))
+            taken = {name: _timed(candidates[name], repeats[name], timer, led_in[name]) for name in order}
+            _turns.shuffle(order)
             if warming_up and any(passes[-1] < STEADY * best[name] for name, passes in taken.items()):
                 best = {name: min(best[name], passes[-1]) for name, passes in taken.items()}
                 repeats = {name: max(1, math.ceil(effort.min_time_s / max(best[name], 1e-7))) for name in candidates}
+                if len(candidates) > 1:
+                    led_in = {name: round(LEAD_IN * effort.min_time_s / max(best[name], 1e-7)) for name in candidates}
                 warming_up -= 1
                 continue
             warming_up = 0

@@ -88,10 +88,34 @@ def test_intervals_meet():
     assert not Interval(2.1, 3).meets(Interval(1, 2))
 
 
-def test_candidates_take_turns_and_the_first_one_changes():
+def test_candidates_take_turns_and_follow_each_other_in_any_order():
     clock, calls = FakeClock(), []
-    measure({name: scripted(clock, [1.0], calls, name) for name in "abc"}, Effort(3, 3), HostTimer(clock))
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"  # the warm-up first
+    measure({name: scripted(clock, [1.0], calls, name) for name in "abc"}, Effort(40, 40), HostTimer(clock))
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+
+
+def test_what_ran_before_is_not_felt():
+    clock, last = FakeClock(), [""]
+
+    def candidate(kind):
+        def step():
+            clock.spend(1e-3 if last[0] == kind else 2e-3)
+            last[0] = kind
+
+        return step_candidate(step)
+
+    # Two that share what they warm up, and one that has it cold again.
+    candidates = {"a": candidate("fused"), "b": candidate("fused"), "c": candidate("loop")}
+    found = measure(candidates, Effort(20, 20), HostTimer(clock))
+    assert {name: max(rounds) for name, (rounds,) in found.items()} == pytest.approx(dict.fromkeys("abc", 1e-3))
+
+
+def test_one_candidate_needs_no_runs_before_it_is_timed():
+    clock, calls = FakeClock(), []
+    measure({"a": scripted(clock, [1e-3], calls, "a")}, Effort(3, 3, min_time_s=2e-3), HostTimer(clock))
+    assert len(calls) == 1 + 3 * 2
 
 
 def test_it_warms_up_until_nothing_becomes_faster():
@@ -112,7 +136,7 @@ def test_a_short_candidate_is_repeated_and_divided():
     candidates = {"short": scripted(clock, [1e-4], calls, "short"), "long": scripted(clock, [1.0], calls, "long")}
     result = measure(candidates, Effort(4, 4, min_time_s=2e-3), HostTimer(clock))
     assert result["short"][0] == pytest.approx([1e-4] * 4)
-    assert calls.count("short") == 1 + 4 * 20
+    assert calls.count("short") == 1 + 4 * (50 + 20)  # led in by 5 ms
     assert calls.count("long") == 1 + 4
 
 
