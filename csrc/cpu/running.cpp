@@ -43,6 +43,15 @@ void check_rows(const Tensor& tensor, const std::vector<Step>& steps) {
   }
 }
 
+// Statistics that may be missing.
+void check_statistics(const std::optional<Tensor>& running, const Tensor& batch, const std::vector<Step>& steps) {
+  if (!running) return;
+  const int64_t channels = batch.size(1);
+  STD_TORCH_CHECK(running->dim() == 2 && running->size(1) == channels && running->is_contiguous(),
+                  "tsbn: running statistics must be contiguous [R, ", channels, "]");
+  check_rows(*running, steps);
+}
+
 // running = (1 - share) * running + share * batch * factor, from the nearer end: a share of 0 or 1 rounds nothing.
 template <class R, class A>
 void move(R* running, const A* batch, int64_t channels, double factor, double share) {
@@ -58,9 +67,6 @@ void move(R* running, const A* batch, int64_t channels, double factor, double sh
 void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::vector<Step>& steps, bool unbiased) {
   if (!running) return;
   const int64_t channels = batch.size(1);
-  STD_TORCH_CHECK(running->dim() == 2 && running->size(1) == channels && running->is_contiguous(),
-                  "tsbn: running statistics must be contiguous [R, ", channels, "]");
-  check_rows(*running, steps);
   const auto move_from = [&](const auto* from) {
     with_element_type(*running, [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(running->mutable_data_ptr());
@@ -80,6 +86,7 @@ void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::ve
 void track(Running running, const Tensor& mean, const Tensor& var, const std::vector<double>& values) {
   STD_TORCH_CHECK(running.momentum || running.batches, "tsbn: the cumulative average needs the number of batches");
   std::vector<Step> steps = steps_of(running.rows, values, running.momentum.value_or(0));
+  check_statistics(running.mean, mean, steps), check_statistics(running.var, var, steps);  // before anything changes
   if (running.batches) {
     int64_t* batches = numbers(*running.batches, "batches");
     check_rows(*running.batches, steps);

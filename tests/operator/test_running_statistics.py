@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -177,9 +178,39 @@ def test_a_call_that_is_refused_counts_nothing() -> None:
     assert layer.num_batches_tracked.tolist() == [0] * T
 
 
-@pytest.mark.parametrize("bad", [{"rows": torch.tensor([0, 1, 9])}, {"batches": torch.zeros(2, dtype=torch.long)}])
-def test_the_native_operator_writes_nowhere_else(bad: dict[str, Tensor]) -> None:
+_SHAPE = "must be contiguous \\[R, 5\\]"
+_NUMBERS = "must be contiguous int64 of one dimension"
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"rows": torch.tensor([0, 1, T])}, "have 3 rows, and none is 3"),
+    ({"rows": torch.tensor([0, -1, 2])}, "have 3 rows, and none is -1"),
+    ({"rows": torch.tensor([0, 1])}, "there are 3 tasks and 2 rows"),
+    ({"rows": torch.arange(T, dtype=torch.int32)}, f"rows {_NUMBERS}"),
+    ({"rows": torch.arange(T).unsqueeze(1)}, f"rows {_NUMBERS}"),
+    ({"rows": torch.arange(2 * T)[::2]}, f"rows {_NUMBERS}"),
+    ({"batches": torch.zeros(2, dtype=torch.int64)}, "have 2 rows, and none is 2"),
+    ({"batches": torch.zeros(T, dtype=torch.int32)}, f"batches {_NUMBERS}"),
+    ({"batches": torch.zeros(T, 1, dtype=torch.int64)}, f"batches {_NUMBERS}"),
+    ({"batches": torch.zeros(2 * T, dtype=torch.int64)[::2]}, f"batches {_NUMBERS}"),
+    ({"batches": None, "momentum": None}, "the cumulative average needs the number of batches"),
+    *(
+        ({name: bad}, message)
+        for name in ("mean", "var")
+        for bad, message in (
+            (torch.zeros(2, C), "have 2 rows, and none is 2"),
+            (torch.zeros(T, C - 1), _SHAPE),
+            (torch.zeros(T * C), _SHAPE),
+            (torch.zeros(1, T, C), _SHAPE),
+            (torch.zeros(C, T).t(), _SHAPE),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD)
+def test_what_the_native_operator_refuses_changes_nothing(bad: dict[str, Any], message: str) -> None:
     p = problem(T, N, C, (S,))
     running = given(torch.float32, 0.1, rows=False)._replace(**bad)
-    with pytest.raises(RuntimeError, match=r"running statistics have|must be contiguous int64"):
+    before = copy.deepcopy(running)
+    with pytest.raises(RuntimeError, match=f"tsbn: .*{message}"):
         torch.ops.tsbn.forward_tracked(p.x, p.weight, p.bias, *running, *p.options)
+    torch.testing.assert_close(running, before, rtol=0, atol=0)
