@@ -86,7 +86,8 @@ void move_all(std::optional<Tensor>& running, const Tensor& batch, const std::ve
 void track(Running running, const Tensor& mean, const Tensor& var, const std::vector<double>& values) {
   STD_TORCH_CHECK(running.momentum || running.batches, "tsbn: the cumulative average needs the number of batches");
   std::vector<Step> steps = steps_of(running.rows, values, running.momentum.value_or(0));
-  check_statistics(running.mean, mean, steps), check_statistics(running.var, var, steps);  // before anything changes
+  check_statistics(running.mean, mean, steps);  // all of it before anything changes
+  check_statistics(running.var, var, steps);
   if (running.batches) {
     int64_t* batches = numbers(*running.batches, "batches");
     check_rows(*running.batches, steps);

@@ -194,7 +194,7 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "elementwise"): {"rows": (48, 72), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
-    ("backward", "streaming"): {"rows": (80, 88), "columns": (112, 112)},
+    ("backward", "streaming"): {"rows": (80, 96), "columns": (112, 112)},
     ("backward", "split"): {"rows": (80, 88), "columns": (112, 88)},
     ("backward", "elementwise"): {"rows": (48, 64), "columns": (64, 64)},
 }
@@ -207,7 +207,7 @@ _EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
     ("forward", "resident", "columns"): ((0, 24, 8), (8, 16, 8)),
     ("forward", "streaming", "rows"): ((0, 0, 0), (0, 8, 0)),
     ("forward", "elementwise", "columns"): ((0, 16, 0), (0, 0, 0)),
-    ("backward", "resident", "rows"): ((0, 0, 8), (0, 8, 8)),
+    ("backward", "resident", "rows"): ((0, 0, 8), (0, 24, 8)),
     ("backward", "resident", "columns"): ((0, 8, 16), (0, 32, 16)),
     ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
     ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
@@ -221,7 +221,7 @@ _SPARE: _Budgets = {"rows": (16, 0), "columns": (0, 16)}
 _FAN_OUT: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
     ("forward", "split"): {"rows": (96, 128), "columns": (96, 136)},
-    ("forward", "elementwise"): {"rows": (96, 72), "columns": (96, 96)},
+    ("forward", "elementwise"): {"rows": (96, 80), "columns": (96, 96)},
     ("backward", "resident"): {"rows": (128, 128), "columns": (128, 128)},
     ("backward", "split"): {"rows": (128, 128), "columns": (128, 128)},
     ("backward", "elementwise"): {"rows": (128, 128), "columns": (128, 128)},

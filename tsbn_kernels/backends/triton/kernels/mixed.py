@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tsbn_kernels.backends.triton.kernels import backward, forward
-from tsbn_kernels.backends.triton.kernels.running import TRACKED, track
+from tsbn_kernels.backends.triton.kernels.running import TRACKED, track, tracked
 from tsbn_kernels.backends.triton.kernels.statistics import add_splits, merge_splits, tile_statistics
 from tsbn_kernels.backends.triton.kernels.tiles import (
     COUNTS,
@@ -156,7 +156,8 @@ def mixed_statistics(
     if blocks > 0:
         average, lost, variance = merge_splits(data, blocks, own, tile)
         sampled = Slab(slab.t, slab.channel, T, tl.load(mix.samples + slab.t), C, S)
-        track(running_mean, running_var, batches, momentum, rows, average, variance, sampled, tile)
+        before = tracked(running_mean, running_var, batches, momentum, rows, sampled, tile)
+        track(running_mean, running_var, before, average, variance, sampled, tile)
     store_vector(mean, average, slab)
     store_vector(rest, lost, slab)
     store_vector(var, variance, slab)
