@@ -207,8 +207,8 @@ MIXED_MUTANTS = {
         "if blocks >= 0:\n        average, lost",
     ),
     "values are those of the batch": (
-        "tl.load(mix.samples + slab.t), C, S)\n        track",
-        "15, C, S)\n        track",
+        "tl.load(mix.samples + slab.t), C, S)\n        before",
+        "15, C, S)\n        before",
     ),
     "the row of another task": ("sampled = Slab(slab.t,", "sampled = Slab(slab.t * 0,"),
 }

@@ -189,8 +189,8 @@ def limits_registers(plan: Plan) -> bool:
 # figures.
 _Budgets = dict[Family, tuple[int, int]]
 _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
-    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 104)},
-    ("forward", "streaming"): {"rows": (80, 128), "columns": (112, 136)},
+    ("forward", "resident"): {"rows": (72, 72), "columns": (104, 88)},
+    ("forward", "streaming"): {"rows": (80, 144), "columns": (112, 136)},
     ("forward", "split"): {"rows": (80, 128), "columns": (112, 136)},
     ("forward", "elementwise"): {"rows": (48, 72), "columns": (64, 64)},
     ("backward", "resident"): {"rows": (64, 64), "columns": (80, 80)},
@@ -204,19 +204,18 @@ _BUDGETS: dict[tuple[Direction, Variant], _Budgets] = {
 _Extra = tuple[int, int, int]
 _EPILOGUES: dict[tuple[Direction, Variant, Family], tuple[_Extra, _Extra]] = {
     ("forward", "resident", "rows"): ((0, 24, 8), (0, 16, 8)),
-    ("forward", "resident", "columns"): ((0, 24, 8), (8, 16, 8)),
-    ("forward", "streaming", "rows"): ((0, 0, 0), (0, 8, 0)),
+    ("forward", "resident", "columns"): ((0, 24, 8), (24, 24, 24)),
     ("forward", "elementwise", "columns"): ((0, 16, 0), (0, 0, 0)),
     ("backward", "resident", "rows"): ((0, 0, 8), (0, 24, 8)),
     ("backward", "resident", "columns"): ((0, 8, 16), (0, 32, 16)),
-    ("backward", "streaming", "rows"): ((0, 16, 32), (8, 16, 32)),
+    ("backward", "streaming", "rows"): ((0, 16, 32), (0, 0, 24)),
     ("backward", "streaming", "columns"): ((0, 16, 0), (24, 80, 24)),
 }
 # Of a resident slab in narrow rows, with or without masks.
 _NARROW: dict[Direction, tuple[int, int]] = {"forward": (112, 128), "backward": (128, 136)}
 # What a program of a resident slab may take for the running statistics, forward, where that costs no resident program;
 # half of it with a residual. With all that there are the compiler spills.
-_SPARE: _Budgets = {"rows": (16, 0), "columns": (0, 16)}
+_SPARE: _Budgets = {"rows": (16, 0), "columns": (0, 8)}
 # Of a program that goes through all tasks.
 _FAN_OUT: dict[tuple[Direction, Variant], _Budgets] = {
     ("forward", "resident"): {"rows": (128, 128), "columns": (128, 128)},

@@ -34,7 +34,8 @@ class MixedPass:
         self.sizes = work.channels, work.positions
 
         a, b = map(tl.constexpr, plan.keyed)
-        words = tile_of(plan)._replace(COLUMNS=tl.constexpr(False), A=a, B=b, ACC=tl.constexpr(tl.int64))
+        kind = {"COLUMNS": tl.constexpr(False), "ACC": tl.constexpr(tl.int64), "HELD": tl.constexpr(1)}
+        words = tile_of(plan)._replace(A=a, B=b, **kind)
         programs, (_, warps) = ceil(work.samples, plan.keyed[0]), KEYED
         self._keys = tuple(Launch("mixed_keys", programs, {"num_warps": warps}, words) for _ in range(3))
         self.tile, self.plain = tile_of(plan, work.activation, options.slope), tile_of(plan)
@@ -60,7 +61,8 @@ class MixedPass:
         """A launch of one program for each task and block of channels."""
         channels, warps = MERGED
         work = self.plan.work
-        tile = self.plain._replace(COLUMNS=tl.constexpr(True), A=tl.constexpr(1), B=tl.constexpr(channels))
+        one = tl.constexpr(1)
+        tile = self.plain._replace(COLUMNS=tl.constexpr(True), A=one, B=tl.constexpr(channels), HELD=one)
         programs = work.tasks * ceil(work.channels, channels)
         return Launch(kernel, programs, {"num_warps": warps}, tile, *map(tl.constexpr, constants))
 
