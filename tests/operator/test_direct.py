@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -220,7 +221,7 @@ def test_who_stands_between_is_asked(name: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["negated", "wrapped", "watched", "differentiable", "each of several"])
+@pytest.mark.parametrize("kind", ["negated", "wrapped", "watched", "differentiable", "each of several", "compiled"])
 def test_a_gradient_that_needs_the_dispatcher(kind: str) -> None:
     x, weight = stacked()
     dy = torch.ones(T * N, C, 3, 3).cumsum(0)
@@ -233,6 +234,10 @@ def test_a_gradient_that_needs_the_dispatcher(kind: str) -> None:
         if kind == "each of several":
             found = torch.autograd.grad(y, (x, weight), torch.stack((dy, dy)), is_grads_batched=True)
             found = found[0][1], found[1][0]
+        elif kind == "compiled":
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                y.backward(dy)
+            found = x.grad, weight.grad
         elif kind == "watched":
             with Watching() as mode:
                 found = torch.autograd.grad(y, (x, weight), dy)
