@@ -198,12 +198,19 @@ def of_each_model() -> list[Tensor]:
     return [torch.vmap(lambda w: functional.task_batch_norm(x.detach(), w, num_tasks=T))(both)]
 
 
+def in_a_graph() -> list[Tensor]:
+    x, weight = stacked()
+    compiled = torch.compile(functional.task_batch_norm, backend="aot_eager", fullgraph=True)
+    return [compiled(x, weight, num_tasks=T).detach()]
+
+
 WATCHED: dict[str, Callable[[], list[Tensor]]] = {
     "a mode": watched,
     "the profiler": profiled,
     "a negated view": of_negated,
     "a subclass": of_a_wrapped_weight,
     "vmap": of_each_model,
+    "a compiler": in_a_graph,
 }
 
 
