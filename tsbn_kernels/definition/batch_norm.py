@@ -28,6 +28,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_statistics(weight: Tensor, x: Tensor) -> Moments:
+    """Fresh memory for the statistics of x; where the weight has their dtype at half the cost on the host."""
+    dtype = accumulate_dtype(x.dtype)
+    if weight.dtype == dtype:
+        mean = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    else:
+        mean = weight.new_empty(weight.shape, dtype=dtype)
+    return Moments(mean, torch.empty_like(mean))
+
+
 def gate_values(weight: Tensor, gate: str) -> Tensor:
     """``sigmoid(weight)`` or ``weight``, shape ``[T, C]``."""
     return torch.sigmoid(weight) if gate == "sigmoid" else weight

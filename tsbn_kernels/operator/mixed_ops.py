@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tsbn_kernels.backends.plan.mixed import walks
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.batch_norm import empty_statistics
 from tsbn_kernels.definition.options import Gradients, MixedBackend, Needs, Normalized, Options, Running, Saved
 from tsbn_kernels.operator import ops
 from tsbn_kernels.operator.mixed_parts import Parts
@@ -154,8 +153,7 @@ class _Fake:
         residual: Tensor | None,
         options: Options,
     ) -> Normalized:
-        mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
-        return Normalized(layout.empty_output(x, options), mean, torch.empty_like(mean))
+        return Normalized(layout.empty_output(x, options), *empty_statistics(weight, x))
 
     @staticmethod
     def mixed_forward_tracked(*operands: Any) -> Normalized:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tsbn_kernels.definition import layout
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.batch_norm import empty_statistics
 from tsbn_kernels.definition.options import (
     Backend,
     Gradients,
@@ -257,8 +257,7 @@ class _Fake:
     def forward_training(
         x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, options: Options
     ) -> Normalized:
-        mean = weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype))
-        return Normalized(layout.empty_output(x, options), mean, torch.empty_like(mean))
+        return Normalized(layout.empty_output(x, options), *empty_statistics(weight, x))
 
     @staticmethod
     def forward_tracked(

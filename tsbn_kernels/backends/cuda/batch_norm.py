@@ -20,7 +20,7 @@ from tsbn_kernels.backends.plan.work import Operands, Strides, work_of
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.batch_norm import accumulate_dtype, empty_statistics
 from tsbn_kernels.definition.options import (
     NOT_TRACKED,
     Gradients,
@@ -205,7 +205,7 @@ def forward_tracked(
 ) -> Normalized:
     """Updates the running statistics in the launch that writes those of the batch."""
     y = layout.empty_output(x, options)
-    mean, var = (weight.new_empty(weight.shape, dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    mean, var = empty_statistics(weight, x)
     tensors = Tensors(x, residual=residual, out=y, weight=weight, bias=bias, first=mean, second=var)
     _run(Call(options, True), tensors.tracking(running))
     return Normalized(y, mean, var)

@@ -16,6 +16,7 @@ from tsbn_kernels.backends.triton.passes_mixed import MixedBackward, MixedForwar
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition import mixed_batch_norm as definition
 from tsbn_kernels.definition.activations import NONE
+from tsbn_kernels.definition.batch_norm import empty_statistics
 from tsbn_kernels.definition.options import NOT_TRACKED, Gradients, Needs, Normalized, Options, Running, Saved
 
 
@@ -55,8 +56,7 @@ def mixed_forward_training(
     running: Running = NOT_TRACKED,
 ) -> Normalized:
     """Updates the running statistics of a task, if any, in the launch that writes those of its samples."""
-    mean = ops.statistics_like(weight, x)
-    var = torch.empty_like(mean)
+    mean, var = empty_statistics(weight, x)
     y = _normalize(Saved(x, weight, bias, residual, mean, var), task_of_sample, True, options, running)
     return Normalized(y, mean, var)
 

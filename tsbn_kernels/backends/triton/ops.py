@@ -22,7 +22,7 @@ from tsbn_kernels.backends.triton.passes_synchronized import InputGradient, Part
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.definition.activations import INVERSE, NONE
-from tsbn_kernels.definition.batch_norm import accumulate_dtype
+from tsbn_kernels.definition.batch_norm import empty_statistics
 from tsbn_kernels.definition.options import (
     NOT_TRACKED,
     Gradients,
@@ -56,14 +56,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def class_of(x: Tensor | None) -> Hashable:
     """All of an activation that a compiled kernel depends on."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
-
-
-def statistics_like(weight: Tensor, x: Tensor) -> Tensor:
-    """Fresh memory for a mean ``[T, C]``; where it has the dtype of the weight at half the cost on the host."""
-    dtype = accumulate_dtype(x.dtype)
-    if weight.dtype == dtype:
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return weight.new_empty(weight.shape, dtype=dtype)
 
 
 def contiguous(saved: Saved) -> Saved:
@@ -142,8 +134,7 @@ def forward_tracked(
 def _training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, running: Running, options: Options
 ) -> Normalized:
-    mean = statistics_like(weight, x)
-    var = torch.empty_like(mean)
+    mean, var = empty_statistics(weight, x)
     return Normalized(_normalize(Saved(x, weight, bias, residual, mean, var), True, options, running), mean, var)
 
 
