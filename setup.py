@@ -32,11 +32,16 @@ SANITIZERS: dict[str | None, list[str]] = {
     None: ["-O3", "-g0"],
     # Without the checks of each pointer for null and its object's size, which are most of the compiler's work.
     "address": [
-        "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr,return",
-        "-fno-sanitize-recover=all", "--param", "asan-stack=0",
+        "-O1",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,object-size,vptr,return",
+        "-fno-sanitize-recover=all",
+        "--param",
+        "asan-stack=0",
     ],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
-}  # fmt: skip
+}
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 
 
@@ -94,12 +99,18 @@ def library(name: str, torch_root: Path, sources: list[str], headers: list[str])
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         # PyTorch's headers are system headers: their warnings are not ours. sqrt without errno can be vectorised.
         extra_compile_args=[
-            "-std=c++17", *instrumented, "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
-            "-isystem", str(torch_root / "include"),
+            "-std=c++17",
+            *instrumented,
+            "-fno-math-errno",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-isystem",
+            str(torch_root / "include"),
         ],
         extra_link_args=["-s"] if sanitizer is None else instrumented,
         language="c++",
-    )  # fmt: skip
+    )
     extension.optional = sys.platform != "linux"  # elsewhere nobody has built it: a failure is a warning
     return extension
 
@@ -170,9 +181,15 @@ class BuildNative(build_ext):
     def compile_kernels(self, ext: Extension) -> None:
         """Nvcc's part of the CUDA library; the runtime is linked statically, so no version of it must be found."""
         command = [
-            ext.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(cpu_count()),
+            ext.nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "--threads",
+            str(cpu_count()),
             *gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(ext.nvcc)),
-        ]  # fmt: skip
+        ]
         try:
             ext.extra_objects = []
             for source in files("cuda/*.cu"):

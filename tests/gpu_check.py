@@ -48,9 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", help="run what takes a device, thoroughly: cuda, cpu, ...; auto: the accelerator")
     group.addoption("--seconds", type=float, default=math.inf, help="begin no test later after the start than that")
     group.addoption(
-        "--record", type=Path, metavar="FILE.jsonl",
+        "--record",
+        type=Path,
+        metavar="FILE.jsonl",
         help="what has passed, from where a later call goes on; the summary is beside it, FILE.md",
-    )  # fmt: skip
+    )
     group.addoption("--fresh", action="store_true", help="forget what earlier calls have recorded")
 
 

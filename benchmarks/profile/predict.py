@@ -63,8 +63,13 @@ def table(rows: Sequence[tuple[str, str, str, Plan, Plan]], device: Device) -> T
     for name in ("layer", "dtype", "format", "pass", "backend", "chosen kernel"):
         result.add_column(name)
     for number in (
-        "streaming\nx useful", "chosen\nGiB", "chosen\nx useful", "predicted\nms", "expected\nms", "of the\nbandwidth",
-    ):  # fmt: skip
+        "streaming\nx useful",
+        "chosen\nGiB",
+        "chosen\nx useful",
+        "predicted\nms",
+        "expected\nms",
+        "of the\nbandwidth",
+    ):
         result.add_column(number, justify="right")
     factors = ["What is left of the bandwidth, with waves, exchanges and launches:"]
     for layer, dtype, memory_format, streaming, chosen in rows:

@@ -247,9 +247,10 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.accelerator.current_accelerator", here(None))
     assert gpu_check.device_named("cpu") == "cpu"
     for name, message in (
-        ("auto", "PyTorch finds no accelerator here; --device cpu"), ("nowhere", "nowhere"),
+        ("auto", "PyTorch finds no accelerator here; --device cpu"),
+        ("nowhere", "nowhere"),
         ("cuda", "PyTorch finds no such device here, but the CPU"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(pytest.UsageError, match=message):
             gpu_check.device_named(name)
     monkeypatch.setattr("torch.accelerator.current_accelerator", here("cuda"))

@@ -22,8 +22,13 @@ from tsbn_kernels.definition.layout import Family
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TASKS, SAMPLES, CHANNELS = (1, 4, 40), (2, 16), (3, 64, 512)
 POSITIONS: dict[int, tuple[int, ...]] = {
-    1: (), 49: (7, 7), 64: (8, 8), 1023: (31, 33), 4096: (64, 64), 65536: (256, 256),
-}  # fmt: skip
+    1: (),
+    49: (7, 7),
+    64: (8, 8),
+    1023: (31, 33),
+    4096: (64, 64),
+    65536: (256, 256),
+}
 MOST_ELEMENTS = 2**25
 
 
@@ -62,27 +67,21 @@ class Spec:
 
     def call(self) -> Call:
         """Makes the call, with random values, on the CPU."""
-        return make_call(
-            self.tasks, self.samples, self.channels, POSITIONS[self.positions],
-            dtype=self.dtype, memory_format="channels_last" if self.columns else "contiguous",
-            activation=self.activation, residual=self.residual, shared=self.fan_out, training=self.training,
-        )  # fmt: skip
+        sizes = self.tasks, self.samples, self.channels, POSITIONS[self.positions]
+        memory_format = "channels_last" if self.columns else "contiguous"
+        epilogue: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
+        kind: dict[str, Any] = {"shared": self.fan_out, "training": self.training}
+        return make_call(*sizes, dtype=self.dtype, memory_format=memory_format, **epilogue, **kind)
 
     def works(self) -> tuple[Work, Work]:
         """What its forward and its backward pass have to do."""
         family: Family = "columns" if self.columns or self.positions == 1 else "rows"
-        forward = Work(
-            self.tasks, self.samples, self.channels, self.positions, self.dtype.itemsize, family, "forward",
-            self.training, bias=True, parameter_size=8 if self.dtype == torch.float64 else 4,
-            activation=self.activation, residual=self.residual, fan_out=self.fan_out,
-        )  # fmt: skip
-        backward = replace(
-            forward,
-            direction="backward",
-            needs_dweight=self.sums,
-            needs_dbias=self.sums,
-            needs_dresidual=self.residual,
-        )
+        own: dict[str, Any] = {"fan_out": self.fan_out, "parameter_size": 8 if self.dtype == torch.float64 else 4}
+        own |= {"family": family, "training": self.training, "activation": self.activation, "residual": self.residual}
+        sizes = self.tasks, self.samples, self.channels, self.positions, self.dtype.itemsize
+        forward = Work(*sizes, bias=True, **own)
+        needs: dict[str, Any] = {"needs_dweight": self.sums, "needs_dbias": self.sums}
+        backward = replace(forward, direction="backward", **needs, needs_dresidual=self.residual)
         return forward, backward
 
 
@@ -95,10 +94,8 @@ def small(**options: Any) -> Spec:
 def specs() -> Iterator[Spec]:
     """All that are tried, the small ones first."""
     sizes = [
-        size
-        for size in itertools.product(TASKS, SAMPLES, CHANNELS, POSITIONS)
-        if math.prod(size) <= MOST_ELEMENTS
-    ]  # fmt: skip
+        size for size in itertools.product(TASKS, SAMPLES, CHANNELS, POSITIONS) if math.prod(size) <= MOST_ELEMENTS
+    ]
     flags = (False, True)
     ends = (("none", False), ("silu", False), ("silu", True))
     modes = ((True, True), (False, True), (False, False))  # training, sums
@@ -123,9 +120,7 @@ def triton_kinds(spec: Spec, device: Device) -> set[str]:
     return {triton_kind(work, triton_rules.plan(work, device).variant) for work in spec.works()}
 
 
-def cuda_kinds(
-    spec: Spec, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper
-) -> set[str]:  # fmt: skip
+def cuda_kinds(spec: Spec, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper) -> set[str]:
     """The kinds of both passes of a call, where so many clusters run at a time."""
     return {cuda_kind(cuda_rules.plan(work, device, clusters)) for work in spec.works()}
 

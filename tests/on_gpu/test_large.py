@@ -65,9 +65,11 @@ def compare(memory_format: str, shared: bool, size: tuple[int, int, int, int, in
             assert_within(own_dx.reshape(dx.shape), dx, BACKWARD[DTYPE], 2.0 * (T**0.5 if shared else 1.0))
             sums = Tolerance(STATISTICS[DTYPE], 1)
             for result, exact, scale in (
-                (got.mean, mean, 1.0), (got.var, var, 1.0), (got.dweight, dweight, 4.0 * (N * H * W) ** 0.5),
+                (got.mean, mean, 1.0),
+                (got.var, var, 1.0),
+                (got.dweight, dweight, 4.0 * (N * H * W) ** 0.5),
                 (got.dbias, dbias, 4.0 * (N * H * W) ** 0.5),
-            ):  # fmt: skip
+            ):
                 assert_within(result[tasks, channels], exact, sums, scale)
 
 

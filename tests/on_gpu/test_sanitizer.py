@@ -39,9 +39,7 @@ def run_under(check: str, backend: str, device: str) -> None:
     variables = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--tool", check, "--error-exitcode", str(FOUND), "--print-limit", "20", "--report-api-errors", "no"]
     command = [tool, *options, *program]
-    ended = subprocess.run(
-        command, env=variables, stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE
-    )  # fmt: skip
+    ended = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE)
     print(ended.stdout)
     assert ended.returncode != FOUND, f"{check} found something: see its output"
     assert ended.returncode == 0, f"{TOOL} --tool {check} ended with status {ended.returncode}"

@@ -79,12 +79,10 @@ def test_is_that_of_the_definition_through_autograd(case: dict[str, Any]) -> Non
     given = (None, None) if case["training"] else statistics
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        settings = {"fan_out": case["fan_out"], "stacking": p.stacking}
-        return functional.task_batch_norm(
-            x, weight, bias, *given, residual, num_tasks=T, training=case["training"], gate=p.gate,
-            activation=case["activation"], negative_slope=0.2,
-            **({"task_of_sample": index} if case["mixed"] else settings),
-        )  # fmt: skip
+        of_tasks = {"task_of_sample": index} if case["mixed"] else {"fan_out": case["fan_out"], "stacking": p.stacking}
+        epilogue = {"activation": case["activation"], "negative_slope": 0.2}
+        settings = {"num_tasks": T, "training": case["training"], "gate": p.gate, **epilogue, **of_tasks}
+        return functional.task_batch_norm(x, weight, bias, *given, residual, **settings)
 
     def definition(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         if case["mixed"]:

@@ -32,8 +32,12 @@ def call_of(p: LayerProblem) -> tuple[Call, list[Tensor]]:
     names = ["x", "residual", "weight", "bias"]
     tensors = [tensor for name in names if (tensor := getattr(p, name)) is not None]
     options: dict[str, Any] = {
-        "num_tasks": len(p.weight), "eps": p.eps, "gate": p.gate, "stacking": p.stacking, "fan_out": p.fan_out,
-    }  # fmt: skip
+        "num_tasks": len(p.weight),
+        "eps": p.eps,
+        "gate": p.gate,
+        "stacking": p.stacking,
+        "fan_out": p.fan_out,
+    }
     name = ("add_" if p.residual is not None else "") + ("task_rms_norm" if p.rms else "task_layer_norm")
     function = getattr(functional, name)
     return lambda *tensors: function(*tensors, **options), [tensor.detach().clone() for tensor in tensors]

@@ -77,9 +77,14 @@ class Semantic(TritonSemantic):  # type: ignore[misc, type-arg]
         return self.broadcast_impl_value(lhs, rhs)
 
     def _common_type(
-        self, left: Any, right: Any, pointer_left: bool = False, pointer_right: bool = False,
-        arithmetic: bool = True, division: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        left: Any,
+        right: Any,
+        pointer_left: bool = False,
+        pointer_right: bool = False,
+        arithmetic: bool = True,
+        division: bool = False,
+    ) -> Any:
         self.check_ptr_type_impl(left, right, pointer_left)
         self.check_ptr_type_impl(right, left, pointer_right)
         if not arithmetic or left.is_ptr() or right.is_ptr():

@@ -15,9 +15,15 @@ from torch.nn.modules.module import _WrappedHook
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS = (
-    *CALL_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_load_state_dict_pre_hooks",
-)  # fmt: skip
+    *CALL_HOOKS,
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks",
+)
 _COMPUTING = ("forward", "_call_impl", "_conv_forward", "_call")  # methods of PyTorch's modules and ours
 _HARMLESS = {"__init__", "__repr__", "_get_name", "extra_repr", "reset_parameters", "reset_running_stats"}
 _MOST_HELD = 100_000  # objects that are looked at: a trainer or a data set may hang on a model

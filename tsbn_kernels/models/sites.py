@@ -185,9 +185,14 @@ def _subclass(kind: Any, left_out: frozenset[int], *, marking: bool) -> type[nn.
         return _new, (kind, definition.digest, tuple(left_out)), *state
 
     members = {
-        "forward": forward, "__reduce_ex__": reduce_ex, _ORIGIN: (kind, left_out), _MARK: _mark,
-        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
-    }  # fmt: skip
+        "forward": forward,
+        "__reduce_ex__": reduce_ex,
+        _ORIGIN: (kind, left_out),
+        _MARK: _mark,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
     try:
         changed: Any = new_class(kind.__name__, (kind,), {}, lambda namespace: namespace.update(members))
     except Exception:  # a class may refuse to be subclassed, in any way

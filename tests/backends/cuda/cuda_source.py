@@ -15,9 +15,11 @@ CSRC = ROOT / "csrc" / "cuda"
 _FLAGS = ("-DTSBN_DEVICE_ONLY",)
 _KERNEL = re.compile(r"^\.visible \.entry (\w+)\(.*?^}$(?=\n(?:\t// \.globl|\t\.file|\s*\Z))", re.DOTALL | re.MULTILINE)
 # What test_targets and test_stackings launch for targets other than 90: the others need not be compiled.
-_ELSEWHERE = re.compile(r"tsbn_(forward|backward)(_together)?_(f|bf)\d+_(rows|columns)|"
-                        r"tsbn_(forward_epilogue|backward_epilogue|backward_fan_out)_f(16|32)_(rows|columns|scalar)|"
-                        r"tsbn_layer_norm_\w+_(rows|f32|f64)")  # fmt: skip
+_ELSEWHERE = re.compile(
+    r"tsbn_(forward|backward)(_together)?_(f|bf)\d+_(rows|columns)|"
+    r"tsbn_(forward_epilogue|backward_epilogue|backward_fan_out)_f(16|32)_(rows|columns|scalar)|"
+    r"tsbn_layer_norm_\w+_(rows|f32|f64)"
+)
 
 
 @lru_cache

@@ -67,9 +67,15 @@ class Machine:
             "rstd": rstd,
         }
         arrays = {
-            "x": p.x, "residual": p.residual, "out": found["y"], "dresidual": found["s"], "weight": p.weight,
-            "bias": p.bias, "first": found["mean"], "second": rstd,
-        }  # fmt: skip
+            "x": p.x,
+            "residual": p.residual,
+            "out": found["y"],
+            "dresidual": found["s"],
+            "weight": p.weight,
+            "bias": p.bias,
+            "first": found["mean"],
+            "second": rstd,
+        }
         return found, self._run(p, work, arrays)
 
     def backward(

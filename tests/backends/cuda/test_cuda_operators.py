@@ -58,13 +58,15 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(torch.__file__).parent
     library = folder / "tsbn_kernels" / "_cuda.so"
     library.unlink(missing_ok=True)
+    csrc = ROOT / "csrc/cuda"
+    defined = ["-DTSBN_WITHOUT_DEVICE", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    headers = ["-isystem", root / "include", "-I", csrc]
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    sources = [csrc / "launch.cpp", folder / "stub.cpp"]
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DTSBN_WITHOUT_DEVICE",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(root / "include"), "-I", str(ROOT / "csrc/cuda"),
-         str(ROOT / "csrc/cuda/launch.cpp"), str(folder / "stub.cpp"), "-o", str(library),
-         f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
+        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *defined, *headers, *sources, "-o", library, *libraries],
         check=True,
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -311,8 +313,12 @@ def test_launches_of_mixed_batches(package: Path) -> None:
     count, same, *passes = python_output(MIXED, path=package).split()
     assert (count, same) == ("10", "True")
     assert [PASSES[int(number)] for number in passes] == [
-        "mixed_keys", *["forward_mixed"] * 3, *["mixed_keys"] * 3, *["backward_mixed"] * 2, "forward",
-    ]  # fmt: skip
+        "mixed_keys",
+        *["forward_mixed"] * 3,
+        *["mixed_keys"] * 3,
+        *["backward_mixed"] * 2,
+        "forward",
+    ]
 
 
 @needs_nvcc

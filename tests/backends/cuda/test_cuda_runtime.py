@@ -102,13 +102,11 @@ const void* row_kernel_of(const Launch& l) { return kernel_of(l); }
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runtime")
     (folder / "fake.cpp").write_text(RUNTIME)
-    subprocess.run(
-        [str(NVCC), "-x", "c++", "-std=c++17", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-Xlinker",
-         "-Bsymbolic", "-I", str(CSRC), str(CSRC / "runtime.cpp"), str(folder / "fake.cpp"),
-         "-o", str(folder / "runtime.so")],
-        check=True,
-    )  # fmt: skip
-    return folder / "runtime.so"
+    built, sources = folder / "runtime.so", [CSRC / "runtime.cpp", folder / "fake.cpp"]
+    compiler = [NVCC, "-x", "c++", "-std=c++17", "-I", CSRC, "-Xcompiler", "-fPIC"]
+    linker = ["-shared", "-cudart", "none", "-Xlinker", "-Bsymbolic", "-o", built]
+    subprocess.run([*compiler, *linker, *sources], check=True)
+    return built
 
 
 @pytest.fixture

@@ -62,15 +62,19 @@ VIOLATIONS = {
     "blocks that do not meet at first": ("cooperative_groups::this_grid().sync();", "__syncthreads();", "race"),
     "blocks that take what is not merged yet": ("    meet(counters + slab, first ? parts : 2 * parts);\n", "", "race"),
     "a block that comes before its threads are done": (
-        "uint32_t all) {\n    __syncthreads();\n", "uint32_t all) {\n", "race",
+        "uint32_t all) {\n    __syncthreads();\n",
+        "uint32_t all) {\n",
+        "race",
     ),
     "threads that go on before their block does": (
-        "    }\n    __syncthreads();\n  }\n  // Blocks that share", "    }\n  }\n  // Blocks that share", "race",
+        "    }\n    __syncthreads();\n  }\n  // Blocks that share",
+        "    }\n  }\n  // Blocks that share",
+        "race",
     ),
     "a block that goes on before the last one has come": ("met < all;", "met + 1 < all;", "race"),
     "a block that waits for one too many": ("met < all;", "met <= all;", "deadlock"),
     "a counter that nobody sets to 0": ("k < slabs;", "k + 1 < slabs;", "deadlock"),
-}  # fmt: skip
+}
 BROKEN = Broken({name: (old, new) for name, (old, new, _) in VIOLATIONS.items()}, "forward_together_bf16_columns")
 
 
@@ -163,9 +167,13 @@ def test_devices_without_it_split() -> None:
 def test_layers_of_celeba_scaled() -> None:
     """A batch and a device, both small: the rules plan as for the whole, and the machine counts what they say."""
     small = dataclasses.replace(
-        H100, target="sm_80", multiprocessors=4, shared_memory=96 << 10, block_shared_memory=95 << 10,
+        H100,
+        target="sm_80",
+        multiprocessors=4,
+        shared_memory=96 << 10,
+        block_shared_memory=95 << 10,
         bandwidth=H100.bandwidth / 33,
-    )  # fmt: skip
+    )
     for positions, reads in ((30, (1.2, 2.23)), (12, (1.0, 2.0))):  # larger than layer 2, and layer 4
         p = problem(2, 4, 128, (positions, 24), dtype=torch.bfloat16, memory_format="channels_last", bias=False)
         work = Work(2, 4, 128, 24 * positions, 2, "columns", needs_dbias=True)

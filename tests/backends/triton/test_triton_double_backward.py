@@ -127,12 +127,13 @@ def test_compiled(family: str, even: bool, dtype: torch.dtype, target: str, stac
 MUTANTS = {
     "walks one tile too far": (
         "    last = tl.minimum(first + share, tiles_of(slab, tile))\n    for i",
-        "    last = tl.minimum(first + share + 1, tiles_of(slab, tile))\n    for i", "race|write count",
+        "    last = tl.minimum(first + share + 1, tiles_of(slab, tile))\n    for i",
+        "race|write count",
     ),
     "the last tile's sum alone": ("products += u * dz", "products = u * dz", "out of bounds"),
     "two sums in one place": ("data + 2 * step", "data + step", "race|write count|unwritten"),
     "a factor is left out": ("(deviation * f5 + f6)", "(deviation * f5)", "out of bounds"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

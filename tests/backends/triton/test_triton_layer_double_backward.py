@@ -157,7 +157,7 @@ MUTANTS = {
     "sums of all splits in one place": ("    partials += split * size\n", "", "race|write count|unwritten"),
     "the last tile's sum alone": ("rests += gradient * rest", "rests = gradient * rest", "out of"),
     "what the statistics give is left out": ("(bend + cross)", "bend", "out of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -119,7 +119,9 @@ def test_an_input_that_begins_anywhere(fan_out: bool) -> None:
 
 MUTANTS = {
     "reads statistics past the end": (
-        "ONE), mask=place.real > 0.0, other=0.0)", "ONE), mask=place.real >= 0.0, other=0.0)", "out of|unwritten"
+        "ONE), mask=place.real > 0.0, other=0.0)",
+        "ONE), mask=place.real >= 0.0, other=0.0)",
+        "out of|unwritten",
     ),
     "walks one tile too far": (
         "    last = tl.minimum(first + share, tiles_of(slab, tile))\n    for k in range(first, last):\n"
@@ -130,7 +132,7 @@ MUTANTS = {
     ),
     "every split leaves its sums in one place": ("offset = split *", "offset = 0 * split *", "race|write count"),
     "the last part is not added": ("mask=(i < splits)", "mask=(i < splits - 1)", "out of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

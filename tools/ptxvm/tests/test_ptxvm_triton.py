@@ -133,8 +133,8 @@ def test_masked_tiles_on_a_strided_view(dtype: torch.dtype, target: int) -> None
     x, gate = whole[:, :77], torch.randn(77)
     for schedule in SCHEDULES:
         y = torch.empty_like(whole)[:, :77]
-        launch_triton(gated_tile, lambda meta: (triton.cdiv(37, meta["BM"]), triton.cdiv(77, meta["BN"])), x, gate, Out(y), 37, 77, 160,
-                      BM=16, BN=128, target=target, schedule=schedule)  # fmt: skip
+        arguments = x, gate, Out(y), 37, 77, 160
+        launch_triton(gated_tile, (triton.cdiv(37, 16), 1), *arguments, BM=16, BN=128, target=target, schedule=schedule)
         wide = x.double()
         want = wide * torch.sigmoid(gate.double()) + (wide * wide).sum(1, keepdim=True)
         assert ((y.double() - want).abs() <= 2 * torch.finfo(dtype).eps * want.abs().max()).all()

@@ -366,9 +366,9 @@ def numbers(plan: CudaPlan, phases: int, sigmoid: bool, vectors: tuple[int, ...]
     multiplier = ((1 << 32) * ((1 << shift) - pieces.divisor)) // pieces.divisor + 1
     strides = (value for o in pieces.operands for value in (o or Strides(0, 0, 0, 0))[:4])
     waits = work.two_passes if work.backward else work.training
-    return (
-        phases, int(waits), int(sigmoid), int(pieces.masked), work.channels, pieces.tiles, pieces.log_lanes,
-        plan.parts, plan.slabs * plan.parts, pieces.slots, plan.part_slots, plan.resident,
-        pieces.divisor, multiplier, shift, pieces.run, plan.values,
-        ACTIVATION_CODES[work.activation], work.tasks // work.streams, *plan.of_samples, *strides, *vectors,
-    )  # fmt: skip
+    flags = phases, int(waits), int(sigmoid), int(pieces.masked)
+    slabs = work.channels, pieces.tiles, pieces.log_lanes, plan.parts, plan.slabs * plan.parts
+    slots = pieces.slots, plan.part_slots, plan.resident
+    places = pieces.divisor, multiplier, shift, pieces.run, plan.values
+    tasks = ACTIVATION_CODES[work.activation], work.tasks // work.streams, *plan.of_samples
+    return *flags, *slabs, *slots, *places, *tasks, *strides, *vectors

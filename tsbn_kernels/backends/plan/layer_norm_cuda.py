@@ -171,9 +171,7 @@ def numbers(plan: CudaLayerPlan, sigmoid: bool, vectors: tuple[int, ...]) -> tup
     work, inner = plan.work, plan.work.positions
     shift = (inner - 1).bit_length()
     multiplier = ((1 << 32) * ((1 << shift) - inner)) // inner + 1
-    sums = work.backward and work.needs_dweight, work.backward and work.needs_dbias
-    return (
-        int(work.rms), int(sigmoid), *map(int, sums), work.channels, plan.piece, plan.pieces,
-        plan.lanes.bit_length() - 1, plan.steps, work.tasks, _met(work), plan.staged, 1 if work.fan_out else work.tasks,
-        work.values, inner, multiplier, shift, plan.splits, plan.share, *vectors,
-    )  # fmt: skip
+    flags = work.rms, sigmoid, work.backward and work.needs_dweight, work.backward and work.needs_dbias
+    row = work.channels, plan.piece, plan.pieces, plan.lanes.bit_length() - 1, plan.steps
+    tasks = work.tasks, _met(work), plan.staged, 1 if work.fan_out else work.tasks
+    return *map(int, flags), *row, *tasks, work.values, inner, multiplier, shift, plan.splits, plan.share, *vectors

@@ -14,9 +14,15 @@ from tsbn_kernels.definition.activations import NONE
 
 # Passes of csrc/cuda/launch.h.
 PASSES = (
-    "forward", "backward", "forward_epilogue", "backward_epilogue", "backward_fan_out", "forward_mixed",
-    "backward_mixed", "mixed_keys",
-)  # fmt: skip
+    "forward",
+    "backward",
+    "forward_epilogue",
+    "backward_epilogue",
+    "backward_fan_out",
+    "forward_mixed",
+    "backward_mixed",
+    "mixed_keys",
+)
 LOG_LANES = 3  # slots of a position side by side: 128 bytes, in columns
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
