@@ -11,7 +11,7 @@ from support.processes import python_output
 
 from benchmarks.hot_paths.fake_driver import COMPILER
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
     pytest.skip("this Triton is not for NVIDIA's GPUs", allow_module_level=True)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -56,7 +56,10 @@ BROKEN = """
 from support import launches
 from support.epilogues import forward, make_call
 from tsbn_kernels.definition.options import Saved
+from triton.runtime import driver as of_triton
 launches.Judge(driver)
+stream_of, streams = of_triton.active.get_current_stream, [None]
+of_triton.active.get_current_stream = lambda device: streams[0] or stream_of(device)
 call = make_call(2, 6, 4, (4, 8))
 _, mean, var = forward(call, launches.TRITON)
 (run,) = launches.triton_ops.forwards.values()
@@ -69,13 +72,13 @@ for change in {changes!r}:
         print("wrong" if change else "right")
     except AssertionError as error:
         print("found" if change else "wrong")
-    run.x, slab.programs, slab.options, slab._run = view, programs, options, right
+    run.x, slab.programs, slab.options, slab._run, streams[0] = view, programs, options, right, None
 """
 CHANGES = [
     "",
     "slab._run = lambda *a: right(*a[:12], a[13], a[12], *a[14:])",
     "slab._run = lambda *a: right(a[0]._replace(n=a[0].c, c=a[0].n), *a[1:])",
-    "slab._run = lambda *a: right(*a, stream=5)",
+    "streams[0] = 5",
     "slab._run = lambda *a: (right(*a), right(*a))",
     "slab.programs += 1",
     "slab.options['num_warps'] *= 2",
@@ -87,6 +90,72 @@ CHANGES = [
 
 def test_a_launch_that_is_wrong_is_found(program: Program) -> None:
     assert program(BROKEN.format(changes=CHANGES)) == ["found" if change else "right" for change in CHANGES]
+
+
+AGAIN = """
+from triton import knobs
+from triton.compiler.compiler import CompiledKernel
+from support import launches
+from support.epilogues import forward, make_call
+from tsbn_kernels.backends.triton import again
+
+heard, known, described = [], again.KNOWN, CompiledKernel.launch_metadata
+def describe(*arguments):
+    heard.append("runner")
+    return described(*arguments)
+CompiledKernel.launch_metadata = describe
+judge, call = launches.Judge(driver), make_call(2, 6, 4, (4, 8))
+
+def launch(name):
+    heard.clear()
+    try:
+        forward(call, launches.TRITON)
+    except Exception as error:  # of what Triton would need
+        heard.append("failed")
+    print(name, *heard, sep=", ")
+
+launch("first")
+launch("nobody")
+for name in ("launch_enter_hook", "launch_exit_hook"):
+    chain, hook = getattr(knobs.runtime, name), lambda told: heard.append("hook")
+    chain.add(hook)
+    launch("a chain")
+    chain.remove(hook)
+    for kind, value in {{"a function": hook, "none": None, "an empty chain": chain}}.items():
+        setattr(knobs.runtime, name, value)
+        launch(kind)
+(run,) = launches.triton_ops.forwards.values()
+compiled = judge.compiled[run.slab]
+own, launcher = type(compiled.run), compiled.run.launch
+other = type("Launcher", (own,), {{"__module__": "elsewhere"}})
+for change, back in {changes!r}.items():
+    exec(change)
+    run.slab._run = again.launcher_of(compiled, run.slab.programs)
+    launch(change)
+    exec(back)
+"""
+NOT_KNOWN = {
+    "again.KNOWN = ('0.',)": "again.KNOWN = known",
+    "compiled.run.__class__ = other": "compiled.run.__class__ = own",
+    "compiled.run.launch = lambda *a: launcher(*a)": "compiled.run.launch = launcher",
+    "compiled.run.global_scratch_size = 8": "compiled.run.global_scratch_size = 0",
+    "compiled.run.profile_scratch_size = 8": "compiled.run.profile_scratch_size = 0",
+    "compiled.run.gsan_enabled = True": "compiled.run.gsan_enabled = False",
+}
+
+
+def test_who_launches_again(program: Program) -> None:
+    """Triton's runner does so where a hook listens, and where the launcher is not the one that is known."""
+    from tsbn_kernels.backends.triton import again
+
+    plain = "" if triton.__version__.startswith(again.KNOWN) else ", runner"
+    watched = ["a chain, runner, hook", "a function, runner, hook", f"none{plain}", f"an empty chain{plain}"]
+    first, nobody, *of_hooks = program(AGAIN.format(changes=NOT_KNOWN | {"pass": "pass"}))
+    *changed, last = of_hooks[len(watched) * 2 :]
+    assert (first, nobody) == ("first, runner", f"nobody{plain}")
+    assert of_hooks[: len(watched) * 2] == watched * 2
+    assert [line.removesuffix(", failed") for line in changed] == [f"{change}, runner" for change in NOT_KNOWN]
+    assert last == f"pass{plain}"
 
 
 FAILING = """

@@ -9,6 +9,7 @@ from triton.errors import TritonError
 
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
+from tsbn_kernels.backends.triton.again import launcher_of
 from tsbn_kernels.backends.triton.kernels import (
     backward,
     double_backward,
@@ -59,9 +60,8 @@ class Launch:
             return
         if self._failure is not None:
             raise KernelError(*self._failure)
-        grid = (self.programs, 1, 1)
         try:
-            compiled = self.function[grid](*arguments, *self.constants, **self.options)
+            compiled = self.function[self.programs, 1, 1](*arguments, *self.constants, **self.options)
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -69,7 +69,7 @@ class Launch:
             raise KernelError(*self._failure) from error
         backend.health.proved = True
         if compiled is not None:  # the interpreter compiles nothing
-            self._run = compiled[grid]
+            self._run = launcher_of(compiled, self.programs)
 
 
 def _is_of_kernel(error: Exception) -> bool:
