@@ -17,8 +17,10 @@ from torch import Tensor
 from benchmarks.hot_paths.fake_driver import Driver
 from benchmarks.profile.compile_offline import triton_forced
 from benchmarks.records.summary import Summary
+from benchmarks.records.workloads import Workload, layers_named
+from benchmarks.timing.host_memory import keep_freed
 from benchmarks.timing.measure import Effort, measure, summarize, training_candidate
-from tsbn_kernels import FusedTSigmaBN2d
+from tsbn_kernels import FusedTSigmaBN, FusedTSigmaBN2d
 from tsbn_kernels.backends.triton import launch
 
 SHAPE = (2, 8, 4, 4)  # of one task: the kernels do not run, and the peers should have nothing to compute
@@ -37,10 +39,31 @@ def stubbed_launches() -> Iterator[None]:
         yield
 
 
-def _step(module: torch.nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
-    gradient = torch.ones_like(x)
+@contextmanager
+def fake_gpu() -> Iterator[Driver]:
+    """Launches the kernels of CPU tensors by Triton's own launcher, on a driver that launches nothing.
+
+    From then on PyTorch says in this process that there is a GPU: see :mod:`benchmarks.hot_paths.fake_driver`.
+    """
+    with tempfile.TemporaryDirectory() as folder, triton_forced():
+        yield Driver(Path(folder), notes=False)
+
+
+Step = tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, ...]]]
+
+
+def _step(module: torch.nn.Module, x: Tensor, gradient: Tensor) -> Step:
     leaves = [x, *module.parameters()]
     return lambda: module(x), lambda y: torch.autograd.grad(y, leaves, gradient, allow_unused=True)
+
+
+def _launches(driver: Driver, step: Step) -> int:
+    """Compiles the kernels of a step, and counts the launches of the next one."""
+    forward, backward = step
+    backward(forward())
+    before = driver.launches
+    backward(forward())
+    return driver.launches - before
 
 
 class PlainLoop(torch.nn.Module):
@@ -55,28 +78,34 @@ class PlainLoop(torch.nn.Module):
         return torch.cat([norm(part) for norm, part in zip(self.norms, x.chunk(len(self.norms)), strict=True)])
 
 
-def host_times(num_tasks: int = 40, effort: Effort = EFFORT) -> tuple[dict[str, list[Summary]], int]:
-    """Seconds of a forward, and of a forward and backward, of each candidate; and the launches of the latter.
-
-    From then on PyTorch says in this process that there is a GPU: see :mod:`benchmarks.hot_paths.fake_driver`.
-    """
+def host_times(driver: Driver, num_tasks: int = 40, effort: Effort = EFFORT) -> tuple[dict[str, list[Summary]], int]:
+    """Seconds of a forward, and of a forward and backward, of each candidate; and the launches of the latter."""
     samples, channels, *spatial = SHAPE
     x = torch.randn(num_tasks * samples, channels, *spatial, requires_grad=True)
-    fused, loop = FusedTSigmaBN2d(num_tasks, channels), PlainLoop(num_tasks, channels)
-    no_statistics = FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False)
-    with tempfile.TemporaryDirectory() as folder, triton_forced():
-        driver = Driver(Path(folder), notes=False)
-        forward, backward = _step(fused, x)
-        backward(forward())
-        before = driver.launches
-        backward(forward())
-        launches = driver.launches - before
-        rounds = measure(
-            {
-                "fused layer": training_candidate(forward, backward),
-                "the same without running statistics": training_candidate(*_step(no_statistics, x)),
-                f"loop of {num_tasks} BatchNorm2d on tiny CPU tensors": training_candidate(*_step(loop, x)),
-            },
-            effort,
-        )
+    gradient = torch.ones_like(x)
+    modules = {
+        "fused layer": FusedTSigmaBN2d(num_tasks, channels),
+        "the same without running statistics": FusedTSigmaBN2d(num_tasks, channels, track_running_stats=False),
+        f"loop of {num_tasks} BatchNorm2d on tiny CPU tensors": PlainLoop(num_tasks, channels),
+    }
+    steps = {name: _step(module, x, gradient) for name, module in modules.items()}
+    launches = _launches(driver, steps["fused layer"])
+    rounds = measure({name: training_candidate(*step) for name, step in steps.items()}, effort)
     return summarize(rounds), launches
+
+
+def network_times(driver: Driver, workload: Workload, effort: Effort = EFFORT) -> tuple[list[float], int]:
+    """Seconds of the forward, and of the forward and backward, of all layers of a network; and the launches of these.
+
+    Each distinct layer is measured by itself. Its activations are of full size, but nobody writes to their memory.
+    """
+    seconds, launches = [0.0, 0.0], 0
+    with keep_freed():
+        for layer in workload.layers:
+            x, gradient = (torch.empty(layer.shape(workload.tasks, workload.batch)) for _ in range(2))
+            module = FusedTSigmaBN(workload.tasks, layer.channels, activation=workload.activation)  # type: ignore[arg-type]
+            step, times = _step(module, x.requires_grad_(), gradient), layers_named(layer.name)
+            launches += times * _launches(driver, step)
+            (passes,) = summarize(measure({"layer": training_candidate(*step)}, effort)).values()
+            seconds = [sum_ + times * one.median for sum_, one in zip(seconds, passes, strict=True)]
+    return seconds, launches

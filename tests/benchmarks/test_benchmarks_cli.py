@@ -265,6 +265,35 @@ def test_host_overhead_needs_no_gpu(tmp_path: Path) -> None:
     assert "loop of 3 BatchNorm2d" in result.stdout
 
 
+HOST_OF_A_NETWORK = """
+from itertools import count
+from benchmarks.hot_paths import host_cost
+from benchmarks.records.workloads import Layer, Workload
+
+seconds = count()
+def measured(candidates, effort):
+    one = 10.0 ** next(seconds)
+    return {name: [[one], [2 * one]] for name in candidates}
+host_cost.measure = measured
+layers = Layer(("a", "b"), 3, (4, 4)), Layer.of(2, (), 3), Layer.of(2, (160, 160))
+with host_cost.fake_gpu() as driver:
+    print(*host_cost.network_times(driver, Workload("small", 2, 4, layers, "relu")))
+"""
+
+
+def test_the_host_time_of_a_network_is_that_of_all_its_layers() -> None:
+    """The large layer is split: two launches a pass."""
+    pytest.importorskip("triton")
+    assert python_output(HOST_OF_A_NETWORK).strip() == "[132.0, 264.0] 14"
+
+
+def test_the_host_command_knows_networks() -> None:
+    pytest.importorskip("triton")
+    result = CliRunner().invoke(app.app, ["host", "--network", "segnet", "--network", "bert_base"])
+    assert result.exit_code == 1
+    assert "unknown networks: bert_base; known are celeba40, resnet50" in result.output
+
+
 def test_predictions_measure_nothing(invoke, tmp_path):
     result = invoke("--predict", "h100", "--layers", "bn2", "--tasks", "40", "--batch", "256", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output

@@ -14,6 +14,7 @@ from torch import Tensor
 from tsbn_kernels import backends
 from tsbn_kernels.backends import triton
 
+_keys_of = torch._C._dispatch_keys
 _Key, _Keys = torch._C.DispatchKey, torch._C.DispatchKeySet
 
 
@@ -41,7 +42,7 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str | None:
     """
     if backends.is_forced():
         return backends.override(x.device.type)
-    key = "CPU" if x.is_cpu else x.device.type.upper()  # a device's name takes as long as all else here
+    key = "CUDA" if x.is_cuda else "CPU" if x.is_cpu else x.device.type.upper()  # a device's name takes long
     return key if key in _OWN and _finds_kernels(key, x, *others) else None
 
 
@@ -61,5 +62,8 @@ def _finds_kernels(key: str, *tensors: Tensor | None) -> bool:
         return False
     if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_OF_EVERY_THREAD:
         return False
-    others = ~_OWN[key]
-    return not any(t is not None and torch._C._dispatch_keys(t).raw_repr() & others for t in tensors)
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= _keys_of(tensor).raw_repr()
+    return not bits & ~_OWN[key]
