@@ -1,7 +1,8 @@
-// What Python asks of the pool of memory and of the instruction sets. The operators register themselves.
+// What Python asks of the pool of memory, of the instruction sets and of streaming stores. The operators register themselves.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/plan.h"
 #include "cpu/pool.h"
 
 namespace {
@@ -17,6 +18,7 @@ int64_t pool_set_limit(int64_t bytes) {
 }
 std::string cpu_instruction_set() { return tsbn::cpu::instruction_set(); }
 bool set_cpu_instruction_set(std::string name) { return tsbn::cpu::set_instruction_set(name); }
+int64_t set_cpu_stream_bytes(int64_t bytes) { return tsbn::cpu::set_stream_bytes(bytes); }
 
 }  // namespace
 
@@ -27,6 +29,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tsbn, m) {
   m.def("_pool_set_limit(int bytes) -> int");
   m.def("_cpu_instruction_set() -> str");
   m.def("_set_cpu_instruction_set(str name) -> bool");
+  m.def("_set_cpu_stream_bytes(int bytes) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tsbn, CompositeExplicitAutograd, m) {
@@ -36,4 +39,5 @@ STABLE_TORCH_LIBRARY_IMPL(tsbn, CompositeExplicitAutograd, m) {
   m.impl("_pool_set_limit", TORCH_BOX(&pool_set_limit));
   m.impl("_cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
   m.impl("_set_cpu_instruction_set", TORCH_BOX(&set_cpu_instruction_set));
+  m.impl("_set_cpu_stream_bytes", TORCH_BOX(&set_cpu_stream_bytes));
 }

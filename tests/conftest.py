@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 from hypothesis import settings
-from support.backends import BACKENDS, instruction_sets, on_backend
+from support.backends import BACKENDS, instruction_sets, on_backend, streaming_from
 from support.descendants import end_with_this_process
 
 from tsbn_kernels.backends import cpu
@@ -155,6 +155,16 @@ def native() -> None:
     """For tests of the native library itself."""
     if not cpu.available:
         pytest.skip("the native library was not built")
+
+
+@pytest.fixture
+def streamed() -> Iterator[int]:
+    """The bytes from which on outputs are written by streaming stores in a test: fewer than the 8 MiB of all others."""
+    if not cpu.available:
+        yield 1 << 20
+        return
+    with streaming_from(1 << 20):
+        yield 1 << 20
 
 
 @pytest.fixture(params=BACKENDS)

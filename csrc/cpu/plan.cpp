@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <vector>
 
 #include "allocate.h"
@@ -15,14 +17,13 @@
 namespace tsbn::cpu {
 namespace {
 
-constexpr size_t kStreamBytes = size_t(8) << 20;
-
-bool streaming_enabled() {
-  static const bool enabled = [] {
+// Outputs of so many bytes and more are streamed.
+std::atomic<int64_t>& stream_bytes() {
+  static std::atomic<int64_t> bytes = [] {
     const char* text = std::getenv("TSBN_STREAMING");
-    return text == nullptr || std::strcmp(text, "0") != 0;
+    return text == nullptr || std::strcmp(text, "0") != 0 ? int64_t(8) << 20 : std::numeric_limits<int64_t>::max();
   }();
-  return enabled;
+  return bytes;
 }
 
 // Blocks of fp32 rows fill a third of a 48 KiB L1 cache; a column's fp32 sum has at most 128 terms.
@@ -160,10 +161,12 @@ void cut(Work& w) {
   w.partition = partition_of(w, w.N);
 }
 
+int64_t set_stream_bytes(int64_t bytes) { return stream_bytes().exchange(bytes); }
+
 // Streaming pays where the output outgrows the caches near the core and is written in whole lines.
 bool should_stream(const Work& w, const Operand& out, int64_t tasks) {
   const int64_t size = int64_t(element_size(w.dtype));
-  if (out.data == nullptr || !streaming_enabled() || size_t(tasks * w.N * w.C * w.S * size) < kStreamBytes) return false;
+  if (out.data == nullptr || tasks * w.N * w.C * w.S * size < stream_bytes().load(std::memory_order_relaxed)) return false;
   constexpr int64_t line = 64;
   const bool aligned = reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.t * size % line == 0 &&
                        (w.N == 1 || out.n * size % line == 0);

@@ -46,5 +46,7 @@ size_t element_size(DType dtype);
 
 // Whether to write the operand `out`, of `tasks` tasks, past the caches.
 bool should_stream(const Work& w, const Operand& out, int64_t tasks);
+// From how many bytes of an output on that may be so: 8 MiB, unless set. Returns the former number.
+int64_t set_stream_bytes(int64_t bytes);
 
 }  // namespace tsbn::cpu

@@ -48,6 +48,16 @@ def cache_limit(num_bytes: int) -> Iterator[None]:
         memory.set_cache_limit(before)
 
 
+@contextmanager
+def streaming_from(num_bytes: int) -> Iterator[None]:
+    """Writes outputs of so many bytes and more by streaming stores, else those of 8 MiB and more."""
+    before = cpu.set_stream_bytes(num_bytes)
+    try:
+        yield
+    finally:
+        cpu.set_stream_bytes(before)
+
+
 def instruction_sets() -> list[str]:
     """Those that this processor runs."""
     if not cpu.available:

@@ -44,3 +44,8 @@ def set_instruction_set(name: str) -> None:
     """
     if not torch.ops.tsbn._set_cpu_instruction_set(name):
         raise ValueError(f"this processor does not run {name!r} kernels; it chose {instruction_set()!r}")
+
+
+def set_stream_bytes(num_bytes: int) -> int:
+    """Writes outputs of so many bytes and more by streaming stores, for tests; returns how many it was (8 MiB)."""
+    return int(torch.ops.tsbn._set_cpu_stream_bytes(num_bytes))
