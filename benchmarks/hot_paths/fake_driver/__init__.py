@@ -90,7 +90,8 @@ def _elf(address: int) -> bytes:
     return ctypes.string_at(address, table + size * count)
 
 
-def _sections(elf: bytes) -> dict[str, bytes]:
+def sections(elf: bytes) -> dict[str, bytes]:
+    """The parts of a file of machine code by their names."""
     (table,) = struct.unpack_from("<Q", elf, 40)
     size, count, names = struct.unpack_from("<HHH", elf, 58)
     found = [struct.unpack_from("<IIQQQQ", elf, table + size * k) for k in range(count)]
@@ -104,7 +105,7 @@ def _sections(elf: bytes) -> dict[str, bytes]:
 
 def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
     """Bytes of each parameter, as the machine code of a kernel says: entries of the kind KPARAM_INFO."""
-    info, sizes, at = _sections(cubin)[f".nv.info.{kernel}"], {}, 0
+    info, sizes, at = sections(cubin)[f".nv.info.{kernel}"], {}, 0
     while at < len(info):
         form, kind, length = struct.unpack_from("<BBH", info, at)
         if form == 4 and kind == 0x17:

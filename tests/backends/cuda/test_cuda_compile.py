@@ -7,10 +7,12 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cuda_source import CSRC, source
 from support.processes import ROOT
 
+from benchmarks.hot_paths.fake_driver import sections
 from tools.ptxvm import find_nvcc
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as rules
@@ -101,28 +103,53 @@ def test_resources(architecture: int, cubins: dict[int, list[Path]]) -> None:
         assert int(registers) <= budget(name), name
 
 
+# The instructions that move 16 bytes, as the disassembler writes them, and their lowest 9 bits.
+WIDE = {r"LDG\.E(\.\w+)*\.128": 0x181, r"STG\.E(\.\w+)*\.128": 0x186, r"STS\.128": 0x188, r"LDS\.128": 0x184}
+
+
 @lru_cache
-def disassembled(cubin: Path) -> dict[str, str]:
-    text = printed(tool("nvdisasm"), "-c", str(cubin))
-    functions = dict(re.findall(r"\.section\s+\.text\.(\w+),(.*?)(?=\.section\s|\Z)", text, re.DOTALL))
-    return {name: body for name, body in functions.items() if name.startswith("tsbn_")}
+def machine_code(cubin: Path) -> dict[str, bytes]:
+    """The instructions of each kernel, of 16 bytes."""
+    parts = sections(cubin.read_bytes())
+    return {name.removeprefix(".text."): code for name, code in parts.items() if name.startswith(".text.tsbn_")}
+
+
+def wide(code: bytes) -> dict[str, int]:
+    """So many of each kind of WIDE: bits 73 to 75 of an instruction are the width of what it moves."""
+    low, high = np.frombuffer(code, "<u8").reshape(-1, 2).T
+    moved = low[(high >> 9) & 7 == 6] & 0x1FF
+    return {pattern: int((moved == opcode).sum()) for pattern, opcode in WIDE.items()}
+
+
+@architectures
+@pytest.mark.parametrize("kernel", ["tsbn_backward_bf16_rows", "tsbn_forward_f64_columns"])
+def test_bits_mean_what_the_disassembler_says(
+    kernel: str, architecture: int, cubins: dict[int, list[Path]], tmp_path: Path
+) -> None:
+    """It takes seconds for all kernels, and what it prints of one shows what the bits of an instruction are."""
+    (code,) = (found[kernel] for file in cubins[architecture] if kernel in (found := machine_code(file)))
+    (tmp_path / "code").write_bytes(code)
+    text = printed(tool("nvdisasm"), "-b", f"SM{architecture}", str(tmp_path / "code"))
+    assert not re.search(r"\b(LDL|STL)\b", text)  # local memory
+    assert wide(code) == {pattern: len(re.findall(pattern, text)) for pattern in WIDE}
+    assert all(wide(code).values())
+    assert len(re.findall(r"\b(?:LDG|STG|STS|LDS)\b", text)) > sum(wide(code).values())
 
 
 @architectures
 def test_accesses_are_16_bytes_wide(architecture: int, cubins: dict[int, list[Path]]) -> None:
     """Loads and stores of slots, in the machine's own instructions, as often as the loops are unrolled."""
-    kernels = {name: body for file in cubins[architecture] for name, body in disassembled(file).items()}
+    kernels = {name: code for file in cubins[architecture] for name, code in machine_code(file).items()}
     assert len(kernels) == KERNELS
-    for name, body in kernels.items():
-        assert not re.search(r"\b(LDL|STL)\b", body), name  # local memory
+    for name, code in kernels.items():
         if name.endswith("scalar") or "parameters" in name or "keys" in name:
             continue
         unrolled = 1 if "epilogue" in name or "mixed" in name else 2 if "backward" in name else 4
-        outside, inside = (r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128"), (r"STS\.128", r"LDS\.128")
-        # A fan-out's backward, mixed batches and layer normalisation keep no slots there.
+        # A fan-out's backward, mixed batches and layer normalisation keep no slots in shared memory.
         keeps = not any(kind in name for kind in ("fan_out", "mixed", "layer_norm"))
-        for pattern in outside + inside if keeps else outside:
-            assert len(re.findall(pattern, body)) >= unrolled, (name, pattern)
+        for pattern, count in wide(code).items():
+            if keeps or pattern.startswith(("LDG", "STG")):
+                assert count >= unrolled, (name, pattern)
 
 
 @pytest.mark.parametrize("device", ["A100", "H100", "B200", "RTX4090"])
