@@ -13,6 +13,8 @@ PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-load
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
 
+# Workers and hundreds of programs import the same files: one compiles them for all.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
