@@ -85,6 +85,19 @@ def test_module_under_inductor(training: bool, memory_format: str) -> None:
     compare(layer, torch.compile(twin, fullgraph=True), twin, memory_format)
 
 
+@pytest.fixture
+def sizes_that_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler of PyTorch 2.11 and earlier does not sort tuples of sizes that change; a later one does."""
+    dense_strides = layout.dense_strides
+
+    def of_backends(x: Tensor, stacking: str) -> tuple[int, ...]:
+        assert not torch.compiler.is_dynamo_compiling(), "sorts sizes where a compiler traces"
+        return dense_strides(x, stacking)
+
+    monkeypatch.setattr(layout, "dense_strides", of_backends)
+
+
+@pytest.mark.usefixtures("sizes_that_are_not_sorted")
 @pytest.mark.parametrize(
     ("name", "training"),
     [(name, True) for name in WAYS] + [(name, False) for name in ("plain", "residual", "fan_out", "tasks", "model")],
@@ -114,21 +127,7 @@ def test_sizes_that_change(name: str, training: bool) -> None:
     assert any(target.startswith(way.operators[2]) for target in counter.targets)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_sizes_are_not_sorted_where_a_compiler_traces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler of PyTorch 2.11 and earlier does not sort tuples of sizes that change; a later one does."""
-    dense_strides = layout.dense_strides
-
-    def of_backends(x: Tensor, stacking: str) -> tuple[int, ...]:
-        assert not torch.compiler.is_dynamo_compiling()
-        return dense_strides(x, stacking)
-
-    monkeypatch.setattr(layout, "dense_strides", of_backends)
-    way = WAYS[name]
-    compiled = torch.compile(way.make(), fullgraph=True, backend="eager", dynamic=True)
-    tensors(compiled(*way.inputs(17)))
-
-
+@pytest.mark.usefixtures("sizes_that_are_not_sorted")
 @pytest.mark.parametrize("stacking", ["task_major", "task_axis"])
 def test_dynamic_from_the_start(stacking: str) -> None:
     layer = FusedTSigmaBN2d(T, C)
