@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,11 @@ from benchmarks.layers.registry import PEERS, defaults
 from benchmarks.network import celeba40
 from benchmarks.records.network_run import VARIANTS, Differences
 from benchmarks.records.workloads import BATCH_NORM
+from benchmarks.timing import self_test
 from benchmarks.timing.measure import Effort
 
 TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
+SHORT = Effort(2, 2, 0.0, 0.0, visits=1)
 EAGER = ["--impl", "fused", "--impl", "loop", "--impl", "folded"]
 
 
@@ -33,7 +37,8 @@ def invoke(monkeypatch, tmp_path):
     """Runs the command with few and short rounds in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("FULL_EFFORT", "NETWORK_EFFORT"):
-        monkeypatch.setattr(cli_celeba40, name, Effort(2, 2, 0.0, 0.0, visits=1))
+        monkeypatch.setattr(cli_celeba40, name, SHORT)
+    monkeypatch.setattr(self_test, "judge", partial(self_test.judge, effort=replace(SHORT, visits=2)))
     return lambda *arguments: CliRunner().invoke(app.app, [*TINY, *arguments])
 
 
@@ -81,7 +86,13 @@ def test_a_run_writes_records_and_a_picture(invoke, monkeypatch, tmp_path):
     with Image.open(tmp_path / "out" / "run.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10  # not blank
-    for text in ("2 tasks, batch 4 (given)", "geometric means", "Training step of the network", "out/run.png"):
+    for text in (
+        "2 tasks, batch 4 (given)",
+        "self-test: ",
+        "geometric means",
+        "Training step of the network",
+        "out/run.png",
+    ):
         assert text in result.output
 
 
