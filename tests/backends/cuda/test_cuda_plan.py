@@ -14,6 +14,7 @@ from support.processes import python
 
 from tsbn_kernels.backends.plan import DEVICES, Device, Work
 from tsbn_kernels.backends.plan import cuda as rules
+from tsbn_kernels.backends.plan.expect import expected
 from tsbn_kernels.backends.plan.slots import MOST_SLOTS, THREADS, cut
 from tsbn_kernels.backends.plan.work import Operands, Strides
 from tsbn_kernels.definition.activations import ACTIVATIONS, NONE
@@ -77,6 +78,14 @@ def test_celeba_layers_on_an_h100(layer: int) -> None:
         assert plan.launches == 1
         streaming = rules.plan(plan.work, H100, variant="streaming")
         assert plan.bytes_read < streaming.bytes_read and plan.seconds() < streaming.seconds()
+
+
+def test_a_team_that_is_alone_waits_as_a_whole() -> None:
+    """Both blocks of a multiprocessor are of one team, or one moves bytes while the other waits."""
+    work, options = Work(40, 256, 256, 256, 2, "columns"), {"most_shared_bytes": 100 << 10}
+    one, two = (rules.lay_out(work, H100, "together", 264 // teams, teams=teams, **options) for teams in (1, 2))
+    assert (one.in_step, two.in_step) == (2, 1) and one.on_chip == two.on_chip == 1
+    assert expected(one).busy < 0.75 < expected(two).busy
 
 
 def test_layer_1_fits_clusters_of_16() -> None:

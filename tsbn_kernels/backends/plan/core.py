@@ -74,6 +74,11 @@ class Plan:
         return 0
 
     @property
+    def in_step(self) -> int:
+        """Programs of a multiprocessor that wait for the same sums, so that none of them works while another waits."""
+        return 1
+
+    @property
     def share(self) -> int:
         """Tiles of a split, the last one of a slab may have fewer."""
         return -(-self.tiles // self.splits)

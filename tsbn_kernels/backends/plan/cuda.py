@@ -74,6 +74,11 @@ class CudaPlan(Plan):
         return 2 if self.teams else 0
 
     @property
+    def in_step(self) -> int:
+        """Blocks of a multiprocessor that wait for the same sums: those of one team."""
+        return -(-self.resident_programs // self.teams) if self.teams else 1
+
+    @property
     def merged_bytes(self) -> int:
         """Bytes of the sums of slabs, of which each block merges some and reads all."""
         return self.partial_bytes // self.parts if self.teams else 0

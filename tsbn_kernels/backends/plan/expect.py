@@ -66,7 +66,7 @@ def expected(plan: Plan, bandwidth: float | None = None, room: int | None = None
     ranks = plan.cluster if plan.cluster > 1 else 0
     waiting = LATENCY_SECONDS + plan.exchanges * EXCHANGE_SECONDS + ranks * RANK_SECONDS
     waiting += plan.meetings * MEETING_SECONDS
-    busy = min(1.0, plan.resident_programs * own / (own + waiting)) if plan.exchanges else 1.0
+    busy = min(1.0, plan.resident_programs * own / (plan.in_step * own + waiting)) if plan.exchanges else 1.0
     moving = total / (rate * filled * flowing * busy)
     seconds = moving + plan.launches * LAUNCH_SECONDS
     return Expected(seconds, COPY, plan.work.useful_bytes / total, filled, flowing, busy, moving / seconds)
