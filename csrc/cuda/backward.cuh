@@ -17,12 +17,12 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
   if (walk.idle()) return;
   const T *x = walk.template start<T>(p.x_data, p.n.x), *dy = walk.template start<T>(p.dy_data, p.n.dy);
   T* dx = walk.start(static_cast<T*>(p.out_data), p.n.out);
-  const uint32_t resident = uint32_t(p.n.resident);
-  Slot<T, V>*kept = walk.kept(kEpilogue ? 2 : 1), *kept_dy = kept + resident;
+  Slot<T, V>* shared = walk.kept(kEpilogue ? 2 : 1);
+  Kept<Slot<T, V>, kHeld<T, kTogether, 2>> kept(shared, p.n.resident, 0), kept_dy(shared, p.n.resident, 1);
   Sums<A> total;
 
   // In evaluation dx does not wait for the sums.
-  const bool at_once = !p.n.training && p.out_data != nullptr;
+  const bool at_once = !kTogether && !p.n.training && p.out_data != nullptr;
   BackwardFactors<A>* factors = walk.template factors<BackwardFactors<A>>();
   A* biases = reinterpret_cast<A*>(factors + walk.width());  // with an epilogue
   const int64_t channel = walk.first_channel() + threadIdx.x;
@@ -53,7 +53,7 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
     walk.write(dx, p.n.out, at, value);
   };
 
-  const Upstream<T, V, CH, kMixed> upstream(p, walk, center, dy_scale, biases, kept);
+  Upstream<T, V, CH, kMixed> upstream(p, walk, center, dy_scale, biases, shared);
   T* dresidual = walk.start(static_cast<T*>(p.dresidual_data), p.n.dresidual);
   // In the first pass, which may be the only one.
   const auto write_at_once = [&](const auto& at, const A(&g)[V]) {
@@ -86,8 +86,7 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const uint32_t slot = walk.slot(k + u);
-          if (slot < resident) kept[slot] = slots[u], kept_dy[slot] = gradients[u];
+          kept.template put<U>(k, u, slots[u]), kept_dy.template put<U>(k, u, gradients[u]);
           slots[u].get(values[u]);
           gradients[u].get(grads[u]);
           if (at_once) scale_and_write(walk.template place<masked>(k + u), gradients[u]);
@@ -122,7 +121,7 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const BackwardFactors<A>& f = factors[walk.channel - walk.first_channel() + c];
-        x_scale[c] = f.x_scale, offset[c] = f.offset;
+        x_scale[c] = f.x_scale, offset[c] = f.offset, dy_scale[c] = f.dy_scale;
       }
     }
     if constexpr (kEpilogue) {
@@ -145,14 +144,9 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
         Slot<T, V> slots[U], gradients[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const uint32_t slot = walk.slot(k + u);
-          if (slot < resident) {
-            slots[u] = kept[slot], gradients[u] = kept_dy[slot];
-          } else {
-            const auto at = walk.template place<masked>(k + u);
-            if (!at_once) slots[u] = walk.read(x, p.n.x, at);
-            gradients[u] = walk.read(dy, p.n.dy, at);
-          }
+          const bool found = kept.template get<U>(k, u, slots[u]);
+          if (!kept_dy.template get<U>(k, u, gradients[u])) gradients[u] = walk.read(dy, p.n.dy, walk.template place<masked>(k + u));
+          if (!found && !at_once) slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {

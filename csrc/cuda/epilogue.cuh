@@ -78,37 +78,35 @@ template <class T, int V, int CH, bool kMixed> class Upstream {
   const A (&center)[CH], (&scale)[CH];
   const A* bias;
   const T *x, *dy, *residual;
-  Slot<T, V>*kept, *kept_dy, *kept_residual;
-  const uint32_t resident;
+  Kept<Slot<T, V>, 0> kept, kept_dy, kept_residual;
   const Epilogue<A> epilogue;
 
  public:
   __device__ Upstream(const Params& p, const Walk& walk, const A (&center)[CH], const A (&scale)[CH],
-                      const A* biases, Slot<T, V>* kept)
+                      const A* biases, Slot<T, V>* shared)
       : p(p), walk(walk), center(center), scale(scale), bias(biases + (walk.channel - walk.first_channel())),
         x(walk.template start<T>(p.x_data, p.n.x)), dy(walk.template start<T>(p.dy_data, p.n.dy)),
-        residual(walk.template start<T>(p.residual_data, p.n.residual)), kept(kept), kept_dy(kept + p.n.resident),
-        kept_residual(kept_dy + p.n.resident), resident(uint32_t(p.n.resident)), epilogue(p) {}
+        residual(walk.template start<T>(p.residual_data, p.n.residual)), kept(shared, p.n.resident, 0),
+        kept_dy(shared, p.n.resident, 1), kept_residual(shared, p.n.resident, 2), epilogue(p) {}
 
   // Calls f(at, x, g) for this thread's slots, and keeps those that stay; or from the end, with what was kept.
-  template <class F> __device__ void forwards(F f) const {
+  template <class F> __device__ void forwards(F f) {
     walk.template short_forwards<kUnrolled>([&](uint32_t k, uint32_t count) { each<true>(k, count, f); });
   }
-  template <class F> __device__ void backwards(F f) const {
+  template <class F> __device__ void backwards(F f) {
     walk.template short_backwards<kUnrolled>([&](uint32_t k, uint32_t count) { each<false>(k, count, f); });
   }
 
  private:
-  template <bool keep, class F> __device__ void each(uint32_t k, uint32_t count, F f) const {
+  template <bool keep, class F> __device__ void each(uint32_t k, uint32_t count, F f) {
     constexpr int U = kUnrolled;
     Slot<T, V> slots[U], gradients[U], added[U];
 #pragma unroll
     for (uint32_t u = 0; u < U; ++u) {
       if (u >= count) continue;
-      const uint32_t slot = walk.slot(k + u);
-      if (!keep && slot < resident) {
-        slots[u] = kept[slot], gradients[u] = kept_dy[slot];
-        if (p.residual_data != nullptr) added[u] = kept_residual[slot];
+      if (!keep && kept.template get<U>(k, u, slots[u])) {
+        kept_dy.template get<U>(k, u, gradients[u]);
+        if (p.residual_data != nullptr) kept_residual.template get<U>(k, u, added[u]);
       } else {
         const auto at = walk.template place<Walk::kMasks>(k + u);
         slots[u] = walk.read(x, p.n.x, at);
@@ -116,13 +114,14 @@ template <class T, int V, int CH, bool kMixed> class Upstream {
         if (p.residual_data != nullptr) added[u] = walk.read(residual, p.n.residual, at);
       }
     }
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      if (!keep || u >= count) continue;
+      kept.template put<U>(k, u, slots[u]), kept_dy.template put<U>(k, u, gradients[u]);
+      if (p.residual_data != nullptr) kept_residual.template put<U>(k, u, added[u]);
+    }
 #pragma unroll 1
     for (uint32_t u = 0; u < count; ++u, rotate(slots), rotate(gradients), rotate(added)) {
-      const uint32_t slot = walk.slot(k + u);
-      if (keep && slot < resident) {
-        kept[slot] = slots[0], kept_dy[slot] = gradients[0];
-        if (p.residual_data != nullptr) kept_residual[slot] = added[0];
-      }
       A v[1][V], g[1][V];
       slots[0].get(v[0]);
       gradients[0].get(g[0]);

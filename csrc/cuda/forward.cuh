@@ -27,8 +27,9 @@ __device__ ForwardFactors<A> forward_factors(const Params& p, const Parameters<A
 }
 
 // The second pass with an epilogue: a piece of x is read once for the outputs of all its tasks.
-template <class T, int V, int CH, bool kMixed>
-__device__ void apply_epilogue(const Params& p, const Walk<T, V, CH, kMixed>& walk, const T* x, const Slot<T, V>* kept) {
+template <class T, int V, int CH, bool kMixed, int kHeld>
+__device__ void apply_epilogue(const Params& p, const Walk<T, V, CH, kMixed>& walk, const T* x,
+                               const Kept<Slot<T, V>, kHeld>& kept) {
   using A = Acc<T>;
   const Epilogue<A> epilogue(p);
   const ForwardFactors<A>* factors = walk.template factors<ForwardFactors<A>>() + (walk.channel - walk.first_channel());
@@ -36,14 +37,13 @@ __device__ void apply_epilogue(const Params& p, const Walk<T, V, CH, kMixed>& wa
   T* y = walk.start(static_cast<T*>(p.out_data), p.n.out);
   constexpr uint32_t U = 2;
   constexpr bool kMasks = Walk<T, V, CH, kMixed>::kMasks;
-  const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width(), resident = uint32_t(p.n.resident);
+  const uint32_t tasks = uint32_t(p.n.tasks), width = walk.width();
   walk.template short_backwards<U>([&](uint32_t k, uint32_t count) {
     Slot<T, V> slots[U], added[U];
 #pragma unroll
     for (uint32_t u = 0; u < U; ++u) {
       if (u >= count) continue;
-      if (walk.slot(k + u) < resident) slots[u] = kept[walk.slot(k + u)];
-      else slots[u] = walk.read(x, p.n.x, walk.template place<kMasks>(k + u));
+      if (!kept.template get<U>(k, u, slots[u])) slots[u] = walk.read(x, p.n.x, walk.template place<kMasks>(k + u));
     }
 #pragma unroll 1
     for (uint32_t t = 0; t < tasks; ++t) {
@@ -78,8 +78,7 @@ __device__ void forward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk) 
   if (walk.idle()) return;
   const T* x = walk.template start<T>(p.x_data, p.n.x);
   const uint32_t tasks = kEpilogue ? uint32_t(p.n.tasks) : 1;
-  Slot<T, V>* kept = walk.kept(tasks);
-  const uint32_t resident = uint32_t(p.n.resident);
+  Kept<Slot<T, V>, kHeld<T, kTogether, 1>> kept(walk.kept(tasks), p.n.resident, 0);
   const uint32_t width = walk.width();
   Moments<A> total;
   Parameters<A> own_parameters;  // loaded here, so that nobody waits for them behind the last barrier
@@ -101,7 +100,7 @@ __device__ void forward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk) 
         for (int u = 0; u < U; ++u) slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (walk.slot(k + u) < resident) kept[walk.slot(k + u)] = slots[u];
+          kept.template put<U>(k, u, slots[u]);
           slots[u].get(values[u]);
         }
         if constexpr (!masked) {
@@ -173,8 +172,7 @@ __device__ void forward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk) 
         Slot<T, V> slots[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (walk.slot(k + u) < resident) slots[u] = kept[walk.slot(k + u)];
-          else slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
+          if (!kept.template get<U>(k, u, slots[u])) slots[u] = walk.read(x, p.n.x, walk.template place<masked>(k + u));
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {

@@ -90,6 +90,9 @@ struct RowParams : Pointers {
 // Threads of a block, and the blocks that a multiprocessor's registers must hold: enough loads in flight to keep the
 // memory busy. The compile gate holds every kernel to it.
 constexpr int kThreads = 256, kForwardBlocks = 3, kBackwardBlocks = 2;
+// Slots that a thread keeps in registers where blocks run together, of all activations that a pass sums. What is summed in
+// double precision leaves no room for them, nor does a backward with an epilogue.
+constexpr int kHeldSlots = 6;
 // The most threads of a row of layer normalisation, and bytes of the accumulate type that one of them holds of it. A
 // multiprocessor has registers for so many threads; for more in a forward pass, which holds less, but in double precision.
 constexpr int kRowThreads = 512, kRowForwardThreads = 768, kRowBytes = 128;

@@ -235,4 +235,49 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
   }
 };
 
+// Slots of each of so many activations that a thread keeps in registers.
+template <class T, bool kTogether, int kActivations>
+constexpr int kHeld = kTogether && sizeof(T) < 8 ? kHeldSlots / kActivations : 0;
+
+// What of an activation stays on chip between the two passes over it, of the slots of a block: the first H of each
+// thread in its registers, the others in shared memory. Tiles of U slots begin at multiples of U, or are single slots, so
+// that registers have constant indices.
+template <class S, int H> struct Kept {
+  S* shared;  // of the block's first slot, if it were there
+  uint32_t resident;
+  S held[H > 0 ? H : 1];
+
+  // `index`: of the activations that are kept.
+  __device__ Kept(S* start, int64_t all, int index) : resident(uint32_t(all)) {
+    const uint32_t before = H * blockDim.x;
+    shared = start + (resident > before ? index * (resident - before) : 0) - before;
+  }
+  template <int U> __device__ void put(uint32_t k, int u, const S& value) {
+    if (H > 0 && int(k) + u < H) {
+      each<U>(k, u, [&](int h) { held[h] = value; });
+    } else if (slot(k + u) < resident) {
+      shared[slot(k + u)] = value;
+    }
+  }
+  // Whether it was kept; then it is `value`.
+  template <int U> __device__ bool get(uint32_t k, int u, S& value) const {
+    if (H > 0 && int(k) + u < H) {
+      each<U>(k, u, [&](int h) { value = held[h]; });
+      return true;
+    }
+    if (slot(k + u) >= resident) return false;
+    value = shared[slot(k + u)];
+    return true;
+  }
+
+ private:
+  __device__ static uint32_t slot(uint32_t k) { return threadIdx.x + k * blockDim.x; }
+  template <int U, class F> __device__ static void each(uint32_t k, int u, F f) {
+#pragma unroll
+    for (int h = 0; h < H; ++h) {
+      if (h % U == u && k == uint32_t(h - u)) f(h);
+    }
+  }
+};
+
 }  // namespace tsbn::cuda

@@ -72,8 +72,7 @@ VIOLATIONS = {
         "streaming", 1, ODD, ("bounds", "race"),
     ),
     "a slot beyond the shared memory": (
-        "if (walk.slot(k + u) < resident) kept[walk.slot(k + u)] = slots[u];",
-        "if (walk.slot(k + u) < resident) kept[walk.slot(k + u) + 1] = slots[u];",
+        "shared[slot(k + u)] = value;", "shared[slot(k + u) + 1] = value;",
         "resident", 1, EVEN, ("bounds", "race", "unwritten read"),
     ),
     "a part left out of the partial buffer": (

@@ -13,8 +13,8 @@ import pytest
 import torch
 from cuda_machine import H100, Backward, Forward, backward, counted, forward
 from cuda_source import Broken
-from support.problems import Problem, Results, assert_matches_definition, problem
-from support.tolerances import assert_same_bits
+from support.problems import Problem, Results, assert_matches_definition, definition, problem
+from support.tolerances import BACKWARD, FORWARD, assert_same_bits, assert_within
 
 from tools.ptxvm import Violation, find_nvcc, launch
 from tsbn_kernels.backends.plan import Work
@@ -131,8 +131,39 @@ def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
             forward(case(), "together", 3, teams=2, threads=64, code=BROKEN[None])
 
 
+# What a thread keeps in registers, and what lies behind that in shared memory.
+MISPLACED = {
+    "the first slot in the place of all that are held": ("value = held[h];", "value = held[0];"),
+    "a single slot that nobody held": ("if (h % U == u && k", "if (U > 1 && h % U == u && k"),
+    "a step behind the end of shared memory": (" : 0) - before;", " : 0) - before + blockDim.x;"),
+    "gradients in the place of x": ("kept_dy(shared, p.n.resident, 1)", "kept_dy(shared, p.n.resident, 0)"),
+    "fewer slots held than are planned": ("kHeldSlots = 6", "kHeldSlots = 4"),
+}  # fmt: skip
+HELD = Broken(MISPLACED, "forward_together_bf16_columns", "backward_together_bf16_columns")
+
+
+@pytest.mark.parametrize("name", HELD.changes)
+def test_slots_in_registers(name: str | None) -> None:
+    """Kept in the wrong place, slots are wrong, not there, or overwrite one another."""
+    p, wanted = case(), definition(case())
+    options: dict[str, Any] = {"teams": 3, "threads": 64, "code": HELD[name]}
+
+    def run() -> None:
+        for parts, kept in ((5, 640), (9, 1 << 20)):
+            there = forward(p, "together", parts, resident=kept, **options)
+            assert_within(there.y, wanted.y, FORWARD[p.x.dtype])
+            back = backward(p, there.mean, there.var, "together", parts, resident=kept, **options)
+            assert back.dx is not None
+            assert_within(back.dx, wanted.dx, BACKWARD[p.x.dtype])
+            assert counted(there) == (there.plan.bytes_read, there.plan.bytes_written)
+            assert counted(back) == (back.plan.bytes_read, back.plan.bytes_written)
+
+    with pytest.raises((AssertionError, Violation)) if name else contextlib.nullcontext():
+        run()
+
+
 # Layers of CelebA with a batch of 256, by C and S: what is read of x, or of x and dy together, on an H100 in bfloat16.
-READS = {1: (64, 4096, 1.57, 4.0), 2: (128, 1024, 1.0, 2.33), 4: (256, 256, 1.0, 2.0), 6: (512, 64, 1.0, 2.0)}
+READS = {1: (64, 4096, 1.47, 3.47), 2: (128, 1024, 1.0, 2.0), 4: (256, 256, 1.0, 2.0), 6: (512, 64, 1.0, 2.0)}
 
 
 @pytest.mark.parametrize("layer", READS)
@@ -144,8 +175,8 @@ def test_celeba_layers(layer: int) -> None:
         assert plan.activation_bytes_read <= reads * work.activation_bytes
         assert plan.activation_bytes_written == work.activation_bytes
         assert plan.bytes_read - plan.activation_bytes_read < 0.025 * work.activation_bytes
-        assert plan.launches == (1 if reads < 4 else 2)
-        assert plan.programs <= H100.multiprocessors * plan.resident_programs or reads == 4
+        assert plan.launches == 1
+        assert plan.programs <= H100.multiprocessors * plan.resident_programs
 
 
 def test_devices_without_it_split() -> None:
@@ -164,7 +195,12 @@ def test_devices_without_it_split() -> None:
         rules.lay_out(Work(2, 8, 8, 64, 2), H100, "together", 2, teams=2)
 
 
-def test_layers_of_celeba_scaled() -> None:
+# A seventieth of a layer, by its channels and positions of a sample, and what is read of it as of the whole layer.
+SCALED = {1: (32, 168, 1.5, 3.5), 3: (64, 41, 1.0, 2.0), 4: (64, 10, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize("layer", SCALED)
+def test_layers_of_celeba_scaled(layer: int) -> None:
     """A batch and a device, both small: the rules plan as for the whole, and the machine counts what they say."""
     small = dataclasses.replace(
         H100,
@@ -172,17 +208,17 @@ def test_layers_of_celeba_scaled() -> None:
         multiprocessors=4,
         shared_memory=96 << 10,
         block_shared_memory=95 << 10,
-        bandwidth=H100.bandwidth / 33,
+        bandwidth=H100.bandwidth / 70,
     )
-    for positions, reads in ((30, (1.2, 2.23)), (12, (1.0, 2.0))):  # larger than layer 2, and layer 4
-        p = problem(2, 4, 128, (positions, 24), dtype=torch.bfloat16, memory_format="channels_last", bias=False)
-        work = Work(2, 4, 128, 24 * positions, 2, "columns", needs_dbias=True)
-        plans = [rules.plan(dataclasses.replace(work, direction=d), small) for d in ("forward", "backward")]
-        options = [{"teams": one.teams, "most_lanes": one.most_lanes, "shared": one.shared_bytes} for one in plans]
-        there = forward(p, plans[0].variant, plans[0].parts, code=WHOLE[None], **options[0])  # type: ignore[arg-type]
-        back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, code=WHOLE[None], **options[1])  # type: ignore[arg-type]
-        for result, plan, most in zip((there, back), plans, reads, strict=True):
-            assert plan.teams > 0
-            assert counted(result) == (plan.bytes_read, plan.bytes_written)
-            assert plan.activation_bytes_read <= most * p.x.nbytes
-            assert plan.activation_bytes_written == p.x.nbytes
+    C, rows, *reads = SCALED[layer]
+    p = problem(64 // C, 4, C, (rows, 24), dtype=torch.bfloat16, memory_format="channels_last", bias=False)
+    work = Work(p.num_tasks, 4, C, 24 * rows, 2, "columns", needs_dbias=True)
+    plans = [rules.plan(dataclasses.replace(work, direction=d), small) for d in ("forward", "backward")]
+    options = [{"teams": one.teams, "most_lanes": one.most_lanes, "shared": one.shared_bytes} for one in plans]
+    there = forward(p, plans[0].variant, plans[0].parts, code=WHOLE[None], **options[0])  # type: ignore[arg-type]
+    back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, code=WHOLE[None], **options[1])  # type: ignore[arg-type]
+    for result, plan, most in zip((there, back), plans, reads, strict=True):
+        assert plan.teams > 0
+        assert counted(result) == (plan.bytes_read, plan.bytes_written)
+        assert plan.activation_bytes_read <= most * p.x.nbytes
+        assert plan.activation_bytes_written == p.x.nbytes

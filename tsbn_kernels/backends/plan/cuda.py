@@ -20,6 +20,7 @@ from tsbn_kernels.backends.plan.slots import (
     THREADS,
     Cut,
     cut,
+    held_slots,
     pass_of,
     scratch_bytes,
 )
@@ -42,7 +43,7 @@ class CudaPlan(Plan):
 
     Attributes:
         part_slots: slots of a block.
-        resident: those that it keeps on chip.
+        resident: those that it keeps on chip, in shared memory and in registers.
         most_lanes: of its slabs, see :func:`tsbn_kernels.backends.plan.slots.cut`.
         teams: slabs that are worked on at a time, by blocks that go on to others; 0 where each has blocks of its own.
     """
@@ -194,7 +195,7 @@ def lay_out(
     Args:
         most_shared_bytes: of a block.
         threads: of a block; 0 chooses.
-        resident: slots that a block keeps; -1 for all that fit.
+        resident: slots that a block keeps, at least those in registers; -1 for all that fit.
         most_lanes: of a slab.
         teams: of ``parts`` blocks, that go from slab to slab; for the variant "together" alone.
 
@@ -222,10 +223,13 @@ def lay_out(
     scratch = scratch_bytes(work, pieces.width, threads)
     slot_bytes = pieces.vector * work.item_size * work.summed_activations
     keeps = keeping and work.two_passes
+    held = held_slots(work) * threads if keeps and teams else 0
     room = max(0, most_shared_bytes - scratch) // slot_bytes if keeps else 0
-    kept = min(part_slots, room) if resident < 0 else min(resident, part_slots, room)
+    if resident >= 0:
+        room = min(room, max(0, resident - held))
+    kept = min(part_slots, held + room)
     if kept < part_slots:
-        kept = kept // threads * threads  # whole steps of the block: a warp's slots are all kept, or none
+        kept = kept // 32 * 32  # a warp's slots are all kept, or none
     columns, cluster = pieces.access == "columns", parts if variant == "cluster" else 1
     return CudaPlan(
         work,
@@ -236,7 +240,7 @@ def lay_out(
         tiles=-(-pieces.slots // threads),
         warps=threads // 32,
         registers=register_budget(work, variant),
-        shared_bytes=scratch + kept * slot_bytes,
+        shared_bytes=scratch + max(0, kept - held) * slot_bytes,
         splits=parts // cluster,
         cluster=cluster,
         part_slots=part_slots,
@@ -320,12 +324,13 @@ def together(work: Work, device: Device) -> Iterator[CudaPlan]:
         slot_bytes = pieces.vector * work.item_size * work.summed_activations
         for blocks in range(1, 1 + device.registers // (register_budget(work, "together") * THREADS)):
             limit = min(device.block_shared_memory, device.shared_memory // blocks - 1024)
-            kept = (limit - scratch) // (slot_bytes * THREADS) * THREADS
-            if kept <= 0:
+            kept = held_slots(work) * THREADS + max(0, limit - scratch) // (slot_bytes * 32) * 32
+            if not kept:
                 continue
             room = blocks * device.multiprocessors
             least = min(room, -(-pieces.slots // kept))
-            teams = min(slabs, room // least)
+            rounds = -(-slabs // (room // least))
+            teams = -(-slabs // rounds)  # no more than are needed for so many rounds
             parts = min(room // teams, slab_bytes // LEAST_BLOCK)
             if parts < 2 or pieces.slots // parts >= MOST_SLOTS:
                 continue

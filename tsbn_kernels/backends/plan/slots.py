@@ -26,6 +26,7 @@ PASSES = (
 LOG_LANES = 3  # slots of a position side by side: 128 bytes, in columns
 MOST_SLOTS = 1 << 30  # of a block: its slots and their sums with an offset are 32-bit
 THREADS = 256
+HELD_SLOTS = 6  # of a thread's registers where blocks run together: kHeldSlots of csrc/cuda/params.h
 MOST_SCRATCH = 1 << 16  # of a fan-out's block, bytes: so much that two are resident on most devices
 
 
@@ -66,6 +67,11 @@ def scratch_bytes(work: Work, width: int, threads: int) -> int:
     states = 4 * (warps + 1 + (2 if work.recomputes or work.ragged else tasks))
     gathered = 2 * warps * tasks + 4 * tasks + 4  # two sums for each warp and task, factors of each task and of dx
     return (gathered if work.gathers else states) * width * work.statistics_size
+
+
+def held_slots(work: Work) -> int:
+    """Slots of each activation that a thread keeps in registers, where blocks run together: as many as do not spill."""
+    return 0 if work.item_size == 8 or work.recomputes else HELD_SLOTS // work.summed_activations
 
 
 @lru_cache(maxsize=4096)
