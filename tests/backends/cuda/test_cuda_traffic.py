@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import cuda_machine
 import pytest
 import torch
 from cuda_machine import Backward, backward, counted, forward
 from support.problems import FORMATS, Problem, definition, problem
 
-from tools.ptxvm import find_nvcc
+from tools.ptxvm import Out, Report, Struct, Violation, find_nvcc, launch
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
@@ -58,6 +62,33 @@ def test_read_once(variant: str, parts: int, memory_format: str, dtype: torch.dt
     assert 0 <= read - p.x.nbytes <= vectors and 0 <= written - p.x.nbytes <= vectors
     read, written = counted(backward_of(p, variant, parts))
     assert 0 <= read - 2 * p.x.nbytes <= vectors and 0 <= written - p.x.nbytes <= vectors
+
+
+@formats
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_second_launch_begins_at_the_end(
+    direction: str, memory_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads first what the launch before it read last. The machine tells where memory is read that holds nothing."""
+    p = problem(2, 1, 64, (16, 16), dtype=torch.bfloat16, memory_format=memory_format)
+    found: list[int] = []
+    x = cuda_machine.POINTERS.index("x")
+
+    def note(code: str, kernel: str, blocks: int, threads: int, args: list[Struct], **options: Any) -> Report:
+        empty = [Out(value.clone()) if k == x else value for k, value in enumerate(args[0].values)]
+        with pytest.raises(Violation, match="unwritten read") as caught:
+            launch(code, kernel, blocks, threads, [Struct(args[0].form, *empty)], **options)
+        found.append(int(re.findall(r"bytes at byte (\d+) of", str(caught.value))[0]))
+        return launch(code, kernel, blocks, threads, args, **options)
+
+    monkeypatch.setattr(cuda_machine, "launch", note)
+    if direction == "forward":
+        forward(p, "split", 3, threads=64)
+    else:
+        backward_of(p, "split", 3, threads=64)
+    first, second = found
+    steps = 4 * 64 * 16  # bytes of four steps of a block
+    assert first < steps and second >= p.x.nbytes - steps
 
 
 @formats
