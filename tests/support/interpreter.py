@@ -7,6 +7,7 @@ Triton 3.8 does something else than a GPU, it is mended:
 - a sum goes row by row, which costs float32 digits that a GPU's tree keeps: here it goes by halves;
 - float32 is cut to bfloat16, where a GPU rounds to the nearest, and float64 to bfloat16 is nonsense;
 - a function that a kernel calls patches ``triton.language`` again, slowly, and never restores it;
+- a number may be an array of one axis, which NumPy 2.4 no longer takes for one (Triton 3.6);
 - it looks for overflow, and for NumPy's name of a type, in a roundabout way that takes a third of the time.
 
 What a GPU would not tell is an error: an address outside of the tensors that a kernel was given, a second write to an
@@ -181,6 +182,7 @@ def language(builder: Builder) -> Iterator[Builder]:
         interpreter_types.use(builder, patch)
         patch.setattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", assert_no_overflow)
         scope = interpreter._patch_lang(Function.run)
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
         try:
             yield builder
         finally:
