@@ -148,14 +148,15 @@ def test_who_launches_again(program: Program) -> None:
     """Triton's runner does so where a hook listens, and where the launcher is not the one that is known."""
     from tsbn_kernels.backends.triton import again
 
-    plain = "" if triton.__version__.startswith(again.KNOWN) else ", runner"
-    watched = ["a chain, runner, hook", "a function, runner, hook", f"none{plain}", f"an empty chain{plain}"]
+    if not triton.__version__.startswith(again.KNOWN):
+        pytest.skip("all is left to Triton's runner, which may describe a launch or not")
+    watched = ["a chain, runner, hook", "a function, runner, hook", "none", "an empty chain"]
     first, nobody, *of_hooks = program(AGAIN.format(changes=NOT_KNOWN | {"pass": "pass"}))
     *changed, last = of_hooks[len(watched) * 2 :]
-    assert (first, nobody) == ("first, runner", f"nobody{plain}")
+    assert (first, nobody) == ("first, runner", "nobody")
     assert of_hooks[: len(watched) * 2] == watched * 2
     assert [line.removesuffix(", failed") for line in changed] == [f"{change}, runner" for change in NOT_KNOWN]
-    assert last == f"pass{plain}"
+    assert last == "pass"
 
 
 FAILING = """

@@ -27,15 +27,16 @@ def tracked(running_mean, running_var, batches, momentum, rows, slab, tile):
     Without a ``momentum`` they are the cumulative average, and all programs of a task read the count.
     """
     own = own_row(rows, slab)
-    share = momentum
+    share = 0.0 if momentum is None else momentum
     if batches is not None:
         if momentum is None:
             share = 1.0 / batches_with_this(batches, own, tile).to(tile.ACC)
         else:
             tl.atomic_add(batches + own.t + 0 * own.channel, 1, mask=own.channel == 0, sem="relaxed")
     index, inside = own.t.to(tl.int64) * own.C + own.channel, own.channel < own.C
-    old_mean = tl.load(running_mean + index, mask=inside, other=0.0) if running_mean is not None else None
-    old_var = tl.load(running_var + index, mask=inside, other=0.0) if running_var is not None else None
+    # Where there is none, what nobody reads: Triton 3.6 returns no None in a tuple.
+    old_mean = tl.load(running_mean + index, mask=inside, other=0.0) if running_mean is not None else inside
+    old_var = tl.load(running_var + index, mask=inside, other=0.0) if running_var is not None else inside
     return Tracked(index, inside, share, old_mean, old_var)
 
 
