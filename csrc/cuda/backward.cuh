@@ -58,11 +58,13 @@ __device__ void backward_of(const Params& p, const Walk<T, V, CH, kMixed>& walk)
   // In the first pass, which may be the only one.
   const auto write_at_once = [&](const auto& at, const A(&g)[V]) {
     if (p.dresidual_data != nullptr) walk.write(dresidual, p.n.dresidual, at, slot_of<T>(g));
-    if (!at_once) return;
-    A v[V];
+    if constexpr (!kTogether) {
+      if (!at_once) return;
+      A v[V];
 #pragma unroll
-    for (int e = 0; e < V; ++e) v[e] = g[e] * dy_scale[CH == 1 ? 0 : e];
-    walk.write(dx, p.n.out, at, slot_of<T>(v));
+      for (int e = 0; e < V; ++e) v[e] = g[e] * dy_scale[CH == 1 ? 0 : e];
+      walk.write(dx, p.n.out, at, slot_of<T>(v));
+    }
   };
 
   if (p.n.phases & kReduce) {
