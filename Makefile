@@ -7,8 +7,8 @@ BENCH_ARGS ?=
 # Whole files run side by side, in the order of tests/conftest.py: what a file's tests share is made once.
 PYTEST_ARGS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: bench test report gpu-check speed speed-baselines fuzz sanitize gate lint docs build-matrix wheel \
-	wheel-check clean
+.PHONY: bench test report gpu-check speed speed-baselines fuzz sanitize gate lint docs build-matrix triton-matrix \
+	wheel wheel-check clean
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks celeba40 $(BENCH_ARGS)
@@ -68,6 +68,11 @@ docs: $(VENV)/installed
 TORCHES ?= 2.10.0 2.11.0 2.12.0 2.13.0 installed
 build-matrix: $(VENV)/installed
 	$(BIN)/python tools/build_matrix.py $(TORCHES)
+
+# Do the kernels compile within their plans' budgets, and does the launcher work, with these versions of Triton?
+TRITONS ?= 3.6.0 3.7.0
+triton-matrix: $(VENV)/installed
+	$(BIN)/python tools/triton_matrix.py $(TRITONS)
 
 # A wheel for every Python and every PyTorch from 2.10 on.
 wheel: $(VENV)/installed

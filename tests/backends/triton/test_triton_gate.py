@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from benchmarks.commands import app
 from benchmarks.profile import compile_offline
 from benchmarks.profile.compile_offline import COMPILER, fingerprint, instructions, specialize
+from tools import triton_matrix
 from tools.compile_gate import table as compiled_kernels
 from tools.compile_gate.table import NARROW, OTHERS, PLAIN, RELU, TABLE, TARGETS, LaidOut, Row, asked
 from tsbn_kernels.backends.plan import DEVICES
@@ -183,3 +185,14 @@ def test_the_command_writes_the_table(monkeypatch, tmp_path):
     assert (row.target, row.spills) == ("gfx942", 0)
     with path.open() as made, TABLE.open() as kept:
         assert next(csv.reader(made)) == next(csv.reader(kept))
+
+
+def test_earlier_compilers_are_held_to_the_plans(monkeypatch):
+    """Each fault alone fails; four times the planned bytes of shared memory do not, where as many programs fit."""
+    row = compiled_kernels.read()[0]
+    most = 4 * row.shared_budget
+    faults = {"spills": 8}, {"registers": row.register_budget + 1}, {"shared": most + 1}, {"resident_programs": 0}
+    made = [replace(row, **changed) for changed in ({}, {"shared": most}, *faults)]
+    monkeypatch.setattr(compiled_kernels, "asked", lambda _: [])
+    monkeypatch.setattr(compiled_kernels, "rows", lambda *_: made)
+    assert triton_matrix.compile_here() == len(faults)
