@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
-import os
 import re
 import runpy
 import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 import torch
 from support import ranks
 from support.libmtl_stand_in import install
-from support.processes import ROOT
+from support.processes import ROOT, python
 from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
@@ -172,12 +170,9 @@ def test_architectures_of_libmtl_train_beside_ours(
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    words = "--standalone", "--nproc-per-node", "2", str(script), *arguments
+    program = f"import sys; sys.argv[1:] = {words}; from torch.distributed.run import main; main()"
+    return python(program, GLOO_SOCKET_IFNAME="lo")
 
 
 DISTRIBUTED = ROOT / "examples" / "train_distributed.py"
