@@ -134,7 +134,7 @@ def numbers_of(plan: Plan) -> dict[str, Any]:
 
 def describe(plan: Mapping[str, Any]) -> str:
     """A plan's numbers in a few words, which tell it from the other plans of its pass."""
-    names = ("warps", "splits", "cluster", "registers", "resident")
+    names = ("warps", "splits", "cluster", *["teams"] * bool(plan.get("teams")), "registers", "resident")
     counts = [f"{plan[name]} {name}" for name in names if plan.get(name, 1) != 1]
     return ", ".join([f"{plan['variant']} {'x'.join(map(str, plan['tile']))}", *counts])
 

@@ -112,12 +112,19 @@ def test_triton_runs_the_plan_it_is_told(planned: list[sweep.SweptPlan]) -> None
     assert ops.forwards == before
 
 
+def test_plans_of_a_pass_are_told_apart() -> None:
+    plans_of: dict[str, list[str]] = {}
+    for one in sweep.candidates("cpu", H100):
+        plans_of.setdefault(f"{one.backend} {one.case} {one.direction}", []).append(sweep.describe(one.numbers))
+    assert all(len(set(plans)) == len(plans) for plans in plans_of.values())
+
+
 def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[int]] = []
     monkeypatch.setattr(torch.ops.tsbn, "_cuda_launch", lambda kernel, *_: told.append(kernel), raising=False)
     monkeypatch.setattr(cuda.launches, "device_of", lambda _: H100)
     some = [one for one in sweep.candidates("cpu", H100) if one.backend == "cuda"][::97]
-    assert {one.plan.variant for one in some} == {"resident", "cluster", "split", "streaming"}
+    assert {one.plan.variant for one in some} == {"resident", "cluster", "split", "streaming", "together"}
     for one in some:
         x, dy, gamma, var = sweep._meta(one.case)
         options = Options(one.case.tasks, 1e-5, "sigmoid", "task_major")

@@ -59,7 +59,7 @@ MUTANTS: dict[str, tuple[str, str, bool, str, int, tuple[str, ...]]] = {
         SHARED, "split", 3, ("race", "write count"),
     ),
     "the residual kept in another's place": (
-        "kept_residual[slot] = added[0];", "kept_residual[slot + 1] = added[0];",
+        "kept_residual.template put<U>(k, u, added[u]);", "kept_residual.template put<U>(k, u + 1, added[u]);",
         ALONE, "resident", 1, ("race", "bounds", "unwritten read"),
     ),
     "loaded slots that do not move up": (
