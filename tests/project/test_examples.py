@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import os
 import re
 import runpy
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 from support import ranks
 from support.libmtl_stand_in import install
-from support.processes import ROOT, python
+from support.processes import ROOT
 from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
@@ -170,9 +172,12 @@ def test_architectures_of_libmtl_train_beside_ours(
 
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes."""
-    words = "--standalone", "--nproc-per-node", "2", str(script), *arguments
-    program = f"import sys; sys.argv[1:] = {words}; from torch.distributed.run import main; main()"
-    return python(program, GLOO_SOCKET_IFNAME="lo")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 DISTRIBUTED = ROOT / "examples" / "train_distributed.py"
