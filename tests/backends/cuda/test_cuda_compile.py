@@ -103,8 +103,14 @@ def test_resources(architecture: int, cubins: dict[int, list[Path]]) -> None:
         assert int(registers) <= budget(name), name
 
 
-# The instructions that move 16 bytes, as the disassembler writes them, and their lowest 9 bits.
-WIDE = {r"LDG\.E(\.\w+)*\.128": 0x181, r"STG\.E(\.\w+)*\.128": 0x186, r"STS\.128": 0x188, r"LDS\.128": 0x184}
+# Instructions as the disassembler writes them, and their lowest 9 bits: those of local memory, and those of 16 bytes.
+LOCAL = {r"\bLDL\b": 0x183, r"\bSTL\b": 0x187}
+WIDE = {
+    r"LDG\.E(\.\w+)*\.128": 0x181,
+    r"STG\.E(\.\w+)*\.128": 0x186,
+    r"STS\.128": 0x188,
+    r"LDS\.128": 0x184,
+}  # 16 bytes
 
 
 @lru_cache
@@ -121,6 +127,41 @@ def wide(code: bytes) -> dict[str, int]:
     return {pattern: int((moved == opcode).sum()) for pattern, opcode in WIDE.items()}
 
 
+def local(code: bytes) -> dict[str, int]:
+    """So many of each kind of LOCAL."""
+    opcodes = np.frombuffer(code, "<u8")[::2] & 0x1FF
+    return {pattern: int((opcodes == opcode).sum()) for pattern, opcode in LOCAL.items()}
+
+
+def disassembled(code: bytes, architecture: int, folder: Path) -> str:
+    (folder / "code").write_bytes(code)
+    return printed(tool("nvdisasm"), "-b", f"SM{architecture}", str(folder / "code"))
+
+
+IN_LOCAL_MEMORY = """
+extern "C" __global__ void tsbn_local(int* p, int n) {
+  int kept[64];
+  for (int i = 0; i < n; ++i) kept[p[i] & 63] = i;
+  p[0] = kept[n & 63];
+}
+"""
+
+
+@architectures
+def test_bits_show_local_memory(architecture: int, tmp_path: Path) -> None:
+    """No kernel of ours has any, so one is compiled that must."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    text, made = tmp_path / "local.cu", tmp_path / "local.cubin"
+    text.write_text(IN_LOCAL_MEMORY)
+    printed(nvcc, f"-arch=sm_{architecture}", "-cubin", str(text), "-o", str(made))
+    code = machine_code(made)["tsbn_local"]
+    shown = disassembled(code, architecture, tmp_path)
+    assert local(code) == {pattern: len(re.findall(pattern, shown)) for pattern in LOCAL}
+    assert all(local(code).values())
+
+
 @architectures
 @pytest.mark.parametrize("kernel", ["tsbn_backward_bf16_rows", "tsbn_forward_f64_columns"])
 def test_bits_mean_what_the_disassembler_says(
@@ -128,9 +169,8 @@ def test_bits_mean_what_the_disassembler_says(
 ) -> None:
     """It takes seconds for all kernels, and what it prints of one shows what the bits of an instruction are."""
     (code,) = (found[kernel] for file in cubins[architecture] if kernel in (found := machine_code(file)))
-    (tmp_path / "code").write_bytes(code)
-    text = printed(tool("nvdisasm"), "-b", f"SM{architecture}", str(tmp_path / "code"))
-    assert not re.search(r"\b(LDL|STL)\b", text)  # local memory
+    text = disassembled(code, architecture, tmp_path)
+    assert not any(re.search(pattern, text) for pattern in LOCAL)
     assert wide(code) == {pattern: len(re.findall(pattern, text)) for pattern in WIDE}
     assert all(wide(code).values())
     assert len(re.findall(r"\b(?:LDG|STG|STS|LDS)\b", text)) > sum(wide(code).values())
@@ -142,6 +182,7 @@ def test_accesses_are_16_bytes_wide(architecture: int, cubins: dict[int, list[Pa
     kernels = {name: code for file in cubins[architecture] for name, code in machine_code(file).items()}
     assert len(kernels) == KERNELS
     for name, code in kernels.items():
+        assert not any(local(code).values()), name
         if name.endswith("scalar") or "parameters" in name or "keys" in name:
             continue
         unrolled = 1 if "epilogue" in name or "mixed" in name else 2 if "backward" in name else 4
