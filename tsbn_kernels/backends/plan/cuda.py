@@ -217,8 +217,8 @@ def lay_out(
     if part_slots > MOST_SLOTS:
         raise ValueError(f"{part_slots} slots in a block; more parts are needed")
     if not threads:
-        threads = min(THREADS, max(32, pieces.width, 1 << (part_slots - 1).bit_length()))
-        while threads > max(32, pieces.width) and scratch_bytes(work, pieces.width, threads) > MOST_SCRATCH:
+        threads = min(THREADS, max(device.warp, pieces.width, 1 << (part_slots - 1).bit_length()))
+        while threads > max(device.warp, pieces.width) and scratch_bytes(work, pieces.width, threads) > MOST_SCRATCH:
             threads //= 2
     scratch = scratch_bytes(work, pieces.width, threads)
     slot_bytes = pieces.vector * work.item_size * work.summed_activations
@@ -229,7 +229,7 @@ def lay_out(
         room = min(room, max(0, resident - held))
     kept = min(part_slots, held + room)
     if kept < part_slots:
-        kept = kept // 32 * 32  # a warp's slots are all kept, or none
+        kept = kept // device.warp * device.warp  # a warp's slots are all kept, or none
     columns, cluster = pieces.access == "columns", parts if variant == "cluster" else 1
     return CudaPlan(
         work,
@@ -238,7 +238,7 @@ def lay_out(
         slabs=work.streams * pieces.tiles,
         tile=(threads >> pieces.log_lanes, pieces.width) if columns else (1, threads * pieces.vector),
         tiles=-(-pieces.slots // threads),
-        warps=threads // 32,
+        warps=threads // device.warp,
         registers=register_budget(work, variant),
         shared_bytes=scratch + max(0, kept - held) * slot_bytes,
         splits=parts // cluster,
@@ -324,7 +324,7 @@ def together(work: Work, device: Device) -> Iterator[CudaPlan]:
         slot_bytes = pieces.vector * work.item_size * work.summed_activations
         for blocks in range(1, 1 + device.registers // (register_budget(work, "together") * THREADS)):
             limit = min(device.block_shared_memory, device.shared_memory // blocks - 1024)
-            kept = held_slots(work) * THREADS + max(0, limit - scratch) // (slot_bytes * 32) * 32
+            kept = held_slots(work) * THREADS + max(0, limit - scratch) // (slot_bytes * device.warp) * device.warp
             if not kept:
                 continue
             room = blocks * device.multiprocessors
