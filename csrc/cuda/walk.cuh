@@ -36,6 +36,9 @@ template <class F> __device__ void each_block(const Params& p, F f) {
   }
 }
 
+// The k-th slot of this thread, of those of its block.
+__device__ inline uint32_t slot_of_thread(uint32_t k) { return threadIdx.x + k * blockDim.x; }
+
 // Of a slot that a run may not fill: what of it is the run's, and how far its run begins behind its first slot.
 struct MaskedPlace : Place {
   int low, high, lead;
@@ -95,8 +98,6 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
   }
   __device__ int64_t first_channel() const { return (slab % p.n.tiles) * (CH << p.n.log_lanes); }
 
-  __device__ uint32_t slot(uint32_t k) const { return threadIdx.x + k * blockDim.x; }
-
   // Calls f(std::true_type()) if slots need masks, else f(std::false_type()).
   template <class F> __device__ void choose_masks(F f) const {
     if constexpr (kMasks) {
@@ -107,7 +108,7 @@ template <class T, int V, int CH, bool kMixed = false> struct Walk {
 
   // Division of numbers below 2^31 by an invariant (Granlund and Montgomery, 1994).
   __device__ void find(uint32_t k, Place& at) const {
-    const uint32_t i = inner + (slot(k) >> p.n.log_lanes);
+    const uint32_t i = inner + (slot_of_thread(k) >> p.n.log_lanes);
     const uint32_t quotient = (__umulhi(i, uint32_t(p.n.multiplier)) + i) >> p.n.shift;
     at.outer = kMixed ? mix.order[quotient] : outer + quotient;
     at.inner = i - quotient * uint32_t(p.n.divisor);
@@ -255,8 +256,8 @@ template <class S, int H> struct Kept {
   template <int U> __device__ void put(uint32_t k, int u, const S& value) {
     if (H > 0 && int(k) + u < H) {
       each<U>(k, u, [&](int h) { held[h] = value; });
-    } else if (slot(k + u) < resident) {
-      shared[slot(k + u)] = value;
+    } else if (slot_of_thread(k + u) < resident) {
+      shared[slot_of_thread(k + u)] = value;
     }
   }
   // Whether it was kept; then it is `value`.
@@ -265,13 +266,12 @@ template <class S, int H> struct Kept {
       each<U>(k, u, [&](int h) { value = held[h]; });
       return true;
     }
-    if (slot(k + u) >= resident) return false;
-    value = shared[slot(k + u)];
+    if (slot_of_thread(k + u) >= resident) return false;
+    value = shared[slot_of_thread(k + u)];
     return true;
   }
 
  private:
-  __device__ static uint32_t slot(uint32_t k) { return threadIdx.x + k * blockDim.x; }
   template <int U, class F> __device__ static void each(uint32_t k, int u, F f) {
 #pragma unroll
     for (int h = 0; h < H; ++h) {

@@ -72,7 +72,7 @@ VIOLATIONS = {
         "streaming", 1, ODD, ("bounds", "race"),
     ),
     "a slot beyond the shared memory": (
-        "shared[slot(k + u)] = value;", "shared[slot(k + u) + 1] = value;",
+        "shared[slot_of_thread(k + u)] = value;", "shared[slot_of_thread(k + u) + 1] = value;",
         "resident", 1, EVEN, ("bounds", "race", "unwritten read"),
     ),
     "a part left out of the partial buffer": (
