@@ -13,9 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 from support import interpreter
 from support.fused import assert_equals_reference, fused
-from support.interpreter import device, dispatched, passes
+from support.interpreter import device, dispatched, interpreted, passes
+from support.mixed_calls import MANY, Call
 from support.twice import call_of
 
+from tsbn_kernels.backends.triton import mixed
 from tsbn_kernels.operator import ops
 
 Reads = list[list[list[int]]]  # where the tiles of x begin that are read, by launch and program
@@ -76,6 +78,18 @@ def test_the_second_of_two_launches(make: Any, memory_format: str) -> None:
     for first, second in zip(found[::2], found[1::2], strict=True):
         assert len(first) > 2 and second == first[::-1]
     assert found
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_the_second_walk_of_a_mixed_batch(memory_format: str) -> None:
+    """A launch before them reads all samples as they lie, for their keys."""
+    call = Call(MANY, (5, 3), memory_format=memory_format)
+    with interpreted(device(threads=64, multiprocessors=2)), reads_of(call.x) as launches:
+        call.check(mixed)
+    found = [[address for program in programs for address in program] for programs in launches]
+    assert len(found) == 6
+    for first, second in (found[1:3], found[4:]):
+        assert len(first) > 2 and second == first[::-1]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

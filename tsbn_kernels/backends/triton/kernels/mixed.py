@@ -20,6 +20,7 @@ from tsbn_kernels.backends.triton.kernels.tiles import (
     Slab,
     gate_value,
     load,
+    program_from_last,
     slab_at,
     store,
     store_vector,
@@ -169,7 +170,7 @@ def mixed_forward(
     SAMPLES: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Y of a block, by the statistics of its task; ``rest`` is None where they are given."""
-    slab, block = block_at(tl.program_id(0), mix, C, S, tile, SAMPLES)
+    slab, block = block_at(program_from_last(), mix, C, S, tile, SAMPLES)
     if slab.N > 0:
         place = place_of(block, mix, slab, tile)
         lost = None if rest is None else vector(rest, slab, tile)
@@ -230,7 +231,7 @@ def mixed_gradient(
     SAMPLES: tl.constexpr, EPS: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x and, where asked for, of the residual of a block in training."""
-    slab, block = block_at(tl.program_id(0), mix, C, S, tile, SAMPLES)
+    slab, block = block_at(program_from_last(), mix, C, S, tile, SAMPLES)
     if slab.N > 0:
         place = place_of(block, mix, slab, tile)
         _, average, _, scale, shift = backward.normalization(weight, bias, mean, var, slab, tile, EPS, SIGMOID)
