@@ -105,8 +105,9 @@ class Chosen:
 
 def of_a_stack(y: Tensor, options: Options | LayerOptions) -> Sequence[Tensor]:
     """The streams of an output that is there already, as tensors of their own."""
-    streams = layout.streams(y, options.num_tasks, options.stacking)
-    return separate([streams.flatten(0, 1)], options.num_tasks)[0]
+    T, stacking = options.num_tasks, options.stacking
+    stack = y if stacking == "task_major" else layout.streams(y, T, stacking).flatten(0, 1)
+    return separate([stack], T)[0]
 
 
 apply: Callable[..., tuple[Tensor, ...]] = TaskStreams.apply
