@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import sys
 import threading
 
 import pytest
 import torch
-from support.backends import cache_limit
+from support.backends import HAS_POOL, cache_limit
 from support.problems import FORMATS, problem, run
 from support.processes import python, python_output
 from support.tolerances import assert_same_bits
@@ -23,7 +22,7 @@ BLOCK = 2 * MIB  # sizes are rounded up to huge pages
 
 pytestmark = [
     pytest.mark.usefixtures("native", "empty_pool"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the pool is for Linux"),
+    pytest.mark.skipif(not HAS_POOL, reason="the pool is for Linux, and PyTorch 2.11 or later"),
 ]
 
 

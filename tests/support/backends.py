@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from tsbn_kernels import memory
 from tsbn_kernels.backends import cpu, triton
 
 BACKENDS = ("native", "triton") if triton.available else ("native",)
+
+# The pool hands memory with a deleter to PyTorch, which takes it from 2.11 on.
+HAS_POOL = cpu.available and sys.platform == "linux" and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from support.backends import HAS_POOL
 from support.tolerances import BACKWARD, FORWARD, STATISTICS, Tolerance, assert_relative, assert_within
 from tsbn_kernels import memory
-from tsbn_kernels.backends import cpu
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition import layout
 from tsbn_kernels.operator import ops
@@ -159,6 +159,4 @@ def fill_cache_with_nan(like: Tensor, blocks: int = 3) -> None:
     for output in outputs:
         output.fill_(float("nan"))
     del outputs
-    assert (
-        not cpu.available or like.nbytes < 1 << 20 or memory.cache_limit() == 0 or memory.cached_bytes() >= like.nbytes
-    )
+    assert not HAS_POOL or like.nbytes < 1 << 20 or memory.cache_limit() == 0 or memory.cached_bytes() >= like.nbytes
