@@ -21,8 +21,13 @@ OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
 }
 WITHOUT_POOL = {"TSBN_POOL_LIMIT_MB": "0"}  # for AddressSanitizer: the pool's blocks have no guards around them
+# All that compares the library's operators with their definitions.
+OPERATORS = (
+    *("numerics", "ops", "determinism", "fan_out", "epilogue", "double_backward", "running_statistics"),
+    *("synchronized_operators", "mixed", "mixed_layer", "layer_numerics", "layer_ops"),
+)
 TESTS = {
-    "address": ("tests/operator/test_numerics.py", "tests/operator/test_ops.py", "tests/operator/test_determinism.py"),
+    "address": tuple(f"tests/operator/test_{name}.py" for name in OPERATORS),
     "thread": (
         "tests/operator/test_determinism.py",
         "tests/operator/test_memory.py",
@@ -67,6 +72,7 @@ def main(sanitizer: str, *arguments: str) -> int:
         "-m",
         "pytest",
         "-q",
+        "--capture=sys",  # a report goes to the file descriptor itself, and ends the process
         "-p",
         "no:cacheprovider",
         *(arguments or (*TESTS[sanitizer], "-k", LEFT_OUT[sanitizer])),

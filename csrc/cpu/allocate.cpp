@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "checked.h"
 #include "pool.h"
@@ -54,6 +54,8 @@ Tensor allocate_like(const Tensor& x, const std::vector<int64_t>& strides) {
   return allocate({sizes.begin(), sizes.end()}, strides, x.scalar_type());
 }
 
-void fill_zero(Tensor& tensor) { std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size()); }
+void fill_zero(Tensor& tensor) {
+  std::fill_n(static_cast<char*>(tensor.mutable_data_ptr()), size_t(tensor.numel()) * tensor.element_size(), 0);
+}
 
 }  // namespace tsbn::cpu
