@@ -94,14 +94,17 @@ void Machine::count_access(Warp& w, const Inst& i, const u64* addresses, unsigne
   u64* end = units.data();
   const auto drop_repeated = [&] { std::sort(units.data(), end), end = std::unique(units.data(), end); };
   if (i.space == Space::shared || (generic && in_shared(first))) {
-    // 32 banks of 4 bytes serve 128 bytes at a time: a quarter of the warp with 16-byte accesses.
+    // 32 banks of 4 bytes serve 128 bytes at a time: a quarter of the warp with 16-byte accesses. Each block has its own.
     const int group = bytes <= 4 ? 32 : int(128 / bytes);
     for (int start = 0; start < warp_size; start += group, end = units.data()) {
       for_lanes(w.lanes & u32((1ull << group) - 1) << start, [&](int lane) { *end++ = addresses[lane] / 4; });
       drop_repeated();
-      std::array<u32, 32> words_of_bank{};
+      std::array<u32, 17 * 32> words_of_bank{};
       u32 most = 1;
-      std::for_each(units.data(), end, [&](u64 word) { most = std::max(most, ++words_of_bank[word % 32]); });
+      std::for_each(units.data(), end, [&](u64 word) {
+        const u64 rank = word >> (rank_shift - 2) & 31;
+        most = std::max(most, ++words_of_bank[(rank ? rank : w.block->rank + 1) * 32 + word % 32]);
+      });
       counter.conflicts += most - 1;
     }
   } else if (i.space == Space::global || (generic && !in_local(first))) {

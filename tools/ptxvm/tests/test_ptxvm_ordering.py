@@ -385,6 +385,17 @@ def test_a_cluster_does_not_wait_for_blocks_that_have_exited(first: str, schedul
     assert memory[:4].tolist() == [0, 2, 3, 1]
 
 
+def test_blocks_of_a_cluster_have_banks_of_their_own() -> None:
+    """Half of the lanes read another word than the others: of two blocks, or of the same bank of one."""
+    both = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    body = f"""mov.u32 %e, tile; mad.lo.u32 %e, %t, 4, %e; st.shared.u32 [%e], %t; st.shared.u32 [%e+128], %t; {both}
+    and.b32 %d, %t, 1; mov.u32 %e, tile; mad.lo.u32 %e, %d, APART, %e;
+    mapa.shared::cluster.u32 %e, %e, RANK; ld.shared::cluster.u32 %d, [%e]; {both}"""
+    for rank, apart, conflicts in (("%d", 0, 0), ("1", 128, 2)):
+        text = body.replace("RANK", rank).replace("APART", str(apart))
+        assert run(text, cluster=2, cooperative=False)[1].conflicts == conflicts
+
+
 def test_registers_of_a_cluster() -> None:
     body = """mov.u32 %d, %cluster_ctarank; mov.u32 %e, %cluster_nctarank; mad.lo.u32 %d, %e, 10, %d;
     mul.wide.u32 %g, %b, 4; add.s64 %g, %m, %g; @%z st.global.u32 [%g], %d;
