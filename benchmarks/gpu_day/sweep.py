@@ -188,6 +188,8 @@ def triton_plans(work: Work, device: Device) -> Plans:
     near |= dict.fromkeys(_with_registers(rule))
     far: dict[Plan, None] = {}
     for plan in list(near):
+        if plan.variant == "cluster":
+            continue
         if plan.variant != "resident":
             streaming = replace(plan, variant="streaming", splits=1)
             counts = [plan.splits // 2, plan.splits * 2] if plan.variant == "split" else [2, 8, 32]
@@ -196,7 +198,7 @@ def triton_plans(work: Work, device: Device) -> Plans:
             if warps * device.warp <= device.block_threads:
                 other = triton_rules._plan(work, device, plan.variant, plan.tile, warps)
                 far[triton_rules._split(other, plan.variant, plan.splits)] = None
-    if rule.variant == "resident":
+    if rule.variant in ("resident", "cluster"):
         streaming = triton_rules._plan(work, device, "streaming", triton_rules._tile(work, device))
         far |= dict.fromkeys([streaming, *(triton_rules._split(streaming, "split", count) for count in (2, 8))])
     return rule, list(near), [plan for plan in far if plan not in near]

@@ -18,7 +18,8 @@ from tsbn_kernels.backends import choice, cuda, triton
 from tsbn_kernels.backends.fallback import Health, KernelError
 from tsbn_kernels.backends.plan import DEVICES, Work
 from tsbn_kernels.backends.plan import cuda as cuda_rules
-from tsbn_kernels.backends.plan.choice import HOST_SECONDS, MARGIN, Offer, best, offers, reason
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.choice import HOST_SECONDS, MARGIN, Offer, best, offers, reason, times
 from tsbn_kernels.backends.plan.layer_norm import LayerWork
 from tsbn_kernels.definition.options import (
     LayerNeeds,
@@ -31,6 +32,7 @@ from tsbn_kernels.definition.options import (
 )
 from tsbn_kernels.operator.registry import chained
 
+clusters = triton_rules.compiles_clusters()
 A100, H100, MI300X = (DEVICES[name] for name in ("A100", "H100", "MI300X"))
 
 
@@ -49,8 +51,9 @@ LONG = LayerWork(2, 1, 12288, 4096, 2, "columns")
 @pytest.mark.parametrize(
     ("work", "device", "backend"),
     [
-        (BN1, H100, "cuda"),  # a cluster keeps what Triton reads twice
-        (replace(BN1, direction="backward"), H100, "cuda"),
+        (replace(BN1, positions=64 * 64), H100, "cuda"),  # a cluster keeps most of what Triton reads twice
+        (BN1, H100, "triton" if clusters else "cuda"),  # clusters of both keep it
+        (replace(BN1, direction="backward"), H100, "cuda"),  # where Triton's block is alone on a multiprocessor
         (BN1, A100, "cuda"),  # which has no clusters: a block keeps a third
         (replace(BN1, samples=2048), A100, "triton"),  # or too little
         (replace(BN6, samples=128), A100, "triton"),  # both keep it on chip
@@ -107,9 +110,12 @@ def test_bytes_first_then_launches_then_triton(work: Work, device: Any, tracks: 
         return
     one, (by_triton, by_cuda) = best(found), found
     assert reason(found).startswith(one.backend)
-    assert (one is by_cuda) == (by_cuda.seconds < MARGIN * by_triton.seconds)
+    waits = any(plan.variant == "cluster" for plan in by_triton.plans)
+    by = [offer.expected_seconds if waits else offer.seconds for offer in found]
+    assert times(found) == by
+    assert (one is by_cuda) == (by[1] < MARGIN * by[0])
     if one is by_cuda:  # for nothing else
-        assert by_cuda.bytes < by_triton.bytes or by_cuda.launches < by_triton.launches
+        assert waits or by_cuda.bytes < by_triton.bytes or by_cuda.launches < by_triton.launches
     large = by_triton.seconds > 100 * HOST_SECONDS["cuda"]
     if large and by_cuda.bytes < 0.9 * by_triton.bytes:
         assert one is by_cuda
@@ -156,7 +162,7 @@ def stacked(*shape: int) -> torch.Tensor:
 
 @pytest.mark.usefixtures("h100")
 def test_each_operator_is_planned_as_what_it_does() -> None:
-    T, x, w = 40, stacked(40 * 256, 64, 32, 32), stacked(40, 64)
+    T, x, w = 40, stacked(40 * 256, 64, 64, 64), stacked(40, 64)
     plain = Options(T, 1e-5, "sigmoid", "task_major")
     saved = Saved(x, w, None, None, w, w)
     assert choice.forward_training(x, w, None, None, plain) == "cuda"
@@ -164,7 +170,7 @@ def test_each_operator_is_planned_as_what_it_does() -> None:
     assert choice.forward_eval(saved, plain) == "triton"
     assert choice.backward(x, saved, True, NEEDS, plain) == "cuda"
     assert choice.backward(x, saved, False, NEEDS, plain) == "triton"
-    last = x.contiguous(memory_format=torch.channels_last)
+    last = stacked(40 * 256, 64, 32, 32).contiguous(memory_format=torch.channels_last)
     assert choice.forward_training(last, w, None, None, plain) == "cuda"
     small = stacked(T * 16, 24, 8, 8).double()
     assert choice.forward_training(small, w, None, None, plain) == "triton"

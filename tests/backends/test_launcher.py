@@ -10,6 +10,7 @@ import pytest
 from support.processes import python_output
 
 from benchmarks.hot_paths.fake_driver import COMPILER
+from tsbn_kernels.backends.plan.triton import compiles_clusters
 
 triton = pytest.importorskip("triton")
 if importlib.util.find_spec("triton.backends.nvidia") is None:
@@ -39,7 +40,8 @@ def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
     told = json.loads(
         program("import json\nfrom support import launches\nprint(json.dumps(launches.main(driver)))")[-1]
     )
-    assert len(told["kernels"]) == 16
+    clusters = {f"rows {direction} cluster" for direction in ("forward", "backward") if compiles_clusters()}
+    assert len(told["kernels"]) == 16 + len(clusters)
     variants = {"resident", "split", "elementwise"}
     kinds = {
         f"{family} {direction} {variant}{how}"
@@ -48,7 +50,7 @@ def test_every_parameter_of_every_kind_of_launch(program: Program) -> None:
         for how in ("", ", fan-out")
         for variant in variants | ({"streaming"} if not how else set())
     }
-    assert set(told["kinds"]) == kinds
+    assert set(told["kinds"]) == kinds | clusters
     assert told["launches"] > 100
 
 
@@ -82,6 +84,7 @@ CHANGES = [
     "slab._run = lambda *a: (right(*a), right(*a))",
     "slab.programs += 1",
     "slab.options['num_warps'] *= 2",
+    "slab.options['num_ctas'] = 2",
     "run.x = (run.x[0] + 1, *run.x[1:])",  # no multiple of 16, which was promised
     "x = x.flatten()[1:]",  # nor this
     "",
@@ -181,7 +184,7 @@ try:
     {first}
     train(4, 3, 5)
     {second}
-    train(64, 4, 70, 70)
+    train(64, 2, 150, 150)  # split
 except RuntimeError as error:
     print("raised", error)
 print("broken" if triton.health.broken else "alive", driver.launches)
@@ -202,6 +205,16 @@ def test_a_kernel_that_the_driver_does_not_launch(program: Program) -> None:
         "no warning",
         "alive 3",
     ]
+
+
+@pytest.mark.skipif(not compiles_clusters(), reason="this Triton compiles no clusters")
+def test_a_cluster_that_the_gpu_refuses(program: Program) -> None:
+    """Such slabs are split from then on, and the other kernels go on. With 16 blocks it takes an attribute."""
+    calls = FAILING.replace("train(4, 3, 5)", "[train(64, 4, 70, 70) for _ in (1, 2)]")
+    for most, asked in ((16, [1, 1]), (8, [3, 2])):
+        told = program(calls.format(first=f"driver.set('cluster', {most})", second=""))
+        warning = "no warning" if most == 16 else "RuntimeError: Triton Error [CUDA]: invalid argument"
+        assert told == ["triton", warning, "triton", "no warning", "triton", "no warning", f"alive {sum(asked) + 2}"]
 
 
 def test_a_context_that_is_lost(program: Program) -> None:

@@ -24,6 +24,7 @@ from tsbn_kernels.backends import cuda, triton
 from tsbn_kernels.backends.plan import DEVICES, Plan
 from tsbn_kernels.backends.plan import cuda as rules
 from tsbn_kernels.backends.plan.choice import TRACKING, plans_of
+from tsbn_kernels.backends.plan.triton import compiles_clusters
 from tsbn_kernels.backends.plan.work import work_of
 from tsbn_kernels.definition.options import Needs, Options
 
@@ -115,7 +116,10 @@ def planned(backend: str, layer: Fused, x: Tensor) -> list[Plan]:
 @both
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_one_launch_a_layer_and_pass(backend: str, memory_format: str) -> None:
-    """Two where several programs share a slab: it is too large for one, or for a cluster, and there are few slabs."""
+    """Two where several programs share a slab: it is too large for one, or for a cluster, and there are few slabs.
+
+    In NCHW that is one layer of all, by Triton.
+    """
     for workload in NETWORKS:
         for of in workload.layers:
             layer, x = made(of, workload, memory_format)
@@ -124,8 +128,8 @@ def test_one_launch_a_layer_and_pass(backend: str, memory_format: str) -> None:
             for plan, count in zip(planned(backend, layer, x), counts, strict=False):
                 assert count == (2 if plan.variant == "split" else 1) == plan.launches, (workload.name, of.name)
                 assert count == 1 or (plan.slabs < 4 * H100.multiprocessors), (workload.name, of.name)
-                if workload is CELEBA and memory_format == "contiguous":
-                    assert count == 1
+                if memory_format == "contiguous" and (backend == "cuda" or compiles_clusters()):
+                    assert count == 1 or (backend == "triton" and of is SEGNET.layers[0]), (workload.name, of.name)
 
 
 @both

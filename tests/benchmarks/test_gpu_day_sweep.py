@@ -107,7 +107,9 @@ def test_triton_runs_the_plan_it_is_told(planned: list[sweep.SweptPlan]) -> None
             one.on_meta()
         assert len(calls) == one.plan.launches
         for call in calls:
-            assert (call.launch.options["num_warps"], call.launch.programs) == (one.plan.warps, one.plan.programs)
+            options, blocks = call.launch.options, one.plan.cluster
+            assert (options["num_warps"], options.get("num_ctas", 1)) == (one.plan.warps, blocks)
+            assert call.launch.programs * blocks == one.plan.programs
             assert call.launch.options.get("maxnreg", one.plan.registers) == one.plan.registers
     assert ops.forwards == before
 

@@ -15,6 +15,7 @@ from on_gpu.calls import check
 from on_gpu.kinds import Spec
 from tsbn_kernels.backends import cuda, triton
 from tsbn_kernels.backends.plan import DEVICES, Work
+from tsbn_kernels.backends.plan import triton as triton_rules
 from tsbn_kernels.backends.plan.cuda import CudaPlan
 from tsbn_kernels.backends.plan.slots import PASSES
 from tsbn_kernels.definition import layout
@@ -91,6 +92,8 @@ def test_the_calls_reach_every_kind_of_the_triton_rules(name: str) -> None:
     shared = {
         f"{family} {direction} {variant}, fan-out" for (family, direction), variant in itertools.product(both, variants)
     }
+    if DEVICES[name].clusters and triton_rules.compiles_clusters():
+        every |= {"rows forward cluster", "rows backward cluster"}
     never = {kind for kind in shared if "streaming" in kind}  # a fan-out has no such plan
     if name == "MI300X":  # of so many multiprocessors, that slabs of these sizes are split to fill whole waves
         never |= {"columns forward streaming", "columns backward streaming"}

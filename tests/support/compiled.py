@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ OUTPUTS = {
     "backward_slab": ("dx", "dresidual", "dweight", "dbias"),
     "backward_partial": ("partials", "dx", "dresidual"),
     "backward_apply": ("dx", "dresidual", "dweight", "dbias"),
+    "forward_cluster": ("y", "mean", "var"),
+    "backward_cluster": ("dx", "dresidual", "dweight", "dbias"),
     "double_backward_partial": ("partials",),
     "double_backward_apply": ("ddy", "dx"),
     "fan_out_slab": ("y", "mean", "var"),
@@ -93,7 +95,7 @@ def run_call(call: Call, target: str, schedule: str | int = "forward") -> Report
     return run_ptx(
         compiled.asm["ptx"],
         made.name,
-        call.launch.programs,
+        call.launch.programs * made.num_ctas,
         made.num_warps * 32,
         [*arguments, None, None],
         shared=made.shared,
@@ -193,20 +195,26 @@ def break_kernel(module: str, text: str, broken: str, folder: Path, monkeypatch:
             code = code.replace(text, broken)
         (folder / package / source.name).write_text(code)
     monkeypatch.syspath_prepend(folder)
-    for part in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed", "mixed_layer_norm"):
-        monkeypatch.setattr(launches, part, importlib.import_module(f"{package}.{part}"))
+    loaded = (importlib.import_module(part.__name__.replace(kernels.__name__, package)) for part in launches.MODULES)
+    monkeypatch.setattr(launches, "MODULES", tuple(loaded))
 
 
 @contextmanager
-def without_barriers() -> Iterator[None]:
-    """Takes all barriers out of what is compiled."""
+def rewritten(pattern: str, text: str) -> Iterator[None]:
+    """Puts something else into what is compiled."""
 
     compile_whole = compile_call
 
-    def without(*arguments: Any) -> Any:
+    def broken(*arguments: Any) -> Any:
         made, values = compile_whole(*arguments)
-        made.asm["ptx"] = made.asm["ptx"].replace("bar.sync", "// bar.sync")
+        made.asm["ptx"], changes = re.subn(pattern, text, made.asm["ptx"])
+        assert changes
         return made, values
 
-    with mock.patch.dict(globals(), compile_call=without):
+    with mock.patch.dict(globals(), compile_call=broken):
         yield
+
+
+def without_barriers() -> AbstractContextManager[None]:
+    """Takes all barriers out of what is compiled."""
+    return rewritten(r"bar\.sync", "// bar.sync")

@@ -202,6 +202,7 @@ class Kernels(NamedTuple):
     running: Any
     forward: Any
     backward: Any
+    cluster: Any
     double_backward: Any
     fan_out: Any
     layer_norm: Any
@@ -234,8 +235,7 @@ def interpreted(device: Device, overflow: bool = False) -> Iterator[None]:
     loaded = kernels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Builder, "overflow", overflow)
-        for name in ("forward", "backward", "double_backward", "fan_out", "layer_norm", "mixed", "mixed_layer_norm"):
-            patch.setattr(launch, name, getattr(loaded, name))
+        patch.setattr(launch, "MODULES", loaded)
         patch.setattr(backend_passes, "activations", loaded.activations)
         patch.setattr(ops, "forwards", {})
         patch.setattr(ops, "backwards", {})

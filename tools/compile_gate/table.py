@@ -258,6 +258,7 @@ class Row:
     tile: str
     even: bool
     warps: int
+    cluster: int
     registers: int
     register_budget: int
     shared: int
@@ -317,6 +318,7 @@ def row(target: str, index: int, used: Resources) -> Row:
         tile=_by(plan.tile),
         even=rules.is_even(plan.work, plan.tile),
         warps=plan.warps,
+        cluster=plan.cluster,
         registers=used.registers,
         register_budget=plan.registers,
         shared=used.shared,

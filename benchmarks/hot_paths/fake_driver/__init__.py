@@ -66,7 +66,10 @@ class Driver:
         return ctypes.c_long.in_dll(self.library, "fake_launches").value
 
     def set(self, name: str, value: int) -> None:
-        """One of the library's numbers: ``launch_error`` of CUDA's (0: none), ``shared`` bytes of a block."""
+        """One of the library's numbers: ``launch_error`` of CUDA's (0: none), ``shared`` bytes of a block.
+
+        And how many blocks of a ``cluster`` the GPU takes.
+        """
         ctypes.c_int.in_dll(self.library, f"fake_{name}").value = value
 
     def _hear(self, config: int, name: bytes, image: int, parameters: Any) -> None:

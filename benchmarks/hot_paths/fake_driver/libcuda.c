@@ -8,6 +8,7 @@
 typedef struct {
   char name[256];
   const void* image;
+  int large_clusters;
 } Function;
 
 typedef void (*Listener)(const CUlaunchConfig*, const char* name, const void* image, void** parameters);
@@ -16,6 +17,7 @@ EXPORT Listener fake_listener = NULL;
 EXPORT long fake_launches = 0;
 EXPORT int fake_launch_error = 0;
 EXPORT int fake_shared = 227 << 10;
+EXPORT int fake_cluster = 16;
 
 static CUcontext current = NULL;
 
@@ -63,7 +65,10 @@ EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfun
   *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : which == CU_FUNC_ATTRIBUTE_NUM_REGS ? 64 : 0;
   return CUDA_SUCCESS;
 }
-EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) { return CUDA_SUCCESS; }
+EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
+  if (which == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED) ((Function*)function)->large_clusters = value;
+  return CUDA_SUCCESS;
+}
 EXPORT CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 EXPORT CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const CUlaunchConfig* config) {
   *clusters = 8;
@@ -82,6 +87,13 @@ EXPORT CUresult cuGetErrorString(CUresult error, const char** text) {
 
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   ++fake_launches;
-  if (fake_listener) fake_listener(config, ((Function*)function)->name, ((Function*)function)->image, parameters);
+  const Function* kernel = (Function*)function;
+  if (fake_listener) fake_listener(config, kernel->name, kernel->image, parameters);
+  for (unsigned k = 0; k < config->numAttrs; ++k) {
+    if (config->attrs[k].id != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) continue;
+    const unsigned blocks = config->attrs[k].value.clusterDim.x;
+    if (blocks > fake_cluster || config->gridDimX % blocks || (blocks > 8 && !kernel->large_clusters))
+      return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+  }
   return fake_launch_error;
 }

@@ -94,7 +94,7 @@ def test_sizes_without_clusters(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @formats
-@pytest.mark.parametrize("parts", rules.CLUSTERS)
+@pytest.mark.parametrize("parts", DEVICES["H100"].clusters)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_clusters(schedule: Any, parts: int, memory_format: str, dtype: torch.dtype) -> None:
     """Each size of cluster in every order of warps; the parts of 96 channels are not equal."""

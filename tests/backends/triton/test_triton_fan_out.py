@@ -16,13 +16,12 @@ from support.problems import FORMATS, STACKINGS
 pytest.importorskip("triton")
 from support import compiled
 from support.fused import Epilogue, assert_equals_reference, fused
-from support.interpreter import Function, device, interpreted, passes
+from support.interpreter import Function, device, interpreted, kernels, passes
 from test_triton_compiled import SIZES, assert_traffic, toy
 
 from tsbn_kernels.backends.fallback import KernelError
 from tsbn_kernels.backends.plan import DEVICES, Plan, Work
 from tsbn_kernels.backends.plan.triton import alternatives, is_even, plan
-from tsbn_kernels.backends.triton import launch
 from tsbn_kernels.backends.triton.kernels import fan_out
 from tsbn_kernels.definition.activations import ACTIVATIONS
 
@@ -118,9 +117,9 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     call = fused(2, 3, 2, (211,), epilogue=("relu", True), shared=True)
     with interpreted(device(threads=16, multiprocessors=8)):
         assert_equals_reference(call)
-        names = dict(vars(launch.fan_out))
+        names = dict(vars(kernels().fan_out))
         exec(compile(file.read_text(), file, "exec"), names)
-        monkeypatch.setattr(launch.fan_out, function, Function(names[function].fn))
+        monkeypatch.setattr(kernels().fan_out, function, Function(names[function].fn))
         with pytest.raises((AssertionError, KernelError)) as caught:
             assert_equals_reference(call)
         # What the interpreter finds in a kernel arrives as the kernel's error.

@@ -23,10 +23,10 @@ from support.tolerances import (
 
 pytest.importorskip("triton")
 from support.interpreter import Function, device, interpreted, passes
+from support.interpreter import kernels as loaded
 
 from tsbn_kernels.backends.fallback import KernelError
 from tsbn_kernels.backends.plan.triton import is_even
-from tsbn_kernels.backends.triton import launch
 from tsbn_kernels.backends.triton import layer_norm as backend
 from tsbn_kernels.backends.triton import operator as find
 from tsbn_kernels.backends.triton.kernels import layer_norm as kernels
@@ -260,9 +260,9 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     file = tmp_path / "mutant.py"
     file.write_text(source.replace(text, broken))
     with interpreted(MANY):
-        names = dict(vars(launch.layer_norm))
+        names = dict(vars(loaded().layer_norm))
         exec(compile(file.read_text(), file, "exec"), names)
-        monkeypatch.setattr(launch.layer_norm, function, Function(names[function].fn))
+        monkeypatch.setattr(loaded().layer_norm, function, Function(names[function].fn))
         with pytest.raises((AssertionError, KernelError)) as caught:
             assert_every_line_is_right()
     # What the interpreter finds in a kernel arrives as the kernel's error.

@@ -9,10 +9,10 @@ from tsbn_kernels.backends.plan.devices import Device
 from tsbn_kernels.backends.plan.work import Work
 
 # resident: a slab stays on chip between its statistics and its result, each activation is read once; cluster: as far
-# as it fits, in several blocks. streaming: one program a slab, which reads what does not stay on chip twice.
-# split: several programs a slab, two launches. together: the same in one launch, whose programs run all at a time and
-# go from slab to slab, each of which stays on chip as far as it fits. elementwise: nothing to reduce. evaluation: one
-# pass, that may reduce.
+# as it fits, in several blocks, which Triton takes for one program. streaming: one program a slab, which reads what
+# does not stay on chip twice. split: several programs a slab, two launches. together: the same in one launch, whose
+# programs run all at a time and go from slab to slab, each of which stays on chip as far as it fits. elementwise:
+# nothing to reduce. evaluation: one pass, that may reduce.
 Variant = Literal["resident", "cluster", "streaming", "split", "together", "elementwise", "evaluation"]
 Tile = tuple[int, int]
 
@@ -114,7 +114,7 @@ class Plan:
     @property
     def on_chip(self) -> float:
         """The part of a slab's values that stays on chip between the two passes over it."""
-        return float(self.variant == "resident")
+        return float(self.variant in ("resident", "cluster"))
 
     @property
     def activation_bytes_read(self) -> int:
@@ -141,7 +141,7 @@ class Plan:
     @property
     def bytes_read_again(self) -> int:
         """Bytes of activations that are loaded again, because they did not stay on chip."""
-        return 0 if self.variant == "resident" else self.work.bytes_to_sum
+        return 0 if self.on_chip else self.work.bytes_to_sum
 
     @property
     def gathered_bytes(self) -> int:

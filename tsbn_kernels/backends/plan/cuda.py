@@ -31,7 +31,6 @@ DTYPE_CODES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 ACTIVATION_CODES = {name: code for code, name in enumerate(EPILOGUES)}  # by the rows of csrc/activations.h
 
 REDUCE, SPILL, COMBINE, APPLY = 1, 2, 4, 8  # Phase of csrc/cuda/params.h
-CLUSTERS = (2, 4, 8, 16)
 SPLITS = (2, 4, 8, 16, 32, 64)
 LEAST_BLOCK = 8 << 10  # bytes of a slab that a block of a cluster has at least: with fewer it waits more than it loads
 LEAST_KEPT = 0.25  # of a slab: clusters that keep less do not make up for what they wait
@@ -284,7 +283,6 @@ def seconds(plan: CudaPlan, clusters: Clusters = clusters_on_paper) -> float:
 def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
     """The plans worth comparing."""
     slots = cut(work).slots
-    most = 16 if device.target in ("sm_90", "sm_100", "sm_103") else 8  # blocks of a cluster: data centres have 16
     if not work.reduces:
         for parts in (1, *SPLITS):
             if slots // parts < MOST_SLOTS:
@@ -300,8 +298,8 @@ def candidates(work: Work, device: Device) -> Iterator[CudaPlan]:
             resident = lay_out(work, device, "resident", most_shared_bytes=limit)
             if resident.resident > 0:
                 yield resident
-        for size in CLUSTERS if device.clusters and not work.gathers else ():
-            if size <= most and slab_bytes >= size * LEAST_BLOCK and slots // size < MOST_SLOTS:
+        for size in () if work.gathers else device.clusters:
+            if slab_bytes >= size * LEAST_BLOCK and slots // size < MOST_SLOTS:
                 cluster = lay_out(work, device, "cluster", size, most_shared_bytes=limit)
                 if cluster.on_chip >= LEAST_KEPT or not keeps:
                     yield cluster

@@ -41,9 +41,11 @@ class Device:
     block_threads: int = 1024
 
     @property
-    def clusters(self) -> bool:
-        """Whether blocks of a cluster read one another's shared memory: NVIDIA's sm_90 and later."""
-        return self.target.startswith("sm_") and int(self.target[3:]) >= 90
+    def clusters(self) -> tuple[int, ...]:
+        """Blocks that a cluster may have, which read one another's shared memory: on NVIDIA's sm_90 and later."""
+        if not self.target.startswith("sm_") or int(self.target[3:]) < 90:
+            return ()
+        return (2, 4, 8, 16) if self.target in ("sm_90", "sm_100", "sm_103") else (2, 4, 8)  # data centres have 16
 
 
 _KIB, _MIB = 1 << 10, 1 << 20

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import TypeVar
 
@@ -22,10 +25,14 @@ MERGED = 16  # splits whose partial sums a program of the second launch reads at
 TILES_PER_PROGRAM = 4  # where there is nothing to reduce
 LINE, SECTOR = 128, 32  # bytes: what a warp's load should fill, and the least that memory moves
 TILE_OVERHEAD = 512  # values that could be loaded in the time that a tile costs beside its loads
+LEAST_WARPS = 4  # of a block of a cluster
 
 
 class TritonPlan(Plan):
-    """A plan of the Triton kernels, and in what they differ from the rule of what is moved."""
+    """A plan of the Triton kernels, and in what they differ from the rule of what is moved.
+
+    The tile of a cluster is that of all its blocks.
+    """
 
     backend = "triton"
 
@@ -39,10 +46,18 @@ class TritonPlan(Plan):
         """How often a program waits for sums; and for partial sums, which the second launch reads in turn.
 
         Forward: the mean, what it lacks and the squares; by tiles first the mean of one, around which others are read.
+        In a cluster two sums do not meet at once.
         """
         work = self.work
         own = 2 + (self.variant != "resident") if work.reduces and not work.backward else super().exchanges
+        if self.variant == "cluster" and work.backward:
+            own += 1
         return own + (ceil(self.splits, MERGED) if self.variant == "split" else 0)
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of loads that a program has under way at a time; of a cluster those of a block."""
+        return super().bytes_in_flight // self.cluster
 
     @property
     def bytes_read_again(self) -> int:
@@ -73,8 +88,12 @@ class TritonPlan(Plan):
         return super().vector_bytes_written + 2 * self.work.statistics_bytes * self._gathers
 
 
-def plan(work: Work, device: Device) -> Plan:
-    """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs."""
+def plan(work: Work, device: Device, clusters: bool = True) -> Plan:
+    """The plan for some work on a device. Nothing is tuned: the same work has the same plan wherever it runs.
+
+    Args:
+        clusters: whether the device takes them.
+    """
     if work.fan_out:
         return _fan_out(work, device)
     if not work.reduces:
@@ -82,7 +101,34 @@ def plan(work: Work, device: Device) -> Plan:
         return _split(whole, "elementwise", ceil(whole.tiles, TILES_PER_PROGRAM))
     if slab := _resident_tile(work, device):
         return _plan(work, device, "resident", slab)
-    return in_waves(_plan(work, device, "streaming", _tile(work, device)))
+    found = list(in_clusters(work, device)) if clusters else []
+    found.append(in_waves(_plan(work, device, "streaming", _tile(work, device))))
+    return min(found, key=lambda one: expected(one).seconds)
+
+
+@cache
+def compiles_clusters() -> bool:
+    """Whether this Triton compiles the kernels of clusters: 3.8 and later, or one that is not here."""
+    try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= (3, 8)
+
+
+def in_clusters(work: Work, device: Device) -> Iterator[Plan]:
+    """Plans by which the blocks of a cluster keep a slab in their registers, in rows."""
+    if work.family != "rows" or not work.two_passes or not compiles_clusters():
+        return
+    tile = power(work.samples), power(work.positions)
+    values = _values_per_thread(work, "resident") // (1 + _crowds(work))
+    registers = _cluster_registers(work, device, tile)
+    most = min(_most_threads(work, device), device.registers // registers)
+    for cluster in device.clusters:
+        threads = tile[0] * tile[1] // (cluster * values)
+        if LEAST_WARPS * device.warp <= threads <= most:
+            whole = _plan(work, device, "resident", tile, threads // device.warp)
+            yield replace(whole, variant="cluster", registers=registers, cluster=cluster)
 
 
 def _fan_out(work: Work, device: Device) -> Plan:
@@ -123,6 +169,8 @@ def in_waves(plan: PlanT) -> PlanT:
 
 def alternatives(plan: Plan) -> list[Plan]:
     """The plan and a few near it, with other tiles and warps: what may be faster is for a measurement to say."""
+    if plan.variant == "cluster":
+        return list(dict.fromkeys((plan, *in_clusters(plan.work, plan.device))))
     others, (a, b) = [(plan.tile, 0.5), (plan.tile, 2.0)], plan.tile
     if plan.variant != "resident":
         tiles = [(a * 2, b), (a // 2, b)] if a > 1 else [(a, b * 2), (a, max(1, b // 2))]
@@ -251,6 +299,21 @@ def _registers(work: Work, device: Device, variant: Variant, tile: Tile, threads
         spare = _SPARE[work.family][amd] // (1 + work.reads_residual)
         budget = min(budget + spare, device.registers // (programs * threads) // 8 * 8)
     return budget
+
+
+def _cluster_registers(work: Work, device: Device, tile: Tile) -> int:
+    """The budget a thread of a cluster's blocks. With 64 a multiprocessor holds the most threads, and two such blocks.
+
+    Narrow rows take more; masks with a residual; float32 with an activation forward. On other GPUs than sm_90 so do any
+    float32 forward, an exponential, and a residual backward.
+    """
+    if _narrow(work):
+        return 128 if work.backward else 96
+    wide, masked = work.item_size == 4 and not work.backward, work.reads_residual and not is_even(work, tile)
+    more = work.activation != "none" and (wide or masked) and not _crowds(work)
+    if device.target != "sm_90":
+        more = more or wide or _is_smooth(work) or (work.backward and work.reads_residual)
+    return 64 + 16 * more + 32 * (work.statistics_size == 8)
 
 
 def _counts(work: Work, variant: Variant) -> bool:

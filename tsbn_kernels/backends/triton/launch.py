@@ -12,6 +12,7 @@ from tsbn_kernels.backends.fallback import KernelError, is_fatal, summary
 from tsbn_kernels.backends.triton.again import launcher_of
 from tsbn_kernels.backends.triton.kernels import (
     backward,
+    cluster,
     double_backward,
     fan_out,
     forward,
@@ -20,9 +21,13 @@ from tsbn_kernels.backends.triton.kernels import (
     mixed_layer_norm,
 )
 
+MODULES = forward, backward, cluster, double_backward, fan_out, layer_norm, mixed, mixed_layer_norm  # of kernels
+
 
 class Launch:
     """One kernel launch: which kernel, how many programs, the compiler's options, and the constants it is compiled for.
+
+    A cluster is one program.
 
     Triton's own launcher looks at every argument on every call to find the compiled kernel. A ``Launch`` belongs to one
     shape, dtype, device and alignment, so it keeps the compiled kernel and only hands it the arguments.
@@ -43,11 +48,7 @@ class Launch:
     @property
     def function(self) -> Any:
         """The ``triton.jit`` function."""
-        return next(
-            getattr(module, self.kernel)
-            for module in (forward, backward, double_backward, fan_out, layer_norm, mixed, mixed_layer_norm)
-            if hasattr(module, self.kernel)
-        )
+        return next(getattr(module, self.kernel) for module in MODULES if hasattr(module, self.kernel))
 
     def __call__(self, *arguments: Any) -> None:
         """Launches on the current device and stream.

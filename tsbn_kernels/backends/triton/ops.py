@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsbn_kernels.backends import triton as backend
+from tsbn_kernels.backends.fallback import KernelError
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, devices
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.plan.work import Work, work_of
@@ -37,6 +39,7 @@ from tsbn_kernels.definition.options import (
 
 forwards: dict[Hashable, Any] = {}  # passes by all that they depend on
 backwards: dict[Hashable, Any] = {}
+_unclustered: set[tuple[Work, Device]] = set()  # what a device refused to do in clusters
 _HERE = nullcontext()
 
 
@@ -88,7 +91,24 @@ def _fastest(make: Callable[[Plan], Any], work: Work, device: torch.device, argu
         return partial(candidate, *arguments(candidate))
 
     with on_device(device):
-        return make(choose(rules.plan(work, device_of(device)), prepare))
+        on = device_of(device)
+        return make(choose(rules.plan(work, on, (work, on) not in _unclustered), prepare))
+
+
+def _runs(kept: dict[Hashable, Any], key: Hashable, run: Any, device: torch.device, *arguments: Any) -> bool:
+    """Runs a pass that is kept. False: the device refuses its cluster, and what is made in its place needs none."""
+    try:
+        with on_device(device):
+            run(*arguments)
+    except KernelError as error:
+        refused = run.plan.work, run.plan.device
+        if run.plan.variant != "cluster" or not error.own or refused in _unclustered:
+            raise
+        backend.health.note(error.kernel, error)
+        _unclustered.add(refused)
+        del kept[key]
+        return False
+    return True
 
 
 def _normalize(saved: Saved, training: bool, options: Options, running: Running = NOT_TRACKED) -> Tensor:
@@ -104,9 +124,9 @@ def _normalize(saved: Saved, training: bool, options: Options, running: Running 
         work = _work(saved, training, options)
         run = forwards[key] = _fastest(make, work, x.device, lambda one: (saved, one.stacked_like(x)))
     y: Tensor = run.stacked_like(x)
-    with on_device(x.device):
-        run(saved, y, running)
-    return y
+    if _runs(forwards, key, run, x.device, saved, y, running):
+        return y
+    return _normalize(saved, training, options, running)
 
 
 def forward_training(
@@ -171,9 +191,9 @@ def backward(dy: Tensor, saved: Saved, training: bool, needs: Needs, options: Op
         work = _work(saved, training, options, needs)
         run = backwards[key] = _fastest(make, work, x.device, lambda one: (dy, saved, outputs(one)))
     results = outputs(run)
-    with on_device(x.device):
-        run(dy, saved, results)
-    return results
+    if _runs(backwards, key, run, x.device, dy, saved, results):
+        return results
+    return backward(dy, saved, training, needs, options)
 
 
 def moments(x: Tensor, options: Options) -> Moments:

@@ -26,6 +26,8 @@ Strides = tuple[int, int, int, int]
 # The kernels that no epilogue ends: compiled once for all activations.
 WITHOUT_EPILOGUE = ("forward_partial", "fan_out_sums", "fan_out_gradient")
 
+ONE_LAUNCH = ("resident", "cluster", "streaming")  # of a slab: the variants in which nothing is left for a second
+
 WORD = 8  # bytes: where runs are aligned less, each few values have an address, and steps between samples are constants
 
 
@@ -65,7 +67,7 @@ def tile_of(plan: Plan, activation: str = NONE, slope: float = 0.0) -> Tile:
     index = tl.int64 if work.values >= 1 << 31 else tl.int32
     accumulate = tl.float64 if work.statistics_size == 8 else tl.float32
     a, b = plan.tile
-    held = max(1, a * b // plan.threads)
+    held = max(1, a * b // (plan.threads * plan.cluster))
     full = rules.is_full(work, plan.tile)
     kind = work.family == "columns", a, b, *full, all(full), work.expanded, index, tl.int64, 1, held
     end = accumulate, activation, EPILOGUES[activation].exponential, slope
@@ -128,10 +130,12 @@ class Pass:
         """A launch of one of the kernels of this pass, with as many programs as are planned where none are given."""
         plan = self.plan
         options = {"num_warps": plan.warps} | ({"maxnreg": plan.registers} if rules.limits_registers(plan) else {})
+        options |= {"num_ctas": plan.cluster} if plan.cluster > 1 else {}
         tile = self.tile
         if kernel in WITHOUT_EPILOGUE:
             tile = tile_of(plan)._replace(OFFSET=tile.OFFSET, RUN=tile.RUN)
-        return Launch(kernel, programs or plan.programs, options, tile, *map(tl.constexpr, constants))
+        programs = programs or plan.programs // plan.cluster
+        return Launch(kernel, programs, options, tile, *map(tl.constexpr, constants))
 
     def partials(self, rows: int, streams: int, like: Tensor) -> Tensor:
         """What the splits leave for the second launch."""
@@ -155,6 +159,8 @@ class Forward(Pass):
             self.apply = self.launch("fan_out_apply" if options.fan_out else "forward_apply", *self.formula)
         elif options.fan_out:
             self.slab = self.launch("fan_out_slab", *self.formula)
+        elif plan.variant == "cluster":
+            self.slab = self.launch("forward_cluster", *self.formula)
         else:
             self.slab = self.launch("forward_slab", plan.variant == "resident", *self.formula)
 
@@ -163,7 +169,7 @@ class Forward(Pass):
         x, weight, bias, residual, mean, var = saved
         source = View(x, *self.x)
         tensors = source, view_of(residual, self.residual), View(y, *self.y), weight, bias, mean, var
-        if self.plan.variant in ("resident", "streaming"):
+        if self.plan.variant in ONE_LAUNCH:
             self.slab(*tensors, *running, *self.sizes)
             return
         partials = None
@@ -194,7 +200,9 @@ class Backward(BackwardPass):
         super().__init__(plan, dy, x, options, residual)
         constants = plan.work.training, *self.formula
         self.done = plan.work.keeps_gradient and plan.variant in ("streaming", "split")
-        if plan.variant in ("resident", "streaming"):
+        if plan.variant == "cluster":
+            self.slab = self.launch("backward_cluster", *self.formula)
+        elif plan.variant in ONE_LAUNCH:
             self.slab = self.launch("backward_slab", plan.variant == "resident", self.done, *constants)
         else:
             self.first = self.launch("backward_partial", *constants)
@@ -206,7 +214,7 @@ class Backward(BackwardPass):
         dx, dweight, dbias, dresidual = found
         gradient, source, added, result, beside = self.activations(dy, saved, dx, dresidual)
         vectors, parameters = (weight, bias, mean, var), (dweight, dbias)
-        if self.plan.variant in ("resident", "streaming"):
+        if self.plan.variant in ONE_LAUNCH:
             self.slab(gradient, source, added, result, beside, *vectors, *parameters, *self.sizes)
             return
         partials = None
