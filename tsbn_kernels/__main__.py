@@ -151,8 +151,7 @@ def _plan(options: argparse.Namespace) -> None:
         unfused = [unfused_bytes(plan, work) for plan, work in zip(alone, works, strict=True)]
     print(table(plans, options.bandwidth and options.bandwidth * 1e9, unfused))
     if options.backend == "auto":
-        print("\nwhy, by the bytes of activations, or the time of a call on the host where that is longer;")
-        print("where Triton's blocks meet in clusters, by the expected time:")
+        print("\nwhy, by the bytes of activations, or the time of a call on the host where that is longer:")
         for work in works:
             print(f"{work.title}: {choice.reason(_offers(work, options))}")
 

@@ -26,7 +26,6 @@ from benchmarks.records.network_run import VARIANTS, Differences
 from benchmarks.records.workloads import BATCH_NORM
 from benchmarks.timing import self_test
 from benchmarks.timing.measure import Effort
-from tsbn_kernels.backends.plan.triton import compiles_clusters
 
 TINY = ["celeba40", "--device", "cpu", "--tasks", "2", "--batch", "4", "--layers", "bn7,bn8"]
 SHORT = Effort(2, 2, 0.0, 0.0, visits=1)
@@ -313,7 +312,7 @@ def test_predictions_measure_nothing(invoke, tmp_path):
     forward = next(line for line in result.output.splitlines() if "contiguous" in line and "forward" in line)
     assert "100% on chip" in forward
     cells = [cell.strip() for cell in forward.split("│")]
-    assert cells[5] == ("triton" if compiles_clusters() else "cuda")
+    assert cells[5] == "cuda"
     assert cells[7] == "1.50" and cells[9] == "1.00"  # bytes in useful bytes: streaming, cluster
     assert not list(tmp_path.iterdir())
     for wrong in ("H9000", "MI300X"):

@@ -1,8 +1,7 @@
 """Which of two GPU backends makes a call: the one whose plans take less time. Pure functions; predicted, not measured.
 
 Time is that of the bytes of activations, and of the launches: large passes are decided by how often they read, small
-ones by how often they launch. Vectors and partial sums are left out, since they come from the cache. Where Triton's
-blocks meet in clusters they may be alone on a multiprocessor, so there the time is what is expected with all waits.
+ones by how often they launch. Vectors and partial sums are left out, since they come from the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from tsbn_kernels.backends.plan import cuda, layer_norm, layer_norm_cuda, triton
 from tsbn_kernels.backends.plan.core import LAUNCH_SECONDS, Plan
 from tsbn_kernels.backends.plan.devices import Device
-from tsbn_kernels.backends.plan.expect import expected
 from tsbn_kernels.backends.plan.work import Work
 
 MARGIN = 0.95  # of the time of the backend before it: with less to gain than the rest the order stays
@@ -50,23 +48,16 @@ class Offer:
     def seconds(self) -> float:
         """Predicted time: that of the device, or of the host where it takes longer."""
         device = self.bytes / self.plans[0].device.bandwidth + self.launches * LAUNCH_SECONDS
-        return max(device, self._host_seconds)
-
-    @property
-    def expected_seconds(self) -> float:
-        """Predicted time, in which waves and waits count too."""
-        device = sum(expected(plan).seconds for plan in self.plans) + self.beside * LAUNCH_SECONDS
-        return max(device, self._host_seconds)
-
-    @property
-    def _host_seconds(self) -> float:
-        return HOST_SECONDS[self.backend] + self.beside * OPERATOR_SECONDS
+        return max(device, HOST_SECONDS[self.backend] + self.beside * OPERATOR_SECONDS)
 
 
 def offers(
     work: Work, device: Device, clusters: cuda.Clusters = cuda.clusters_on_paper, tracks: bool = False
 ) -> tuple[Offer, ...]:
     """What backends offer that can do the work on the device, in the order in which they are preferred.
+
+    That is Triton first, but not by a cluster: CUDA C++ asks the driver how many of its clusters a GPU runs, and waits
+    less in them.
 
     Args:
         clusters: as for :func:`tsbn_kernels.backends.plan.cuda.plan`.
@@ -81,7 +72,7 @@ def offers(
             continue
         beside = updates and backend == "triton" and work.item_size == 8
         found.append(Offer(backend, plans, TRACKING * beside))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda one: one.backend == "triton" and one.plans[0].variant == "cluster"))
 
 
 def plans_of(
@@ -97,16 +88,10 @@ def plans_of(
     return (cuda.plan(work, device, clusters) if backend == "cuda" else triton.plan(work, device),)
 
 
-def times(offered: Sequence[Offer]) -> list[float]:
-    """Seconds by which offers are compared; with waits where blocks of the first one's clusters wait for each other."""
-    clusters = any(plan.variant == "cluster" for plan in offered[0].plans)
-    return [one.expected_seconds if clusters else one.seconds for one in offered]
-
-
 def best(offered: Sequence[Offer]) -> Offer:
     """The first offer, or a later one that takes less time than it by more than a twentieth."""
-    first, *later = zip(times(offered), offered, strict=True)
-    return min([first, *(one for one in later if one[0] < MARGIN * first[0])], key=lambda one: one[0])[1]
+    first, *later = offered
+    return min([first, *(one for one in later if one.seconds < MARGIN * first.seconds)], key=lambda one: one.seconds)
 
 
 def reason(offered: Sequence[Offer]) -> str:
@@ -115,8 +100,7 @@ def reason(offered: Sequence[Offer]) -> str:
     if len(offered) == 1:
         return f"{chosen.backend}, which alone has a plan"
     (other,) = (one for one in offered if one is not chosen)
-    spent = {one.backend: f"{seconds * 1e3:.3g} ms" for one, seconds in zip(offered, times(offered), strict=True)}
     return (
-        f"{chosen.backend}, {spent[chosen.backend]}; {other.backend} would take {spent[other.backend]}: "
+        f"{chosen.backend}, {chosen.seconds * 1e3:.3g} ms; {other.backend} would take {other.seconds * 1e3:.3g} ms: "
         f"{other.bytes / chosen.bytes:.3g} times the bytes, launches {other.launches} instead of {chosen.launches}"
     )
