@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .build import core
@@ -21,6 +22,15 @@ class Encoded:
     param_size: int
     params: list[tuple[Variable, int]]
     globals: list[tuple[Variable, int]]
+    module: Module
+
+    @cached_property
+    def heads(self) -> list[tuple[int, str, str, str, str, str]]:
+        """What rows of a report say of each instruction before its counts: those of all launches say the same."""
+        return [
+            (i.line, i.text, self.module.describe(i.location), i.opcode, inst.kind, inst.space)
+            for i, inst in zip(self.kernel.instructions, self.code, strict=False)
+        ]
 
 
 def _place(variables: list[Variable]) -> tuple[dict[str, int], int]:
@@ -59,7 +69,8 @@ def encode(module: Module, kernel: Kernel) -> Encoded:
         "constants": constants,
         "specials": specials,
     }
-    return Encoded(kernel, encoder.code, layout, param_size, [(p, params[p.name]) for p in kernel.params], globals_)
+    passed = [(p, params[p.name]) for p in kernel.params]
+    return Encoded(kernel, encoder.code, layout, param_size, passed, globals_, module)
 
 
 class _Encoder:

@@ -6,7 +6,7 @@ import math
 import struct
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -132,11 +132,14 @@ def launch(
     for allocation in allocations:
         if wrong := allocation.miscounts():
             raise Violation("write count", f"write count: {wrong}")
-    rows = [
-        Row(i.line, i.text, module.describe(i.location), i.opcode, *counts)
-        for i, counts in zip(kernel.instructions, result["counters"], strict=False)
-    ]
-    return Report(kernel.name, module.target.rstrip(","), grid3, block3, cluster3, str(schedule), seconds, rows)
+    made = partial(_rows, encoded, result["counters"])
+    return Report(kernel.name, module.target.rstrip(","), grid3, block3, cluster3, str(schedule), seconds, made)
+
+
+def _rows(encoded: Encoded, counters: bytes) -> list[Row]:
+    counts = np.frombuffer(counters, np.uint64).reshape(len(encoded.code), -1).tolist()
+    rows = [Row(*head, *numbers) for head, numbers in zip(encoded.heads, counts, strict=False)]
+    return [row if row.space else row._replace(space="global" if row.sectors else "shared") for row in rows]
 
 
 def _dim(sizes: Dim, what: str) -> tuple[int, int, int]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
+_TOTALS = (
+    "kernel", "target", "grid", "block", "cluster", "schedule", "seconds",
+    "thread_instructions", "conflicts", "divergent_branches", "collisions",
+)  # fmt: skip
 _DIRECTIONS = [(space, what, what == "written") for space in ("global", "shared") for what in ("read", "written")]
 
 
@@ -54,22 +60,42 @@ class Report:
     cluster: tuple[int, int, int]
     schedule: str
     seconds: float
-    rows: list[Row] = field(repr=False)
-    global_read: Traffic = field(init=False)
-    global_written: Traffic = field(init=False)
-    thread_instructions: int = field(init=False)
-    conflicts: int = field(init=False)  # shared-memory cycles lost to bank conflicts
-    divergent_branches: int = field(init=False)  # that parted a warp
-    collisions: int = field(init=False)  # stores of a copy where the same instruction had stored another value
+    counted: Callable[[], list[Row]] = field(repr=False)  # makes the rows, for which few ask
 
-    def __post_init__(self) -> None:
-        self.global_read, self.global_written = self.traffic("global", False), self.traffic("global", True)
-        self.thread_instructions, self.conflicts = (
-            sum(r.threads for r in self.rows),
-            sum(r.conflicts for r in self.rows),
-        )
-        self.divergent_branches = sum(r.divergent for r in self.rows)
-        self.collisions = sum(r.collisions for r in self.rows)
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One row for each instruction of the kernel."""
+        return self.counted()
+
+    @cached_property
+    def global_read(self) -> Traffic:
+        """All that was read from global memory."""
+        return self.traffic("global", False)
+
+    @cached_property
+    def global_written(self) -> Traffic:
+        """All that was written to global memory."""
+        return self.traffic("global", True)
+
+    @property
+    def thread_instructions(self) -> int:
+        """The instructions that all threads executed."""
+        return sum(r.threads for r in self.rows)
+
+    @property
+    def conflicts(self) -> int:
+        """The cycles of shared memory that were lost to bank conflicts."""
+        return sum(r.conflicts for r in self.rows)
+
+    @property
+    def divergent_branches(self) -> int:
+        """The branches that parted a warp."""
+        return sum(r.divergent for r in self.rows)
+
+    @property
+    def collisions(self) -> int:
+        """The stores of a copy where the same instruction had stored another value."""
+        return sum(r.collisions for r in self.rows)
 
     def traffic(self, space: str, writes: bool) -> Traffic:
         """All reads, or all writes and atomics, of "global" or "shared" memory."""
@@ -90,8 +116,8 @@ class Report:
 
     def to_json(self) -> str:
         """Totals and instructions as JSON."""
-        data: dict[str, Any] = asdict(self)
-        data["instructions"] = [row._asdict() for row in data.pop("rows")]
+        data: dict[str, Any] = {name: getattr(self, name) for name in _TOTALS}
+        data["instructions"] = [row._asdict() for row in self.rows]
         data |= {f"{space}_{what}": asdict(self.traffic(space, writes)) for space, what, writes in _DIRECTIONS}
         return json.dumps(data | {"barriers": self.barriers, "warp_instructions": self.instructions}, indent=1)
 

@@ -44,14 +44,7 @@ static py::dict run(std::vector<Inst> code, const Sizes& grid, const Sizes& bloc
   } catch (const Violation& v) {
     result["violation"] = py::make_tuple(v.kind, v.message, v.inst, v.other_inst, v.block, v.thread, v.address);
   }
-  py::list counters;
-  for (const Inst& i : m.code) {
-    const Counter& c = m.counters[i.index];
-    const char* spaces[] = {c.sectors ? "global" : "shared", "global", "shared", "local", "param"};  // generic first
-    counters.append(py::make_tuple(i.kind, spaces[int(i.space)], c.warps, c.threads, c.requests, c.bytes, c.sectors,
-                                   c.conflicts, c.divergent, c.collisions));
-  }
-  result["counters"] = counters;
+  result["counters"] = py::bytes(reinterpret_cast<const char*>(m.counters.data()), m.counters.size() * sizeof(Counter));
   return result;
 }
 
@@ -63,7 +56,12 @@ PYBIND11_MODULE(ptxvm_core, module) {
   py::class_<Inst>(module, "Inst")
       .def_readwrite("op", &Inst::op).def_readwrite("also", &Inst::also).def_readwrite("offset", &Inst::offset)
       .def_readwrite("guard", &Inst::guard).def_readwrite("guard_negated", &Inst::guard_negated)
-      .def_readwrite("negated", &Inst::negated).def_readwrite("target", &Inst::target);
+      .def_readwrite("negated", &Inst::negated).def_readwrite("target", &Inst::target)
+      .def_readonly("kind", &Inst::kind)
+      .def_property_readonly("space", [](const Inst& i) {
+        const char* spaces[] = {"", "global", "shared", "local", "param"};  // "": of generic addresses
+        return spaces[int(i.space)];
+      });
   module.def("decode", &decode);
   module.def("check_special", [](const std::string& name) { special(name); });
   module.def("run", &run);
