@@ -68,22 +68,31 @@ class Broken:
     All of it is compiled at once, each change in a namespace of its own: CUDA's headers take the most of one.
 
     Args:
-        changes: a piece of the source and what takes its place, by name.
+        changes: a piece of the source and what takes its place, by name; and the kernel that is compiled with that,
+            where the others stay whole.
         kernels: their names.
         file: their source.
     """
 
-    def __init__(self, changes: Mapping[str, tuple[str, str]], *kernels: str, file: str = "kernels.cu") -> None:
-        self.changes, self.kernels, self.file = {None: ("", ""), **changes}, kernels, file
+    def __init__(self, changes: Mapping[str, tuple[str, ...]], *kernels: str, file: str = "kernels.cu") -> None:
+        self.changes: dict[str | None, tuple[str, ...]] = {None: ("", ""), **changes}
+        self.kernels, self.file = kernels, file
+        self._texts: dict[str | None, str] = {}
 
     def __getitem__(self, name: str | None) -> str:
-        mark = self._mark(name)
+        if name not in self._texts:
+            marks = {self._mark(name if kernel in self._changed(name) else None) + kernel for kernel in self.kernels}
 
-        def own(kernel: re.Match[str]) -> str:
-            name = kernel[1]
-            return kernel[0].replace(name, name.replace(mark, "tsbn_")) if name.startswith(mark) else ""
+            def own(kernel: re.Match[str]) -> str:
+                mark, _, plain = kernel[1].partition("_")
+                return kernel[0].replace(kernel[1], f"tsbn_{plain}") if f"{mark}_{plain}" in marks else ""
 
-        return _KERNEL.sub(own, self._compiled)
+            self._texts[name] = _KERNEL.sub(own, self._compiled)
+        return self._texts[name]
+
+    def _changed(self, name: str | None) -> tuple[str, ...]:
+        """The kernels that are compiled with a change."""
+        return self.changes[name][2:] or self.kernels
 
     def _mark(self, name: str | None) -> str:
         """The beginning of the names of its kernels."""
@@ -92,13 +101,12 @@ class Broken:
     @cached_property
     def _compiled(self) -> str:
         head, definitions = parts(self.file)
-        whole = head + "\n".join(definitions[f"tsbn_{kernel}"] for kernel in self.kernels)
-        includes = re.findall("^#include <.*$", whole, re.MULTILINE)
-        undefined = [f"#undef {macro}" for macro in re.findall(r"^#define (\w+)", whole, re.MULTILINE)]
-        pieces = list(includes)
-        for name, (old, new) in self.changes.items():
+        pieces = re.findall("^#include <.*$", head, re.MULTILINE)
+        undefined = [f"#undef {macro}" for macro in re.findall(r"^#define (\w+)", head, re.MULTILINE)]
+        for name, (old, new, *_) in self.changes.items():
             assert old in head, f"nothing to change: {old}"
+            own = [definitions[f"tsbn_{kernel}"] for kernel in self._changed(name)]
+            whole = "\n".join([head.replace(old, new) if old else head, *own])
             mark = self._mark(name)
-            changed = re.sub(r"\btsbn_(?=\w+\()", mark, whole.replace(old, new) if old else whole)
-            pieces += [f"namespace {mark} {{", changed, "}", *undefined]
+            pieces += [f"namespace {mark} {{", re.sub(r"\btsbn_(?=\w+\()", mark, whole), "}", *undefined]
         return compile_cuda("\n".join(pieces), target=90, flags=_FLAGS)

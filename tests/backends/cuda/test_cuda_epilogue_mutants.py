@@ -16,6 +16,7 @@ from tools.ptxvm import Violation, find_nvcc
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 ALONE, SHARED = False, True
+BOTH, FORWARD, BACKWARD = (0, 1), (0,), (1,)  # the passes that a change is in
 
 
 def of(shared: bool) -> tuple[Problem, Epilogue]:
@@ -33,64 +34,69 @@ def test_unchanged(variant: str, parts: int, shared: bool) -> None:
     run(None, shared, variant, parts)
 
 
-MUTANTS: dict[str, tuple[str, str, bool, str, int, tuple[str, ...]]] = {
+MUTANTS: dict[str, tuple[str, str, tuple[int, ...], bool, str, int, tuple[str, ...]]] = {
     "no barrier between the statistics and the tasks' factors": (
         "shared[threadIdx.x] = total;\n    __syncthreads();", "shared[threadIdx.x] = total;",
-        SHARED, "resident", 1, ("unwritten read", "race"),
+        FORWARD, SHARED, "resident", 1, ("unwritten read", "race"),
     ),
     "no barrier between the tasks' factors and their use": (
         "sums[i] = {};\n  __syncthreads();", "sums[i] = {};",
-        SHARED, "split", 3, ("unwritten read", "race"),
+        BACKWARD, SHARED, "split", 3, ("unwritten read", "race"),
     ),
     "no barrier between the warps' sums and their merge": (
         "  __syncthreads();\n  Sums<A>* partial", "  Sums<A>* partial",
-        SHARED, "split", 3, ("race",),
+        BACKWARD, SHARED, "split", 3, ("race",),
     ),
     "no barrier between the tasks' sums and the factors of dx": (
         "  // dx = h + (x - center) * scale + bias\n  __syncthreads();", "",
-        SHARED, "split", 3, ("race",),
+        BACKWARD, SHARED, "split", 3, ("race",),
     ),
     "h of another thread": (
         "slot.load(mine + (int64_t(k) * V + e)", "slot.load(mine + kPiece + (int64_t(k) * V + e)",
-        SHARED, "streaming", 1, ("race", "bounds"),
+        BACKWARD, SHARED, "streaming", 1, ("race", "bounds"),
     ),
     "every task's gradient of the residual in the first one's place": (
         "dresidual + t * p.n.dresidual.t", "dresidual",
-        SHARED, "split", 3, ("race", "write count"),
+        BACKWARD, SHARED, "split", 3, ("race", "write count"),
     ),
     "the residual kept in another's place": (
         "kept_residual.template put<U>(k, u, added[u]);", "kept_residual.template put<U>(k, u + 1, added[u]);",
-        ALONE, "resident", 1, ("race", "bounds", "unwritten read"),
+        BACKWARD, ALONE, "resident", 1, ("race", "bounds", "unwritten read"),
     ),
     "loaded slots that do not move up": (
         "slots[u - 1] = slots[u];", "",
-        ALONE, "resident", 1, ("out of bounds; worst",),
+        BOTH, ALONE, "resident", 1, ("out of bounds; worst",),
     ),
     "one residual for all tasks": (
         "residual + t * p.n.residual.t, p.n.residual, walk.template place<kMasks>",
         "residual, p.n.residual, walk.template place<kMasks>",
-        SHARED, "resident", 1, ("out of bounds; worst",),
+        FORWARD, SHARED, "resident", 1, ("out of bounds; worst",),
     ),
     "a sum over tasks without their gates": (
         "scale * of_task.total, scale * of_task.dot", "of_task.total, of_task.dot",
-        SHARED, "split", 3, ("out of bounds; worst",),
+        BACKWARD, SHARED, "split", 3, ("out of bounds; worst",),
     ),
     "the slope on the wrong side": (
         "return z > 0 ? dy : dy * slope", "return z < 0 ? dy : dy * slope",
-        ALONE, "split", 3, ("out of bounds; worst",),
+        BACKWARD, ALONE, "split", 3, ("out of bounds; worst",),
     ),
     "z without the residual in the backward": (
         "if (p.residual_data != nullptr) z[e] += r[e];\n      if (epilogue", "if (epilogue",
-        ALONE, "split", 3, ("out of bounds; worst",),
+        BACKWARD, ALONE, "split", 3, ("out of bounds; worst",),
     ),
 }  # fmt: skip
-BROKEN = {
-    shared: Broken(
-        {name: (old, new) for name, (old, new, kind, *_) in MUTANTS.items() if kind == shared},
-        "forward_epilogue_bf16_rows",
-        backward,
+
+
+def broken(shared: bool, *kernels: str) -> Broken:
+    chosen = {name: mutant for name, mutant in MUTANTS.items() if mutant[3] == shared}
+    return Broken(
+        {name: (old, new, *(kernels[k] for k in passes)) for name, (old, new, passes, *_) in chosen.items()}, *kernels
     )
-    for shared, backward in ((ALONE, "backward_epilogue_bf16_rows"), (SHARED, "backward_fan_out_bf16_rows"))
+
+
+BROKEN = {
+    ALONE: broken(ALONE, "forward_epilogue_bf16_rows", "backward_epilogue_bf16_rows"),
+    SHARED: broken(SHARED, "forward_epilogue_bf16_rows", "backward_fan_out_bf16_rows"),
 }
 
 

@@ -198,18 +198,19 @@ def test_accesses_are_whole_sectors() -> None:
         assert sum(row.conflicts for row in rows if row.space == "shared") == 0
 
 
+ROW_KERNELS = "layer_norm_forward_f16_rows", "layer_norm_backward_f16_rows", "layer_norm_parameters_f32"
 MUTANTS = {
     "no barrier between the warps' sums and their use": (
         "area[warp * 2 + i] = sums[i];\n    }\n    __syncthreads();",
         "area[warp * 2 + i] = sums[i];\n    }\n",
+        *ROW_KERNELS[:2],
     ),
-    "one place for the sums of every turn": ("turn ^= 1;", ""),
-    "no barrier between the groups' sums": ("half /= 2) {\n      __syncthreads();", "half /= 2) {"),
-    "a slot too many": ("lane + lanes() - 1) >> n.log_lanes)", "lane + lanes()) >> n.log_lanes)"),
-    "padding counts": ("v[u][e] = u < mine ? v[u][e] - mean : A(0);", "v[u][e] = v[u][e] - mean;"),
-    "the last part is left out": ("k < kParts; ++k) sum +=", "k < kParts - 1; ++k) sum +="),
+    "one place for the sums of every turn": ("turn ^= 1;", "", *ROW_KERNELS[:2]),
+    "no barrier between the groups' sums": ("half /= 2) {\n      __syncthreads();", "half /= 2) {", ROW_KERNELS[1]),
+    "a slot too many": ("lane + lanes() - 1) >> n.log_lanes)", "lane + lanes()) >> n.log_lanes)", *ROW_KERNELS[:2]),
+    "padding counts": ("v[u][e] = u < mine ? v[u][e] - mean : A(0);", "v[u][e] = v[u][e] - mean;", ROW_KERNELS[0]),
+    "the last part is left out": ("k < kParts; ++k) sum +=", "k < kParts - 1; ++k) sum +=", ROW_KERNELS[2]),
 }
-ROW_KERNELS = "layer_norm_forward_f16_rows", "layer_norm_backward_f16_rows", "layer_norm_parameters_f32"
 BROKEN = Broken(MUTANTS, *ROW_KERNELS, file="layer_norm.cu")
 
 

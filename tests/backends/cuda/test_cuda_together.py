@@ -23,17 +23,13 @@ from tsbn_kernels.backends.plan import cuda as rules
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 
-# The others need not be compiled.
-WHOLE = Broken({}, "forward_together_bf16_columns", "backward_together_bf16_columns")
-
-
 def case() -> Problem:
     """Four slabs, two of 64 and two of 16 channels; of 512 and of 512 slots."""
     return problem(2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
 
 
 def both(p: Problem, parts: int, **options: Any) -> tuple[Forward, Backward]:
-    options["code"] = WHOLE[None]
+    options["code"] = BROKEN[None]
     there = forward(p, "together", parts, **options)
     return there, backward(p, there.mean, there.var, "together", parts, **options)
 
@@ -75,7 +71,26 @@ VIOLATIONS = {
     "a block that waits for one too many": ("met < all;", "met <= all;", "deadlock"),
     "a counter that nobody sets to 0": ("k < slabs;", "k + 1 < slabs;", "deadlock"),
 }
-BROKEN = Broken({name: (old, new) for name, (old, new, _) in VIOLATIONS.items()}, "forward_together_bf16_columns")
+# What a thread keeps in registers, and what lies behind that in shared memory.
+MISPLACED = {
+    "the first slot in the place of all that are held": ("value = held[h];", "value = held[0];"),
+    "a single slot that nobody held": ("if (h % U == u && k", "if (U > 1 && h % U == u && k"),
+    "a step behind the end of shared memory": (" : 0) - before;", " : 0) - before + blockDim.x;"),
+    "gradients in the place of x": ("kept_dy(shared, p.n.resident, 1)", "kept_dy(shared, p.n.resident, 0)"),
+    "fewer slots held than are planned": ("kHeldSlots = 6", "kHeldSlots = 4"),
+}  # fmt: skip
+OVERTAKEN = "shared memory that is used again before it has been read"
+FORWARD_KERNEL, BACKWARD_KERNEL = "forward_together_bf16_columns", "backward_together_bf16_columns"
+EPILOGUE_KERNEL = "backward_epilogue_together_bf16_columns"
+# The kernels of all tests here: the others need not be compiled.
+BROKEN = Broken(
+    {name: (old, new, FORWARD_KERNEL) for name, (old, new, _) in VIOLATIONS.items()}
+    | {name: (*change, FORWARD_KERNEL, BACKWARD_KERNEL) for name, change in MISPLACED.items()}
+    | {OVERTAKEN: ("    __syncthreads();  // what is in shared memory has been read\n", "", EPILOGUE_KERNEL)},
+    FORWARD_KERNEL,
+    BACKWARD_KERNEL,
+    EPILOGUE_KERNEL,
+)
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
@@ -114,11 +129,9 @@ def test_shared_memory_is_used_again_when_it_has_been_read() -> None:
     p, epilogue = cuda_cases.case("silu", False, 2, 4, 80, (16, 8), dtype=torch.bfloat16, memory_format="channels_last")
     wanted = cuda_cases.exact(p, epilogue)
     options = {"teams": 2, "threads": 64, "epilogue": epilogue, "need": (True, True, True, True)}
-    barrier = "    __syncthreads();  // what is in shared memory has been read\n", ""
-    broken = Broken({"no barrier": barrier}, "backward_epilogue_together_bf16_columns")
-    for name in broken.changes:
+    for name in (None, OVERTAKEN):
         with pytest.raises(Violation, match="race") if name else contextlib.nullcontext():
-            back = backward(p, wanted.mean.float(), wanted.var.float(), "together", 3, code=broken[name], **options)  # type: ignore[arg-type]
+            back = backward(p, wanted.mean.float(), wanted.var.float(), "together", 3, code=BROKEN[name], **options)  # type: ignore[arg-type]
             cuda_cases.check_gradients(p, back, wanted)
 
 
@@ -131,22 +144,11 @@ def test_a_device_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
             forward(case(), "together", 3, teams=2, threads=64, code=BROKEN[None])
 
 
-# What a thread keeps in registers, and what lies behind that in shared memory.
-MISPLACED = {
-    "the first slot in the place of all that are held": ("value = held[h];", "value = held[0];"),
-    "a single slot that nobody held": ("if (h % U == u && k", "if (U > 1 && h % U == u && k"),
-    "a step behind the end of shared memory": (" : 0) - before;", " : 0) - before + blockDim.x;"),
-    "gradients in the place of x": ("kept_dy(shared, p.n.resident, 1)", "kept_dy(shared, p.n.resident, 0)"),
-    "fewer slots held than are planned": ("kHeldSlots = 6", "kHeldSlots = 4"),
-}  # fmt: skip
-HELD = Broken(MISPLACED, "forward_together_bf16_columns", "backward_together_bf16_columns")
-
-
-@pytest.mark.parametrize("name", HELD.changes)
+@pytest.mark.parametrize("name", [None, *MISPLACED])
 def test_slots_in_registers(name: str | None) -> None:
     """Kept in the wrong place, slots are wrong, not there, or overwrite one another."""
     p, wanted = case(), definition(case())
-    options: dict[str, Any] = {"teams": 3, "threads": 64, "code": HELD[name]}
+    options: dict[str, Any] = {"teams": 3, "threads": 64, "code": BROKEN[name]}
 
     def run() -> None:
         for parts, kept in ((5, 640), (9, 1 << 20)):
@@ -215,8 +217,8 @@ def test_layers_of_celeba_scaled(layer: int) -> None:
     work = Work(p.num_tasks, 4, C, 24 * rows, 2, "columns", needs_dbias=True)
     plans = [rules.plan(dataclasses.replace(work, direction=d), small) for d in ("forward", "backward")]
     options = [{"teams": one.teams, "most_lanes": one.most_lanes, "shared": one.shared_bytes} for one in plans]
-    there = forward(p, plans[0].variant, plans[0].parts, code=WHOLE[None], **options[0])  # type: ignore[arg-type]
-    back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, code=WHOLE[None], **options[1])  # type: ignore[arg-type]
+    there = forward(p, plans[0].variant, plans[0].parts, code=BROKEN[None], **options[0])  # type: ignore[arg-type]
+    back = backward(p, there.mean, there.var, plans[1].variant, plans[1].parts, code=BROKEN[None], **options[1])  # type: ignore[arg-type]
     for result, plan, most in zip((there, back), plans, reads, strict=True):
         assert plan.teams > 0
         assert counted(result) == (plan.bytes_read, plan.bytes_written)
