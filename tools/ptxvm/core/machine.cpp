@@ -122,8 +122,7 @@ void Machine::start(Block& block) {
     w.live = u32((1ull << std::min<u32>(warp_size, threads - index * warp_size)) - 1);
     w.splits = {{Split::ready, 0, w.live}};
     w.phase = {}, w.clocks = {};
-    w.registers.resize(size_t(launch.slots) * warp_size);
-    std::fill_n(w.registers.begin(), size_t(launch.registers) * warp_size, 0);
+    w.registers.resize(size_t(launch.slots) * warp_size);  // they hold what an earlier block has left
     for (const auto& [slot, value] : launch.constants) std::fill_n(w.slot(slot), warp_size, value);
     for (const auto& [slot, name] : launch.specials) {
       const Special& value = special(name);
