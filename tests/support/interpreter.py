@@ -168,6 +168,22 @@ def _standard() -> dict[str, Function]:
     return {name: Function(f.fn) for name, f in vars(tl.standard).items() if isinstance(f, JITFunction)}
 
 
+_patches: list[tuple[Any, str, Any]] = []
+
+
+def _patch_language() -> Any:
+    """Triton looks for all that is to be patched: once, and what it finds serves every launch."""
+    if _patches:
+        scope = interpreter._LangPatchScope()
+        for patch in _patches:
+            scope.set_attr(*patch)
+    else:
+        scope = interpreter._patch_lang(Function.run)
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+        _patches.extend((owner, name, vars(owner)[name]) for owner, name, _ in scope._changes)
+    return scope
+
+
 @contextmanager
 def language(builder: Builder) -> Iterator[Builder]:
     """Makes ``triton.language`` compute at once, on NumPy arrays, instead of building a program."""
@@ -181,8 +197,7 @@ def language(builder: Builder) -> Iterator[Builder]:
         patch.setattr(interpreter, "_get_np_dtype", _numpy_types)
         interpreter_types.use(builder, patch)
         patch.setattr(interpreter.interpreter_semantic, "binary_op_sanitize_overflow_impl", assert_no_overflow)
-        scope = interpreter._patch_lang(Function.run)
-        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+        scope = _patch_language()
         try:
             yield builder
         finally:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import triton.language as tl
 from triton.language import core
@@ -118,6 +119,89 @@ class Semantic(TritonSemantic):  # type: ignore[misc, type-arg]
 _SEMANTIC = Semantic(interpreter.interpreter_builder)
 
 
+# ---- operators without conversions, which most are -------------------------------------------------------------------
+
+_HELD = {"int32": np.dtype("i4"), "int64": np.dtype("i8"), "fp32": np.dtype("f4"), "fp64": np.dtype("f8")}
+_ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_COMPARISONS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+
+
+def _tensor(data: Any, dtype: Any, scalar: Any, block: bool) -> Any:
+    """A tensor of ``dtype`` with the values that an operator has made for operands of the type ``scalar``."""
+    handle = interpreter.TensorHandle.__new__(interpreter.TensorHandle)
+    handle.data, handle.dtype, handle.attr = data, scalar, {}
+    if not block:
+        return core.tensor(handle, dtype)
+    return core.tensor(handle, vars(dtype).get("blocks", {}).get(data.shape) or Block(dtype, data.shape))
+
+
+def _values(tensor: Any, other: Any, compared: bool) -> tuple[Any, Any, Any, bool] | None:
+    """The arrays of two operands, their common type, and whether the result has dimensions.
+
+    None where there is more to do, which the language does: conversions, unsigned integers, narrow floats, masks.
+    """
+    dtype, block = tensor.dtype, isinstance(tensor.type, Block)
+    held = _HELD.get(dtype.name)
+    if held is None or tensor.handle.data.dtype is not held:
+        return None
+    if isinstance(other, core.tensor):
+        values, name = other.handle.data, other.dtype.name
+        if values.dtype is not _HELD.get(name) or (name != dtype.name and held.kind + values.dtype.kind != "ii"):
+            return None
+        if name == "int64":
+            dtype = other.dtype
+        block = block or isinstance(other.type, Block)
+    else:
+        number = other.value if isinstance(other, core.constexpr) else other
+        if type(number) is not int and (compared or type(number) is not float or held.kind == "i"):
+            return None
+        if compared and held.kind == "f":
+            return None
+        values = np.array([number or 0], held)  # the language has no constant -0.0
+    return tensor.handle.data, values, dtype, block
+
+
+def _combined(operation: Any, tensor: Any, other: Any, reflected: bool) -> Any:
+    """A sum, difference or product."""
+    if (found := _values(tensor, other, False)) is None:
+        return _moved(tensor, other) if operation is np.add and not reflected else None
+    one, two, dtype, block = found
+    if dtype.name == "int32" and _SEMANTIC.builder.overflow:
+        return None
+    return _tensor(operation(two, one) if reflected else operation(one, two), dtype, dtype, block)
+
+
+def _moved(tensor: Any, other: Any) -> Any:
+    """A pointer and an offset."""
+    pointer = tensor.dtype
+    if not pointer.is_ptr() or not isinstance(other, core.tensor) or other.dtype.name not in ("int32", "int64"):
+        return None
+    bytes_each = max(1, pointer.element_ty.primitive_bitwidth // 8)
+    data = tensor.handle.data + bytes_each * other.handle.data.astype(np.uint64)
+    return _tensor(data, pointer, pointer, isinstance(tensor.type, Block) or isinstance(other.type, Block))
+
+
+def _compared(operation: Any, tensor: Any, other: Any, _: bool) -> Any:
+    """A mask."""
+    if (found := _values(tensor, other, True)) is None:
+        return None
+    one, two, dtype, block = found
+    return _tensor(operation(one, two), core.int1, dtype, block)
+
+
+def _converted(_: Any, tensor: Any, dtype: Any, __: bool) -> Any:
+    """The values as another type, or the tensor itself where it has that."""
+    return _SEMANTIC.cast(tensor, dtype) if isinstance(dtype, core.dtype) else None
+
+
+_OPERATORS = (
+    {f"__{name}__": (_combined, operation, False) for name, operation in _ARITHMETIC.items()}
+    | {f"__r{name}__": (_combined, operation, True) for name, operation in _ARITHMETIC.items()}
+    | {f"__{name}__": (_compared, operation, False) for name, operation in _COMPARISONS.items()}
+    | {"to": (_converted, None, False)}
+)
+
+
 def _patch_attr(owner: Any, name: str, member: Any, _: Any, scope: Any) -> None:
     """Gives a function of the language, or a method of its tensors, what computes."""
     function = getattr(member, "__wrapped__", member)  # without a check that it was given that
@@ -125,7 +209,12 @@ def _patch_attr(owner: Any, name: str, member: Any, _: Any, scope: Any) -> None:
     def compute(*args: Any, _semantic: Any = None, **options: Any) -> Any:
         return function(*args, **options, _semantic=_SEMANTIC)
 
-    scope.set_attr(owner, name, compute)
+    def operate(tensor: Any, other: Any, *more: Any, **options: Any) -> Any:
+        made = None if more or options else shortly(operation, tensor, other, reflected)
+        return function(tensor, other, *more, **options, _semantic=_SEMANTIC) if made is None else made
+
+    shortly, operation, reflected = _OPERATORS.get(name, (None, None, False))
+    scope.set_attr(owner, name, operate if shortly and owner is core.tensor else compute)
 
 
 def use(builder: Any, patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -172,14 +173,34 @@ def test_the_language_is_as_it_was_afterwards() -> None:
     before = snapshot()
     x = torch.arange(10.0)
     y = torch.empty(10)
-    Function(add_one)[(3, 1, 1)](x, y, 10, 4)
-    assert torch.equal(y, x + 1)
+    for _ in range(2):  # what is patched is looked for once
+        Function(add_one)[(3, 1, 1)](x, y.zero_(), 10, 4)
+        assert torch.equal(y, x + 1)
     for now, then in zip(snapshot(), before, strict=True):
         names = {name for name in now.keys() | then.keys() if now.get(name) is not then.get(name)}
         assert all(name.startswith("__") or name not in then for name in names), names
     assert not triton.knobs.runtime.interpret
     compiled, _ = compile_triton(triton.jit(add_one), [x, y, 10], SIZE=4)
     assert "st.global" in compiled.asm["ptx"]
+
+
+def products(y, n, wide: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(y, (n.to(tl.int64) if wide else n) * 4)
+    tl.store(y + 1, n.to(tl.int64) + (n - 2 + n if wide else n + n))
+
+
+def test_a_narrow_sum_or_product_that_overflows_is_found() -> None:
+    y = torch.empty(2, dtype=torch.int64)
+    for n, wide, found in (
+        (1 << 28, False, False),
+        (1 << 29, False, True),
+        (1 << 30, True, False),
+        (1 << 30, False, True),
+    ):
+        with interpreted(FEW, overflow=True), pytest.raises(Exception, match="overflow") if found else nullcontext():
+            Function(products)[(1, 1, 1)](y, n, wide)
+        if not found:
+            assert y.tolist() == [4 * n, 3 * n - 2 * wide]
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float64])
