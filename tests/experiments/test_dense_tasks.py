@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, jaccard_score, log_loss
 from torch import Tensor
 
 from experiments.dense_tasks.tasks import MISSING, Depth, Normals, Segmentation, total_loss
@@ -33,6 +32,8 @@ def labels() -> Tensor:
 
 
 def test_segmentation_agrees_with_scikit_learn():
+    from sklearn.metrics import accuracy_score, jaccard_score, log_loss  # a second, of every worker that collects
+
     logits, truth = random(3, CLASSES, 7, 9), labels()
     logits[:, CLASSES - 1] = -9  # and is never said: it is no class of the mean
     known = (truth != MISSING).numpy()
