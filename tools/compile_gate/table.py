@@ -300,8 +300,8 @@ def compiled(target: str, index: int) -> Resources:
     return resources(kernel)
 
 
-def row(target: str, index: int, used: Resources) -> Row:
-    """Says what one of the kernels that are asked for takes, beside what its plan allows it."""
+def row(target: str, index: int, used: Resources, told: str) -> Row:
+    """Says what one of the kernels that are asked for takes, beside what its plan allows it; told: its fingerprint."""
     one = asked(target)[index]
     plan, layer = one.plan, one.layer
     return Row(
@@ -329,7 +329,7 @@ def row(target: str, index: int, used: Resources) -> Row:
         load_bytes=" ".join(map(str, used.loads)),
         store_bytes=" ".join(map(str, used.stores)),
         compiler=COMPILER,
-        fingerprint=fingerprint(one.call, target),
+        fingerprint=told,
     )
 
 
@@ -361,7 +361,7 @@ def rows(
             for left, (one, used) in zip(reversed(range(len(missing))), zip(missing, made, strict=True), strict=True):
                 found[one] = used
                 notify(left)
-    return [row(*where, found[one]) for one, where in zip(prints, chosen, strict=True)]
+    return [row(*where, found[one], one) for one, where in zip(prints, chosen, strict=True)]
 
 
 def everything() -> list[tuple[str, int]]:
