@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import PurePath
+from typing import NamedTuple
 
 _SPACE = re.compile(r"\s*")
 _STRING_OR_COMMENT = re.compile(r"(\"[^\"]*\")|//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -45,8 +46,7 @@ class PTXError(ValueError):
         self.line = line
 
 
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """A place in the source, as `.loc` gives it, and the place that it was inlined into."""
 
     file: int
@@ -54,8 +54,9 @@ class Location:
     inlined_at: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
+    """One instruction as the text has it."""
+
     line: int
     text: str
     opcode: str
