@@ -100,6 +100,11 @@ class Builder(interpreter.InterpreterBuilder):
 
     def _check(self, what: str, ptrs: Any, mask: Any) -> Any:
         addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]  # "and" makes integers of masks
+        if not addresses.size:
+            return addresses
+        low, high = int(addresses.min()), int(addresses.max())
+        if any(first <= low and high < last for first, last in self.spans):  # all in one tensor
+            return addresses
         inside = np.zeros(addresses.shape, bool)
         for first, last in self.spans:
             inside |= (addresses >= first) & (addresses < last)

@@ -38,7 +38,12 @@ class Block(core.block_type, metaclass=_Once):  # type: ignore[misc]
         self.count = core.constexpr(self.numel)
 
     def with_element_ty(self, scalar_ty: Any) -> Any:
-        return Block(scalar_ty, self.sizes)
+        return _block(scalar_ty, self.sizes)
+
+
+def _block(element_ty: Any, sizes: tuple[int, ...]) -> Any:
+    """The type of such a tensor, most often one that was made before."""
+    return vars(element_ty).get("blocks", {}).get(sizes) or Block(element_ty, sizes)
 
 
 _NO_DIMENSIONS, _ONE = core.tuple([]), core.constexpr(1)
@@ -130,9 +135,7 @@ def _tensor(data: Any, dtype: Any, scalar: Any, block: bool) -> Any:
     """A tensor of ``dtype`` with the values that an operator has made for operands of the type ``scalar``."""
     handle = interpreter.TensorHandle.__new__(interpreter.TensorHandle)
     handle.data, handle.dtype, handle.attr = data, scalar, {}
-    if not block:
-        return core.tensor(handle, dtype)
-    return core.tensor(handle, vars(dtype).get("blocks", {}).get(data.shape) or Block(dtype, data.shape))
+    return core.tensor(handle, _block(dtype, data.shape) if block else dtype)
 
 
 def _values(tensor: Any, other: Any, compared: bool) -> tuple[Any, Any, Any, bool] | None:
