@@ -27,7 +27,6 @@ from tools.ptxvm import Violation
 from tsbn_kernels.backends import triton as backend
 from tsbn_kernels.backends.fallback import Health, KernelError
 from tsbn_kernels.backends.plan import DEVICES, Plan, Work
-from tsbn_kernels.backends.plan import choice as rule
 from tsbn_kernels.backends.plan import triton as rules
 from tsbn_kernels.backends.triton import launch as launches
 from tsbn_kernels.backends.triton import ops as triton_ops
@@ -313,12 +312,3 @@ def test_a_device_that_refuses_clusters(own: bool, monkeypatch: pytest.MonkeyPat
     assert [str(one.message).partition(",")[0] for one in heard] == [
         f"tsbn-kernels runs without the kernel {direction}_cluster of Triton" for direction in ("forward", "backward")
     ]
-
-
-def test_waits_decide_between_clusters() -> None:
-    """Both backends read once. CUDA C++ is chosen where Triton's blocks wait alone on a multiprocessor."""
-    for direction, backend_of_pass in (("forward", "triton"), ("backward", "cuda")):
-        offered = rule.offers(Work(40, 256, 128, 1024, 2, direction=direction), H100)  # type: ignore[arg-type]
-        assert {plan.variant for one in offered for plan in one.plans} == {"cluster"}
-        assert offered[0].bytes == offered[1].bytes
-        assert rule.best(offered).backend == backend_of_pass
