@@ -123,9 +123,13 @@ SCHEDULES = ("forward", "reversed", 1, 2)
 def cases() -> list[Any]:
     """Each size in each dtype; sizes of clusters, targets, schedules, stackings and bias go round."""
     rounds = zip(
-        cycle((0, -1)), cycle(("sm_90", "sm_100", "sm_90")), cycle(SCHEDULES), cycle(STACKINGS), cycle((True, False)),
+        cycle((0, -1)),
+        cycle(("sm_90", "sm_100", "sm_90")),
+        cycle(SCHEDULES),
+        cycle(STACKINGS),
+        cycle((True, False)),
         strict=False,
-    )  # fmt: skip
+    )
     found = []
     for (name, dtype), (which, target, schedule, *options) in zip(product(SIZES, DTYPES), rounds, strict=False):
         title = f"{name}-{str(dtype)[6:]}-{target}-{schedule}"

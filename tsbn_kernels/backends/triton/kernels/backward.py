@@ -145,7 +145,7 @@ def backward_slab(
                 dy = dresidual
             gradient_tiles(
                 dy, x, residual, dx, None, slab, 0, tiles, average, scale, shift, slope, offset, tile, True, DONE
-            )  # fmt: skip
+            )
     store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
 
 
@@ -188,8 +188,7 @@ def backward_apply(
             store_parameters(raw, dweight, dbias, sums, dots, rstd, slab, SIGMOID)
     if dx is not None or dresidual is not None:
         first = split * share
-        last = tl.minimum(first + share, tiles_of(slab, tile))
+        end = tl.minimum(first + share, tiles_of(slab, tile))
         gradient_tiles(
-            dy, x, residual, dx, dresidual, slab, first, last, average, scale, shift, slope, offset, tile,
-            TRAINING, DONE,
-        )  # fmt: skip
+            dy, x, residual, dx, dresidual, slab, first, end, average, scale, shift, slope, offset, tile, TRAINING, DONE
+        )

@@ -78,10 +78,10 @@ def fan_out_slab(
     variance = squares / count
     store_statistics(
         mean, var, running_mean, running_var, batches, momentum, rows, about + rest, variance, T, slab, tile
-    )  # fmt: skip
+    )
     store_outcomes(
         values, residual, y, weight, bias, mean, var, about, rest, variance, T, slab, place, tile, EPS, SIGMOID
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TRACKED)
@@ -100,7 +100,7 @@ def fan_out_apply(
         if split == 0:
             store_statistics(
                 mean, var, running_mean, running_var, batches, momentum, rows, average, variance, T, slab, tile
-            )  # fmt: skip
+            )
     first = split * share
     last = tl.minimum(first + share, tiles_of(slab, tile))
     for i in range(first, last):
@@ -108,7 +108,7 @@ def fan_out_apply(
         values = load(x, slab, place, tile)
         store_outcomes(
             values, residual, y, weight, bias, mean, var, average, rest, variance, T, slab, place, tile, EPS, SIGMOID
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=VECTORS)
