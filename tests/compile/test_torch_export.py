@@ -79,5 +79,5 @@ def test_aot_inductor(tmp_path: Path) -> None:
         for samples in (N, 9):
             x = torch.randn(T * samples, C, 6, 5)
             torch.testing.assert_close(compiled(x), layer(x))
-    done = python(f"import torch; torch._inductor.aoti_load_package({path!r})")
+    done = python(f"import torch._inductor.codecache; torch._inductor.aoti_load_package({path!r})")
     assert "Could not find schema for tsbn::forward_eval" in done.stderr

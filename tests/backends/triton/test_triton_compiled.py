@@ -294,7 +294,7 @@ MUTANTS = {
         "race|out of",
     ),
     "walks one tile too far": (
-        "backward", "        last = tl.minimum(first + share,", "        last = tl.minimum(first + share + 1,", "split",
+        "backward", "        end = tl.minimum(first + share,", "        end = tl.minimum(first + share + 1,", "split",
         "rows", True, "race|write count",
     ),
     "every split writes the statistics": (
