@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import gpu_check
 import pytest
 import torch
-from support.processes import ROOT
+from support.processes import ROOT, python_path
 
 from benchmarks.gpu_day import facts
 
@@ -88,7 +87,7 @@ class Said(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _found_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+    monkeypatch.setenv("PYTHONPATH", python_path())
 
 
 def run(pytester: pytest.Pytester, program: str, *options: str, workers: int = 0) -> Said:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import ROOT, python_output
+from support.processes import python_output, python_path
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -104,9 +104,8 @@ gpu_day.gpu_day(Path(sys.argv[1]), float(sys.argv[2]), "cpu", None)
 
 
 def started(folder: Path, seconds: float, program: str = PROGRAM) -> subprocess.Popen[str]:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     command = [sys.executable, "-c", program, str(folder), str(seconds)]
-    variables = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)}
+    variables = {**os.environ, "PYTHONPATH": python_path(), "TMPDIR": str(folder)}
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from fuzz.__main__ import calls
 from fuzz.calls import Call, judge
-from support.processes import ROOT
+from support.processes import python_path
 
 from tsbn_kernels.functional import task_batch_norm
 
 
 def test_a_few_hundred_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", python_path())
     outcomes = list(calls(seed=0, count=300))
     failures = [(index, text, outcome) for index, text, outcome in outcomes if outcome.failed]
     assert not failures
@@ -29,7 +29,7 @@ def test_a_few_hundred_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_some_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", python_path())
     outcomes = list(calls(seed=0, count=30, kind="programs"))
     assert [(index, text, outcome) for index, text, outcome in outcomes if outcome.kind != "equal"] == []
     texts = " ".join(text for _, text, _ in outcomes)

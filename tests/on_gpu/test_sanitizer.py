@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import ROOT
+from support.processes import python_path
 
 from on_gpu import kinds, small_calls
 from on_gpu.kinds import small
@@ -35,8 +35,7 @@ def run_under(check: str, backend: str, device: str) -> None:
     program = [sys.executable, "-m", "on_gpu.small_calls", backend, device]
     # Without PyTorch's cache of memory an access past a tensor is one past what the driver has given. Libraries ask the
     # driver for what it may not have: such errors of calls are none of ours.
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    variables = {**os.environ, "PYTHONPATH": python_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--tool", check, "--error-exitcode", str(FOUND), "--print-limit", "20", "--report-api-errors", "no"]
     command = [tool, *options, *program]
     ended = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=False, timeout=PATIENCE)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.descendants import descendants
-from support.processes import ROOT
+from support.processes import ROOT, python_path
 
 STARTS_PROCESSES = """
 import subprocess, sys, time
@@ -36,7 +36,7 @@ def test_nothing_stays_behind(tmp_path: Path, workers: int, number: int):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_starts.py").write_text(STARTS_PROCESSES)
     command = sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--numprocesses={workers}", str(tmp_path)
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT)])}
+    variables = {**os.environ, "PYTHONPATH": python_path(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL) as run:
         started = _wait_for(lambda: [one for one in descendants(run.pid) if _is_a_rank(one)], "ranks")
         everything = descendants(run.pid)

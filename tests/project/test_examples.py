@@ -18,7 +18,7 @@ import pytest
 import torch
 from support import ranks
 from support.libmtl_stand_in import install
-from support.processes import ROOT
+from support.processes import ROOT, python_path
 from torch import Tensor, nn
 
 from tsbn_kernels import revert_model
@@ -173,8 +173,7 @@ def test_architectures_of_libmtl_train_beside_ours(
 def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
     )

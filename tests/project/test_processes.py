@@ -19,12 +19,14 @@ atexit.register(print, "the end")
 
 def test_a_fork_starts_and_ends_as_a_fresh_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSBN_BACKEND", "reference")  # is for this process alone
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")  # is for programs, too
     forked, fresh = (
         python(STATE, path=tmp_path, fresh=fresh, OMP_NUM_THREADS="1", LATER="set") for fresh in (False, True)
     )
     assert (forked.stdout, forked.stderr, forked.returncode) == (fresh.stdout, fresh.stderr, 0)
     assert '"LATER": "set"' in forked.stdout
     assert "TSBN_BACKEND" not in forked.stdout
+    assert '"/elsewhere"' in forked.stdout
     assert forked.stdout.endswith("the end\n")
 
 

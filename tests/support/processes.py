@@ -22,7 +22,7 @@ def python(
     PyTorch finds, or what is loaded before it.
     """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("TSBN_")}
-    variables.update(environment, PYTHONPATH=_python_path(path, ROOT / "tests", ROOT))
+    variables.update(environment, PYTHONPATH=python_path(path))
     command = [sys.executable, "-c", program]
     if fresh:
         return subprocess.run(
@@ -49,15 +49,15 @@ def python_output(program: str, *, path: Path = ROOT, fresh: bool = False, **env
     return done.stdout
 
 
-def _python_path(*folders: Path) -> str:
-    """What comes before the environment's own, by which another PyTorch or Triton may be found."""
-    own = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([*map(str, folders), *([own] if own else [])])
+def python_path(*folders: Path) -> str:
+    """The ``PYTHONPATH`` of a program: some folders, the tests', and ours, by which another PyTorch may be found."""
+    own = filter(None, [os.environ.get("PYTHONPATH")])
+    return os.pathsep.join([*map(str, folders), str(ROOT / "tests"), str(ROOT), *own])
 
 
 @cache
 def _server() -> subprocess.Popen[str]:
     """It ends with its standard input, which ends with this process."""
     command = [sys.executable, "-m", "support.program_server"]
-    variables = os.environ | {"PYTHONPATH": _python_path(ROOT / "tests")}
+    variables = os.environ | {"PYTHONPATH": python_path()}
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -40,10 +40,11 @@ def prepare(folder: str, environment: dict[str, str], stdout: str, stderr: str) 
     for number, name in enumerate((os.devnull, stdout, stderr)):
         os.dup2(os.open(name, os.O_RDWR), number)
     os.chdir(folder)
+    ours = ["", *os.environ["PYTHONPATH"].split(os.pathsep)]  # what the server's path begins with
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[:] = ["-c"]
-    sys.path[:2] = ["", *environment["PYTHONPATH"].split(os.pathsep)]  # these two were the server's folder and tests/
+    sys.path[: len(ours)] = ["", *environment["PYTHONPATH"].split(os.pathsep)]
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     sys.modules["__main__"] = main = ModuleType("__main__")
