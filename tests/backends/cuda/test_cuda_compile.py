@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -105,12 +106,7 @@ def test_resources(architecture: int, cubins: dict[int, list[Path]]) -> None:
 
 # Instructions as the disassembler writes them, and their lowest 9 bits: those of local memory, and those of 16 bytes.
 LOCAL = {r"\bLDL\b": 0x183, r"\bSTL\b": 0x187}
-WIDE = {
-    r"LDG\.E(\.\w+)*\.128": 0x181,
-    r"STG\.E(\.\w+)*\.128": 0x186,
-    r"STS\.128": 0x188,
-    r"LDS\.128": 0x184,
-}  # 16 bytes
+WIDE = {r"LDG\.E(\.\w+)*\.128": 0x181, r"STG\.E(\.\w+)*\.128": 0x186, r"STS\.128": 0x188, r"LDS\.128": 0x184}
 
 
 @lru_cache
@@ -123,14 +119,17 @@ def machine_code(cubin: Path) -> dict[str, bytes]:
 def wide(code: bytes) -> dict[str, int]:
     """So many of each kind of WIDE: bits 73 to 75 of an instruction are the width of what it moves."""
     low, high = np.frombuffer(code, "<u8").reshape(-1, 2).T
-    moved = low[(high >> 9) & 7 == 6] & 0x1FF
-    return {pattern: int((moved == opcode).sum()) for pattern, opcode in WIDE.items()}
+    return _counts(low[(high >> 9) & 7 == 6], WIDE)
 
 
 def local(code: bytes) -> dict[str, int]:
     """So many of each kind of LOCAL."""
-    opcodes = np.frombuffer(code, "<u8")[::2] & 0x1FF
-    return {pattern: int((opcodes == opcode).sum()) for pattern, opcode in LOCAL.items()}
+    return _counts(np.frombuffer(code, "<u8")[::2], LOCAL)
+
+
+def _counts(low: np.ndarray, kinds: Mapping[str, int]) -> dict[str, int]:
+    """So many instructions of each kind, from the lower halves of all."""
+    return {pattern: int((low & 0x1FF == opcode).sum()) for pattern, opcode in kinds.items()}
 
 
 def disassembled(code: bytes, architecture: int, folder: Path) -> str:

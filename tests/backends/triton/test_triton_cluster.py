@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.problems import STACKINGS, Problem, Results, assert_matches_definition, definition, problem
+from support.problems import STACKINGS, Results, assert_matches_definition, definition, problem
 from support.tolerances import Tolerance, assert_within
 
 pytest.importorskip("triton")
@@ -32,7 +32,7 @@ from tsbn_kernels.backends.triton import launch as launches
 from tsbn_kernels.backends.triton import ops as triton_ops
 from tsbn_kernels.definition import batch_norm as reference
 from tsbn_kernels.definition.activations import ACTIVATIONS
-from tsbn_kernels.definition.options import Options, Running
+from tsbn_kernels.definition.options import Options
 from tsbn_kernels.operator.ops import flat
 
 pytestmark = pytest.mark.skipif(not rules.compiles_clusters(), reason="this Triton compiles no clusters")
@@ -104,14 +104,10 @@ def test_running_statistics(momentum: float | None, some: bool) -> None:
     wanted = copied(got)
     for _ in range(2):
         with interpreted(device(threads=256)):
-            ops_of_running(p, got)
+            triton_ops.forward_tracked(p.x, p.weight, p.bias, None, got, Options(*p.options))
+            assert {one.plan.variant for one in passes()} == {"cluster"}
         reference.forward_tracked(p.x, p.weight, p.bias, None, wanted, Options(*p.options))
     torch.testing.assert_close(list(got[:3]), list(wanted[:3]))
-
-
-def ops_of_running(p: Problem, given: Running) -> None:
-    triton_ops.forward_tracked(p.x, p.weight, p.bias, None, given, Options(*p.options))
-    assert {one.plan.variant for one in passes()} == {"cluster"}
 
 
 # ---- as compiled -------------------------------------------------------------------------------------------------
