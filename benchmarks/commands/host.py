@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.layers.run import QUICK_EFFORT
 from benchmarks.records.workloads import BATCH_NORM, WORKLOADS, layers_named
-from benchmarks.report.console import fail, wide_console
+from benchmarks.report.console import choices, fail, wide_console
 
 NETWORKS = sorted(name for name, of in WORKLOADS.items() if {layer.norm for layer in of.layers} == {BATCH_NORM})
 
@@ -22,6 +22,7 @@ def host(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds.")] = False,
 ) -> None:
     """What a call of the Triton backend costs on the host, by Triton's launcher on a driver that launches nothing."""
+    networks = choices(network or (), NETWORKS, "--network")
     try:
         from benchmarks.hot_paths.fake_driver import COMPILER
         from benchmarks.hot_paths.host_cost import EFFORT, fake_gpu, host_times, network_times
@@ -29,13 +30,11 @@ def host(
         fail(f"the Triton backend is not installed: {error}")
     if COMPILER is None:
         fail("Triton's launcher needs a C compiler")
-    if unknown := set(network or ()) - set(NETWORKS):
-        fail(f"unknown networks: {', '.join(sorted(unknown))}; known are {', '.join(NETWORKS)}")
     effort = QUICK_EFFORT if quick else EFFORT
     with fake_gpu() as driver:
-        if network:
+        if networks:
             table = Table("host time, ms", "layers", "launches", "forward", "forward + backward")
-            for name in network:
+            for name in networks:
                 seconds, launches = network_times(driver, WORKLOADS[name], effort)
                 layers = sum(layers_named(layer.name) for layer in WORKLOADS[name].layers)
                 table.add_row(name, str(layers), str(launches), *(f"{1e3 * each:.2f}" for each in seconds))
