@@ -7,6 +7,7 @@ need. On the host this takes twice as long as the launch itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import Any
 
 import triton
@@ -14,7 +15,7 @@ from triton import knobs
 from triton.runtime import driver
 
 # The launcher is no public interface: it is called in those versions alone in which it takes what it is given here.
-KNOWN = ("3.7.", "3.8.")
+KNOWN = ("3.6.", "3.7.", "3.8.")
 
 
 def launcher_of(compiled: Any, programs: int) -> Callable[..., None]:
@@ -26,18 +27,22 @@ def launcher_of(compiled: Any, programs: int) -> Callable[..., None]:
     if not _is_known(compiled.run):
         return by_runner
     own, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    launch, attributes = own.launch, (own.launch_cooperative_grid, own.launch_pdl)
-    description = own.arg_annotations, own.kernel_signature
-    nothing = (None,) * 5  # what a hook is told, two hooks, and scratch memory of two kinds
+    launch, nothing = own.launch, (None,) * 3  # what a hook is told, and two hooks
+    of_kernel: tuple[Any, ...] = own.launch_cooperative_grid, own.launch_pdl
+    scratch = None, None
+    one_for_all = hasattr(own, "kernel_signature")  # from 3.7 on; before each kernel has a launcher of its own
+    if one_for_all:
+        of_kernel += metadata, *nothing, *scratch, own.arg_annotations, own.kernel_signature
+    else:
+        of_kernel += *scratch, metadata, *nothing
     device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
 
     def run(*arguments: Any) -> None:
         if _hears(knobs.runtime.launch_enter_hook) or _hears(knobs.runtime.launch_exit_hook):
             by_runner(*arguments)
         else:
-            launch(
-                programs, 1, 1, stream_of(device), function, *attributes, metadata, *nothing, *description, arguments
-            )
+            given = (arguments,) if one_for_all else arguments
+            launch(programs, 1, 1, stream_of(device), function, *of_kernel, *given)
 
     return run
 
@@ -52,6 +57,5 @@ def _is_known(launcher: Any) -> bool:
     if not triton.__version__.startswith(KNOWN) or type(launcher).__module__ != "triton.backends.nvidia.driver":
         return False
     scratch = launcher.global_scratch_size or launcher.profile_scratch_size
-    # A launcher of tensor descriptors wraps the driver's.
-    plain = launcher.launch is driver.active.utils.launch
+    plain = isinstance(launcher.launch, BuiltinFunctionType)  # one of tensor descriptors wraps the driver's
     return plain and not scratch and not getattr(launcher, "gsan_enabled", False)
