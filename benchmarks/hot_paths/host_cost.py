@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.hot_paths.fake_driver import Driver
-from benchmarks.profile.compile_offline import triton_forced
 from benchmarks.records.summary import Summary
 from benchmarks.records.workloads import Workload, layers_named
 from benchmarks.timing.host_memory import keep_freed
 from benchmarks.timing.measure import Effort, measure, summarize, training_candidate
 from tsbn_kernels import FusedTSigmaBN, FusedTSigmaBN2d
+from tsbn_kernels.backends import choice, cuda
+from tsbn_kernels.backends.plan import DEVICES, Plan
+from tsbn_kernels.backends.plan import choice as rule
 from tsbn_kernels.backends.triton import launch
+from tsbn_kernels.operator import direct
+from tsbn_kernels.operator.layer_ops import layer_norm
+from tsbn_kernels.operator.mixed_layer_ops import mixed_layer_norm
+from tsbn_kernels.operator.mixed_ops import mixed
+from tsbn_kernels.operator.ops import batch_norm
 
+NORMALIZATIONS: tuple[Any, ...] = (batch_norm, layer_norm, mixed, mixed_layer_norm)
 SHAPE = (2, 8, 4, 4)  # of one task: the kernels do not run, and the peers should have nothing to compute
 EFFORT = Effort(min_rounds=15, max_rounds=15, min_time_s=2e-2)
 
@@ -33,9 +42,31 @@ def _prepared(self: launch.Launch, *arguments: object) -> None:
 
 
 @contextmanager
+def taken_for_a_gpu() -> Iterator[None]:
+    """Lets CPU tensors go the way of a GPU's where no backend was chosen, to Triton: no plan of CUDA C++ fits."""
+
+    def plans_of_triton(backend: str, *of: Any) -> tuple[Plan, ...]:
+        if backend != "triton":
+            raise ValueError(f"{backend} is not measured")
+        return plans_of(backend, *of)
+
+    plans_of, remembered = rule.plans_of, (choice._batch_norm, choice._layer_norm)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(direct._OWN, {"CPU": direct.own_keys("CPU")}))
+        for one in NORMALIZATIONS:
+            stack.enter_context(mock.patch.dict(one.direct, {"CPU": one.direct["CUDA"]}))
+        stack.enter_context(mock.patch.object(rule, "plans_of", plans_of_triton))
+        stack.enter_context(mock.patch.object(cuda.launches, "device_of", return_value=DEVICES["H100"]))
+        for found in remembered:
+            found.cache_clear()
+            stack.callback(found.cache_clear)
+        yield
+
+
+@contextmanager
 def stubbed_launches() -> Iterator[None]:
     """Sends CPU tensors to the Triton backend, whose kernels do not run."""
-    with triton_forced(), mock.patch.object(launch.Launch, "__call__", _prepared):
+    with taken_for_a_gpu(), mock.patch.object(launch.Launch, "__call__", _prepared):
         yield
 
 
@@ -45,7 +76,7 @@ def fake_gpu() -> Iterator[Driver]:
 
     From then on PyTorch says in this process that there is a GPU: see :mod:`benchmarks.hot_paths.fake_driver`.
     """
-    with tempfile.TemporaryDirectory() as folder, triton_forced():
+    with tempfile.TemporaryDirectory() as folder, taken_for_a_gpu():
         yield Driver(Path(folder), notes=False)
 
 

@@ -17,15 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 from support.interpreter import device, interpreted
 
+from benchmarks.hot_paths.host_cost import NORMALIZATIONS, taken_for_a_gpu
 from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, functional, recompute_outputs, use_backend
-from tsbn_kernels.operator import direct
-from tsbn_kernels.operator.layer_ops import layer_norm
-from tsbn_kernels.operator.mixed_layer_ops import mixed_layer_norm
-from tsbn_kernels.operator.mixed_ops import mixed
-from tsbn_kernels.operator.ops import batch_norm
 
 T, N, C = 3, 2, 5
-NORMALIZATIONS: tuple[Any, ...] = (batch_norm, layer_norm, mixed, mixed_layer_norm)
 INDEX = torch.tensor([2, 0, 2, 0, 0, 2])
 
 
@@ -42,13 +37,12 @@ class Nothing:
 @contextmanager
 def gpu(refused: str) -> Iterator[None]:
     """Takes CPU tensors for those of a GPU; ``refused`` is the way that no call may take, "direct" or "dispatched"."""
-    keys = direct._bits("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView")
     with ExitStack() as stack:
         stack.enter_context(interpreted(device(threads=64)))
-        stack.enter_context(mock.patch.dict(direct._OWN, {"CPU": keys}))
+        stack.enter_context(taken_for_a_gpu())
         for one in NORMALIZATIONS:
-            found = Nothing("direct") if refused == "direct" else one.direct["CUDA"]
-            stack.enter_context(mock.patch.dict(one.direct, {"CPU": found}))
+            if refused == "direct":
+                stack.enter_context(mock.patch.dict(one.direct, {"CPU": Nothing("direct")}))
             if refused == "dispatched":
                 stack.enter_context(mock.patch.object(one, "dispatched", Nothing("dispatched")))
         stack.enter_context(warnings.catch_warnings())

@@ -25,8 +25,12 @@ def _bits(*names: str) -> int:
     return bits
 
 
-# The keys of GPUs' kernels, and all that a tensor may have that stands for itself alone.
-_OWN = {key: _bits(key, f"Autograd{key}", f"Autocast{key}", "ADInplaceOrView") for key in triton.DISPATCH_KEYS}
+def own_keys(key: str) -> int:
+    """All keys that a tensor may have that stands for itself alone, and whose kernels are those of ``key``."""
+    return _bits(key, f"Autograd{key}", f"Autocast{key}", "ADInplaceOrView")
+
+
+_OWN = {key: own_keys(key) for key in triton.DISPATCH_KEYS}  # of GPUs
 _OF_EVERY_THREAD = _bits("ADInplaceOrView", "BackendSelect")
 
 
