@@ -259,6 +259,9 @@ def test_what_is_forced_or_has_no_plan_goes_the_usual_way(monkeypatch: pytest.Mo
     assert chain()(1) == "cuda"
     with use_backend("triton"):
         assert chain()(1) == "triton"
+    planned_for(monkeypatch, "triton")
+    with use_backend("cuda"):
+        assert chain()(1) == "cuda"
     assert chain("XPU")(1) == "triton"
     assert chain(name="moments")(1) == "triton"  # which only Triton has a kernel for
     for error in (ValueError, RuntimeError, AttributeError):

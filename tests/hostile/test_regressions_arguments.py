@@ -50,6 +50,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"momentum": torch.ones(3, 1, dtype=torch.int64)}, TypeError, "momentum must be .* floating point tensor"),
     ({"negative_slope": None}, TypeError, "negative_slope must be a number"),
     ({"running_mean": torch.zeros(1, 5).expand(3, 5)}, ValueError, "running_mean .* must not share memory"),
+    ({"running_mean": torch._neg_view(torch.zeros(3, 5))}, ValueError, "running_mean .* must not be a negated view"),
     ({"running_var": torch.ones(7).as_strided((3, 5), (1, 1))}, ValueError, "running_var .* must not share memory"),
     ({"running_var": torch.ones(3, 5, requires_grad=True)}, ValueError, "running_var .* must not require a gradient"),
 ]

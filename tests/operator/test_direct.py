@@ -19,6 +19,7 @@ from support.interpreter import device, interpreted
 
 from benchmarks.hot_paths.host_cost import NORMALIZATIONS, taken_for_a_gpu
 from tsbn_kernels import FusedTSigmaBN2d, FusedTSigmaLN, functional, recompute_outputs, use_backend
+from tsbn_kernels.backends import triton
 
 T, N, C = 3, 2, 5
 INDEX = torch.tensor([2, 0, 2, 0, 0, 2])
@@ -219,6 +220,31 @@ def test_who_stands_between_is_asked(name: str) -> None:
         }.get(name, lambda: [functional.task_batch_norm(x, weight, num_tasks=T).detach()])()
     with gpu(refused="direct"):
         found = WATCHED[name]()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def of_signed(sign: Callable[[Tensor], Tensor], name: str) -> list[Tensor]:
+    """A call whose tensors all go through ``sign``, and its gradients from one that does too."""
+    index = {"task_of_sample": INDEX} if "any task" in name else {}
+    x, dy = leaf(T * N, C, 3, 3).detach(), torch.ones(T * N, C, 3, 3).cumsum(0)
+    vectors = [sign(leaf(T, size).detach()) for size in (C, C)]
+    function: Any = functional.task_batch_norm
+    if "rows" in name:
+        x, dy, function = x.movedim(1, -1).contiguous(), dy.movedim(1, -1).contiguous(), functional.task_layer_norm
+    elif name == "an evaluation":
+        vectors += [sign(leaf(T, C).detach()), sign(leaf(T, C).detach().exp())]
+        index["training"] = False
+    leaves = [sign(x).requires_grad_(), *(vector.requires_grad_() for vector in vectors[:2])]
+    y = function(*leaves, *vectors[2:], num_tasks=T, **index)
+    return [y.detach(), *torch.autograd.grad(y, leaves, sign(dy))]
+
+
+@pytest.mark.parametrize("name", ["a batch", "an evaluation", "samples of any task", "rows", "rows of any task"])
+def test_a_chosen_backend_reads_negated_views(name: str) -> None:
+    with use_backend("reference"):
+        wanted = of_signed(Tensor.clone, name)
+    with mock.patch.object(triton, "device_types", ("cpu",)), interpreted(device(threads=64)), use_backend("triton"):
+        found = of_signed(negated, name)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

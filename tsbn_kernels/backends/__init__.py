@@ -55,9 +55,9 @@ def force_from_environment() -> None:
     _override = _available(os.environ["TSBN_BACKEND"]) if os.environ.get("TSBN_BACKEND") else None
 
 
-def is_forced() -> bool:
-    """Whether ``TSBN_BACKEND`` or :func:`use_backend` chose a backend."""
-    return _override is not None
+def forced() -> str | None:
+    """Name of the backend that ``TSBN_BACKEND`` or :func:`use_backend` chose."""
+    return None if _override is None else _override.name
 
 
 def override(device_type: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsbn_kernels.backends import cuda, is_forced
+from tsbn_kernels.backends import cuda, forced
 from tsbn_kernels.backends.fallback import Operator
 from tsbn_kernels.backends.plan import choice as rule
 from tsbn_kernels.backends.plan import layer_norm as layer_plan
@@ -25,13 +25,14 @@ from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved
 def planned(choose: Callable[..., str], orders: Mapping[str, Operator]) -> Operator:
     """The operator of the backend that ``choose`` names for a call.
 
-    Where one is forced, or a call has no plan, the first of ``orders`` makes it.
+    Where one is forced it makes the call. Where a call has no plan the first of ``orders`` does.
     """
     (first, *_) = orders.values()
 
     def call(*arguments: Any) -> Any:
+        name = forced()
         try:
-            operator = first if is_forced() else orders[choose(*arguments)]
+            operator = orders[choose(*arguments)] if name is None else orders.get(name, first)
         except Exception:  # of the caller, whom an operator tells, or of a driver, which the kernels meet too
             operator = first
         return operator(*arguments)

@@ -98,7 +98,7 @@ def guarded(health: Health, name: str, find: Callable[[str], Operator], otherwis
         try:
             return find(name)(*arguments)
         except Exception as error:
-            if is_fatal(error) or _forced():
+            if is_fatal(error) or _is_forced():
                 raise
             failure = error
         # The memory of the attempt is free again once nothing refers to its frames.
@@ -113,7 +113,7 @@ def guarded(health: Health, name: str, find: Callable[[str], Operator], otherwis
     return call
 
 
-def _forced() -> bool:
+def _is_forced() -> bool:
     from tsbn_kernels import backends
 
-    return backends.is_forced()
+    return backends.forced() is not None

@@ -308,8 +308,10 @@ def running_of_call(running: Running, x: Tensor, options: Options, channels: int
 
 def check_written(name: str, running: Tensor) -> None:
     """Raises ValueError or RuntimeError where running statistics cannot be updated in place."""
-    if running.is_contiguous() and not running.requires_grad and not running.is_inference():
+    if running.is_contiguous() and not (running.requires_grad or running.is_inference() or running.is_neg()):
         return  # the usual case: nothing of it needs a closer look
+    if running.is_neg():
+        raise ValueError(f"{name} is updated in training and must not be a negated view; pass {name}.resolve_neg()")
     if running.requires_grad and running.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name} is updated in training and must not require a gradient; pass it detached")
     if _overlaps(running):

@@ -39,13 +39,14 @@ def backend_of(x: Tensor, *others: Tensor | None) -> str | None:
 
     Returns:
         The name of one that was chosen, or a key of the dispatcher whose kernels are called directly. None: the
-        dispatcher finds them.
+        dispatcher finds them, those of the chosen one too.
 
     Raises:
         RuntimeError: the chosen one does not run on the device of x.
     """
-    if backends.is_forced():
-        return backends.override(x.device.type)
+    if backends.forced() is not None:
+        name = backends.override(x.device.type)
+        return None if _reads_wrongly(name, x, *others) else name
     key = "CUDA" if x.is_cuda else "CPU" if x.is_cpu else x.device.type.upper()  # a device's name takes long
     return key if key in _OWN and _finds_kernels(key, x, *others) else None
 
@@ -55,9 +56,20 @@ def of_later_pass(backend: str | None, *gradients: Tensor | None) -> str | None:
 
     Where it is called directly this is for gradients that nobody will differentiate again, by whatever they then meet.
     """
+    if _reads_wrongly(backend, *gradients):
+        return None
     if backend not in _OWN or (not torch.is_grad_enabled() and _finds_kernels(backend, *gradients)):
         return backend
     return None
+
+
+def _reads_wrongly(name: str | None, *tensors: Tensor | None) -> bool:
+    """Whether the kernels of a chosen backend would miss a sign; the dispatcher copies negated views for them."""
+    if name in ("triton", "cuda") and not torch.compiler.is_compiling():
+        for tensor in tensors:
+            if tensor is not None and tensor.is_neg():
+                return True
+    return False
 
 
 def _finds_kernels(key: str, *tensors: Tensor | None) -> bool:
