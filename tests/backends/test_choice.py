@@ -264,9 +264,26 @@ def test_what_is_forced_or_has_no_plan_goes_the_usual_way(monkeypatch: pytest.Mo
         assert chain()(1) == "cuda"
     assert chain("XPU")(1) == "triton"
     assert chain(name="moments")(1) == "triton"  # which only Triton has a kernel for
-    for error in (ValueError, RuntimeError, AttributeError):
-        monkeypatch.setattr(choice, "backward", lambda *_, error=error: (_ for _ in ()).throw(error("no plan")))
+
+
+def test_a_choice_that_fails_is_told_once_and_no_plan_is_none(
+    both: dict[str, Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*_: Any) -> str:
+        raise error("of the choice")
+
+    monkeypatch.setattr(choice, "backward", choose)
+    choice._warn.cache_clear()
+    error: type[Exception] = ValueError
+    assert chain()(1) == "triton"
+    for error in (RuntimeError, AttributeError):
+        with pytest.warns(UserWarning, match=f"takes triton: {error.__name__}: of the choice"):
+            assert chain()(1) == "triton"
         assert chain()(1) == "triton"
+    both["triton"].error = torch.OutOfMemoryError("of the device")
+    error = OSError
+    with pytest.raises(torch.OutOfMemoryError):
+        chain()(1)
 
 
 # ---- forward in one, backward in the other ----------------------------------------------------------------------

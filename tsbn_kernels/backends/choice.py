@@ -7,15 +7,16 @@ multiples of 16 bytes. See :mod:`tsbn_kernels.backends.plan.choice` for the rule
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsbn_kernels.backends import cuda, forced
-from tsbn_kernels.backends.fallback import Operator
+from tsbn_kernels.backends.fallback import Operator, summary
 from tsbn_kernels.backends.plan import choice as rule
 from tsbn_kernels.backends.plan import layer_norm as layer_plan
 from tsbn_kernels.backends.plan.work import work_of
@@ -25,19 +26,29 @@ from tsbn_kernels.definition.options import LayerNeeds, LayerOptions, LayerSaved
 def planned(choose: Callable[..., str], orders: Mapping[str, Operator]) -> Operator:
     """The operator of the backend that ``choose`` names for a call.
 
-    Where one is forced it makes the call. Where a call has no plan the first of ``orders`` does.
+    Where one is forced it makes the call. Where no plan fits the first of ``orders`` does; and where the choice itself
+    fails, with one warning, unless that operator fails too: then the caller is at fault, or the device.
     """
-    (first, *_) = orders.values()
+    (preferred, first), *_ = orders.items()
 
     def call(*arguments: Any) -> Any:
         name = forced()
         try:
             operator = orders[choose(*arguments)] if name is None else orders.get(name, first)
-        except Exception:  # of the caller, whom an operator tells, or of a driver, which the kernels meet too
+        except ValueError:
             operator = first
+        except Exception as error:
+            result = first(*arguments)
+            _warn(preferred, summary(error))
+            return result
         return operator(*arguments)
 
     return call
+
+
+@cache
+def _warn(preferred: str, reason: str) -> None:
+    warnings.warn(f"tsbn-kernels cannot plan which backend is faster, and takes {preferred}: {reason}", stacklevel=3)
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
