@@ -76,9 +76,15 @@ def tile_of(plan: Plan, activation: str = NONE, slope: float = 0.0) -> Tile:
 
 
 class Pass:
-    """A plan with the launches that carry it out, for tensors like x."""
+    """A plan with the launches that carry it out, for tensors like x and those that are ``stacked`` like y.
 
-    def __init__(self, plan: Plan, x: Tensor, options: Options) -> None:
+    Attributes:
+        views: strides as the kernels take them: of x, of fresh memory like it, of the tensors that are ``stacked`` (of
+            fresh memory in the place of None), and of fresh memory like those.
+        sizes: of all these views.
+    """
+
+    def __init__(self, plan: Plan, x: Tensor, options: Options, *stacked: Tensor | None) -> None:
         work = plan.work
         self.plan = plan
         self.options = options
@@ -86,10 +92,10 @@ class Pass:
         self.formula = options.eps, options.gate == "sigmoid"
         self.input_sizes = tuple(x.shape), layout.dense_strides(x, self.input.stacking)
         self.stacked_sizes = layout.output_sizes(x, options)
-        self.sizes = work.tasks, work.samples, work.channels, work.positions
         self.split = plan.splits, plan.share
         self.accumulate = accumulate_dtype(x.dtype)
-        self.tile = tile_of(plan, work.activation, options.slope)
+        self.sizes, self.views, reach = self._read(x, stacked)
+        self.tile = tile_of(plan, work.activation, options.slope)._replace(**reach)
 
     def input_like(self, x: Tensor) -> Tensor:
         """Fresh memory for dx."""
@@ -99,13 +105,16 @@ class Pass:
         """Fresh memory for y or dresidual."""
         return x.new_empty_strided(*self.stacked_sizes)
 
-    def views(self, x: Tensor, *stacked: Tensor | None) -> tuple[Strides, ...]:
-        """The strides as the kernels take them: of x, dx, what is stacked and given, and fresh stacked tensors.
+    def _read(
+        self, x: Tensor, stacked: Sequence[Tensor | None]
+    ) -> tuple[Strides, tuple[Strides, ...], dict[str, tl.constexpr]]:
+        """The sizes and strides of all views, and what a tile knows of them.
 
         Where the positions of all columns follow one another from sample to sample they are read as samples of one
         position: no kernel divides by the number of positions, and ``[N, C]`` takes the same kernels.
         """
-        tasks, samples, channels, positions = self.sizes
+        work = self.plan.work
+        tasks, samples, channels, positions = sizes = work.tasks, work.samples, work.channels, work.positions
         shape, dense = self.stacked_sizes
         all_strides = (dense if tensor is None else tensor.stride() for tensor in (*stacked, None))
         _, fresh = self.input_sizes
@@ -114,17 +123,15 @@ class Pass:
             *(view_strides(shape, strides, self.options) for strides in all_strides),
         )
         joined = all(samples == 1 or n == positions * s for _, n, _, s in views)
-        family = self.plan.work.family
-        if family == "columns" and positions > 1 and joined:
-            self.sizes = tasks, samples * positions, channels, 1
+        if work.family == "columns" and positions > 1 and joined:
+            sizes = tasks, samples * positions, channels, 1
             views = tuple((t, s, c, 1) for t, _, c, s in views)
-        offset, run = reach_of(family, self.sizes, views)
-        if self.plan.work.gathers:
+        offset, run = reach_of(work.family, sizes, views)
+        if work.gathers:
             offset = tl.int64  # beside a sum over tasks those of 32 bits take registers on AMD's GPUs
-        if family == "rows" and run * self.plan.work.item_size < WORD:
+        if work.family == "rows" and run * work.item_size < WORD:
             offset, views = tl.int64, tuple((t, tl.constexpr(n), c, s) for t, n, c, s in views)
-        self.tile = self.tile._replace(OFFSET=tl.constexpr(offset), RUN=tl.constexpr(run))
-        return views
+        return sizes, views, {"OFFSET": tl.constexpr(offset), "RUN": tl.constexpr(run)}
 
     def launch(self, kernel: str, *constants: Any, programs: int = 0) -> Launch:
         """A launch of one of the kernels of this pass, with as many programs as are planned where none are given."""
@@ -152,8 +159,8 @@ class Forward(Pass):
     """Statistics of x and every task's y, or y by given statistics."""
 
     def __init__(self, plan: Plan, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
-        super().__init__(plan, x, options)
-        self.x, _, self.residual, self.y = self.views(x, residual)
+        super().__init__(plan, x, options, residual)
+        self.x, _, self.residual, self.y = self.views
         if plan.variant in ("split", "elementwise"):
             self.first = self.launch("forward_partial")
             self.apply = self.launch("fan_out_apply" if options.fan_out else "forward_apply", *self.formula)
@@ -184,8 +191,8 @@ class BackwardPass(Pass):
     """A pass that reads dy and what a forward pass saved, and writes dx and dresidual."""
 
     def __init__(self, plan: Plan, dy: Tensor, x: Tensor, options: Options, residual: Tensor | None = None) -> None:
-        super().__init__(plan, x, options)
-        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views(x, dy, residual)
+        super().__init__(plan, x, options, dy, residual)
+        self.x, self.dx, self.dy, self.residual, self.dresidual = self.views
 
     def activations(self, dy: Tensor, saved: Saved, dx: Tensor | None, dresidual: Tensor | None) -> tuple[Any, ...]:
         """The views of dy, x, residual, dx and dresidual, as the kernels take them."""

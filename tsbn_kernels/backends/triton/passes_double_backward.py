@@ -15,8 +15,8 @@ class DoubleBackward(Pass):
     """The sums, and by what is made of them the gradients of dy and x."""
 
     def __init__(self, plan: TwicePlan, ddx: Tensor, dy: Tensor, x: Tensor, options: Options) -> None:
-        super().__init__(plan, x, options)
-        self.x, self.dx, self.ddx, self.dy, self.ddy = self.views(x, ddx, dy)
+        super().__init__(plan, x, options, ddx, dy)
+        self.x, self.dx, self.ddx, self.dy, self.ddy = self.views
         self.first, self.apply = self.launch("double_backward_partial"), self.launch("double_backward_apply")
 
     def read(self, ddx: Tensor, dy: Tensor, x: Tensor) -> tuple[View, View, View]:

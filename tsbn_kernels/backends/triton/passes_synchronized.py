@@ -20,7 +20,7 @@ class PartMoments(Pass):
 
     def __init__(self, plan: Plan, x: Tensor, options: Options) -> None:
         super().__init__(plan, x, options)
-        self.x, *_ = self.views(x)
+        self.x, *_ = self.views
         self.first = self.launch("forward_partial")
 
     def __call__(self, x: Tensor) -> Moments:
