@@ -28,8 +28,12 @@ class Expected(NamedTuple):
 
 
 def _activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
-    y: Tensor = as_module(activation or "none", slope)(z)
-    return y
+    act = as_module(activation or "none", slope)
+    if len(EPILOGUES[activation or "none"].kinks) < 2:
+        y: Tensor = act(z)
+        return y
+    # PyTorch's vectors and their remainder have different slopes at NaN, of which 1 is judged.
+    return torch.where(z.isnan(), z, act(torch.where(z.isnan(), 0.0, z)))
 
 
 def define(
@@ -88,8 +92,6 @@ def define(
         condition = (rstd * (mean.abs() + largest + 1) * gates.abs().clamp_min(1)).clamp_min(1)
         loose = ~(condition < (1e9 if dtype == torch.float64 else 1e4)) | ~(largest < LARGEST[dtype])
         near = near_kinks(z, activation or "none", condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4))
-        if len(EPILOGUES[activation or "none"].kinks) > 1:
-            near |= z.isnan()  # PyTorch's vectors and their remainder have different slopes there
         kinked = near.any(3).any(1) if z.dim() > 3 and z.numel() else near.any(1)
         while kinked.dim() > 2:
             kinked = kinked.any(-1)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from fuzz.__main__ import calls
 from fuzz.calls import Call, judge
+from fuzz.layers import check
 from support.processes import python_path
 
+from tsbn_kernels.definition.activations import TABLE
 from tsbn_kernels.functional import task_batch_norm
 
 
@@ -62,6 +64,16 @@ def test_the_judge_sees_changed_inputs_and_refusals() -> None:
     )  # in what the view leaves out
     refused = Call("", lambda: str(task_batch_norm(x, x, num_tasks=1)), valid=True)
     assert judge(refused).kind == "refused though valid"
+
+
+@pytest.mark.parametrize("activation", [name for name, row in TABLE.items() if len(row.kinks) > 1])
+@pytest.mark.parametrize("positions", [1, 17, 64])
+def test_one_slope_is_judged_at_nan(activation: str, positions: int) -> None:
+    weight = torch.full((1, 1), torch.nan, dtype=torch.float64)
+    x, residual = torch.randn(2, 2, 1, positions, dtype=torch.float64)
+    residual.requires_grad_()
+    arguments = {"x": x, "weight": weight, "residual": residual, "num_tasks": 1, "activation": activation}
+    assert check(arguments, task_batch_norm(**arguments), {}, seed=0) is None
 
 
 def test_crashes_are_outcomes_and_the_run_goes_on() -> None:
