@@ -205,18 +205,25 @@ def test_an_output_that_is_changed_in_place_is_kept(x: Tensor) -> None:
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [lambda y: y.flatten(2).mT, lambda y: y[:, 1:3], lambda y: y[::2].transpose(2, 3)],
-    ids=["mT", "some", "step"],
-)
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mT": lambda y: y.flatten(2).mT,
+    "some": lambda y: y[:, 1:3],
+    "step": lambda y: y[::2].transpose(2, 3),
+    "complex": torch.view_as_complex,  # rotary embeddings
+    "conj": lambda y: torch.view_as_complex(y).conj(),
+    "imag": lambda y: torch.view_as_complex(y).imag,
+    "neg": lambda y: torch.view_as_complex(y).conj().imag,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views_of_an_output(view: Callable[[Tensor], Tensor]) -> None:
     layer = FusedTSigmaBN2d(T, C, activation="gelu", dtype=torch.float64)
-    x = torch.randn(T * N, C, 3, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(T * N, C, 5, 2, dtype=torch.float64, requires_grad=True)
     results = []
     for context in (recompute_outputs(), nullcontext()):
         with context:
-            y = (view(layer(x)) ** 3).sum()
+            y = (view(layer(x)) ** 4).sum().real
         results.append(torch.autograd.grad(y, [x, layer.weight]))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)

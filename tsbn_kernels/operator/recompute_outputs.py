@@ -33,7 +33,7 @@ class _Output:
     again: Callable[[], Tensor]
 
 
-_Outputs = dict[int, _Output]  # by the address of their storage
+_Outputs = dict[int, _Output]  # by the identity of their storage: those of meta tensors all have address 0
 _outputs: ContextVar[_Outputs | None] = ContextVar("outputs", default=None)
 
 
@@ -55,9 +55,11 @@ def recompute_outputs() -> Iterator[None]:
     outputs: _Outputs = {}
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        output = outputs.get(tensor.untyped_storage().data_ptr())
+        output = outputs.get(tensor.untyped_storage()._cdata)
         original = None if output is None else output.tensor()
         if output is None or original is None or not original._version == output.version == tensor._version:
+            return tensor
+        if tensor.dtype != original.dtype or tensor.is_neg():  # complex numbers, or values of another sign
             return tensor
         return partial(_view_of, output.again, tensor.size(), tensor.stride(), tensor.storage_offset())
 
@@ -112,8 +114,8 @@ def offer(
 
     y = streams[0]
     if y.requires_grad:
-        address = y.untyped_storage().data_ptr()
-        outputs[address] = _Output(weakref.ref(y, lambda _: outputs.pop(address, None)), y._version, again)
+        storage = y.untyped_storage()._cdata
+        outputs[storage] = _Output(weakref.ref(y, lambda _: outputs.pop(storage, None)), y._version, again)
 
 
 def offer_normalized(
