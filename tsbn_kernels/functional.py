@@ -103,8 +103,7 @@ def task_batch_norm(
 
     Raises:
         ValueError: a shape or option does not fit, training has one value per channel (of a task), a sample has no
-            such task, or running statistics cannot be written (their elements share memory, or they require a
-            gradient).
+            such task, or running statistics require a gradient, or share memory in training, which writes them.
         TypeError: a dtype is not supported, a tensor is not dense, or an argument is of another type.
         RuntimeError: tensors lie on different devices, or were made in inference mode and are to be written or saved.
             With a ``process_group``: ``torch.distributed`` is not initialised, the ranks' tasks or channels differ, or
@@ -208,7 +207,7 @@ def normalize(
     else:
         function = autograd_streams if as_streams else autograd
         apply = function.apply_in_graph if compiling else function.apply
-        given = (None, None) if training else (running_mean, running_var)
+        given = (None, None) if training else checks.constant(running_mean, running_var)
         at_once = running if tracked and not compiling and values > 0 and _by_an_operator(running, x) else None
         *outputs, mean, var = apply(x, weight, bias, residual, *given, at_once, options, recover_input, backend)
         if at_once is not None:
@@ -248,7 +247,7 @@ def normalize_mixed(
         x, residual = layout.readable(x, options, residual)
     positions, alone = values // max(1, x.shape[0]), None
     backend = direct.backend_of(x, task_of_sample, weight, bias, running_mean, running_var, residual)
-    given = (None, None) if training else (running_mean, running_var)
+    given = (None, None) if training else checks.constant(running_mean, running_var)
     inputs = x, task_of_sample, weight, bias, residual
     beside = compiling or group is not None or x.numel() == 0 or (evaluate_single and positions == 1)
     if not beside and _by_an_operator(running, x):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from support.processes import ROOT
 from torch import Tensor, nn
 
 from tsbn_kernels import (
+    FusedTSigmaBN,
+    FusedTSigmaBN1d,
     FusedTSigmaBN2d,
+    FusedTSigmaBN3d,
+    FusedTSigmaLN,
     LateFanOut,
     MultiTaskModel,
     convert_model,
@@ -22,6 +27,7 @@ from tsbn_kernels import (
     memory,
     parameter_groups,
     revert_model,
+    task_index,
     use_backend,
 )
 from tsbn_kernels.functional import task_batch_norm
@@ -66,6 +72,33 @@ def test_fuzz_arguments_of_any_kind_give_an_error_that_names_them(
     with pytest.raises(error, match=message):
         task_batch_norm(**{**given, "running_mean": mean, "running_var": var, **arguments})
     assert mean.eq(0).all() and var.eq(1).all()
+
+
+NORMS = (FusedTSigmaBN1d, FusedTSigmaBN2d, FusedTSigmaBN3d, FusedTSigmaBN, FusedTSigmaLN, LateFanOut)
+
+
+@pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("x", [NESTED, SPARSE, torch.tensor(1.0)], ids=["nested", "sparse", "0-d"])
+def test_fuzz_layers_name_an_input_that_has_no_streams(kind: Any, routed: bool, x: Tensor) -> None:
+    """A nested input, and one without dimensions where an index is routed, ended in an error of PyTorch's."""
+    context = task_index(torch.tensor([0, 1])) if routed else nullcontext()
+    with context, pytest.raises((TypeError, ValueError), match=r"must be a dense tensor|(shape|size) \[\]"):
+        kind(2, 3)(x)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fuzz_running_statistics_have_no_gradient(name: str, mixed: bool) -> None:
+    """Evaluation took them with a graph, and the graph gave them None; batch_norm of PyTorch refuses them."""
+    running = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
+    running[name].requires_grad_()
+    index = torch.tensor([0, 1, 1, 0]) if mixed else None
+    x, options = torch.randn(4, 3), {"num_tasks": 2, "training": False, "task_of_sample": index}
+    with pytest.raises(ValueError, match=f"does not differentiate {name}, .* pass it detached"):
+        task_batch_norm(x, torch.zeros(2, 3), **running, **options)
+    with torch.no_grad():
+        task_batch_norm(x, torch.zeros(2, 3), **running, **options)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,7 @@ class FusedTSigmaBN(TaskSpecific, _BatchNorm):
             return self.stacking
         if x.dim() == self._stacked_dims[-1] + 1 and not fan_out:
             return "task_axis"
+        checks.check_tensor("input", x)  # a nested one has no shape to be told
         dims = self._stacked_dims if fan_out else (*self._stacked_dims, self._stacked_dims[-1] + 1)
         expected = " or ".join(f"{d}D" for d in dims)
         explained = " for all tasks" if fan_out else ", the last with a leading task axis"

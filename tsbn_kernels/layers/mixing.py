@@ -71,7 +71,7 @@ def routed() -> Tensor | None:
 
 def of_rows(task_of_sample: Tensor, x: Tensor) -> Tensor:
     """The task of each row of ``x``, of which a sample may have several."""
-    rows, samples = x.shape[0], task_of_sample.shape[0]
+    rows, samples = x.shape[0] if x.dim() else 0, task_of_sample.shape[0]
     if samples in (0, rows) or rows % samples:
         return task_of_sample
     return task_of_sample.unsqueeze(1).expand(samples, rows // samples).flatten()

@@ -148,6 +148,7 @@ class TaskSpecific(nn.Module):
         if index is None:
             index = mixing.routed()
             assert index is not None
+            checks.check_tensor("input", x)
             index = mixing.of_rows(index, x)
         return index if self._tasks is None else index - self._tasks.start, routed
 

@@ -306,6 +306,14 @@ def running_of_call(running: Running, x: Tensor, options: Options, channels: int
     return running if value is momentum else running._replace(momentum=value)
 
 
+def constant(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Running statistics that evaluation reads; raises ValueError where one has a gradient, which nobody computes."""
+    for name, running in (("running_mean", mean), ("running_var", var)):
+        if running is not None and running.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"evaluation does not differentiate {name}, which requires a gradient; pass it detached")
+    return mean, var
+
+
 def check_written(name: str, running: Tensor) -> None:
     """Raises ValueError or RuntimeError where running statistics cannot be updated in place."""
     if running.is_contiguous() and not (running.requires_grad or running.is_inference() or running.is_neg()):
