@@ -112,6 +112,34 @@ def test_batches_of_upstream_gradients(stacking: str, memory_format: torch.memor
         torch.testing.assert_close(got, torch.stack(wanted))
 
 
+@of_any_kind
+@pytest.mark.parametrize("tasks", [[0, 1], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("stacking", ["task_major", "sample_major"])
+def test_batches_of_upstream_gradients_of_streams(stacking: str, tasks: list[int], kind: str) -> None:
+    layer = trained(kind, stacking=stacking)
+    x = torch.randn(SHAPE).requires_grad_()
+    streams = [layer.streams(x)[task] for task in tasks]
+    upstream = [torch.randn(5, *stream.shape) for stream in streams]
+    batched = torch.autograd.grad(streams, (x, layer.weight), upstream, is_grads_batched=True, retain_graph=True)
+    single = [
+        torch.autograd.grad(streams, (x, layer.weight), dys, retain_graph=True) for dys in zip(*upstream, strict=True)
+    ]
+    for got, wanted in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("activation", [None, "hardswish"])
+def test_an_ensemble_of_one_mixed_sample_by_channels(activation: str | None) -> None:
+    """The definition put what it computed of all models into the strides of one."""
+    x, weight, index = torch.randn(3, 1, 5, 4).transpose(2, 3), torch.randn(3, 2, 4), torch.tensor([1])
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return task_batch_norm(x, weight, num_tasks=2, task_of_sample=index, activation=activation)
+
+    wanted = [call(*one) for one in zip(x, weight, strict=True)]
+    torch.testing.assert_close(vmap(call)(x, weight), torch.stack(wanted))
+
+
 @modes
 @with_a_bias
 @pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input each"])

@@ -204,6 +204,22 @@ def test_first_and_second_derivatives() -> None:
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transforms_round_gradients_of_half_parameters_once(dtype: torch.dtype) -> None:
+    x, weight, bias, _, dy = operands(torch.arange(T).repeat(200), (), dtype)
+    index, weight, bias = torch.arange(T).repeat(200), weight.bfloat16(), bias.bfloat16()
+
+    def gradients(x: Tensor, *vectors: Tensor) -> Any:
+        def call(*vectors: Tensor) -> Tensor:
+            return task_batch_norm(x, *vectors, num_tasks=T, task_of_sample=index)
+
+        return torch.func.vjp(call, *vectors)[1](dy.to(x))
+
+    exact = gradients(x.double(), weight.double(), bias.double())
+    for got, wanted in zip(gradients(x, weight, bias), exact, strict=True):
+        assert_within(got, wanted, Tolerance(1e-4, 1), scale=1.0)
+
+
 @pytest.mark.parametrize("compute", [COMPUTES["operators"], COMPUTES["parts"]], ids=["operators", "parts"])
 def test_no_order_of_the_samples_changes_a_bit(compute: MixedBackend) -> None:
     for dtype in (torch.float32, torch.bfloat16):

@@ -52,7 +52,9 @@ def stacked(streams: Tensor, stacking: str, dim: int = 0) -> Tensor:
     """Stacks ``[T, N, C, *]``: the inverse of :func:`streams`."""
     if stacking == "task_axis":
         return streams
-    return (streams if stacking == "task_major" else streams.transpose(dim, dim + 1)).flatten(dim, dim + 1)
+    x = streams if stacking == "task_major" else streams.transpose(dim, dim + 1)
+    *before, outer, inner = x.shape[: dim + 2]
+    return x.reshape(*before, outer * inner, *x.shape[dim + 2 :])  # batches of upstream gradients know no flatten
 
 
 def from_task_view(view: Tensor, shape: Sequence[int], strides: Sequence[int], stacking: str) -> Tensor:
@@ -62,7 +64,7 @@ def from_task_view(view: Tensor, shape: Sequence[int], strides: Sequence[int], s
     out = view.reshape(shape)
     if out.stride() == tuple(strides):
         return out
-    return torch.empty_strided(shape, strides, dtype=out.dtype, device=out.device).copy_(out)
+    return out.new_empty_strided(shape, strides).copy_(out)  # of as many ensembles as out
 
 
 def family(x: Tensor, stacking: str) -> Family | None:

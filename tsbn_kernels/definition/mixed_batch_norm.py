@@ -34,10 +34,14 @@ def task_sums(values: Tensor, task_of_sample: Tensor, num_tasks: int) -> Tensor:
 
 
 def task_of_each_sample(saved: Saved, task_of_sample: Tensor, options: Options) -> tuple[Saved, Options]:
-    """Makes each sample a task of its own: a call of equal tasks, whose vectors are ``[N, C]``."""
+    """Makes each sample a task of its own: a call of equal tasks, whose vectors are ``[N, C]``.
+
+    Parameters come in the accumulate dtype, in which their gradients are summed over the samples.
+    """
     x, weight, bias, residual, mean, var = saved
-    weight, mean, var = (vector.index_select(0, task_of_sample) for vector in (weight, mean, var))
-    bias = None if bias is None else bias.index_select(0, task_of_sample)
+    wide = accumulate_dtype(x.dtype)
+    weight, mean, var = (vector.index_select(0, task_of_sample) for vector in (weight.to(wide), mean, var))
+    bias = None if bias is None else bias.to(wide).index_select(0, task_of_sample)
     return Saved(x, weight, bias, residual, mean, var), options._replace(num_tasks=x.shape[0])
 
 
