@@ -118,6 +118,7 @@ def task_batch_norm(
             fan_out=(fan_out, False),
             recover_input=(recover_input, False),
         )
+        checks.check_flag("evaluate_single", evaluate_single)
         return normalize_mixed(tensors, task_of_sample, settings, running, process_group, evaluate_single)
     y: Tensor
     (y,) = normalize(tensors, settings, running, process_group)

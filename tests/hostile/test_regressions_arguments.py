@@ -33,6 +33,7 @@ from tsbn_kernels import (
 from tsbn_kernels.functional import task_batch_norm
 
 SPARSE, NESTED = torch.ones(6, 5, 2, 2).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 2), torch.ones(1, 2)])
+INDEX = torch.tensor([0, 1, 2, 0, 1, 2])
 HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     ({"x": SPARSE}, TypeError, "x must be a dense tensor, got a torch.sparse_coo one"),
@@ -46,6 +47,7 @@ HOSTILE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_tasks": 2**70}, ValueError, r"num_tasks must be below 2\*\*31"),
     ({"training": None}, TypeError, "training must be True or False, got None"),
     ({"fan_out": "no"}, TypeError, "fan_out must be True or False, got 'no'"),
+    ({"task_of_sample": INDEX, "evaluate_single": 1}, TypeError, "evaluate_single must be True or False, got 1"),
     ({"eps": float("nan")}, ValueError, "eps must be a finite number of 0.0 or more, got nan"),
     ({"eps": -1e-5}, ValueError, "eps must be a finite number of 0.0 or more, got -1e-05"),
     ({"eps": 0}, ValueError, "eps must be positive in training"),
