@@ -36,14 +36,21 @@ def _activate(z: Tensor, activation: str | None, slope: float) -> Tensor:
     return torch.where(z.isnan(), z, act(torch.where(z.isnan(), 0.0, z)))
 
 
-def define(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+class Plain(NamedTuple):
+    """A forward pass by plain operators, in streams ``[T, N, C, *]``."""
+
+    y: Tensor  # stacked
+    z: Tensor
+    streams: Tensor
+    mean: Tensor
+    var: Tensor
+    gates: Tensor
+
+
+def plain(
+    leaves: dict[str, Tensor],
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    residual: Tensor | None,
-    dy: Tensor | None,
     *,
     num_tasks: int,
     training: bool,
@@ -53,14 +60,8 @@ def define(
     activation: str | None,
     negative_slope: float,
     fan_out: bool,
-) -> Expected:
-    """Forward and backward pass, by autograd through plain operators."""
-    dtype = x.dtype
-    leaves = {
-        name: tensor.detach().as_subclass(Tensor).double().clone().requires_grad_()
-        for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items()
-        if tensor is not None
-    }
+) -> Plain:
+    """What autograd differentiates any number of times."""
     wide = leaves["x"]
     streams = wide.expand(num_tasks, *wide.shape) if fan_out else in_streams(wide, num_tasks, stacking)
     axes = (1, *range(3, streams.dim()))
@@ -73,13 +74,39 @@ def define(
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.detach().double(), running_var.detach().double()
     gates = torch.sigmoid(leaves["weight"]) if gate == "sigmoid" else leaves["weight"]
-    rstd = (var + eps).rsqrt()
-    z = (streams - mean.view(shape)) * rstd.view(shape) * gates.view(shape)
-    if bias is not None:
+    z = (streams - mean.view(shape)) * (var + eps).rsqrt().view(shape) * gates.view(shape)
+    if "bias" in leaves:
         z = z + leaves["bias"].view(shape)
-    if residual is not None:
+    if "residual" in leaves:
         z = z + in_streams(leaves["residual"], num_tasks, stacking)
     y = restacked(_activate(z, activation, negative_slope), stacking)
+    return Plain(y, z, streams, mean, var, gates)
+
+
+def in_double(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Leaves of the same values, where there is a tensor."""
+    return {
+        name: tensor.detach().as_subclass(Tensor).double().clone().requires_grad_()
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+
+
+def define(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    dy: Tensor | None,
+    **options: Any,
+) -> Expected:
+    """Forward and backward pass, by autograd through plain operators."""
+    dtype = x.dtype
+    leaves = in_double({"x": x, "weight": weight, "bias": bias, "residual": residual})
+    y, z, streams, mean, var, gates = plain(leaves, running_mean, running_var, **options)
+    axes, activation = (1, *range(3, streams.dim())), options["activation"] or "none"
     grads: dict[str, Tensor] = {}
     if dy is not None:
         found = torch.autograd.grad(y, list(leaves.values()), dy.double(), allow_unused=True)
@@ -88,14 +115,16 @@ def define(
             for (name, leaf), g in zip(leaves.items(), found, strict=True)
         }
     with torch.no_grad():
+        rstd = (var + options["eps"]).rsqrt()
         largest = streams.abs().amax(axes) if streams.numel() else torch.zeros_like(mean)
         condition = (rstd * (mean.abs() + largest + 1) * gates.abs().clamp_min(1)).clamp_min(1)
         loose = ~(condition < (1e9 if dtype == torch.float64 else 1e4)) | ~(largest < LARGEST[dtype])
-        near = near_kinks(z, activation or "none", condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4))
+        shape = [len(mean), 1, -1, *[1] * (streams.dim() - 3)]
+        near = near_kinks(z, activation, condition.view(shape) * (1e-11 if dtype == torch.float64 else 1e-4))
         kinked = near.any(3).any(1) if z.dim() > 3 and z.numel() else near.any(1)
         while kinked.dim() > 2:
             kinked = kinked.any(-1)
-    count = streams.numel() // max(1, num_tasks * streams.shape[2])
+    count = streams.numel() // max(1, len(mean) * streams.shape[2])
     return Expected(y.detach(), grads, mean.detach(), var.detach(), count, condition, loose, kinked)
 
 

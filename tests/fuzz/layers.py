@@ -12,7 +12,9 @@ from torch import Tensor
 import tsbn_kernels
 from fuzz import definition
 from fuzz.calls import Call
+from fuzz.judge import LEAVES, OPTIONS, TENSORS, check, same
 from fuzz.tensors import CONTENTS, DTYPES, HOSTILE_SCALARS, LAYOUTS, describe, hostile_tensors, laid_out, normal
+from fuzz.ways import TRANSFORMS, WAYS
 from tsbn_kernels.definition.activations import TABLE
 from tsbn_kernels.functional import task_batch_norm, task_streams
 
@@ -32,9 +34,9 @@ KINDS = {
     "recover_input": "bool",
     "num_features": "int",
     "bias": "bool",
+    "evaluate_single": "bool",
     "track_running_stats": "bool",
 }
-TENSORS = ("x", "weight", "bias", "running_mean", "running_var", "residual")
 
 
 def draw_shape(rng: random.Random, spatial_dims: int | None = None) -> tuple[int, int, int, list[int]]:
@@ -60,6 +62,12 @@ def draw_stack(
 ) -> Tensor:
     streams = normal(rng, (T, N, C, *spatial), rng.choice(CONTENTS))
     return draw_tensor(rng, definition.restacked(streams, stacking), dtype)
+
+
+def draw_way(rng: random.Random, x: Tensor, transforms: bool) -> str:
+    """How a call is differentiated."""
+    transforms = transforms and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    return rng.choice(WAYS + (TRANSFORMS if transforms else ()))
 
 
 def vector(rng: random.Random, T: int, C: int, dtype: torch.dtype, content: str = "normal") -> Tensor:
@@ -106,7 +114,7 @@ def spoil(rng: random.Random, arguments: dict[str, Any], notes: list[str], name:
     """Puts something hostile in the place of one argument; where there is no such thing, of none."""
     name = rng.choice(sorted(arguments)) if name is None else name
     current = arguments.get(name)
-    if name in (*TENSORS, "input") and (name != "bias" or isinstance(current, Tensor)):
+    if name in (*TENSORS, "input", "task_of_sample") and (name != "bias" or isinstance(current, Tensor)):
         tensors = hostile_tensors(current)
         what = rng.choice(sorted(tensors))
         try:
@@ -124,15 +132,16 @@ def call_text(function: str, arguments: dict[str, Any]) -> str:
 
 
 def functional_call(rng: random.Random) -> Call:
-    """``task_batch_norm`` or ``task_streams``, forward and backward."""
-    arguments = functional_arguments(rng)
-    streams = rng.random() < 0.2 and not arguments.get("recover_input")
-    notes: list[str] = []
+    """``task_batch_norm`` or ``task_streams``, of a mixed batch too, forward and backward."""
+    mixed = rng.random() < 0.2
+    arguments = mixed_arguments(rng) if mixed else functional_arguments(rng)
+    streams = rng.random() < 0.2 and not arguments.get("recover_input") and not mixed
+    notes = ["a task with one value"] if mixed and lonely(arguments) else []
     if rng.random() < 0.55:
         for _ in range(rng.choice([1, 1, 2])):
             spoil(rng, arguments, notes)
     backward = rng.random() < 0.7
-    needs = {name for name in ("x", "weight", "bias", "residual") if rng.random() < 0.8}
+    needs = {name for name in LEAVES if rng.random() < 0.8}
     seed = rng.getrandbits(32)
     for name in needs if backward else ():
         tensor = arguments.get(name)
@@ -140,70 +149,68 @@ def functional_call(rng: random.Random) -> Call:
             tensor.requires_grad_()
     written = ("running_mean", "running_var") if arguments["training"] else ()
     inputs = [value for name, value in arguments.items() if isinstance(value, Tensor) and name not in written]
+    # Transforms do not let a function update what it did not make, and know neither streams nor recovery.
+    plain = streams or arguments.get("recover_input") or any(arguments.get(name) is not None for name in written)
+    way = "backward" if notes else draw_way(rng, arguments["x"], not plain)
     function = task_streams if streams else task_batch_norm
 
     def run() -> str | None:
         before = {name: arguments[name].detach().clone() for name in written if isinstance(arguments.get(name), Tensor)}
-        y = function(**arguments)
-        y = definition.restacked(torch.stack(y), arguments["stacking"]) if isinstance(y, tuple) else y
-        return check(arguments, y, before, seed)
 
-    return Call(call_text(function.__name__, arguments), run, not notes, inputs)
+        def called(**leaves: Tensor) -> Tensor:
+            given = {**arguments, **leaves}
+            y = function(**given)
+            with torch.autocast("cpu", enabled=False):  # which knows no stack of float64
+                return definition.restacked(torch.stack(y), given["stacking"]) if isinstance(y, tuple) else y
+
+        return check(arguments, called, before, random.Random(seed), way)
+
+    return Call(call_text(function.__name__, arguments) + f", {way}", run, not notes, inputs)
 
 
-def check(arguments: dict[str, Any], y: Tensor, before: dict[str, Tensor], seed: int) -> str | None:
-    """What is wrong with the result of a call of the functional form, its gradients and its statistics."""
-    defaults = {
-        "training": True,
-        "momentum": 0.1,
-        "eps": 1e-5,
-        "gate": "sigmoid",
-        "stacking": "task_major",
-        "activation": None,
-        "negative_slope": 0.01,
-        "fan_out": False,
-        "recover_input": False,
+# ---- mixed batches -----------------------------------------------------------------------------------------------
+
+
+def mixed_arguments(rng: random.Random) -> dict[str, Any]:
+    """Of a call with a task for each sample; some tasks may have no sample."""
+    arguments = functional_arguments(rng)
+    T, N, C, spatial = draw_shape(rng)
+    index = draw_index(rng, T, N * T)
+    dtype, of_vectors = arguments["x"].dtype, arguments["weight"].dtype
+
+    def stack() -> Tensor:
+        return draw_stack(rng, 1, len(index), C, spatial, "task_major", dtype)
+
+    arguments |= {"x": stack(), "num_tasks": T, "stacking": "task_major", "fan_out": False, "task_of_sample": index}
+    arguments |= {
+        "weight": vector(rng, T, C, of_vectors),
+        "evaluate_single": "running_mean" in arguments and rng.random() < 0.3,
     }
-    given = {**dict.fromkeys(TENSORS), **defaults, **arguments}
-    x = given["x"]
-    if y.device.type != "cpu":
-        return None if y.device == x.device else f"y is on {y.device}, x on {x.device}"
-    if y.dtype != x.dtype:
-        return f"y is {y.dtype}, x is {x.dtype}"
-    rng = random.Random(seed)
-    dy = None
-    if y.requires_grad:
-        dy = laid_out(rng, normal(rng, tuple(y.shape)).to(y.dtype), rng.choice(LAYOUTS))
-    options = {name: given[name] for name in ("num_tasks", "eps", "gate", "stacking", "activation", "negative_slope")}
-    for name in ("num_tasks", "eps", "negative_slope"):
-        options[name] = options[name].item() if isinstance(options[name], Tensor) else options[name]
-    options["num_tasks"] = int(options["num_tasks"])
-    training, fan_out = bool(given["training"]), bool(given["fan_out"])
-    tensors = [before.get(name, given[name]) for name in TENSORS]
-    wanted = definition.define(*tensors, dy, training=training, fan_out=fan_out, **options)
-    T, stacking = options["num_tasks"], options["stacking"]
-    if problem := definition.compare_output("y", y, wanted, T, stacking):
-        return problem
-    if dy is not None:
-        leaves = {
-            name: given[name]
-            for name in ("x", "weight", "bias", "residual")
-            if isinstance(given[name], Tensor) and given[name].requires_grad
-        }
-        slack = 1.0
-        if given["recover_input"]:  # xhat comes from the rounded y
-            slack = 40 * torch.finfo(x.dtype).eps / definition.BACKWARD[x.dtype].absolute
-        for name, gradient in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True):
-            problem = definition.compare_gradient(
-                name, gradient, wanted, T, stacking, x.dtype, slack=slack, shared=fan_out
-            )
-            if problem:
-                return problem
-    for name, old in before.items():
-        problem = definition.compare_statistics(name, given[name], old, given["momentum"], wanted, x.dtype)
-        if problem:
-            return problem
-    return None
+    arguments.pop("recover_input", None)
+    if arguments["bias"] is not None:
+        arguments["bias"] = vector(rng, T, C, of_vectors)
+    if "residual" in arguments:
+        arguments["residual"] = stack()
+    if "running_mean" in arguments:
+        arguments["running_mean"] = normal(rng, (T, C)).to(of_vectors)
+        arguments["running_var"] = (normal(rng, (T, C)).abs() + 0.1).to(of_vectors)
+        arguments["momentum"] = rng.choice([0.1, 0.0, 1.0, torch.rand(T, 1), torch.tensor(0.3)])
+    return arguments
+
+
+def draw_index(rng: random.Random, T: int, N: int) -> Tensor:
+    """The task of each of N samples: of all alike, or most of them of one."""
+    usual = rng.randrange(T)
+    tasks = range(T) if rng.random() < 0.5 else [usual] * 5 + [rng.randrange(T)]
+    return torch.tensor([rng.choice(tasks) for _ in range(N)], dtype=torch.int64)
+
+
+def lonely(arguments: dict[str, Any]) -> bool:
+    """Whether training refuses a task for its one value of a channel."""
+    x, index = arguments["x"], arguments["task_of_sample"]
+    evaluates = arguments["evaluate_single"] and "running_mean" in arguments
+    one = bool((torch.bincount(index) == 1).any()) and x[0, 0].numel() == 1
+    return bool(arguments["training"]) and one and not evaluates
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -298,11 +305,6 @@ def step_arguments(
     return arguments, rng.random() < 0.7
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Where both are NaN too."""
-    return torch.equal(one.nan_to_num(7), other.nan_to_num(7))
-
-
 def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
     """One forward and backward pass of a layer against the definition."""
     old = copy.deepcopy(layer.state_dict())
@@ -338,24 +340,20 @@ def run_step(layer: Any, step: dict[str, Any], seed: int) -> str | None:
         "negative_slope": layer.negative_slope,
         "fan_out": fan_out,
     }
-    problem = check(arguments, y.detach(), {}, seed)
+    arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    problem = check(arguments, y.detach, {}, random.Random(seed))
     if problem or not tracked:
         return problem
     wanted = definition.define(
-        *(arguments[name] for name in TENSORS),
-        None,
-        **{
-            name: arguments[name]
-            for name in ("num_tasks", "training", "eps", "gate", "stacking", "activation", "negative_slope", "fan_out")
-        },
+        *(arguments[name] for name in TENSORS), None, **{name: arguments[name] for name in OPTIONS}
     )
     writes = layer.training and layer.track_running_stats
     others = [task for task in range(layer.num_tasks) if task not in indices]
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         now = layer.state_dict()[name]
-        if not _same(now[others], old[name][others]):
+        if not same(now[others], old[name][others]):
             return f"{name} of other tasks has changed"
-        if not writes and not _same(now, old[name]):
+        if not writes and not same(now, old[name]):
             return f"{name} has changed"
         if writes and name == "num_batches_tracked" and not torch.equal(now[indices], old[name][indices] + 1):
             return f"{name} is {now}"

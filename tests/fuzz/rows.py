@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fuzz.calls import Call
 from fuzz.definition import LARGEST, compare, in_streams, restacked
-from fuzz.layers import SIZES, call_text, draw_tensor, spoil
-from fuzz.tensors import CONTENTS, DTYPES, LAYOUTS, laid_out, normal
+from fuzz.layers import SIZES, call_text, draw_index, draw_tensor, draw_way, spoil
+from fuzz.tensors import CONTENTS, DTYPES, normal
+from fuzz.ways import differentiate, upstream
 from tsbn_kernels.functional import add_task_layer_norm, add_task_rms_norm, task_layer_norm, task_rms_norm
 
 FUNCTIONS: tuple[Callable[..., Any], ...] = (task_layer_norm, task_rms_norm, add_task_layer_norm, add_task_rms_norm)
@@ -27,6 +28,7 @@ def row_arguments(rng: random.Random, rms: bool, adds: bool) -> dict[str, Any]:
     shape = [rng.choice(SIZES[1:]) for _ in range(rng.choice([1, 1, 2]))]
     dtype, parameter_dtype = rng.choice(DTYPES), rng.choice(DTYPES)
     stacking, fan_out = rng.choice(["task_major", "sample_major", "task_axis"]), rng.random() < 0.25
+    index = draw_index(rng, T, N) if fan_out and rng.random() < 0.5 else None  # one input, of samples of any tasks
 
     def drawn() -> Tensor:
         streams = normal(rng, (1 if fan_out else T, N, *tokens, *shape), rng.choice(CONTENTS))
@@ -43,8 +45,9 @@ def row_arguments(rng: random.Random, rms: bool, adds: bool) -> dict[str, Any]:
         "num_tasks": T,
         "eps": rng.choice([1e-5, 1e-3, 1.0]),
         "gate": rng.choice(["sigmoid", "identity"]),
-        "stacking": stacking,
-        "fan_out": fan_out,
+        "stacking": stacking if index is None else "task_major",
+        "fan_out": fan_out and index is None,
+        **({} if index is None else {"task_of_sample": index}),
     }
 
 
@@ -64,23 +67,37 @@ def row_call(rng: random.Random) -> Call:
             tensor.requires_grad_()
     seed = rng.getrandbits(32)
     inputs = [value for value in arguments.values() if isinstance(value, Tensor)]
+    way = "backward" if notes or adds else draw_way(rng, arguments["x"], True)
 
     def run() -> str | None:
-        y, s = function(**arguments) if adds else (function(**arguments), None)
-        return check(arguments, rms, y, s, random.Random(seed))
+        needed = [name for name in LEAVES if isinstance(v := arguments.get(name), Tensor) and v.requires_grad]
 
-    return Call(call_text(function.__name__, arguments), run, not notes, inputs)
+        def called(*tensors: Tensor) -> Any:
+            return function(**{**arguments, **dict(zip(needed, tensors, strict=True))})
+
+        passes, rng = None, random.Random(seed)
+        if needed and way != "backward" and arguments["x"].numel():
+            y, *passes = differentiate(way, called, [arguments[name] for name in needed], rng)
+            s = None
+        else:
+            y, s = function(**arguments) if adds else (function(**arguments), None)
+        return check(arguments, rms, y, s, passes, rng)
+
+    return Call(call_text(function.__name__, arguments) + f", {way}", run, not notes, inputs)
 
 
-def check(given: dict[str, Any], rms: bool, y: Tensor, s: Tensor | None, rng: random.Random) -> str | None:
-    """What is wrong with the results of a call, or with its gradients."""
-    x, residual, fan_out = given["x"], given.get("residual"), bool(given["fan_out"])
+def check(given: dict[str, Any], rms: bool, y: Tensor, s: Tensor | None, passes: Any, rng: random.Random) -> str | None:
+    """What is wrong with the results of a call, or with its gradients: ``passes`` are dy and those of y."""
+    x, residual, fan_out, index = given["x"], given.get("residual"), bool(given["fan_out"]), given.get("task_of_sample")
     if y.device.type != "cpu":
         return None if y.device == x.device else f"y is on {y.device}, x on {x.device}"
     added = (x if residual is None else x + residual).detach().as_subclass(Tensor)
     if s is not None and not torch.equal(s.detach().nan_to_num(7), added.nan_to_num(7)):
         return "s is not x + residual"
-    dtype, T, stacking = added.dtype, int(given["num_tasks"]), given["stacking"]
+    dtype, stacking = added.dtype, given["stacking"]
+    T = int(given["num_tasks"]) if index is None else len(index)  # of a mixed batch each sample is a task
+    if T == 0:
+        return None if y.shape == x.shape and y.dtype == dtype else f"y is {y.dtype} {tuple(y.shape)}"
     place, count = ("task_major", 1) if fan_out else (stacking, T)
     wide = {"s": added, "weight": given["weight"], "bias": given.get("bias")}
     leaves = {
@@ -99,10 +116,11 @@ def check(given: dict[str, Any], rms: bool, y: Tensor, s: Tensor | None, rng: ra
         else given["eps"]
     )
     rstd = ((streams - mean).square().mean(axes, keepdim=True) + float(eps)).rsqrt()
-    gates = torch.sigmoid(leaves["weight"]) if given["gate"] == "sigmoid" else leaves["weight"]
+    vectors = {name: v if index is None else v[index] for name, v in leaves.items() if name != "s"}
+    gates = torch.sigmoid(vectors["weight"]) if given["gate"] == "sigmoid" else vectors["weight"]
     wanted = (streams - mean) * rstd * gates.view(over_rows)
-    if "bias" in leaves:
-        wanted = wanted + leaves["bias"].view(over_rows)
+    if "bias" in vectors:
+        wanted = wanted + vectors["bias"].view(over_rows)
     stacked = restacked(wanted, stacking)
     if y.shape != stacked.shape or y.dtype != dtype:
         return f"y is {y.dtype} {tuple(y.shape)}, expected {dtype} {tuple(stacked.shape)}"
@@ -120,14 +138,19 @@ def check(given: dict[str, Any], rms: bool, y: Tensor, s: Tensor | None, rng: ra
     needed = [name for name in LEAVES if isinstance(given.get(name), Tensor) and given[name].requires_grad]
     if not needed:
         return None
-    pairs = [(one, exact) for one, exact in ((y, stacked), (s, leaves["s"])) if one is not None and one.requires_grad]
-    upstream = [laid_out(rng, normal(rng, tuple(one.shape)).to(dtype), rng.choice(LAYOUTS)) for one, _ in pairs]
-    found = torch.autograd.grad([one for one, _ in pairs], [given[name] for name in needed], upstream)
+    if passes is None:
+        pairs = [
+            (one, exact) for one, exact in ((y, stacked), (s, leaves["s"])) if one is not None and one.requires_grad
+        ]
+        of_outputs = [upstream(one, rng) for one, _ in pairs]
+        found = torch.autograd.grad([one for one, _ in pairs], [given[name] for name in needed], of_outputs)
+    else:
+        pairs, of_outputs, found = [(y, stacked)], [passes[0]], passes[1]
     exact = torch.autograd.grad(
-        [exact for _, exact in pairs], list(leaves.values()), [dy.double() for dy in upstream], allow_unused=True
+        [exact for _, exact in pairs], list(leaves.values()), [dy.double() for dy in of_outputs], allow_unused=True
     )
     gradients = dict(zip(leaves, exact, strict=True))
-    terms = condition.nan_to_num(1, 1, 1).masked_fill(loose, 1).amax() * T * max(1.0, float(upstream[0].abs().max()))
+    terms = condition.nan_to_num(1, 1, 1).masked_fill(loose, 1).amax() * T * max(1.0, float(of_outputs[0].abs().max()))
     for name, gradient in zip(needed, found, strict=True):
         want = gradients[{"x": "s", "residual": "s"}.get(name, name)]
         if name in ("x", "residual"):
@@ -136,8 +159,10 @@ def check(given: dict[str, Any], rms: bool, y: Tensor, s: Tensor | None, rng: ra
             ignored = loose.expand_as(want)
         else:
             got, lost = gradient, loose.any().expand(T) if fan_out else loose.flatten(1).any(1)
+            if index is not None:
+                lost = torch.zeros(len(want)).index_add(0, index, lost.float()) > 0
             limit = _size(want, tuple(range(want.dim())), 1) * terms * (wanted.numel() / want.numel()) ** 0.5 * 4
-            ignored = lost.view(T, *[1] * len(shape)).expand_as(want)
+            ignored = lost.view(len(want), *[1] * len(shape)).expand_as(want)
         if problem := _near(f"gradient of {name}", got, want, BACKWARD[dtype], limit, ignored):
             return problem
     return None

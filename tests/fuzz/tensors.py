@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "contiguous", "channels_last", "permuted", "window", "expanded", "misaligned")
+LAYOUTS = ("contiguous", "contiguous", "channels_last", "permuted", "window", "expanded", "misaligned", "negated")
 CONTENTS = ("normal", "normal", "normal", "shifted", "constant", "zero", "denormal", "tiny", "huge", "nan", "inf")
 
 
@@ -49,6 +49,8 @@ def laid_out(rng: random.Random, values: Tensor, layout: str) -> Tensor:
     elif layout == "expanded":
         axis = rng.randrange(values.dim())
         result = values.narrow(axis, 0, min(1, values.shape[axis])).expand(values.shape)
+    elif layout == "negated":  # in memory with the other sign
+        result = torch._neg_view(-values)
     else:  # misaligned by a few elements
         memory = torch.full((values.numel() + 3,), float("nan")).to(values.dtype)
         result = memory[rng.randrange(1, 4) :][: values.numel()].view(values.shape).copy_(values)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from fuzz.__main__ import calls
 from fuzz.calls import Call, judge
-from fuzz.layers import check
+from fuzz.judge import check
 from support.processes import python_path
 
 from tsbn_kernels.definition.activations import TABLE
@@ -73,7 +74,11 @@ def test_one_slope_is_judged_at_nan(activation: str, positions: int) -> None:
     x, residual = torch.randn(2, 2, 1, positions, dtype=torch.float64)
     residual.requires_grad_()
     arguments = {"x": x, "weight": weight, "residual": residual, "num_tasks": 1, "activation": activation}
-    assert check(arguments, task_batch_norm(**arguments), {}, seed=0) is None
+
+    def call(**leaves: torch.Tensor) -> torch.Tensor:
+        return task_batch_norm(**{**arguments, **leaves})
+
+    assert check(arguments, call, {}, Random(0)) is None
 
 
 def test_crashes_are_outcomes_and_the_run_goes_on() -> None:
