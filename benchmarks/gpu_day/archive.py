@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 NAME = "gpu_day.tar.gz"
@@ -31,14 +33,23 @@ def write(folder: Path, path: Path) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """The files of an archive, into the folder; none where there is no archive."""
+    """The files of an archive, into the folder; none where there is no archive.
+
+    One that is damaged is put aside, for another takes its place.
+    """
     if not path.exists():
         return
-    with tarfile.open(path) as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            if content is not None:
-                (folder / Path(member.name).name).write_bytes(content.read())
+    try:
+        content = gzip.decompress(path.read_bytes())
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            files = {Path(member.name).name: archive.extractfile(member) for member in archive}
+            found = {name: file.read() for name, file in files.items() if file is not None}
+    except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
+        aside = path.replace(path.with_name(f"damaged-{path.name}"))
+        print(f"the archive of an earlier call is damaged ({error}), and is now {aside}", flush=True)
+        return
+    for name, file in found.items():
+        (folder / name).write_bytes(file)
 
 
 def _end(file: Path, most: int) -> bytes:

@@ -98,10 +98,11 @@ def run_step(step: Step, setting: Setting, key: str, seconds: float, keep: Calla
     deadline = time.monotonic() + seconds
     journal.note(setting.folder, "step", step=step.name, key=key)
     for _ in range(MOST_LOSSES):
-        begun = log.stat().st_size
+        begun, lost = log.stat().st_size, risky.losses(setting.folder)
         status = _run_worker(step, setting, key, deadline, log, keep)
         result = results.read(setting.folder, step.name, key)
         if status is None:
+            risky.take_back(setting.folder, lost)
             result.reason = "its time was over"
             return result
         if result.running:

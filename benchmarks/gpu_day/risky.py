@@ -33,7 +33,18 @@ def risky(name: str, folder: str | Path, device: torch.device) -> Iterator[None]
         path.write_text("x" * lost)
 
 
+def losses(folder: str | Path) -> dict[Path, int]:
+    """How many processes each has ended so far, what runs now counted as if it did."""
+    return {path: path.stat().st_size for path in Path(folder).glob("lost-*")}
+
+
+def take_back(folder: str | Path, before: dict[Path, int]) -> None:
+    """What was running when a step's time was over has ended no process."""
+    for path in losses(folder):
+        path.write_text("x" * before.get(path, 0))
+
+
 def forget(folder: str | Path) -> None:
     """A new call tries all again."""
-    for path in Path(folder).glob("lost-*"):
+    for path in losses(folder):
         path.unlink()

@@ -29,7 +29,15 @@ def text(folder: Path, steps: Sequence[StepResult]) -> str:
         _left_out(folder),
         _steps(steps),
     )
-    return "".join(f"{line[:MOST_OF_A_LINE]}\n" for part in parts for line in part)
+    return "".join(f"{line[:MOST_OF_A_LINE]}\n" for part in parts for line in _told(part))
+
+
+def _told(part: Iterator[str]) -> Iterator[str]:
+    """The lines of a part; a record that it does not understand costs the rest of it, and no other."""
+    try:
+        yield from part
+    except Exception as error:
+        yield f"the rest of this is not told: {type(error).__name__}: {error}"
 
 
 def _ceilings(folder: Path) -> Iterator[str]:

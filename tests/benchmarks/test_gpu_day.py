@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -176,6 +177,39 @@ def test_a_step_is_ended_with_all_that_it_has_started(tmp_path):
     assert [result.status for result in lingering] == ["incomplete", "passed"]
     assert lingering[0].summary == "0 of 1 cases done: its time was over"
     assert not any(_lives(int((tmp_path / name).read_text())) for name in ("worker", "child"))
+
+
+def test_what_runs_when_the_time_of_its_step_is_over_has_ended_no_process(tmp_path, monkeypatch):
+    """Else a backend that two steps had no time for would be left alone by all that follow."""
+
+    within = []  # and never left, as where the process is ended
+
+    def cut_off(*_: Any) -> None:
+        within.append(risky("cuda", tmp_path, CPU))
+        within[-1].__enter__()
+
+    monkeypatch.setattr(day, "_run_worker", cut_off)
+    for _ in range(3):
+        assert day.run_step(step("good"), setting(tmp_path), "key", 1.0, lambda: None).reason == "its time was over"
+    with risky("cuda", tmp_path, CPU):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed", "no archive"])
+def test_a_damaged_archive_is_put_aside_and_the_day_goes_on(tmp_path, capsys, damage):
+    assert run(tmp_path, step("counted"))[0].status == "failed"
+    home = tmp_path / archive.NAME
+    content = home.read_bytes()
+    middle = len(content) // 2
+    changed = content[:middle] + bytes(255 - byte for byte in content[middle : middle + 99]) + content[middle + 99 :]
+    damaged = {"cut off": content[:middle], "changed": changed, "no archive": b"something else"}[damage]
+    home.write_bytes(damaged)
+    with tempfile.TemporaryDirectory() as folder:
+        archive.unpack(home, Path(folder))
+    assert "the archive of an earlier call is damaged" in capsys.readouterr().out
+    assert (tmp_path / f"damaged-{archive.NAME}").read_bytes() == damaged
+    assert run(tmp_path, step("good"))[0].status == "passed"
+    assert "records.jsonl" in members(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -380,6 +414,13 @@ def test_the_table_tells_what_was_counted(tmp_path):
     )
     wanted = f"ncu: cuda bn4 contiguous {'slab' * 10}: 4 GB, 2000 us, dram 4 %, 4 registers\n"
     assert table.text(tmp_path, []) == wanted
+
+
+def test_a_record_that_is_not_understood_costs_no_other(tmp_path):
+    journal.note(tmp_path, "counters", entrant="cuda")
+    journal.note(tmp_path, "ceiling", copy=3e12, read=3e12, write=3e12)
+    said = table.text(tmp_path, []).splitlines()
+    assert said == ["the rest of this is not told: KeyError: 'layer'", "TB/s: copy 3, read 3, write 3"]
 
 
 # ---- what runs beside ------------------------------------------------------------------------------------------------
