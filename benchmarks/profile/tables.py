@@ -52,7 +52,8 @@ def launches_table(launches: Sequence[ncu.MeasuredLaunch]) -> Table:
             f"{values[ncu.READ] / 1e6:.1f}",
             f"{values[ncu.WRITTEN] / 1e6:.1f}",
             f"{launch.bytes_per_second / 1e9:.0f}",
-            *(f"{values[name]:.0f}" for name in (ncu.MEMORY_SHARE, ncu.OCCUPANCY, ncu.REGISTERS, ncu.LOCAL_BYTES)),
+            *(f"{values[name]:.0f}" for name in (ncu.MEMORY_SHARE, ncu.OCCUPANCY, ncu.REGISTERS)),
+            f"{values[ncu.LOCAL_LOADS] + values[ncu.LOCAL_STORES]:.0f}",
             f"{values[ncu.SECTORS]:.1f}",
         )
     return table

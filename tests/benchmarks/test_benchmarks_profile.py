@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -68,13 +69,16 @@ def test_the_command_for_nsight_compute(tmp_path: Path) -> None:
     assert words[0] == "ncu"
     assert words[words.index("--kernel-name") + 1] == r"regex:^(forward_slab|backward\.1)$"
     assert set(words[words.index("--metrics") + 1].split(",")) == set(ncu.METRICS)
+    assert words[words.index("--print-units") + 1] == "base"
     assert words[-5:] == ["python", "-m", "x", "--variant", "a b"]
 
 
-def table(unit: str = "Mbyte") -> str:
-    units = dict.fromkeys(ncu.METRICS, "") | {ncu.SECONDS: "us", ncu.READ: unit, ncu.WRITTEN: "Kbyte"}
-    values = dict.fromkeys(ncu.METRICS, "32") | {ncu.SECONDS: "1,000", ncu.READ: "2", ncu.WRITTEN: "1,500.5"}
-    rows = [["ID", "Kernel Name", *ncu.METRICS], ["", "", *units.values()], ["0", "forward_slab", *values.values()]]
+def table(unit: str = "Mbyte", without: tuple[str, ...] = (), **unknown: str) -> str:
+    cells = dict.fromkeys(ncu.METRICS, ("", "32")) | {"ID": ("", "0"), "Kernel Name": ("", "forward_slab")}
+    cells |= {ncu.SECONDS: ("us", "1,000"), ncu.READ: (unit, "2"), ncu.WRITTEN: ("Kbyte", "1,500.5")}
+    cells |= {name: ("", value) for name, value in unknown.items()}
+    names = [name for name in cells if name not in without]
+    rows = names, *([cells[name][row] for name in names] for row in range(2))
     return "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows) + "\n"
 
 
@@ -88,6 +92,15 @@ def test_reading_what_nsight_compute_wrote(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["profile", "--ncu-csv", str(path)])
     assert shown.exit_code == 0
     assert "forward_slab" in shown.stdout
+
+
+def test_what_a_gpu_does_not_count_costs_no_other_metric(tmp_path: Path) -> None:
+    """Names of metrics differ between architectures: ncu writes n/a, or no column."""
+    path = tmp_path / "ncu.csv"
+    path.write_text(table(without=(ncu.LOCAL_STORES,), **{ncu.LOCAL_LOADS: "n/a"}))
+    (launch,) = ncu.read(path)
+    assert launch.values[ncu.SECONDS] == pytest.approx(1e-3)
+    assert {name for name, value in launch.values.items() if math.isnan(value)} == {ncu.LOCAL_LOADS, ncu.LOCAL_STORES}
 
 
 @pytest.mark.parametrize(
