@@ -22,15 +22,16 @@ from benchmarks.layers.peer import Peer
 from benchmarks.layers.registry import PEERS, why_not
 from benchmarks.layers.run import COPY, records_of
 from benchmarks.layers.verify import MismatchError, check_by_tasks, outcome_of
+from benchmarks.records.record import PASSES, USEFUL_TENSORS
 from benchmarks.records.summary import Summary
 from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM
 from benchmarks.timing import environment, replay
 from benchmarks.timing.measure import (
     Effort,
+    Mark,
     copy_candidate,
     measure,
     rotating_buffers,
-    step_candidate,
     summarize,
     timer_for,
     training_candidate,
@@ -40,6 +41,7 @@ from tsbn_kernels import backends, use_backend
 EFFORT, QUICK_EFFORT = Effort(3, 6, 0.2, 1e-3), Effort(2, 2, 0.0, 0.0)
 REPLAY_SECONDS = 1e-3  # so long that the start of a graph does not count
 HOST = 20  # how many times as long as the kernels a call may take
+CACHED = 2  # times the rate of a copy, at which what a step must move may be moved
 SOME_TASKS = 4  # of a peer are verified
 RIVALS = {BATCH_NORM: ("loop", "cudnn", "folded"), LAYER_NORM: ("loop", "scaled")}  # those that copy the input last
 SLACK = 4.0  # times the tolerances: a GPU's exponential and division have more rounding errors
@@ -127,7 +129,7 @@ def _enter(
         verified = time.perf_counter()
         free(case.device)
         peer.rotate_over(buffers)
-        for by, passes in _ways(peer, effort, buffers, case.device):
+        for by, passes in _ways(peer, effort, buffers, copy, case.device):
             for record in records_of(case, {COPY: [copy], entrant.impl: passes}):
                 values = record.as_json() | {"verified": wrong is None, "entrant": entrant.name, "by": by}
                 times = {"verified_s": verified - started, "timed_s": time.perf_counter() - verified}
@@ -136,7 +138,9 @@ def _enter(
         raise wrong
 
 
-def _ways(peer: Peer, effort: Effort, buffers: int, device: torch.device) -> Iterator[tuple[str, list[Summary]]]:
+def _ways(
+    peer: Peer, effort: Effort, buffers: int, copy: Summary, device: torch.device
+) -> Iterator[tuple[str, list[Summary]]]:
     """Times forward, and forward and backward: called by the host, and without it as far as that can be captured."""
     timer = timer_for(device)
     called = training_candidate(peer.forward, peer.backward, peer.next_buffers)
@@ -153,9 +157,12 @@ def _ways(peer: Peer, effort: Effort, buffers: int, device: torch.device) -> Ite
         peer.next_buffers()
         peer.backward(peer.forward())
 
+    # A step moves at least the useful tensors, a copy two.
+    moved = [USEFUL_TENSORS[pass_] / 2 * copy.median / CACHED for pass_ in PASSES]
+    least = [max(seconds, called.median / HOST) for seconds, called in zip(moved, eager, strict=True)]
     try:
-        pairs = zip((forward, both), eager, strict=True)
-        graph = [replayed(step, effort, buffers, called.median / HOST, device) for step, called in pairs]
+        steps = zip((forward, both), least, strict=True)
+        graph = [replayed(step, effort, buffers, seconds, device) for step, seconds in steps]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -169,7 +176,13 @@ def can_capture(device: torch.device) -> bool:
 
 
 def replayed(step: Callable[[], None], effort: Effort, buffers: int, seconds: float, device: torch.device) -> Summary:
-    """Times one step in a graph of many, as many as fill the time. ``seconds``: the least that a step may take."""
+    """Times one step in a graph of many, as many as fill the time.
+
+    A replay runs before each that is timed: meanwhile the host starts it, and clocks rise.
+
+    Args:
+        seconds: the least that a step may take.
+    """
     times = buffers * math.ceil(REPLAY_SECONDS / (buffers * seconds))
 
     def steps() -> None:
@@ -177,7 +190,14 @@ def replayed(step: Callable[[], None], effort: Effort, buffers: int, seconds: fl
             step()
 
     graph, _ = replay.captured(steps)
-    visit = measure({"": step_candidate(graph.replay)}, effort, timer_for(device))
+
+    def second(mark: Mark) -> None:
+        graph.replay()
+        mark()
+        graph.replay()
+        mark()
+
+    visit = measure({"": second}, effort, timer_for(device))
     ((rounds,),) = visit.values()
     return Summary.of([[taken / times for taken in rounds]])
 

@@ -34,10 +34,11 @@ class Step:
 _HERE = "benchmarks.gpu_day"
 STEPS = (
     Step("ready", f"{_HERE}.ready:cases", 200.0, case_seconds=170.0),
-    Step("ceilings", f"{_HERE}.ceilings:cases", 80.0),
+    Step("ceilings", f"{_HERE}.ceilings:cases", 60.0, case_seconds=25.0),
+    Step("speed", f"{_HERE}.speed:celeba", 100.0, case_seconds=30.0),
+    Step("network", f"{_HERE}.network:cases", 110.0),
     Step("launches", f"{_HERE}.checks:launches", checks.SECONDS["launches"], checks.SECONDS["launches"]),
-    Step("speed", f"{_HERE}.speed:celeba", 150.0, case_seconds=60.0),
-    Step("network", f"{_HERE}.network:cases", 70.0),
+    Step("float32", f"{_HERE}.speed:float32", 80.0, case_seconds=30.0),
     Step("compiled", f"{_HERE}.speed:compiled", 45.0, case_seconds=45.0),
     Step("layers", f"{_HERE}.speed:others", 30.0),
     Step("sweep-kernels", f"{_HERE}.ready:sweep", 60.0, case_seconds=60.0, gpu=True),

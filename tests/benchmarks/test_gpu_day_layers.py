@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.layers.peers import Fused, Loop
 from benchmarks.layers.registry import PEERS
 from benchmarks.layers.verify import MismatchError
 from benchmarks.records.workloads import BATCH_NORM, LAYER_NORM, Layer
+from benchmarks.timing.measure import HostTimer
 
 CPU = torch.device("cpu")
 LAYER = Case(Layer.of(8, (6, 5)), 3, 4, "float32", "contiguous", CPU, workload="celeba40")
@@ -111,6 +113,44 @@ def test_a_graph_holds_all_buffers_and_as_many_steps_as_fill_the_time(monkeypatc
     assert 1e-3 <= found.median < 5e-3  # of one step
 
 
+def test_a_replay_that_is_timed_begins_while_another_runs(monkeypatch):
+    """So that the time in which the host starts it does not count."""
+    happened = []
+
+    class Clock(HostTimer):
+        def mark(self) -> None:
+            happened.append("mark")
+            super().mark()
+
+    monkeypatch.setattr(race.replay, "captured", lambda step: (Graph(lambda: happened.append("replay")), None))
+    monkeypatch.setattr(race, "timer_for", lambda _: Clock())
+    race.replayed(lambda: None, race.QUICK_EFFORT, 1, 1.0, CPU)
+    assert len(happened) >= 12
+    assert happened == ["replay", "mark", "replay", "mark"] * (len(happened) // 4)
+
+
+def test_a_graph_has_no_more_steps_than_fill_its_time_at_twice_the_rate_of_a_copy(tmp_path, monkeypatch):
+    least = []
+
+    def replayed(step: Any, effort: Any, buffers: int, seconds: float, device: torch.device) -> race.Summary:
+        least.append(seconds)
+        return race.Summary(1.0, 0.0, 1, 0, (1.0,))
+
+    monkeypatch.setattr(race, "can_capture", lambda _: True)
+    monkeypatch.setattr(race, "replayed", replayed)
+    for copy, wanted in ((8.0, [4.0, 10.0]), (1e-9, [pytest.approx(0, abs=1e-2)] * 2)):
+        monkeypatch.setattr(race, "_copy_time", lambda *_, copy=copy: race.Summary(copy, 0.0, 1, 0, (copy,)))
+        race.run(LAYER, [Entrant("loop")], setting(tmp_path), "speed")
+        assert least == wanted and min(least) > 0
+        least.clear()
+
+
+def test_what_may_end_the_process_comes_last(monkeypatch):
+    monkeypatch.setattr(race, "ours", lambda _: [Entrant("fused", "triton"), Entrant("fused", "cuda")])
+    for case in speed.celeba(Setting("cpu", True, "")):
+        assert [entrant.name for entrant in case.run.args[1]] == ["triton", "loop", "folded", "cuda"]
+
+
 def test_a_step_is_timed_by_calls_and_by_replay_over_all_buffers(tmp_path, monkeypatch):
     taken = []
 
@@ -160,8 +200,44 @@ def test_the_largest_batch_follows_from_two_small_ones_and_shrinks_until_it_fits
     monkeypatch.setattr(network, "_peak_at", lambda batch, *_: 1000 + 10 * batch)
     monkeypatch.setattr(network.environment, "available_bytes", lambda _: 6000)
     monkeypatch.setattr(network, "_measured", measured)
-    network.largest("loop", "", "contiguous", replace(setting(tmp_path), quick=False))
+    network.largest("fused", "", "contiguous", replace(setting(tmp_path), quick=False))
     assert tried == [384, 256]  # room for 452
+
+
+def measured_up_to(most: int) -> Callable[..., dict[str, Any]]:
+    """Notes a line, as the network's step does, but of the batches that are too large for a library."""
+
+    def measured(variant: str, backend: str, memory_format: str, batch: int, where: Setting) -> dict[str, Any]:
+        if batch > most:
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nand more")
+        found = {"variant": variant, "memory_format": memory_format, "batch": batch, "loss": 1.0}
+        journal.note(where.folder, "network", **found)
+        return found
+
+    return measured
+
+
+@pytest.mark.parametrize(("most", "batches"), [(500, [64, 384, 384]), (200, [64, 192, 192]), (70, [64, 64, 64])])
+def test_ours_are_compared_with_the_loop_at_what_it_could_do(tmp_path, monkeypatch, most, batches):
+    """At a small batch it is always timed, before one that may end the process."""
+    where = replace(setting(tmp_path), quick=False)
+    monkeypatch.setattr(network, "_peak_at", lambda batch, *_: 1000 + 10 * batch)
+    monkeypatch.setattr(network.environment, "available_bytes", lambda _: 6000)
+    monkeypatch.setattr(network, "_measured", measured_up_to(most))
+    network.largest("loop", "", "contiguous", where)
+    network.at_the_loops("fused", "cpu", "contiguous", where)
+    assert [line["batch"] for line in lines(tmp_path, "network")][-3:] == batches
+
+
+def test_a_loop_that_loses_the_device_is_not_tried_again_there(tmp_path, monkeypatch):
+    where = replace(setting(tmp_path), quick=False)
+    monkeypatch.setattr(network, "_peak_at", lambda batch, *_: 1000 + 10 * batch)
+    monkeypatch.setattr(network.environment, "available_bytes", lambda _: 6000)
+    monkeypatch.setattr(network, "_measured", measured_up_to(100))
+    monkeypatch.setattr(network, "is_usable", lambda _: False)
+    with pytest.raises(RuntimeError, match="CUDNN_STATUS_NOT_SUPPORTED"):
+        network.largest("loop", "", "contiguous", where)
+    assert [line["batch"] for line in lines(tmp_path, "network")] == [64]
 
 
 def test_a_network_that_computes_something_else_is_wrong(tmp_path, monkeypatch):
