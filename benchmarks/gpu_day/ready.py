@@ -14,6 +14,12 @@ from benchmarks.gpu_day.sources import ROOT
 from benchmarks.gpu_day.step_api import Measurement, Setting, SkippedError
 
 LIBRARIES = ("_native", "_cuda")
+# In a process of its own: one that has loaded a library does not survive that another takes its place.
+LOADS = """
+from tsbn_kernels.backends import cpu, cuda
+for name, backend in {"_native": cpu, "_cuda": cuda}.items():
+    print(f"{name}: {'loads' if backend.available else backend.detail()}")
+"""
 
 
 def cases(setting: Setting) -> list[Measurement]:
@@ -23,7 +29,7 @@ def cases(setting: Setting) -> list[Measurement]:
 
 
 def build(setting: Setting) -> dict[str, Any]:
-    """Builds those that are not there, for the architecture of the device.
+    """Builds those that are not there, and those that were carried and do not load, for the architecture of the device.
 
     Raises:
         AssertionError: one is still missing; the log has the compilers' output.
@@ -32,7 +38,10 @@ def build(setting: Setting) -> dict[str, Any]:
     missing = _missing(wanted)
     if not missing:
         return {"carried": wanted}
-    variables = {**os.environ, "TSBN_BUILD_CUDA": "1" if "_cuda" in missing else "0"}
+    for name in missing:  # else it may be newer than its sources, and left as it is
+        (ROOT / "tsbn_kernels" / f"{name}.so").unlink(missing_ok=True)
+    wants = {"TSBN_BUILD_CPU": "_native", "TSBN_BUILD_CUDA": "_cuda"}
+    variables = {**os.environ, **{variable: str(int(name in missing)) for variable, name in wants.items()}}
     if setting.device != "cpu":
         variables["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*capability(setting.device))
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -43,7 +52,12 @@ def build(setting: Setting) -> dict[str, Any]:
 
 
 def _missing(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if not (ROOT / "tsbn_kernels" / f"{name}.so").exists()]
+    """Those that do not load; what they say is in the log."""
+    said = subprocess.run(
+        [sys.executable, "-c", LOADS], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    ).stdout
+    print(said, flush=True)
+    return [name for name in names if f"{name}: loads" not in said.splitlines()]
 
 
 def capability(device: str) -> tuple[int, int]:

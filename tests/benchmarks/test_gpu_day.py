@@ -352,18 +352,33 @@ def test_a_failed_build_is_loud(tmp_path, monkeypatch):
     ran = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        ran.append((command[1:], options["env"]["TORCH_CUDA_ARCH_LIST"], options["env"]["TSBN_BUILD_CUDA"]))
+        ran.append((command[1:], {key: options["env"][key] for key in variables}))
         return subprocess.CompletedProcess(command, 0)
 
+    variables = {"TORCH_CUDA_ARCH_LIST": "9.0", "TSBN_BUILD_CPU": "0", "TSBN_BUILD_CUDA": "1"}
     gpu = replace(setting(tmp_path), device="cuda")
+    damaged = tmp_path / "tsbn_kernels" / "_cuda.so"
+    damaged.parent.mkdir()
+    damaged.touch()
+    monkeypatch.setattr(ready, "ROOT", tmp_path)
     monkeypatch.setattr(ready.subprocess, "run", run)
     monkeypatch.setattr(ready, "capability", lambda _: (9, 0))
     monkeypatch.setattr(ready, "_missing", lambda names: ["_cuda"])
     with pytest.raises(AssertionError, match="not built: _cuda"):
         ready.build(gpu)
-    assert ran == [(["setup.py", "build_ext", "--inplace"], "9.0", "1")]
+    assert ran == [(["setup.py", "build_ext", "--inplace"], variables)]
+    assert not damaged.exists()  # else it would be newer than its sources
     monkeypatch.setattr(ready, "_missing", lambda names: [])
     assert ready.build(gpu) == {"carried": ("_native", "_cuda")}
+
+
+def test_a_library_that_does_not_load_is_missing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", python_path())
+    assert ready._missing(("_native",)) == []
+    (tmp_path / "other.so").write_text("of another machine")
+    monkeypatch.setenv("TSBN_NATIVE_LIBRARY", str(tmp_path / "other.so"))
+    assert ready._missing(("_native",)) == ["_native"]
+    assert "_native: the native library does not load: " in capfd.readouterr().out
 
 
 def test_ncu_counts_between_the_marks_and_leaves_the_clocks_alone(tmp_path):
