@@ -28,9 +28,13 @@ class Constant:
         return f"{self.module.__name__}.{self.name}"
 
 
-def _times(module: ModuleType, name: str) -> Constant:
-    value = getattr(module, name)
-    return Constant(module, name, tuple(factor * value for factor in (0.25, 0.5, 1.0, 2.0, 4.0)))
+def _seconds(*names: str) -> tuple[Constant, ...]:
+    """What is expected to take so long, and by how much longer or shorter it may."""
+    found = []
+    for name in (f"{name}_SECONDS" for name in names):
+        value = getattr(expect, name)
+        found.append(Constant(expect, name, tuple(factor * value for factor in (0.25, 0.5, 1.0, 2.0, 4.0))))
+    return tuple(found)
 
 
 CONSTANTS = {
@@ -39,8 +43,9 @@ CONSTANTS = {
         Constant(triton, "MAX_SPLITS", (16, 32, 64, 128, 256)),
         Constant(triton, "TILES_PER_PROGRAM", (1, 2, 4, 8)),
         Constant(triton, "TILE_OVERHEAD", (0, 256, 512, 1024, 2048)),
+        *_seconds("EXCHANGE", "LATENCY", "RANK"),
     ),
-    "cuda": tuple(_times(expect, name) for name in ("LAUNCH_SECONDS", "EXCHANGE_SECONDS", "LATENCY_SECONDS")),
+    "cuda": _seconds("LAUNCH", "EXCHANGE", "LATENCY", "RANK", "MEETING"),
 }
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
+from unittest import mock
 
 from benchmarks.gpu_day.constants import CONSTANTS, Constant, changed
 from benchmarks.gpu_day.sweep import BACKENDS, describe, numbers_of, rule_of
 from benchmarks.profile.predict import work_of
 from tsbn_kernels.backends.plan import Device, Work
 from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.expect import expected
 
 ALLOWED = 1.1  # times the fastest plan's: so slow may a rule's choice be
 UNMEASURED = math.log(10)  # what a choice costs of which no time is known: no fit may lead there
@@ -21,7 +26,13 @@ Values = Mapping[Constant, float]
 
 @dataclass(frozen=True)
 class MeasuredPass:
-    """A pass of a layer by a backend, and the milliseconds that its plans took, by their description."""
+    """A pass of a layer by a backend.
+
+    Attributes:
+        times: the milliseconds that its plans took, by their description.
+        clustered: whether the Triton that was measured has clusters.
+        clusters: how many of a CUDA C++ plan ran at a time.
+    """
 
     name: str
     backend: str
@@ -29,6 +40,8 @@ class MeasuredPass:
     device: Device
     copy_ms: float
     times: dict[str, float]
+    clustered: bool
+    clusters: cuda_rules.Clusters
 
     @property
     def fastest(self) -> str:
@@ -89,18 +102,30 @@ class RulesFit:
 
 def passes(records: Iterable[Mapping[str, Any]]) -> list[MeasuredPass]:
     """The passes of which a time is known."""
+    planned = [record for record in records if "plan" in record]
+    clustered = any((one["backend"], one["plan"]["variant"]) == ("triton", "cluster") for one in planned)
     found: dict[tuple[Any, ...], MeasuredPass] = {}
-    for record in records:
+    known: defaultdict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)
+    for record in planned:
+        plan, names = describe(record["plan"]), [str(record[name]) for name in ("layer", "dtype", "format", "pass")]
+        key = *names, record["backend"], tuple(record["shape"]), record["device"]["name"]
+        if "at_a_time" in record:
+            known[key][plan] = record["at_a_time"]
         if "ms" not in record:
             continue
-        names = [str(record[name]) for name in ("layer", "dtype", "format", "pass")]
-        key = *names, record["backend"], tuple(record["shape"]), record["device"]["name"]
         if key not in found:
             work = work_of(record["shape"], record["tasks"], *names[1:])  # type: ignore[arg-type]
-            device = Device(**record["device"])
-            found[key] = MeasuredPass(" ".join(names), record["backend"], work, device, record["copy_ms"], {})
-        found[key].times[describe(record["plan"])] = record["ms"]
+            device, clusters = Device(**record["device"]), partial(_at_a_time, known[key])
+            own = record["backend"], work, device, record["copy_ms"]
+            found[key] = MeasuredPass(" ".join(names), *own, {}, clustered, clusters)
+        found[key].times[plan] = record["ms"]
     return list(found.values())
+
+
+def _at_a_time(known: Mapping[str, int], plan: cuda_rules.CudaPlan) -> int:
+    """How many clusters of a plan run at a time, by the driver of the sweep where it was asked."""
+    on_paper = cuda_rules.clusters_on_paper(plan)
+    return known.get(describe(numbers_of(plan)), on_paper) if known else on_paper
 
 
 def choices(of: Iterable[MeasuredPass], values: Values) -> list[Choice]:
@@ -110,8 +135,12 @@ def choices(of: Iterable[MeasuredPass], values: Values) -> list[Choice]:
 
 
 def _choice(one: MeasuredPass) -> Choice:
-    plan = rule_of(one.backend, one.work, one.device)
-    seconds = cuda_rules.seconds(plan) if isinstance(plan, cuda_rules.CudaPlan) else plan.seconds()
+    with mock.patch.object(triton_rules, "compiles_clusters", return_value=one.clustered):
+        plan = rule_of(one.backend, one.work, one.device, one.clusters)
+    if isinstance(plan, cuda_rules.CudaPlan):
+        seconds = cuda_rules.seconds(plan, one.clusters)
+    else:
+        seconds = expected(plan).seconds
     name = describe(numbers_of(plan))
     return Choice(one, name, 1e3 * seconds, one.times.get(name))
 

@@ -1,8 +1,9 @@
 """The sweep: the CelebA layers by the rules' plans and by plans near them, timed one by one; its records are read here.
 
 A record is a JSON object: layer, shape, tasks, dtype, format, pass, backend, device (what the plans know of the GPU),
-plan (its numbers), by_rule, useful_bytes, planned_bytes, copy_ms (of a tensor of this size), and ms or failure. Where
-there is no GPU, ``stand_in`` says that something else was timed: the records show that the sweep runs, and no more.
+plan (its numbers), by_rule, useful_bytes, planned_bytes, at_a_time (clusters of CUDA C++), copy_ms (of a tensor of this
+size), and ms or failure. Where there is no GPU, ``stand_in`` says that something else was timed: the records show that
+the sweep runs, and no more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.profile.predict import DIRECTIONS, work_of
 from benchmarks.records.workloads import CELEBA, Layer
 from benchmarks.timing.environment import cache_bytes
 from benchmarks.timing.measure import Timer, rotating_buffers
+from tsbn_kernels.backends import cuda
 from tsbn_kernels.backends.cuda import batch_norm as cuda_backend
 from tsbn_kernels.backends.plan import DEVICES, Device, Plan, Work, devices
 from tsbn_kernels.backends.plan import cuda as cuda_rules
@@ -50,13 +52,19 @@ _copies: dict[Case, float] = {}  # milliseconds of a copy
 
 @dataclass(frozen=True)
 class SweptPlan:
-    """A plan for a pass of a layer; ``by_rule``: it is the one that a call would take."""
+    """A plan for a pass of a layer.
+
+    Attributes:
+        by_rule: it is the one that a call would take.
+        clusters: how many of a CUDA C++ plan run at a time.
+    """
 
     case: Case
     direction: Direction
     device: Device
     plan: Plan
     by_rule: bool
+    clusters: cuda_rules.Clusters
 
     @property
     def backend(self) -> str:
@@ -97,7 +105,9 @@ class SweptPlan:
     def record(self) -> dict[str, Any]:
         """All but the times."""
         case, plan = self.case, self.plan
+        own = {"at_a_time": self.clusters(plan)} if isinstance(plan, cuda_rules.CudaPlan) else {}
         return {
+            **own,
             "layer": case.layer.name,
             "shape": case.shape,
             "tasks": case.tasks,
@@ -158,11 +168,19 @@ def candidates(device: str, paper: Device | None = None) -> list[SweptPlan]:
         if layer.size is None and memory_format != "contiguous":
             continue
         for case in _cases(layer, dtype, memory_format, where, small=on_cpu and paper is None):
+            clusters = _clusters(case) if paper is None else cuda_rules.clusters_on_paper
             for backend in BACKENDS:
-                rule, close, rest = _PLANS[backend](case_work(case, direction), gpu)
-                near += [SweptPlan(case, direction, gpu, plan, plan == rule) for plan in close]
-                far += [SweptPlan(case, direction, gpu, plan, False) for plan in rest]
+                rule, close, rest = _PLANS[backend](case_work(case, direction), gpu, clusters)
+                near += [SweptPlan(case, direction, gpu, plan, plan == rule, clusters) for plan in close]
+                far += [SweptPlan(case, direction, gpu, plan, False, clusters) for plan in rest]
     return near + far
+
+
+def _clusters(case: Case) -> cuda_rules.Clusters:
+    """How many run at a time, by the driver where there is one, as in a call."""
+    if case.device.type == "cpu" or not cuda.available:
+        return cuda_rules.clusters_on_paper
+    return cuda_backend.clusters(getattr(torch, case.dtype), torch.device(case.device.type, 0))
 
 
 def _cases(layer: Layer, dtype: str, memory_format: str, where: torch.device, *, small: bool) -> list[Case]:
@@ -175,15 +193,17 @@ def _cases(layer: Layer, dtype: str, memory_format: str, where: torch.device, *,
 Plans = tuple[Any, list[Any], list[Any]]  # the rule's; what is near it, the rule's first; and what is not
 
 
-def rule_of(backend: str, work: Work, device: Device) -> Plan:
+def rule_of(
+    backend: str, work: Work, device: Device, clusters: cuda_rules.Clusters = cuda_rules.clusters_on_paper
+) -> Plan:
     """The plan that a call takes."""
-    return triton_rules.plan(work, device) if backend == "triton" else cuda_rules.plan(work, device)
+    return triton_rules.plan(work, device) if backend == "triton" else cuda_rules.plan(work, device, clusters)
 
 
-def triton_plans(work: Work, device: Device) -> Plans:
+def triton_plans(work: Work, device: Device, clusters: cuda_rules.Clusters) -> Plans:
     """The plan, what the rules would say with other constants, its neighbours; and other variants, tiles and warps."""
     rule = triton_rules.plan(work, device)
-    near = dict.fromkeys([rule, *_by_other_constants("triton", work, device)])
+    near = dict.fromkeys([rule, *_by_other_constants("triton", work, device, clusters)])
     near |= dict.fromkeys(triton_rules.alternatives(rule))
     near |= dict.fromkeys(_with_registers(rule))
     far: dict[Plan, None] = {}
@@ -213,9 +233,13 @@ def _with_registers(plan: Plan) -> Iterator[Plan]:
                 yield replace(plan, registers=budget)
 
 
-def cuda_plans(work: Work, device: Device) -> Plans:
+def cuda_plans(work: Work, device: Device, clusters: cuda_rules.Clusters) -> Plans:
     """The plans that the rules compare, with other numbers of threads too, by their predicted time."""
-    rule = cuda_rules.plan(work, device)
+
+    def seconds(plan: cuda_rules.CudaPlan) -> float:
+        return cuda_rules.seconds(plan, clusters)
+
+    rule = cuda_rules.plan(work, device, clusters)
     found = dict.fromkeys([rule, *cuda_rules.candidates(work, device)])
     for plan, threads in product(list(found), (64, 128, 512)):
         if plan.threads != threads <= plan.part_slots:
@@ -224,9 +248,8 @@ def cuda_plans(work: Work, device: Device) -> Plans:
             options |= {"most_lanes": plan.most_lanes, "teams": plan.teams}
             found[cuda_rules.lay_out(work, device, plan.variant, plan.parts, **options)] = None
     fitting = [plan for plan in found if plan.shared_bytes <= device.block_shared_memory]
-    fitting = [plan for plan in fitting if cuda_rules.seconds(plan) < math.inf]
-    fitting.sort(key=cuda_rules.seconds)
-    near = dict.fromkeys([rule, *_by_other_constants("cuda", work, device)])
+    fitting = sorted((plan for plan in fitting if seconds(plan) < math.inf), key=seconds)
+    near = dict.fromkeys([rule, *_by_other_constants("cuda", work, device, clusters)])
     best: dict[tuple[str, int], Any] = {}
     for plan in fitting:
         best.setdefault((plan.variant, plan.cluster), plan)
@@ -234,15 +257,15 @@ def cuda_plans(work: Work, device: Device) -> Plans:
     return rule, list(near), [plan for plan in fitting if plan not in near]
 
 
-def _by_other_constants(backend: str, work: Work, device: Device) -> Iterator[Any]:
+def _by_other_constants(backend: str, work: Work, device: Device, clusters: cuda_rules.Clusters) -> Iterator[Any]:
     """What the rules say where one of their constants has another of the values that a fit may give it."""
     for constant in CONSTANTS[backend]:
         for value in constant.values:
             with changed({constant: value}):
-                yield rule_of(backend, work, device)
+                yield rule_of(backend, work, device, clusters)
 
 
-_PLANS: dict[str, Callable[[Work, Device], Plans]] = {"triton": triton_plans, "cuda": cuda_plans}
+_PLANS: dict[str, Callable[[Work, Device, cuda_rules.Clusters], Plans]] = {"triton": triton_plans, "cuda": cuda_plans}
 
 
 # ---- running one ---------------------------------------------------------------------------------------------------

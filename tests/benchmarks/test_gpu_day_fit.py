@@ -19,6 +19,8 @@ from benchmarks.gpu_day.sweep import SweptPlan
 from benchmarks.timing.measure import HostTimer
 from tsbn_kernels.backends.plan import DEVICES
 from tsbn_kernels.backends.plan import cuda as cuda_rules
+from tsbn_kernels.backends.plan import triton as triton_rules
+from tsbn_kernels.backends.plan.expect import expected
 
 H100 = DEVICES["H100"]
 MEASURED = sorted((ROOT / "benchmarks" / "measured").glob("*.tar.gz"))
@@ -80,14 +82,12 @@ def test_a_constant_is_found_by_the_plans_that_it_leads_to(tmp_path: Path, name:
     sweep_of = records("triton", as_chosen("triton", **{name: value}))
     (found,) = fit.fits(sweep_of)
     assert any(choice.is_slow for choice in found.now)
-    assert {str(changed).rpartition(".")[2] for changed in found.values} == {name}
+    of_rule = {str(changed).rpartition(".")[2] for changed in found.values if changed.module is triton_rules}
+    assert of_rule == {name}  # those of the expected time follow the made-up times
     assert not found.wrong and all(choice.regret == 1.0 for choice in found.then)
     status, text = printed(as_archive(tmp_path, sweep_of))
-    now = constant("triton", name).value
-    assert (
-        status == 0
-        and f"triton: tsbn_kernels.backends.plan.triton.{name} {now:g} -> {found.values.popitem()[1]:g}" in text
-    )
+    now, then = constant("triton", name).value, found.values[constant("triton", name)]
+    assert status == 0 and f"triton: tsbn_kernels.backends.plan.triton.{name} {now:g} -> {then:g}" in text
 
 
 def test_a_constant_is_found_by_the_times_that_it_predicts() -> None:
@@ -96,6 +96,47 @@ def test_a_constant_is_found_by_the_times_that_it_predicts() -> None:
         sweep_of = records("cuda", predicted)
     (found,) = fit.fits(sweep_of)
     assert found.values[launch] == 4 * launch.value
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_sweep_by_a_triton_without_clusters_is_held_to_rules_without_them(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Whatever the Triton that is here."""
+    monkeypatch.setattr(triton_rules, "compiles_clusters", lambda: there)
+    sweep_of = records("triton", lambda one: 1e3 * expected(one.plan).seconds)
+    assert there == any(record["plan"]["variant"] == "cluster" for record in sweep_of)
+    monkeypatch.setattr(triton_rules, "compiles_clusters", lambda: not there)
+    (found,) = fit.fits(sweep_of)
+    assert all(choice.ms is not None and choice.plan.startswith("cluster") <= there for choice in found.now)
+    assert any(choice.plan.startswith("cluster") for choice in found.now) == there
+
+
+def test_what_each_block_of_a_cluster_costs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_rules, "compiles_clusters", lambda: True)
+    rank = constant("triton", "RANK_SECONDS")
+    with changed({rank: 4 * rank.value}):
+        sweep_of = records("triton", lambda one: 1e3 * expected(one.plan).seconds)
+    (found,) = fit.fits(sweep_of)
+    assert found.values[rank] == 4 * rank.value
+
+
+def test_the_rule_is_asked_with_the_clusters_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has room for few of them chooses other plans than one on paper."""
+
+    known = cuda_rules.clusters_on_paper
+
+    def few(plan: cuda_rules.CudaPlan) -> int:
+        return known(plan) // (3 if plan.cluster > 1 else 1)
+
+    on_paper = {choice.of.name: choice.plan for choice in fit.fits(records("cuda", predicted))[0].now}
+    monkeypatch.setattr(cuda_rules, "clusters_on_paper", few)
+    sweep_of = records("cuda", lambda one: 1e3 * cuda_rules.seconds(one.plan, few))
+    monkeypatch.undo()
+    (found,) = fit.fits(sweep_of)
+    by_rule = [sweep.describe(record["plan"]) for record in sweep_of if record["by_rule"]]
+    assert [choice.plan for choice in found.now] == by_rule
+    assert {choice.of.name: choice.plan for choice in found.now} != on_paper
 
 
 def test_a_rule_is_wrong_where_no_constant_leads_to_what_is_fast(tmp_path: Path) -> None:
