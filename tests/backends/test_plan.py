@@ -272,6 +272,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
     """The device that a driver tells of."""
 
     def describe(kind: str = "cuda", **told: Any) -> Device:
+        if kind == "cuda":  # a PyTorch for CUDA gives the name for the architecture of AMD's
+            told = {"gcnArchName": told["name"]} | told
         module = types.SimpleNamespace(get_device_properties=lambda device: types.SimpleNamespace(**told))
         monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
         return devices.of(torch.device(kind, 0))

@@ -118,8 +118,8 @@ def of(index: torch.device) -> Device:
     def told(*names: str) -> int:
         return next((int(value) for name in names if (value := getattr(properties, name, 0))), 0)
 
-    target = str(getattr(properties, "gcnArchName", "")).split(":")[0]
-    if not target:
+    target = str(getattr(properties, "gcnArchName", "")).split(":")[0]  # in PyTorch for CUDA that is the name
+    if not target.startswith("gfx"):
         target = f"sm_{told('major') * 10 + told('minor')}" if index.type == "cuda" else index.type
     kin = by_driver(properties.name.partition(" MIG ")[0]) or akin(target)
     multiprocessors = told("multi_processor_count", "gpu_subslice_count") or kin.multiprocessors
