@@ -177,10 +177,18 @@ def candidates(device: str, paper: Device | None = None) -> list[SweptPlan]:
 
 
 def _clusters(case: Case) -> cuda_rules.Clusters:
-    """How many run at a time, by the driver where there is one, as in a call."""
+    """How many run at a time, by the driver where there is one, as in a call; else on paper."""
     if case.device.type == "cpu" or not cuda.available:
         return cuda_rules.clusters_on_paper
-    return cuda_backend.clusters(getattr(torch, case.dtype), torch.device(case.device.type, 0))
+    by_driver = cuda_backend.clusters(getattr(torch, case.dtype), torch.device(case.device.type, 0))
+
+    def clusters(plan: cuda_rules.CudaPlan) -> int:
+        try:
+            return by_driver(plan)
+        except RuntimeError:  # whatever it is, the other backend's plans are timed
+            return cuda_rules.clusters_on_paper(plan)
+
+    return clusters
 
 
 def _cases(layer: Layer, dtype: str, memory_format: str, where: torch.device, *, small: bool) -> list[Case]:

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def test_cuda_runs_the_plan_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             [plan.programs, plan.threads, plan.cluster, plan.shared_bytes, int(plan.teams > 0)]
         ] * plan.launches
         told.clear()
+
+
+def test_the_driver_is_asked_how_many_clusters_run(
+    planned: list[sweep.SweptPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that does not answer costs the plans of the other backend nothing."""
+    one = next(one for one in planned if one.backend == "cuda")
+    on_gpu, on_paper = replace(one.case, device=torch.device("cuda")), cuda_rules.clusters_on_paper(one.plan)
+    for available, answer, wanted in ((False, 3, on_paper), (True, 3, 3), (True, RuntimeError("lost"), on_paper)):
+        monkeypatch.setattr(cuda, "available", available)
+        driver = mock.Mock(side_effect=[answer])
+        monkeypatch.setattr(cuda.batch_norm, "clusters", lambda dtype, device, driver=driver: driver)
+        assert sweep._clusters(on_gpu)(one.plan) == wanted
+    assert sweep._clusters(one.case) is cuda_rules.clusters_on_paper
 
 
 def test_reading_an_archive(tmp_path: Path) -> None:
