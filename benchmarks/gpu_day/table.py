@@ -10,6 +10,7 @@ from benchmarks.gpu_day import journal, sweep
 from benchmarks.gpu_day.results import StepResult
 from benchmarks.profile import ncu
 from benchmarks.records.record import FORWARD, FORWARD_BACKWARD
+from benchmarks.records.workloads import CELEBA
 
 FILE = "table.txt"
 MOST_FAILURES, MOST_OF_A_LINE = 12, 240
@@ -58,9 +59,13 @@ def _ceilings(folder: Path) -> Iterator[str]:
 
 
 def _layers(folder: Path) -> Iterator[str]:
-    """A line for each layer: the copy's ms; each entrant's share of its rate forward and backward, and ms of both."""
+    """A line for each layer: the copy's ms; each entrant's share of its rate forward and backward, and ms of both.
+
+    What decides comes last, since of a long output the end is kept.
+    """
     cases: dict[tuple[str, ...], dict[str, dict[str, Line]]] = {}
-    for line in journal.read(folder, "speed", "layers"):
+    lines = [*journal.read(folder, "layers"), *journal.read(folder, "speed")]
+    for line in sorted(lines, key=lambda line: (line["workload"] == CELEBA.name, line["dtype"] == "bfloat16")):
         entrants = cases.setdefault(tuple(line[key] for key in ("workload", "layer", "dtype", "memory_format")), {})
         ways = entrants.setdefault(line["entrant"], {})
         ways[f"{line['by']} {line['pass']}"] = line

@@ -186,6 +186,15 @@ def test_what_cannot_be_captured_keeps_the_times_of_its_calls(tmp_path, monkeypa
     assert [line["by"] for line in lines(tmp_path)] == ["eager", "eager"]
 
 
+def test_the_layers_that_decide_end_the_table(tmp_path):
+    for name, dtype in (("celeba40", "bfloat16"), ("celeba40", "float32"), ("segnet", "bfloat16")):
+        case = {"workload": name, "layer": name, "dtype": dtype, "memory_format": "contiguous", "entrant": "triton"}
+        kind = "speed" if name == "celeba40" else "layers"
+        journal.note(tmp_path, kind, **case, by="eager", **{"pass": "forward"})
+    said = [line.partition(":")[0] for line in table.text(tmp_path, []).splitlines()[1:]]
+    assert said == ["segnet bfloat16 contiguous", "celeba40 float32 contiguous", "celeba40 bfloat16 contiguous"]
+
+
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
