@@ -52,7 +52,7 @@ def build(setting: Setting) -> dict[str, Any]:
 
 
 def _missing(names: tuple[str, ...]) -> list[str]:
-    """Those that do not load; what they say is in the log."""
+    """Names the libraries that do not load; what they say is in the log."""
     said = subprocess.run(
         [sys.executable, "-c", LOADS], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     ).stdout
