@@ -28,13 +28,13 @@ class Constant:
         return f"{self.module.__name__}.{self.name}"
 
 
-def _seconds(*names: str) -> tuple[Constant, ...]:
-    """What is expected to take so long, and by how much longer or shorter it may."""
-    found = []
-    for name in (f"{name}_SECONDS" for name in names):
-        value = getattr(expect, name)
-        found.append(Constant(expect, name, tuple(factor * value for factor in (0.25, 0.5, 1.0, 2.0, 4.0))))
-    return tuple(found)
+def _times(name: str) -> Constant:
+    """Seconds of the expected time, up to four times longer or shorter."""
+    value = getattr(expect, name)
+    return Constant(expect, name, tuple(factor * value for factor in (0.25, 0.5, 1.0, 2.0, 4.0)))
+
+
+OF_PROGRAMS = tuple(map(_times, ("EXCHANGE_SECONDS", "LATENCY_SECONDS", "RANK_SECONDS")))
 
 
 CONSTANTS = {
@@ -43,9 +43,9 @@ CONSTANTS = {
         Constant(triton, "MAX_SPLITS", (16, 32, 64, 128, 256)),
         Constant(triton, "TILES_PER_PROGRAM", (1, 2, 4, 8)),
         Constant(triton, "TILE_OVERHEAD", (0, 256, 512, 1024, 2048)),
-        *_seconds("EXCHANGE", "LATENCY", "RANK"),
+        *OF_PROGRAMS,
     ),
-    "cuda": _seconds("LAUNCH", "EXCHANGE", "LATENCY", "RANK", "MEETING"),
+    "cuda": (_times("LAUNCH_SECONDS"), *OF_PROGRAMS, _times("MEETING_SECONDS")),
 }
 
 

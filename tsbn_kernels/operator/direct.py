@@ -56,11 +56,9 @@ def of_later_pass(backend: str | None, *gradients: Tensor | None) -> str | None:
 
     Where it is called directly this is for gradients that nobody will differentiate again, by whatever they then meet.
     """
-    if _reads_wrongly(backend, *gradients):
-        return None
-    if backend not in _OWN or (not torch.is_grad_enabled() and _finds_kernels(backend, *gradients)):
-        return backend
-    return None
+    if backend in _OWN:
+        return backend if not torch.is_grad_enabled() and _finds_kernels(backend, *gradients) else None
+    return None if _reads_wrongly(backend, *gradients) else backend
 
 
 def _reads_wrongly(name: str | None, *tensors: Tensor | None) -> bool:
